@@ -1,0 +1,27 @@
+"""Shared by all tests: markers, two threads, and the folder of real data."""
+import os
+from pathlib import Path
+import pytest
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "browser: needs a Chromium that Playwright can start (deselect with -m 'not browser')")
+    config.addinivalue_line("markers", "slow: takes more than about 20 s (deselect with -m 'not slow')")
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"): os.environ.setdefault(name, "2")  # inherited by subprocesses
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads():
+    "The same arithmetic and the same load on every machine; thread counts may change the last bits of a sum."
+    import torch
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    "Folder with real data sets as NAME.npz (environment variable DARKDISTILL_DATA), or skip."
+    folder = os.environ.get("DARKDISTILL_DATA")
+    if not folder: pytest.skip("DARKDISTILL_DATA is not set: no folder with real data sets")
+    folder = Path(folder)
+    if not folder.is_dir(): pytest.fail(f"DARKDISTILL_DATA={folder} is not a folder")
+    return folder

@@ -1,0 +1,126 @@
+"What crosses notebooks 04-10: every family of networks goes through every method, and the engine's answer does not depend on how it computes."
+import copy
+import pytest, torch
+from darkdistill_nb.darkdistill import DarkDistill
+from darkdistill_nb.data import load, shapes
+from darkdistill_nb.difficulty import measure_difficulty
+from darkdistill_nb.early_exit import BoostNet, Joint, cnn, vit, wrn
+from darkdistill_nb.federated import EEFL, block_average, make_clients, simulate
+from darkdistill_nb.training import Streams
+
+BUILDERS = {
+    "cnn": lambda: cnn((3, 32, 32), 10, width=8),
+    "wrn": lambda: wrn(10, 1, exits=(1, 2, 3)),
+    "vit": lambda: vit("vit_tiny_patch16_224", exits=(1, 2, 3), n_classes=10, img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2),
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(): return shapes(400, seed=5), shapes(100, seed=6)
+
+
+@pytest.fixture(scope="module")
+def digits(): return load("digits")
+
+
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("method", [EEFL, DarkDistill])
+def test_every_network_with_every_method(family, method, pictures):
+    "Two rounds run, every block moves, weights stay finite, and all repeats bit for bit."
+    train, test = pictures
+    tiers = (1 / 3,) * 3 if family != "cnn" else (.25,) * 4
+    clients = make_clients(train.y, 8, 1., tiers)
+    go = lambda: simulate(method(participation=1.), BUILDERS[family], train, test, clients, 2, eval_every=2)
+    run, start = go(), None
+    with Streams(0).scope("init"): start = BUILDERS[family]().state_dict()
+    for k, v in run.state["net"].items():
+        assert torch.isfinite(v.double()).all(), k
+        if v.is_floating_point() and v.numel() > 8 and "stem.patch_embed" not in k: assert not torch.equal(v, start[k]), f"{k} never moved"
+    assert same(run.state["net"], go().state["net"])
+    assert len(run.log[-1]["accuracy"]) == len(tiers)
+
+
+def test_darkdistill_moves_only_stages_in_a_vit(pictures):
+    "Check 21 on a transformer: token embeddings and heads are untouched by the server."
+    train, test = pictures
+    clients, s, m = make_clients(train.y, 6, 1., (1 / 3,) * 3), Streams(0), DarkDistill(participation=1.)
+    with s.scope("init"): state = m.setup(BUILDERS["vit"]())
+    updates = [m.local_update(m.send(state, c), train.subset(c.train), c, 0, s) for c in clients]
+    tiers = {t: (next(u.weights for u in updates if u.tier == t), 100) for t in (1, 2, 3)}
+    after, server, info = m.server_step(state, tiers, updates, 0, s)
+    moved = {t: {k for k in after[t][0] if not torch.equal(after[t][0][k], tiers[t][0][k])} for t in tiers}
+    assert not moved[1] and moved[2] and moved[3]
+    assert all(k.startswith("stages.") for t in moved for k in moved[t])
+    assert info["kd_loss"] > 0 and any(k.startswith("gen1.") for k in server)
+
+
+def test_workers_do_not_change_the_weights(digits):
+    "Clients trained in two spawned processes give the same bits as in this one."
+    train, test = digits
+    clients = make_clients(train.y, 8, .5)
+    go = lambda workers: simulate(DarkDistill(), lambda: cnn(train.shape, 10, width=8), train, test, clients, 2, eval_every=2, workers=workers)
+    one, two = go(1), go(2)
+    assert same(one.state["net"], two.state["net"]) and same(one.state["server"], two.state["server"])
+
+
+def test_number_of_threads_does_not_change_the_weights(digits):
+    train, test = digits
+    clients = make_clients(train.y, 8, .5)
+    def go(threads):
+        before = torch.get_num_threads(); torch.set_num_threads(threads)
+        try: return simulate(EEFL(), lambda: cnn(train.shape, 10), train, test, clients, 1)
+        finally: torch.set_num_threads(before)
+    assert same(go(1).state["net"], go(2).state["net"])
+
+
+def test_one_tier_one_exit_is_fedavg_for_darkdistill_too(digits):
+    "Check 1: without a server step DarkDistill is FedAvg on a network with a single exit."
+    train, test = digits
+    clients = make_clients(train.y, 4, 1., (1.,))
+    go = lambda m: simulate(m, lambda: cnn(train.shape, 10, stages=1, width=8), train, test, clients, 3, eval_every=3).state["net"]
+    assert same(go(EEFL(Joint(), participation=1.)), go(DarkDistill(Joint(), participation=1., server_epochs=0)))
+
+
+@pytest.mark.parametrize("off", [dict(kd_lr=0.), dict(server_epochs=0), dict(kd_steps=0)])
+def test_darkdistill_switched_off_is_eefl(off, digits):
+    train, test = digits
+    clients = make_clients(train.y, 8, .5)
+    go = lambda m: simulate(m, lambda: cnn(train.shape, 10, width=8), train, test, clients, 3, eval_every=3)
+    a, b = go(EEFL()), go(DarkDistill(**off))
+    assert same(a.state["net"], b.state["net"]) and [r["clients"] for r in a.log] == [r["clients"] for r in b.log]
+
+
+def test_a_tier_may_be_absent(digits):
+    "One client a round cannot cover four tiers: blocks nobody trained keep their value, and nothing fails."
+    train, test = digits
+    clients = make_clients(train.y, 8, .5)
+    run = simulate(DarkDistill(participation=.1), lambda: cnn(train.shape, 10, width=8), train, test, clients, 3)
+    assert all(len(r["clients"]) == 1 for r in run.log)
+
+
+def test_measuring_difficulty_leaves_batchnorm_alone(pictures):
+    "Check 16 on a network with running statistics."
+    net = BUILDERS["wrn"]().train()
+    before, rng = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    d = measure_difficulty(net, BoostNet(), pictures[0])
+    assert same(before, net.state_dict()) and torch.equal(rng, torch.get_rng_state()) and net.training
+    assert len(d) == 400 and float(d.min()) >= 0 and float(d.max()) <= 9.99 + 1e-5
+
+
+def test_prefixes_of_one_network_average_to_it():
+    "Check 3, on a network with integer buffers."
+    net = BUILDERS["wrn"]()
+    tiers = {m: (net.prefix(m).state_dict(), 10 * m) for m in (1, 2, 3)}
+    assert same(block_average(net.state_dict(), tiers), net.state_dict())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", [EEFL, DarkDistill])
+def test_gpu(method, pictures):
+    train, test = pictures
+    clients = make_clients(train.y, 8, 1.)
+    run = simulate(method(participation=1.), BUILDERS["cnn"], train, test, clients, 3, device="cuda")
+    assert next(iter(run.state["net"].values())).is_cuda and max(run.log[-1]["accuracy"]) > .1

@@ -67,7 +67,7 @@ class DarkDistill(EEFL):
         kd_weight_decay:float=1e-3,
         server_epochs:int=2,
         gen_steps:int=1,           # generator steps per server epoch
-        gen_lr:float=1e-2,         # of Adam, made anew every round
+        gen_lr:float=3e-3,         # of Adam, made anew every round (1e-2 in the released code)
         lam_ce:float=.1,           # weight of the generators' class loss (1 in the released code, with dif="mse")
         lam_dif:float=1.,          # weight of their difficulty loss
         lam_div:float=0.,          # weight of their diversity loss (1 in the released code)

@@ -30,14 +30,14 @@ class Generator(nn.Module):
     ):
         super().__init__()
         if norm not in ("layer", "batch"): raise ValueError(f"norm={norm!r} must be layer or batch")
-        self.latent_shape, self.d_eps = tuple(latent_shape), d_eps
+        self.latent_shape, self.d_eps, self.unit = tuple(latent_shape), d_eps, CAP
         self.label = nn.Embedding(n_classes, d_eps)
         self.level = nn.Linear(1, d_eps) if conditional else None
         self.hidden = nn.Linear((3 if conditional else 2) * d_eps, d_h)
         self.norm = nn.LayerNorm(d_h) if norm == "layer" else nn.BatchNorm1d(d_h)
         self.out = nn.Linear(d_h, math.prod(latent_shape))
     def forward(self, y, d, eps):
-        parts = [eps, self.label(y)] + ([self.level(d[:, None])] if self.level is not None else [])
+        parts = [eps, self.label(y)] + ([self.level(d[:, None] / self.unit)] if self.level is not None else [])
         h = F.relu(self.norm(self.hidden(torch.cat(parts, 1))))
         return self.out(h).view(len(y), *self.latent_shape)
 
@@ -108,7 +108,7 @@ def train_generator(
     steps:int,
     generator:torch.Generator, # draws samples and noise
     batch_size:int=32,
-    lr:float=1e-2,             # of Adam
+    lr:float=3e-3,             # of Adam; 1e-2 in the released code
     lam_ce:float=.1,           # weight of the class loss; ours, see above
     lam_dif:float=1.,          # weight of the difficulty loss
     lam_div:float=0.,          # weight of the diversity loss; 1 in the released code

@@ -1,0 +1,363 @@
+"""The command `darkdistill`: what a user types wrong costs one sentence and nothing else; what is right leaves a whole run folder."""
+import importlib.metadata, json, os, re, signal, subprocess, sys, time
+from pathlib import Path
+import numpy as np
+import pytest
+from darkdistill_nb import cli
+
+COMMAND = [sys.executable, "-c", "import sys; from darkdistill_nb.cli import main; sys.exit(main())"]
+TINY = "--rounds 2 --seeds 1 --clients 6 --tiers 2 --net width=8 stages=2 --darkdistill server_epochs=1 --workers 1".split()
+
+
+def darkdistill(*args, cwd, timeout=120, **env):
+    "The command in a process of its own."
+    return subprocess.run([*COMMAND, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, **env})
+
+
+def contents(folder): return {p.relative_to(folder): p.read_bytes() if p.is_file() else None for p in Path(folder).rglob("*")}
+
+
+# ---------------------------------------------------------------- bad input
+
+def npz(path, **change):
+    "A small data file of 3 classes, with some arrays replaced."
+    rng = np.random.default_rng(0)
+    arrays = dict(x_train=rng.random((60, 8, 8), np.float32), y_train=np.arange(60) % 3, x_test=rng.random((12, 8, 8), np.float32), y_test=np.arange(12) % 3)
+    np.savez(path, **{**arrays, **change})
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    "A folder with data files and settings, good ones and bad ones."
+    d = tmp_path_factory.mktemp("files")
+    npz(d / "good.npz")
+    x = np.random.default_rng(0).random((60, 8, 8), np.float32); x[3, 2, 1] = np.nan
+    npz(d / "nan.npz", x_train=x)
+    npz(d / "labels.npz", y_train=np.arange(60) % 3 + 1)
+    npz(d / "negative.npz", y_train=np.arange(60) % 3 - 1)
+    npz(d / "unseen.npz", y_test=np.arange(12) % 4)
+    npz(d / "short.npz", y_train=np.arange(59) % 3)
+    np.savez(d / "pickle.npz", x_train=np.array([{}]), y_train=np.array([0]), x_test=np.array([{}]), y_test=np.array([0]))
+    np.savez(d / "lacks.npz", x_train=x)
+    whole = (d / "good.npz").read_bytes()
+    for name, size in (("cut.npz", len(whole) // 2), ("stump.npz", 30), ("empty.npz", 0)): (d / name).write_bytes(whole[:size])
+    broken = bytearray(whole); broken[len(whole) // 3] ^= 255; (d / "flipped.npz").write_bytes(broken)
+    (d / "text.npz").write_text("not an archive")
+    (d / "broken.toml").write_text("rounds = = 3")
+    (d / "unknown.toml").write_text("round = 3")
+    (d / "value.toml").write_text("rounds = 0")
+    (d / "kind.toml").write_text("rounds = true")
+    (d / "net.toml").write_text("[net]\nwidht = 8")
+    (d / "file").write_text("a file, not a folder")
+    (d / "old").mkdir(); (d / "old" / "note.txt").write_text("keep me")
+    (d / "link").symlink_to(d / "nowhere")
+    return d
+
+
+BAD = {  # arguments of `run` -> words that the sentence must contain
+    "unknown data": ("--data digts", "'digts'", "did you mean 'digits'"),
+    "unknown data 2": ("--data quux", "'quux'", "shapes"),
+    "no such file": ("--data none.npz", "none.npz", "no such file"),
+    "unknown method": ("--methods eefl,darkdistil", "methods='darkdistil'", "did you mean 'darkdistill'"),
+    "method twice": ("--methods eefl,eefl", "methods='eefl,eefl'", "different"),
+    "no method": ("--methods ,", "methods=','", "eefl, darkdistill"),
+    "unknown policy": ("--policy boostnt", "policy='boostnt'", "did you mean 'boostnet'"),
+    "unknown network": ("--arch perceptron", "arch='perceptron'", "timm"),
+    "network keyword": ("--net widht=8", "net='widht'", "did you mean 'width'"),
+    "network value": ("--net width=7", "width=7", "multiple of 4"),
+    "network type": ("--net stages=two", "net=", "two"),
+    "keyword without value": ("--net width", "net=['width']", "width=16"),
+    "darkdistill keyword": ("--darkdistill weight=uniform", "darkdistill='weight'", "did you mean 'weights'"),
+    "darkdistill value": ("--darkdistill weights=none", "weights='none'", "uniform"),
+    "darkdistill unused": ("--methods eefl --darkdistill tau=1", "darkdistill=", "no effect"),
+    "gamma zero": ("--gamma 0", "gamma='0'", "above 0"),
+    "gamma negative": ("--gamma -0.5", "gamma='-0.5'", "above 0"),
+    "gamma nan": ("--gamma nan", "gamma='nan'", "above 0"),
+    "gamma word": ("--gamma small", "gamma='small'", "above 0"),
+    "unknown family": ("--family iid", "family='iid'", "client or class"),
+    "more clients than samples": ("--clients 5000", "clients", "5000", "1438"),
+    "no clients": ("--clients 0", "clients='0'", "at least 1"),
+    "tier nobody has": ("--clients 3", "tier 4 has no client", "3 clients"),
+    "tier of share zero": ("--tiers 0.5,0.5,0,0", "tiers='0.5,0.5,0,0'", "above 0"),
+    "tiers not one": ("--tiers 0.5,0.2,0.1,0.1", "tiers='0.5,0.2,0.1,0.1'", "add to 1"),
+    "more tiers than exits": ("--tiers 5", "5 tiers", "4 exits"),
+    "fewer tiers than exits": ("--tiers 0.5,0.5", "2 tiers", "4 exits"),
+    "validation share": ("--valid 1", "valid='1'", "below 1"),
+    "rounds zero": ("--rounds 0", "rounds='0'", "at least 1"),
+    "rounds fraction": ("--rounds 2.5", "rounds='2.5'", "whole number"),
+    "no seeds": ("--seeds 0", "seeds='0'", "at least 1"),
+    "seed twice": ("--seeds 1,1", "seeds='1,1'", "different"),
+    "participation": ("--participation 1.5", "participation='1.5'", "at most 1"),
+    "learning rate": ("--lr -1", "lr='-1'", "above 0"),
+    "batch size": ("--batch-size 0", "batch_size='0'", "at least 1"),
+    "epochs": ("--epochs 0", "epochs='0'", "at least 1"),
+    "too few pictures": ("--n-train 9999", "9999", "1438"),
+    "device not there": ("--device cuda:99", "cuda:99"),
+    "unknown device": ("--device abacus", "device='abacus'", "unknown"),
+    "workers": ("--workers 0", "workers='0'", "at least 1"),
+    "broken npz": ("--data {files}/text.npz", "text.npz", "cannot be read"),
+    "empty npz": ("--data {files}/empty.npz", "empty.npz", "cannot be read"),
+    "truncated npz": ("--data {files}/cut.npz", "cut.npz", "cannot be read"),
+    "stump of an npz": ("--data {files}/stump.npz", "stump.npz", "cannot be read"),
+    "damaged npz": ("--data {files}/flipped.npz", "flipped.npz", "cannot be read"),
+    "pickled npz": ("--data {files}/pickle.npz", "pickle.npz", "never unpickled"),
+    "npz lacks arrays": ("--data {files}/lacks.npz", "lacks.npz", "y_train"),
+    "label gap": ("--data {files}/labels.npz", "labels.npz", "0..K-1"),
+    "negative label": ("--data {files}/negative.npz", "negative.npz", "0..K-1"),
+    "label out of range": ("--data {files}/unseen.npz", "unseen.npz", "label 3"),
+    "labels missing": ("--data {files}/short.npz", "short.npz", "59 labels for 60 pictures"),
+    "nan pixels": ("--data {files}/nan.npz", "nan.npz", "NaN"),
+    "folder exists": ("--out {files}/old", "old'", "exists already"),
+    "folder is a file": ("--out {files}/file", "file'", "exists already"),
+    "folder is a dead link": ("--out {files}/link", "link'", "exists already"),
+    "parent is a file": ("--out {files}/file/run", "file/run'", "not a folder"),
+    "cannot be written": ("--out /proc/nothing/run", "out='/proc/nothing/run'", "cannot be made"),
+    "no config file": ("--config none.toml", "config='none.toml'", "not a file"),
+    "broken toml": ("--config {files}/broken.toml", "broken.toml", "not valid TOML"),
+    "unknown toml key": ("--config {files}/unknown.toml", "'round'", "did you mean 'rounds'"),
+    "toml value": ("--config {files}/value.toml", "rounds=0", "at least 1"),
+    "toml kind": ("--config {files}/kind.toml", "rounds=True", "whole number"),
+    "toml network keyword": ("--config {files}/net.toml", "net='widht'", "did you mean 'width'"),
+    "unknown option": ("--gama 1", "'--gama'", "did you mean '--gamma'"),
+    "abbreviated option": ("--round 1", "'--round'", "did you mean '--rounds'"),
+    "option without value": ("--rounds", "--rounds", "expected one argument"),
+    "stray argument": ("digits", "unexpected argument 'digits'"),
+    "resume nothing": ("--resume nowhere", "resume='nowhere'", "not a run folder"),
+    "resume a folder of something else": ("--resume {files}/old", "old'", "no config.json"),
+    "resume with settings": ("--resume {files}/old --rounds 9 --out x", "resume=", "leave out --rounds, --out"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, files, tmp_path, monkeypatch, capsys):
+    "Exit code 2 and one line on the error stream that names argument and value; nothing is written, nothing is lost."
+    if case == "cannot be written" and not Path("/proc").is_dir(): pytest.skip("no /proc on this system")
+    line, *words = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    before = contents(files)
+    assert cli.main(["run", *(a.format(files=files) for a in line.split())]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("darkdistill: ") and err.count("\n") == 1 and out == "", err
+    assert "Traceback" not in err
+    for w in words: assert w in err, err
+    assert list(tmp_path.iterdir()) == [] and contents(files) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_no_permission(tmp_path, capsys):
+    (tmp_path / "locked").mkdir(); (tmp_path / "locked").chmod(0o500)
+    try: assert cli.main(["run", "--out", str(tmp_path / "locked" / "run")]) == 2
+    finally: (tmp_path / "locked").chmod(0o700)
+    assert "permission" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, word", [(["rnu"], "did you mean 'run'?"), (["compare"], "RUN"), (["compare", "nowhere"], "nowhere"), (["report", "nowhere"], "nowhere"), (["--verion"], "did you mean '--version'?")])
+def test_bad_commands(argv, word, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("darkdistill: ") and err.count("\n") == 1 and word in err, err
+
+
+def test_bad_input_from_a_shell(tmp_path):
+    "The same through a real process: exit code, one line, no traceback."
+    r = darkdistill("run", "--gamma", "0", cwd=tmp_path)
+    assert (r.returncode, r.stdout, r.stderr.count("\n")) == (2, "", 1) and r.stderr.startswith("darkdistill: gamma='0'")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- help
+
+def test_help_costs_no_torch(tmp_path):
+    "--help, --version and a mistyped option are answered without loading PyTorch or anything else heavy."
+    for args in (["--help"], ["run", "--help"], ["--version"], ["run", "--gamma", "0"], ["run", "--methods", "x"]):
+        code = f"import sys; from darkdistill_nb.cli import main\ntry: main({args})\nexcept SystemExit: pass\nprint('LOADED', sorted({{m.split('.')[0] for m in sys.modules}} & {{'torch', 'numpy', 'plotly', 'timm', 'sklearn', 'tqdm'}}))"
+        r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+        assert r.stdout.splitlines()[-1] == "LOADED []", r.stdout + r.stderr
+
+
+def test_help_teaches(capsys):
+    "Every setting is one entry with its default; there are examples; nothing is wider than a terminal."
+    with pytest.raises(SystemExit) as e: cli.main(["run", "--help"])
+    text = capsys.readouterr().out
+    assert e.value.code == 0
+    for o in cli.OPTIONS.values(): assert re.search(rf"^  --{o.name.replace('_', '-')}\b", text, re.M), o.name
+    assert text.count("\n  darkdistill run") >= 6
+    for default in ("[digits]", "[20]", "[0.5]", "[40]", "[0,1,2]", "[eefl,darkdistill]", "[cpu]"): assert default in " ".join(text.split()), default
+
+
+def test_every_example_in_the_help_parses():
+    for line in cli.EXAMPLES.splitlines():
+        if m := re.match(r"  darkdistill (.*?)(  |$)", line): cli._parse(m[1].split())
+
+
+def test_version_and_entry_point(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"darkdistill {importlib.metadata.version('darkdistill_nb')}"
+    scripts = [e for e in importlib.metadata.entry_points(group="console_scripts") if e.name == "darkdistill"]
+    assert scripts and scripts[0].value == "darkdistill_nb.cli:main"
+
+
+def test_no_command_prints_help(capsys):
+    assert cli.main([]) == 0
+    assert "darkdistill COMMAND --help" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- good input
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    "The same command twice in one place, without --out: two folders."
+    d = tmp_path_factory.mktemp("runs")
+    return d, [darkdistill("run", *TINY, cwd=d) for _ in range(2)]
+
+
+def test_same_command_twice_same_weights(two_runs):
+    d, results = two_runs
+    for r in results: assert r.returncode == 0, r.stderr
+    a, b = d / "runs/digits-001", d / "runs/digits-002"
+    assert sorted(p.name for p in a.iterdir()) == ["config.json", "record.json", "report.html", "weights"]
+    weights = sorted(p.name for p in (a / "weights").iterdir())
+    assert weights == ["darkdistill-seed0.safetensors", "eefl-seed0.safetensors"]
+    for w in weights: assert (a / "weights" / w).read_bytes() == (b / "weights" / w).read_bytes()
+
+
+def test_output_of_a_run(two_runs):
+    "The table with both methods, and the path of the report, on the output stream; progress on the error stream."
+    d, (r, _) = two_runs
+    for word in ("EEFL", "DarkDistill", "exit 2", "mean of exits", "minus EEFL", "one client alone", "report: runs/digits-001/report.html"): assert word in r.stdout, word
+    assert "100%" in r.stderr and "mean accuracy" not in r.stdout
+
+
+def test_record_of_a_run(two_runs):
+    from darkdistill_nb.training import load_record, load_tensors
+    folder = two_runs[0] / "runs/digits-001"
+    record = load_record(folder)
+    assert [(r["method"], r["seed"]) for r in record.runs] == [("eefl", 0), ("darkdistill", 0)]
+    assert record.config["clients"] == 6 and record.config["tiers"] == [.5, .5] and record.config["net"] == {"width": 8, "stages": 2}
+    assert record.command == " ".join(["darkdistill run", *TINY]) and record.seconds > 0 and record.versions["torch"]
+    for r in record.runs:
+        assert len(r["rounds"]) == 2 and len(r["final"]["accuracy"]) == 2 and len(r["final"]["budget"]) == 39
+        assert r["final"]["bytes_up"] == sum(row["bytes_up"] for row in r["rounds"]) > 0
+        assert set(r["final"]["difficulty"]) == {"1", "2"}
+        load_tensors(folder / r["weights"], record.info["files"][r["weights"]])   # raises if the hash differs
+    assert len(record.info["alone"]["0"]) == 6 and sorted(c["tier"] for c in record.info["alone"]["0"]) == [1, 1, 1, 2, 2, 2]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["config"] == record.config
+
+
+def test_report_is_self_contained(two_runs):
+    "Nothing that a browser would fetch; plotly.js is in the page once."
+    page = (two_runs[0] / "runs/digits-001/report.html").read_text()
+    tags = re.sub(r"(<script[^>]*>).*?</script>", r"\1", page, flags=re.S)
+    assert not re.findall(r"<script[^>]*\ssrc|<img|<iframe|https?://|url\(|@import", tags)
+    assert re.findall(r"<link[^>]*>", tags) == ['<link rel="icon" href="data:,">']
+    assert page.count("plotly.js v") == 1 and page.count("<figure") == 6
+    assert '"showSendToCloud": false' in page and '"plotlyServerURL": ""' in page.replace('"plotlyServerURL":""', '"plotlyServerURL": ""')
+
+
+def test_compare_and_report(two_runs, capsys, monkeypatch):
+    d, _ = two_runs
+    monkeypatch.chdir(d)
+    r = darkdistill("run", *TINY, "--gamma", "5", "--methods", "eefl", "--no-alone", "--out", "other", cwd=d)
+    assert r.returncode == 0, r.stderr
+    assert "one client alone" not in r.stdout
+    assert cli.main("compare runs/digits-001 runs/digits-002 other --html both.html".split()) == 0
+    out = capsys.readouterr().out
+    row = lambda name: next(l for l in out.splitlines() if l.startswith(name))
+    assert "+0.00" in row("digits-002: EEFL") and "not paired" in row("other: EEFL")     # the same run again; other clients
+    assert re.search(r"^gamma +0\.5 +0\.5 +5\.0$", out, re.M)
+    page = (d / "both.html").read_text()
+    assert "other: EEFL" in page and page.count("<figure") == 1
+    (d / "runs/digits-001/report.html").unlink()
+    assert cli.main(["report", "runs/digits-001"]) == 0 and (d / "runs/digits-001/report.html").stat().st_size > 1_000_000
+    (d / "notes.html").write_text("my notes")
+    assert cli.main("compare runs/digits-001 --html notes.html".split()) == 2 and (d / "notes.html").read_text() == "my notes"
+
+
+def test_config_file_and_options(tmp_path, monkeypatch, capsys, files):
+    "A file for all settings; options win; own data from an npz file."
+    (tmp_path / "c.toml").write_text(f'data = "{files}/good.npz"\nrounds = 9\nseeds = [4]\nclients = 4\nalone = false\nmethods = ["eefl"]\nout = "from_file"\nworkers = 1\n[net]\nwidth = 8\nstages = 2\n')
+    monkeypatch.chdir(tmp_path)
+    assert cli.main("run --config c.toml --rounds 1".split()) == 0, capsys.readouterr().err
+    config = json.loads((tmp_path / "from_file/config.json").read_text())["config"]
+    assert (config["rounds"], config["seeds"], config["net"], config["methods"]) == (1, [4], {"width": 8, "stages": 2}, ["eefl"])
+    assert "good" in capsys.readouterr().out or (tmp_path / "from_file/report.html").exists()
+
+
+def test_workers_do_not_change_the_result(two_runs):
+    "One job on two cores: its clients are spread over two processes, and the weights are the same."
+    d, _ = two_runs
+    args = [a for a in TINY if a not in ("--workers", "1")]
+    args = args[:args.index("--seeds")] + args[args.index("--seeds") + 1:]
+    r = darkdistill("run", *args, "--seeds", "0,", "--workers", "2", "--methods", "eefl", "--no-alone", "--out", "spread", cwd=d)
+    assert r.returncode == 0, r.stderr
+    name = "weights/eefl-seed0.safetensors"
+    assert (d / "spread" / name).read_bytes() == (d / "runs/digits-001" / name).read_bytes()
+
+
+# ---------------------------------------------------------------- failures on the way
+
+def test_diverging_training_is_one_sentence(tmp_path):
+    "A job that fails in its process ends the run with one sentence and exit code 1, and the folder stays."
+    args = [a if a != "1" or TINY[i - 1] != "--workers" else "2" for i, a in enumerate(TINY)]
+    r = darkdistill("run", *args, "--lr", "1e30", "--out", "run", cwd=tmp_path)
+    assert r.returncode == 1
+    last = r.stderr.strip().splitlines()[-1]
+    assert last.startswith("darkdistill: ") and "seed 0 failed: the training loss is" in last and "lower lr" in last, r.stderr
+    assert "Traceback" not in r.stderr and (tmp_path / "run/config.json").exists() and not (tmp_path / "run/record.json").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_stops_everything(tmp_path):
+    "Ctrl-C as a terminal sends it, to the whole process group: exit code 130, one sentence on how to go on, no process left."
+    args = [a if a != "1" or TINY[i - 1] != "--workers" else "2" for i, a in enumerate(TINY)]
+    args[args.index("--rounds") + 1] = "500"
+    p = subprocess.Popen([*COMMAND, "run", *args, "--out", "run"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    end = time.time() + 60
+    while time.time() < end and not list(tmp_path.glob("run/jobs/*.safetensors")): time.sleep(.1)
+    os.killpg(p.pid, signal.SIGINT)
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 130, err
+    assert "Traceback" not in err and err.strip().splitlines()[-1] == "darkdistill: stopped; finished rounds are kept, continue with: darkdistill run --resume run"
+    with pytest.raises(ProcessLookupError): os.killpg(p.pid, 0)      # the group is empty
+    assert list((tmp_path / "run/jobs").glob("*.safetensors")) and not (tmp_path / "run/record.json").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_children_end_when_the_main_process_is_killed(tmp_path):
+    "SIGKILL for the main process alone: its workers notice and end by themselves."
+    args = [a if a != "1" or TINY[i - 1] != "--workers" else "2" for i, a in enumerate(TINY)]
+    args[args.index("--rounds") + 1] = "500"
+    p = subprocess.Popen([*COMMAND, "run", *args, "--out", "run"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    end = time.time() + 60
+    while time.time() < end and not list(tmp_path.glob("run/jobs/*.safetensors")): time.sleep(.1)
+    group = p.pid
+    p.kill(); p.wait(10)
+    end = time.time() + 30
+    while time.time() < end:
+        try: os.killpg(group, 0)
+        except ProcessLookupError: return
+        time.sleep(.2)
+    os.killpg(group, signal.SIGKILL)
+    pytest.fail("workers went on without the main process")
+
+
+# ---------------------------------------------------------------- lab
+
+def test_lab(tmp_path, monkeypatch, capsys):
+    "Copies of the tutorials never replace a student's work, and JupyterLab is started on them; without it there is one sentence."
+    shared = tmp_path / "prefix/share/darkdistill_nb/tutorials"; shared.mkdir(parents=True)
+    (shared / "lab1.ipynb").write_text("fresh"); (shared / "lab2.ipynb").write_text("fresh")
+    (tmp_path / "mine").mkdir(); (tmp_path / "mine/lab1.ipynb").write_text("my answers")
+    started = []
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages/darkdistill_nb/cli.py"))
+    monkeypatch.setattr(cli.sys, "prefix", str(tmp_path / "prefix"))
+    monkeypatch.setattr(cli.subprocess, "call", lambda argv: started.append(argv) or 0)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert cli.main(["lab", str(tmp_path / "mine"), "--no-browser"]) == 0
+    assert started == [[sys.executable, "-m", "jupyterlab", str(tmp_path / "mine"), "--no-browser"]]
+    assert (tmp_path / "mine/lab1.ipynb").read_text() == "my answers" and (tmp_path / "mine/lab2.ipynb").read_text() == "fresh"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main(["lab"]) == 2
+    assert 'pip install "darkdistill-nb[lab]"' in capsys.readouterr().err

@@ -7,8 +7,8 @@ Docs: https://darkdistill.github.io/darkdistill_nb/report.html.md"""
 # %% auto #0
 __all__ = ['LABELS', 'PAIRED', 'measure_run', 'describe', 'summary', 'spread', 'agreement', 'table_cells', 'text_table',
            'alone_rows', 'summary_table', 'accuracy_figure', 'cost_figure', 'clients_figure', 'mean_effective_classes',
-           'difficulty_figure', 'alone_figure', 'traffic_figure', 'html_table', 'in_words', 'write_report', 'differing',
-           'compare_table', 'write_compare']
+           'difficulty_figure', 'reported_figure', 'alone_figure', 'traffic_figure', 'html_table', 'in_words',
+           'write_report', 'differing', 'compare_table', 'write_compare']
 
 # %% ../nbs/13a_report.ipynb #e133d798
 import html, math
@@ -269,6 +269,22 @@ def difficulty_figure(
     fig.update_yaxes(title_text="training pictures (%)", col=1)
     return fig.update_xaxes(title_text="difficulty (nats)", range=[0, 10], dtick=1)
 
+# %% ../nbs/13a_report.ipynb #b25376e7
+def reported_figure(
+    record:Record
+):
+    "Share of pictures of at least one nat that DarkDistill's clients reported, per tier and round; mean over seeds."
+    import plotly.graph_objects as go
+    runs = [run for run in record.runs if all("difficulty" in row for row in run["rounds"])]
+    if not runs: raise ValueError("no run of this record reports difficulties; DarkDistill does")
+    share = lambda n: 100 * sum(n[1:]) / max(sum(n), 1)
+    mean = lambda r, m: (lambda v: sum(v) / len(v) if v else None)([share(run["rounds"][r]["difficulty"][m]) for run in runs if m in run["rounds"][r]["difficulty"]])
+    tiers = sorted({m for run in runs for row in run["rounds"] for m in row["difficulty"]}, key=int)
+    x = list(range(len(runs[0]["rounds"])))
+    fig = figure(*(go.Scatter(x=[r + 1 for r in x], y=[mean(r, m) for r in x], name=f"tier {m}", mode="lines", line=style(int(m) + 1)["line"], hovertemplate="round %{x}: %{y:.1f} %") for m in tiers),
+                 x="round", y="pictures of 1 nat or more (%)", height=330)
+    return fig.update_layout(legend=_LEGEND, margin=dict(t=70, r=15)).update_yaxes(rangemode="tozero", title_font_size=13).update_xaxes(title_font_size=13)
+
 # %% ../nbs/13a_report.ipynb #d430f081
 def alone_figure(
     record:Record
@@ -374,7 +390,7 @@ p{margin:.4rem 0 .8rem}.sub{color:#4a5560}a{color:#0b5fa5}
 table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;width:100%}th,td{padding:5px 8px;text-align:right;border-bottom:1px solid #e8ebef;white-space:nowrap}
 th{font-weight:600;background:#f5f7f9;vertical-align:bottom}th.l,td.l{text-align:left}thead th{position:sticky;top:0}
 .wide{overflow:auto;max-height:420px;border:1px solid #dfe3e8;border-radius:6px;margin:.6rem 0}.wide tr:last-child td{border-bottom:0}
-details{margin:.2rem 0 .6rem}summary{cursor:pointer;color:#4a5560;font-size:.9rem}figure{margin:.6rem 0}
+.facts th{vertical-align:top}details{margin:.2rem 0 .6rem}summary{cursor:pointer;color:#4a5560;font-size:.9rem}figure{margin:.6rem 0}
 code{font:.86rem/1.5 ui-monospace,Menlo,Consolas,monospace;background:#f5f7f9;border-radius:4px;padding:2px 5px;overflow-wrap:anywhere}
 @media(max-width:600px){body{padding:18px 12px 40px;font-size:15px}h1{font-size:1.35rem}}
 @media print{details{display:none}}
@@ -387,10 +403,12 @@ def _page(title, parts):
     head = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{_MARK}<meta name="viewport" content="width=device-width,initial-scale=1"><title>{html.escape(title)}</title><link rel="icon" href="data:,"><style>{_CSS}</style>'
     return f"{head}<script>{get_plotlyjs()}</script></head><body>\n" + "\n".join(parts) + "\n<noscript><p>The figures need JavaScript; the tables below each of them do not.</p></noscript></body></html>\n"
 
+_BUTTONS = ["zoom2d", "pan2d", "select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"]   # left: save as picture, reset
+
 def _figure(name, fig, data, label):
     "A figure with the table of its numbers."
     fig.update_layout(autosize=True)
-    drawn = fig.to_html(full_html=False, include_plotlyjs=False, config=PLOT_CONFIG, div_id=name, default_width="100%", default_height=f"{fig.layout.height}px")
+    drawn = fig.to_html(full_html=False, include_plotlyjs=False, config={**PLOT_CONFIG, "modeBarButtonsToRemove": _BUTTONS}, div_id=name, default_width="100%", default_height=f"{fig.layout.height}px")
     return f'<figure aria-label="{html.escape(label)}">{drawn}</figure><details><summary>{html.escape(label)}: the numbers</summary>{html_table(*data)}</details>'
 
 # %% ../nbs/13a_report.ipynb #4d04ce9d
@@ -418,6 +436,7 @@ _TEXT = dict(
     cost="Solid: confidence thresholds for 39 budgets P, set on the clients' pooled validation pictures and applied to the test set. Dashed: the exits themselves, joined; choosing exits by chance reaches this line, so only what lies above it is due to the confidences.",
     clients="Pictures of each class at each client, sorted by tier, for seed {seed}; the other seeds are in the table. Clients hold {real:.1f} effective classes on average; a Dirichlet({gamma:g}) mix has {ideal:.1f}.",
     difficulty="Difficulty is the loss of exit 1. Shares of each tier's own training pictures, under the final network; the last bin takes everything from 9 nats. Between two vertical lines lies one bin; a bin that holds nothing has no mark. Logarithmic axis.",
+    reported="What DarkDistill's clients tell the server in each round, before they train: the share of their pictures whose difficulty is 1 nat or more. Mean over seeds.",
     alone="Each grey dot is a client that trained alone for as many epochs as it would have taken part in. Marks: the same exits of the global network, mean over seeds.",
     traffic="Means over rounds and seeds. Seconds are those of the simulation, in which the clients of one job run one after the other.")
 
@@ -431,6 +450,9 @@ def _sections(record):
     words = _TEXT["clients"].format(seed=seed, real=mean_effective_classes(record, seed), gamma=record.config["gamma"], ideal=effective_classes(record.config["gamma"], len(I["classes"])))
     yield "Who holds what", f"<p>{words}</p>" + _figure("clients", clients_figure(record), _clients_data(record), "Pictures per client and class")
     yield "Difficulty per tier", f"<p>{_TEXT['difficulty']}</p>" + _figure("difficulty", difficulty_figure(record), _difficulty_data(record), "Difficulty histograms, in percent per bin")
+    if any("difficulty" in run["rounds"][0] for run in record.runs):
+        fig = reported_figure(record)
+        yield "Difficulty as reported", f"<p>{_TEXT['reported']}</p>" + _figure("reported", fig, (["round", *(t.name for t in fig.data)], [[str(x), *("–" if t.y[i] is None else f"{t.y[i]:.1f}" for t in fig.data)] for i, x in enumerate(fig.data[0].x)]), "Pictures of 1 nat or more, in percent")
     yield "Traffic and work", f"<p>{_TEXT['traffic']}</p>" + _figure("traffic", traffic_figure(record), _traffic_data(record), "Traffic and work per round")
     yield "How this was made", _made(record)
 

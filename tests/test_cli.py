@@ -252,8 +252,8 @@ def test_report_is_self_contained(two_runs):
     tags = re.sub(r"(<script[^>]*>).*?</script>", r"\1", page, flags=re.S)
     assert not re.findall(r"<script[^>]*\ssrc|<img|<iframe|https?://|url\(|@import", tags)
     assert re.findall(r"<link[^>]*>", tags) == ['<link rel="icon" href="data:,">']
-    assert page.count("plotly.js v") == 1 and page.count("<figure") == 6
-    assert len(re.findall(r'"showSendToCloud": ?false', page)) == 6     # one per figure
+    assert page.count("plotly.js v") == 1 and page.count("<figure") == 7
+    assert len(re.findall(r'"showSendToCloud": ?false', page)) == 7     # one per figure
 
 
 def test_compare_and_report(two_runs, capsys, monkeypatch):

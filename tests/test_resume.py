@@ -62,7 +62,7 @@ def numbers(folder):
 def whole(tmp_path_factory):
     "An uninterrupted run, and how long it took."
     d = tmp_path_factory.mktemp("whole")
-    seconds, _ = finish(d, *SETTINGS, *OUT, "--workers", "2")
+    seconds, _ = finish(d, *SETTINGS, *OUT, "--workers", "1")
     return d / "run", seconds
 
 
@@ -81,7 +81,7 @@ def test_killed_at_random_points(whole, tmp_path):
     rng, run, killed = random.Random(2025), tmp_path / "run", 0
     for share in (.02, rng.uniform(.3, .6), rng.uniform(.5, .9), rng.uniform(.4, .95)):
         args = ["--resume", "run"] if run.exists() else [*SETTINGS, *OUT]
-        killed += kill_after(tmp_path, share * seconds, *args, "--workers", "2")
+        killed += kill_after(tmp_path, share * seconds, *args, "--workers", "1")
         check_whole(run)
     _, out = finish(tmp_path, *(["--resume", "run"] if run.exists() else [*SETTINGS, *OUT]), "--workers", "2")
     assert killed >= 2, "the kills came too late to test anything"
@@ -92,12 +92,12 @@ def test_killed_at_random_points(whole, tmp_path):
 
 
 def test_killed_between_rounds_of_training(whole, tmp_path):
-    "Kills that are aimed: each time as soon as a new checkpoint has appeared, so that every resume starts from another round."
+    "Kills that are aimed: each time as soon as a new checkpoint has appeared, with two worker processes; every resume starts from another round."
     reference, _ = whole
     run = tmp_path / "run"
-    for i in range(3):
+    for i in range(2):
         before = {p: p.stat().st_mtime_ns for p in run.glob("jobs/*")}
-        p = start(tmp_path, *(["--resume", "run"] if run.exists() else [*SETTINGS, *OUT]), "--workers", "1")
+        p = start(tmp_path, *(["--resume", "run"] if run.exists() else [*SETTINGS, *OUT]), "--workers", "2")
         end = time.time() + 60
         while p.poll() is None and time.time() < end and {q: q.stat().st_mtime_ns for q in run.glob("jobs/*.safetensors")}.items() <= before.items(): time.sleep(.01)
         time.sleep(.02 * i)

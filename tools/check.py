@@ -71,10 +71,9 @@ def nbs():
 
 
 def labs():
-    "the labs run with their solutions filled in"
-    found = [p for p in sorted((ROOT / "tutorials").rglob("*.ipynb")) if not {"student", ".ipynb_checkpoints"} & set(p.parts)]
-    if not found: return print("no labs in tutorials/ yet")
-    run(sys.executable, "-m", "pytest", "-q", "--nbmake", "--nbmake-timeout=600", "-p", "no:cacheprovider", *found)
+    "the students' labs follow from the instructor's, which run with their solutions"
+    run(sys.executable, "tools/make_labs.py", "--check")
+    run(sys.executable, "-m", "pytest", "-q", "--nbmake", "--nbmake-timeout=600", "-p", "no:cacheprovider", *sorted((ROOT / "tutorials/instructor").glob("*.ipynb")))
 
 
 def docs():

@@ -1,0 +1,36 @@
+#!/usr/bin/env python3
+"""Make the students' labs from the instructor's.   make_labs.py [--check]
+
+`tutorials/instructor/NAME.ipynb` holds each lab with its solutions (nbgrader format); nbgrader's own preprocessors
+strip them into `tutorials/NAME.ipynb`. With --check nothing is written and the exit code is 1 if a student's lab differs."""
+import json, sys
+from pathlib import Path
+import nbformat
+from nbgrader.preprocessors import ClearOutput, ClearSolutions, LockCells
+from traitlets.config import Config
+
+ROOT = Path(__file__).resolve().parent.parent / "tutorials"
+STUB = Config(ClearSolutions={"code_stub": {"python": 'raise NotImplementedError("write your solution here")'}})
+
+
+def student(path):
+    "Text of the student's version of an instructor's lab."
+    nb = nbformat.read(path, 4)
+    for step in (ClearSolutions(config=STUB), ClearOutput(), LockCells()): nb, _ = step.preprocess(nb, {})
+    nb.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
+    return json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def main(check):
+    stale = []
+    for src in sorted((ROOT / "instructor").glob("*.ipynb")):
+        out, text = ROOT / src.name, student(src)
+        if "BEGIN SOLUTION" in text: sys.exit(f"{src.name}: a solution was left in the student's version")
+        if out.exists() and out.read_text(encoding="utf-8") == text: continue
+        stale.append(out.name)
+        if not check: out.write_text(text, encoding="utf-8")
+    if check and stale: sys.exit(f"not in step with tutorials/instructor: {', '.join(stale)}; run python tools/make_labs.py")
+    print("labs:", "in step" if not stale else f"wrote {', '.join(stale)}")
+
+
+if __name__ == "__main__": main("--check" in sys.argv[1:])

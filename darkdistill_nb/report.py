@@ -8,7 +8,7 @@ Docs: https://darkdistill.github.io/darkdistill_nb/report.html.md"""
 __all__ = ['LABELS', 'PAIRED', 'measure_run', 'describe', 'summary', 'spread', 'agreement', 'table_cells', 'text_table',
            'alone_rows', 'summary_table', 'accuracy_figure', 'cost_figure', 'clients_figure', 'mean_effective_classes',
            'difficulty_figure', 'reported_figure', 'alone_figure', 'traffic_figure', 'html_table', 'in_words',
-           'write_report', 'differing', 'compare_table', 'write_compare']
+           'in_short', 'write_report', 'differing', 'compare_table', 'write_compare']
 
 # %% ../nbs/13a_report.ipynb #e133d798
 import html, math
@@ -379,6 +379,16 @@ def in_words(
     tiers = f"{T} depth tiers of equal share" if equal and T > 1 else f"{T} depth tier{'s' * (T > 1)} ({', '.join(f'{s:.0%}' for s in c['tiers'])})"
     return f"{data}: {c['clients']} clients in {tiers}, Dirichlet gamma {c['gamma']:g} (family {c['family']}), network {c['arch']}, exits trained with {c['policy']}, {c['rounds']} rounds, {n} seed{'s' * (n > 1)}."
 
+# %% ../nbs/13a_report.ipynb #1fa124ad
+def in_short(
+    value, # of a setting
+)->str:
+    "A setting as a reader writes it."
+    if isinstance(value, bool): return "yes" if value else "no"
+    if isinstance(value, float): return f"{value:.4g}"
+    if isinstance(value, dict): return ", ".join(f"{k}={in_short(v)}" for k, v in value.items()) or "–"
+    return "–" if value is None else ", ".join(map(in_short, value)) if isinstance(value, (list, tuple)) else str(value)
+
 # %% ../nbs/13a_report.ipynb #fb490ee5
 _CSS = """
 :root{color-scheme:light}*{box-sizing:border-box}
@@ -426,7 +436,7 @@ def _made(record):
     rows = [["command", record.command], ["started", record.created.replace("T", " ").replace("Z", " UTC")], ["wall-clock", f"{record.seconds:.0f} s" + (" since it was last resumed" if record.info.get("resumed") else "")], ["seeds", ", ".join(map(str, c["seeds"]))],
             ["machine", f"{h.get('system', '')} {h.get('machine', '')}, {h.get('cpus', '?')} CPUs" + (f", {h['gpu']}" if h.get("gpu") else "")], ["versions", ", ".join(f"{k} {n}" for k, n in v.items() if n)],
             ["parameters per tier", ", ".join(f"{n:,}" for n in record.info["parameters"])], ["MACs per exit", ", ".join(f"{n:,}" for n in record.info["macs"])]]
-    settings = [[k, ", ".join(map(str, x)) if isinstance(x, list) else str(x)] for k, x in c.items()]
+    settings = [[k, in_short(x)] for k, x in c.items()]
     return "<table class=facts>" + "".join(f"<tr><th class=l>{html.escape(k)}</th><td class=l style='white-space:normal'>{'<code>' if k == 'command' else ''}{html.escape(x)}</td></tr>" for k, x in rows) + f"</table><details><summary>all settings</summary>{html_table(['setting', 'value'], settings)}</details>"
 
 # %% ../nbs/13a_report.ipynb #96e1510c
@@ -484,7 +494,7 @@ def compare_table(
     lines = [text_table(*table_cells(summary(*records, names=names)))]
     lines += ["mean ± spread over seeds; differences are paired by seed and taken only where the same clients hold the same pictures"]
     d = differing(*records)
-    if d: lines += ["", text_table(["setting", *names], [[k, *map(str, v)] for k, v in d])]
+    if d: lines += ["", text_table(["setting", *names], [[k, *map(in_short, v)] for k, v in d])]
     return "\n".join(lines)
 
 # %% ../nbs/13a_report.ipynb #4c41bbcf
@@ -499,5 +509,5 @@ def write_compare(
     parts = [f"<h1>{html.escape(title)}</h1>", *(f"<p class=sub><b>{html.escape(n)}</b>: {html.escape(in_words(r))}</p>" for n, r in zip(names, records)),
              f"<h2>Accuracy of each exit</h2><p>{_TEXT['table']} They are left out where the runs did not have the same clients.</p>" + html_table(*table_cells(summary(*records, names=names))),
              f"<h2>Accuracy against cost</h2><p>{_TEXT['cost']}</p>" + _figure("cost", cost_figure(*records, names=names), _cost_data(*records, names=names), "Accuracy against mean cost, and the thresholds")]
-    if d: parts.append("<h2>Settings that differ</h2>" + html_table(["setting", *names], [[k, *map(str, v)] for k, v in d]))
+    if d: parts.append("<h2>Settings that differ</h2>" + html_table(["setting", *names], [[k, *map(in_short, v)] for k, v in d]))
     return write_atomic(path, _page(title, parts).encode())

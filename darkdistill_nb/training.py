@@ -7,7 +7,7 @@ Docs: https://darkdistill.github.io/darkdistill_nb/training.html.md"""
 # %% auto #0
 __all__ = ['PALETTE', 'SYMBOLS', 'DASHES', 'PLOT_CONFIG', 'seed_for', 'Streams', 'fit', 'predict', 'accuracy', 'mean_std',
            'plus_minus', 'write_atomic', 'save_tensors', 'load_tensors', 'environment', 'Record', 'save_record',
-           'load_record', 'pick_device', 'style', 'figure']
+           'load_record', 'asset', 'pick_device', 'style', 'figure']
 
 # %% ../nbs/01_training.ipynb #b02270a4
 import hashlib, json, os, platform, sys, time
@@ -229,6 +229,15 @@ def load_record(
     files = d.pop("files", {})
     d["info"]["files"] = files
     return Record(**d)
+
+# %% ../nbs/01_training.ipynb #56117b66
+def asset(
+    name:str # file name, e.g. "digits_default.json"
+)->Path:
+    "Path of a file in `assets/`, of a checkout or of an installed package; raises `FileNotFoundError`."
+    for folder in (Path(__file__).resolve().parent.parent/"assets", Path(sys.prefix)/"share/darkdistill_nb/assets"):
+        if (folder/name).is_file(): return folder/name
+    raise FileNotFoundError(f"{name} is not among the stored results of this installation")
 
 # %% ../nbs/01_training.ipynb #b6d644a6
 def pick_device(

@@ -645,7 +645,7 @@ def tutorials(
     if source is None: raise FileNotFoundError(f"no tutorials are installed below {prefix}; clone the repository to get them")
     if checkout and folder is None: return source
     folder = Path(folder or "darkdistill_tutorials")
-    shutil.copytree(source, folder, dirs_exist_ok=True, copy_function=lambda a, b: b if os.path.exists(b) else shutil.copy2(a, b), ignore=shutil.ignore_patterns(".*", "__pycache__"))
+    shutil.copytree(source, folder, dirs_exist_ok=True, copy_function=lambda a, b: b if os.path.exists(b) else shutil.copy2(a, b), ignore=shutil.ignore_patterns(".*", "__pycache__", "instructor"))
     return folder
 
 # %% ../nbs/14_cli.ipynb #2d3d77aa
@@ -654,7 +654,7 @@ def _lab(args, say, command):
     if find_spec("jupyterlab") is None: raise ValueError('JupyterLab is not installed; run: pip install "darkdistill-nb[lab]"')
     folder = tutorials(args.folder)
     say(f"tutorials: {folder}")
-    return subprocess.call([sys.executable, "-m", "jupyterlab", str(folder), *["--no-browser"] * args.no_browser])
+    return subprocess.call([sys.executable, "-m", "jupyterlab", str(folder), *["--no-browser"] * args.no_browser, *["--allow-root"] * (getattr(os, "geteuid", lambda: 1)() == 0)])
 
 # %% ../nbs/14_cli.ipynb #82a1ce01
 def _complain(message):

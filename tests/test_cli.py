@@ -1,5 +1,5 @@
 """The command `darkdistill`: what a user types wrong costs one sentence and nothing else; what is right leaves a whole run folder."""
-import importlib.metadata, json, os, re, signal, subprocess, sys, time
+import contextlib, importlib.metadata, json, os, re, signal, subprocess, sys, threading, time
 from pathlib import Path
 import numpy as np
 import pytest
@@ -356,8 +356,27 @@ def test_lab(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli.subprocess, "call", lambda argv: started.append(argv) or 0)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     assert cli.main(["lab", str(tmp_path / "mine"), "--no-browser"]) == 0
-    assert started == [[sys.executable, "-m", "jupyterlab", str(tmp_path / "mine"), "--no-browser"]]
+    assert [a for a in started[0] if a != "--allow-root"] == [sys.executable, "-m", "jupyterlab", str(tmp_path / "mine"), "--no-browser"]
     assert (tmp_path / "mine/lab1.ipynb").read_text() == "my answers" and (tmp_path / "mine/lab2.ipynb").read_text() == "fresh"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["lab"]) == 2
     assert 'pip install "darkdistill-nb[lab]"' in capsys.readouterr().err
+
+
+def test_lab_opens_jupyterlab_on_the_tutorials(tmp_path):
+    "The server really starts (also in a container, where everybody is root) on copies without the instructor's solutions."
+    pytest.importorskip("jupyterlab")
+    folder = tmp_path / "labs"
+    p = subprocess.Popen([*COMMAND, "lab", str(folder), "--no-browser"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    timer = threading.Timer(90, lambda: os.killpg(p.pid, signal.SIGKILL)); timer.start()
+    try:
+        seen = ""
+        for line in p.stdout:
+            seen += line
+            if "/lab?token=" in line or "/lab/tree" in line: break
+        assert "http://" in seen and "/lab" in seen, seen
+        assert list(folder.glob("lab01*.ipynb")) and not (folder / "instructor").exists()
+    finally:
+        timer.cancel()
+        with contextlib.suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGKILL)
+        p.wait()

@@ -18,7 +18,8 @@ def student(path):
     nb = nbformat.read(path, 4)
     for step in (ClearSolutions(config=STUB), ClearOutput(), LockCells()): nb, _ = step.preprocess(nb, {})
     nb.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
-    return json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    for c in nb.cells: c.source = c.source.splitlines(keepends=True)
+    return json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n"    # as nbdev-clean would leave it
 
 
 def main(check):

@@ -1,0 +1,288 @@
+"What crosses notebooks 02-02c: limits of all losses, awkward batches, the driver with every method, and the benchmark command."
+import copy, subprocess, sys
+from pathlib import Path
+import pytest, torch, torch.nn.functional as F
+from torch import nn
+from darkdistill_nb.data import ArrayData, shapes
+from darkdistill_nb.distillation import RKD, CropFlip, Taps, Views, distill, dist_loss, dkd_loss, kd_loss, logit_mse, rkd_angle, rkd_distance, teacher_table
+from darkdistill_nb.early_exit import cnn
+from darkdistill_nb.features import CRD, METHODS, Hint, at_loss, lpd_loss, method_loss
+from darkdistill_nb.online import BDKD, DML, bidirectional_loss, self_distillation, train_together
+from darkdistill_nb.training import Streams, fit
+
+ROOT = Path(__file__).resolve().parent.parent
+Y = torch.tensor([0, 1, 2, 3, 0, 1])
+maps = lambda v: v.reshape(len(v), 2, 2, 2) if v.shape[1] == 8 else v.reshape(len(v), -1, 1, 1)
+
+# loss(student, teacher, labels) on (B, 8) logits or features
+ZERO = {  # 0 for a perfect copy
+    "kd": lambda s, t, y: kd_loss(s, t), "kd T=1": lambda s, t, y: kd_loss(s, t, 1), "mse": lambda s, t, y: logit_mse(s, t, y, 1.), "dkd": lambda s, t, y: dkd_loss(s, t, y),
+    "dist": lambda s, t, y: dist_loss(s, t, T=2.), "at": lambda s, t, y: at_loss(maps(s), maps(t)), "rkd": lambda s, t, y: RKD()(s, t), "rkd distance": lambda s, t, y: rkd_distance(s, t),
+    "rkd angle": lambda s, t, y: rkd_angle(s, t), "bdkd": lambda s, t, y: bidirectional_loss(s, t)}
+crd = CRD(Y, 8, 8, negatives=7, generator=torch.Generator().manual_seed(0))
+ALL = {**ZERO, "mse .5": lambda s, t, y: logit_mse(s, t, y), "lpd": lambda s, t, y: lpd_loss(s, t), "crd": lambda s, t, y: crd(s, t, torch.arange(len(s))), "hint": lambda s, t, y: Hint(8, 8)(s, t),
+       "dml": lambda s, t, y: DML()(0, [s, t], y), "bdkd student": lambda s, t, y: BDKD()(0, [s, t], y), "bdkd teacher": lambda s, t, y: BDKD()(1, [t, s], y),
+       "self": lambda s, t, y: self_distillation([s, t], y, [s, t])}
+FEATURE = {"at", "rkd", "rkd distance", "rkd angle", "lpd", "crd", "hint", "mse", "mse .5", "self"}     # a constant added to all logits matters
+
+
+def rows(n=6, seed=0, scale=1.): return scale * torch.randn(n, 8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_a_perfect_copy_has_no_loss_and_no_gradient(name):
+    s = rows().requires_grad_()
+    value = ZERO[name](s, s.detach().clone(), Y); value.backward()
+    assert abs(float(value.detach())) < 1e-5 and float(s.grad.abs().max()) < 1e-4
+
+
+def test_attraction_and_contrast_are_not_zero_for_a_copy():
+    s = rows()
+    assert lpd_loss(s, s) > .01 and crd(s, s, torch.arange(6)) > .1
+    assert lpd_loss(torch.ones(6, 3), s) == 0
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("case", ["duplicates", "all equal", "zeros", "one", "large"])
+def test_gradients_are_finite(name, case):
+    a, b = rows(), rows(seed=1)
+    a, b = {"duplicates": (a[[0, 0, 1, 1, 2, 2]], b[[0, 0, 1, 1, 2, 2]]), "all equal": (a[[0] * 6], b[[0] * 6]), "zeros": (0 * a, 0 * b), "one": (a[:1], b[:1]), "large": (100 * a, 100 * b)}[case]
+    a.requires_grad_()
+    value = ALL[name](a, b, Y[:len(a)])
+    assert torch.isfinite(value) and value.ndim == 0
+    if value.requires_grad: value.backward(); assert a.grad is None or torch.isfinite(a.grad).all()
+    assert value.requires_grad, "a loss without a gradient teaches nothing"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_half_precision(name):
+    "bf16 inputs give the value of the same numbers in 32 bit: the arithmetic runs in 32 bit."
+    a, b = rows().bfloat16(), rows(seed=1).bfloat16()
+    torch.manual_seed(0); crd.generator.manual_seed(0); half = ALL[name](a.clone().requires_grad_(), b, Y)
+    torch.manual_seed(0); crd.generator.manual_seed(0); full = ALL[name](a.float(), b.float(), Y)
+    assert half.dtype == torch.float32 and torch.allclose(half, full, rtol=1e-3 if name != "crd" else .3)      # CRD's banks have moved in between
+    half.backward()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_teacher_gets_no_gradient(name):
+    a, b = rows().requires_grad_(), rows(seed=1).requires_grad_()
+    ALL[name](a, b, Y).backward()
+    if name == "self": b.grad -= torch.autograd.grad(F.cross_entropy(b, Y) / 2, b)[0]      # the deep exit's own labels
+    assert b.grad is None or float(b.grad.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("name", ALL.keys() - FEATURE)
+def test_a_constant_added_to_logits_changes_nothing(name):
+    a, b = rows(), rows(seed=1)
+    assert torch.allclose(ALL[name](a + 3., b, Y), ALL[name](a, b, Y), atol=1e-4)
+
+
+def test_logit_mse_sees_a_constant(): assert logit_mse(rows() + 3, rows(), Y, 1.).item() == pytest.approx(9, rel=1e-4)
+
+
+def test_logit_mse_limits():
+    "alpha=0: the gradient of the cross-entropy; alpha=1: no label matters."
+    grad = lambda f: torch.autograd.grad(f(a := rows().requires_grad_()), a)[0]
+    assert torch.equal(grad(lambda a: logit_mse(a, rows(seed=1), Y, 0.)), grad(lambda a: F.cross_entropy(a, Y)))
+    assert torch.equal(grad(lambda a: logit_mse(a, rows(seed=1), Y, 1.)), grad(lambda a: logit_mse(a, rows(seed=1), Y.flip(0), 1.)))
+
+
+def test_decoupled_distillation_recombines():
+    "KL = TCKD + (1 - p_t) NCKD on random logits, also for a very certain teacher."
+    for scale in (1., 30.):
+        a, b = rows(scale=scale).double(), rows(seed=1, scale=scale).double()
+        rest = 1 - b.softmax(1)[range(6), Y]
+        assert torch.allclose(dkd_loss(a, b, Y, 1., rest, 1.), kd_loss(a, b, 1.), atol=1e-8)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: kd_loss(rows(), rows(), -4), "T=-4"), (lambda: kd_loss(rows(), rows(), float("nan")), "T=nan"), (lambda: dkd_loss(rows(), rows(), Y, T=0), "T=0"), (lambda: dist_loss(rows(), rows(), T=-1), "T=-1"),
+    (lambda: logit_mse(rows(), rows(), Y, -.1), "alpha=-0.1"), (lambda: logit_mse(rows(), rows(), Y, .5, 0), "tau=0"), (lambda: method_loss("kd", alpha=1.5), "alpha=1.5"), (lambda: lpd_loss(rows(), rows(), 0), "k=0"),
+    (lambda: CRD(Y, 8, 8, tau=-1), "tau=-1"), (lambda: CRD(Y, 8, 8, negatives=0), "negatives=0"), (lambda: CRD(Y, 8, 8, mode="loose"), "mode='loose'"), (lambda: bidirectional_loss(rows(), rows(), 0), "T=0"),
+    (lambda: self_distillation([rows()], Y, alpha=2), "alpha=2"), (lambda: CropFlip()(rows(), None), None)])
+def test_bad_settings_are_told(call, message):
+    with pytest.raises((ValueError, TypeError) if message is None else ValueError, match=message and message.replace("[", r"\[")): call()
+
+
+# ---------------------------------------------------------------- CRD's bookkeeping
+
+def test_crd_banks_move_only_where_the_batch_was():
+    torch.manual_seed(0)
+    c = CRD(torch.arange(40) % 4, 8, 5, negatives=20)
+    before, idx = c.banks.clone(), torch.tensor([3, 17, 20])
+    c(rows(3).requires_grad_(), torch.randn(3, 5), idx).backward()
+    moved = (c.banks != before).any(-1)
+    assert moved.sum(1).tolist() == [3, 3] and moved[:, idx].all()
+    assert torch.allclose(c.banks.norm(dim=-1), torch.ones(2, 40), atol=1e-6)
+    c.eval(); z, banks = c.log_z.clone(), c.banks.clone()
+    c(rows(3), torch.randn(3, 5), idx)
+    assert torch.equal(banks, c.banks) and torch.equal(z, c.log_z), "evaluation changes nothing"
+
+
+def test_crd_draws_negatives_of_other_classes_evenly():
+    labels = torch.tensor([2, 0, 0, 1, 1, 1, 2, 0])
+    for mode in ("exact", "relax"):
+        c = CRD(labels, 8, 8, negatives=20000, mode=mode, generator=torch.Generator().manual_seed(0))
+        at = c.draw(torch.arange(8))
+        assert (labels[at[:, 1:]] != labels[:, None]).all() and torch.equal(labels[at[:, 0]], labels)
+        if mode == "exact": assert torch.equal(at[:, 0], torch.arange(8))
+        share = torch.bincount(at[3, 1:], minlength=8) / 20000
+        assert torch.allclose(share[labels != 1], torch.tensor(.2), atol=.02)
+
+
+# ---------------------------------------------------------------- the driver
+
+@pytest.fixture(scope="module")
+def data(): return shapes(96, seed=3, size=16)
+
+
+def convnet(c=4, seed=0):
+    with Streams(seed).scope("net", c):
+        return nn.Sequential(nn.Conv2d(3, c, 3, 2, 1), nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, 2 * c, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * c, 8), nn.ReLU(), nn.Linear(8, 10))
+
+
+LAYERS = {"maps": "4", "features": "7"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("augment", [None, CropFlip(2)])
+def test_every_method_through_the_driver(name, augment, data):
+    "One line per method; weights stay finite, own parameters move, and the same seeds repeat bit for bit."
+    teacher = convnet(8, 1)
+    extra = {"hint": dict(student_width=8, teacher_width=16, maps=True), "crd": dict(labels=data.y, student_width=8, teacher_width=8, negatives=50)}.get(name, {})
+    def run():
+        net = convnet()
+        with Streams(0).scope("loss"):
+            loss = method_loss(name, **extra)
+            before = [p.clone() for p in loss.parameters()]
+            log = distill(net, teacher, data, loss, 2, lr=.01, layers=LAYERS, augment=augment, generator=Streams(0).generator("order"), batch_size=32)
+        assert all(not torch.equal(p, q) for p, q in zip(before, loss.parameters())), "the loss's own parameters are trained along"
+        assert all(torch.isfinite(p).all() for p in net.parameters())
+        return [r["loss"] for r in log]
+    assert run() == run()
+
+
+def test_loss_gets_the_samples_places_in_the_data(data):
+    teacher, seen, table = convnet(8, 1), [], None
+    table = teacher_table(teacher, data, LAYERS)
+    def loss(s, t, y, idx):
+        seen.append(idx); assert torch.equal(y, data.y[idx]) and t.keys() == s.keys() == {"logits", "maps", "features"}
+        for k in t: assert torch.equal(t[k], table[k][0, idx].float()) and not t[k].requires_grad
+        return F.cross_entropy(s["logits"], y)
+    distill(convnet(), teacher, data, loss, 1, layers=LAYERS, generator=Streams(0).generator("order"), batch_size=40)
+    assert torch.equal(torch.cat(seen).sort().values, torch.arange(96)) and [len(i) for i in seen] == [40, 40, 16]
+
+
+def test_looked_up_answers_belong_to_the_crop_that_the_student_sees(data):
+    "Views in the table and views asked afresh give the same training, up to 16 bits."
+    teacher, views = convnet(8, 1), Views(data, CropFlip(2), views=3, generator=torch.Generator().manual_seed(5))
+    kd = lambda s, t, y, idx: kd_loss(s["logits"], t["logits"])
+    run = lambda cache: distill(convnet(), teacher, data, kd, 4, lr=.01, augment=views, cache=cache, generator=Streams(0).generator("order"))
+    cached, fresh = run(True), run(False)
+    assert [r["loss"] for r in cached] == pytest.approx([r["loss"] for r in fresh], rel=1e-2)
+    plain = distill(convnet(), teacher, data, kd, 4, lr=.01, generator=Streams(0).generator("order"))
+    assert abs(plain[0]["loss"] - cached[0]["loss"]) > 1e-4 * plain[0]["loss"], "the crops differ from the pictures"
+    a, b = views(torch.arange(96), 0)[0], views(torch.arange(96), 1)[0]
+    assert not torch.equal(a, b) and teacher_table(teacher, views)["logits"].shape == (3, 96, 10)
+
+
+def test_the_order_of_batches_does_not_depend_on_augmentation_or_cache(data):
+    orders = []
+    for kw in (dict(), dict(cache=False), dict(augment=CropFlip(1)), dict(augment=CropFlip(1), cache=False), dict(augment=lambda x, g: x + torch.rand(1, generator=g))):
+        seen = []
+        distill(convnet(), convnet(8, 1), data, lambda s, t, y, idx: (seen.append(idx), F.cross_entropy(s["logits"], y))[1], 2, generator=Streams(0).generator("order"), **kw)
+        orders.append(torch.cat(seen))
+    assert all(torch.equal(orders[0], o) for o in orders)
+
+
+def test_the_teacher_is_left_alone(data):
+    teacher = convnet(8, 1).train(); before = copy.deepcopy(teacher.state_dict())
+    for cache in (True, False):
+        distill(convnet(), teacher, data, method_loss("kd"), 1, layers=LAYERS, cache=cache)
+        assert teacher.training and all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items()) and all(p.grad is None for p in teacher.parameters())
+        assert not any(m._forward_hooks for m in teacher.modules())
+    net = convnet()
+    with pytest.raises(ValueError, match="needs 'features'"): distill(net, teacher, data, method_loss("rkd"), 1)
+    assert not any(m._forward_hooks for m in (*net.modules(), *teacher.modules())), "hooks are removed after an error too"
+
+
+def test_learning_rate_callback_and_epoch_hook(data):
+    log = distill(convnet(), None, data, lambda s, t, y, i: F.cross_entropy(s["logits"], y), 3, lr=lambda e: .1 * .1 ** e, on_epoch=lambda row, net: row.update(norm=float(net[0].weight.detach().norm())), optimizer="adam")
+    assert [r["epoch"] for r in log] == [0, 1, 2] and all("norm" in r for r in log)
+    assert abs(log[2]["norm"] - log[1]["norm"]) < abs(log[1]["norm"] - log[0]["norm"])
+    still = convnet(); w = still[0].weight.clone()
+    distill(still, None, data, lambda s, t, y, i: F.cross_entropy(s["logits"], y), 2, lr=lambda e: 0.)
+    assert torch.equal(w, still[0].weight)
+
+
+def test_tables_of_awkward_teachers(data):
+    class Loud(nn.Module):
+        def forward(self, x): return x.flatten(1)[:, :10] * 1e5
+    t = teacher_table(Loud(), data)
+    assert t["logits"].dtype == torch.float32 and torch.isfinite(t["logits"]).all(), "16 bit would overflow"
+    class Many(nn.Module):
+        def forward(self, x): return [x.mean((2, 3))] * 2
+    with pytest.raises(TypeError, match="'logits' is a list"): teacher_table(Many(), data)
+    assert distill(convnet(), Many(), data, lambda s, t, y, i: F.mse_loss(s["logits"][:, :3], t["logits"][1]), cache=False)[0]["loss"] > 0
+    with pytest.raises(ValueError, match="layers\\['x'\\]='9' is no submodule"): Taps(convnet(), {"x": "9"})
+    class Unused(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+        def forward(self, x): return self.a(x)
+    with pytest.raises(ValueError, match="never reached b"): Taps(Unused(), {"x": "b"})(torch.ones(1, 3))
+
+
+def test_a_warm_up_rises_to_the_full_weight():
+    loss, s, t = method_loss("dkd", warmup=4), {"logits": rows()}, {"logits": rows(seed=1)}
+    ce, full = F.cross_entropy(s["logits"], Y), dkd_loss(s["logits"], t["logits"], Y)
+    for step in (1, 2, 3, 4, 4): assert loss(s, t, Y, Y).item() == pytest.approx(float(ce + step / 4 * full), rel=1e-5)
+    both = method_loss("ce", kd=.5)(s, t, Y, Y)
+    assert both.item() == pytest.approx(float(ce + .5 * kd_loss(s["logits"], t["logits"])), rel=1e-5)
+
+
+# ---------------------------------------------------------------- several networks, several exits
+
+def test_peers_take_turns_and_never_touch_each_other(data):
+    seen = []
+    class Watch(DML):
+        def __call__(self, m, z, y):
+            seen.append([v.requires_grad for v in z]); return super().__call__(m, z, y)
+    for alternate in (True, False):
+        seen.clear(); nets = [convnet(4, k) for k in range(3)]
+        train_together(nets, data, Watch(), 1, batch_size=48, alternate=alternate)
+        assert seen == [[m == n for n in range(3)] for m in range(3)] * 2
+    a, b = convnet(4, 0), convnet(4, 1)
+    DML()(0, [a(data[:8][0]), b(data[:8][0])], data.y[:8]).backward()
+    assert all(p.grad is None for p in b.parameters()) and a[0].weight.grad.abs().sum() > 0
+
+
+def test_in_turns_the_second_network_sees_the_first_one_after_its_step():
+    torch.manual_seed(0)
+    nets, got = [nn.Linear(4, 3), nn.Linear(4, 3)], []
+    class Flat(nn.Module):
+        def __init__(self, inner): super().__init__(); self.inner = inner
+        def forward(self, x): return self.inner(x.flatten(1))
+    data = ArrayData(torch.randint(256, (8, 1, 2, 2), dtype=torch.uint8), torch.arange(8) % 3)
+    a, b = map(Flat, nets); x = data[:][0]; first = a(x).detach()
+    def loss(m, z, y): got.append((m, [v.detach().clone() for v in z])); return F.cross_entropy(z[m], y)
+    train_together([a, b], data, loss, 1, lr=.5, momentum=0., weight_decay=0., batch_size=8)
+    assert torch.equal(got[0][1][0], first) and not torch.equal(got[1][1][0], first)
+    assert torch.allclose(got[1][1][0], a(x), atol=1e-6), "the answer after the step"
+
+
+def test_self_distillation_trains_an_early_exit_network(data):
+    with Streams(0).scope("exits"): net = cnn((3, 16, 16), 10, stages=3, width=8)
+    first = fit(net, data, 1, loss=lambda z, y: self_distillation(z, y), lr=.01)
+    assert fit(net, data, 3, loss=lambda z, y: self_distillation(z, y), lr=.01) < first
+    log = distill(net, None, data, lambda s, t, y, i: self_distillation(s["logits"], y), 1, lr=.01)     # a list of logits goes through the driver too
+    assert log[0]["loss"] > 0
+
+
+# ---------------------------------------------------------------- the benchmark command
+
+def test_bench_command():
+    run = lambda *a: subprocess.run([sys.executable, "-m", "darkdistill_nb.bench", *a], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    r = run("distill", "--rounds", "2", "--batch", "4")
+    assert r.returncode == 0, r.stderr
+    for word in ("ce ", "kd, table", "hint, table", "kd, online", "at most 1.02", "torchdistill"): assert word in r.stdout
+    assert run("distill", "--rounds", "0").returncode == 2 and run("fly").returncode == 2

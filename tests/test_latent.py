@@ -1,0 +1,235 @@
+"""Latent-space distillation: the acceptance numbers of clients, tests and networks, and experiments that survive being killed."""
+import json, math, signal, subprocess, sys, time
+from pathlib import Path
+import pytest, torch
+import torch.nn.functional as F
+from darkdistill_nb.data import ArrayData, _one_thread, dirichlet_draw
+from darkdistill_nb.distillation import distill
+from darkdistill_nb.latent import (NETS, ORDERS, LatentNet, client_task, latent_net, latent_variance, latents, lkd, lkd_loss, map_latents, match_shape, match_transfer,
+                                   small_shapes)
+from darkdistill_nb.latent_experiments import (CLAIMS, METHODS, cell_key, check_claims, differences, get_teacher, main, make_cell, pictures, run_cells, trend)
+from darkdistill_nb.training import Record, accuracy, load_record, predict
+
+
+def blank(per_class, size=4, classes=10):
+    "Empty pictures with `per_class` labels of each class."
+    y = torch.arange(classes).repeat(per_class)
+    return ArrayData(torch.zeros(len(y), 1, size, size, dtype=torch.uint8), y)
+
+
+# ---------------------------------------------------------------- the client and its tests (checks 12 and 13; the draws themselves are tested in test_data)
+
+@pytest.mark.parametrize("gamma", [.25, 5000])
+def test_client_has_exactly_n_different_pictures(gamma):
+    pool = blank(5000, 1)
+    pool.x = torch.arange(50_000).remainder(251).to(torch.uint8)[:, None, None, None]
+    parts, _ = dirichlet_draw(pool.y, 4096, gamma, seed=3)
+    task = client_task(pool, blank(1000, 1), 4096, gamma, seed=3)
+    assert len(task.data) == 4096 == len(parts[0].unique()) and torch.equal(task.data.x, pool.x[parts[0]])
+
+
+def test_class_that_runs_out_raises():
+    with pytest.raises(ValueError, match="class . has 100 samples"): client_task(blank(100), blank(10), 900, .25, seed=0)
+
+
+def test_private_test_set_has_the_mix_of_the_training_set():
+    pool, test = blank(5000, 1), blank(1000, 1)
+    for seed in range(5):
+        task = client_task(pool, test, 512, .5, seed)
+        assert torch.equal(torch.bincount(task.priv.y, minlength=10), (task.p * 1000).round().long())
+        have = torch.bincount(task.data.y, minlength=10)
+        assert int(have.sum()) == 512 and float((have - 512 * task.p).abs().max()) <= 1, "the same p"
+        assert len(task.uni) == 10_000 and torch.bincount(task.uni.y).tolist() == [1000] * 10
+
+
+def test_even_client_scores_alike_on_both_tests():
+    "With gamma = 5000 the two tests ask the same question: 1000 against 10,000 pictures agree within two standard errors."
+    pool, test = small_shapes(2000, 10_000)
+    task = client_task(pool, test, 500, 5000, seed=0)
+    assert len(task.priv) in range(995, 1006)
+    torch.manual_seed(0); net = latent_net("mini", 16, in_shape=pool.shape)
+    with _one_thread():
+        distill(net, None, task.data, lambda s, t, y, i: F.cross_entropy(s["logits"], y), 10, lr=2e-3, batch_size=32, optimizer="adam", weight_decay=0.)
+        priv, uni = (float(accuracy(predict(net, d), d.y)) for d in (task.priv, task.uni))
+    assert uni > .2 and abs(priv - uni) < .03
+
+
+# ---------------------------------------------------------------- networks and loss (check 14)
+
+@pytest.mark.parametrize("name, l, want", [("student-1", 128, 100_416), ("student-1", 500, 128_316), ("student-4", 500, 1_277_308), ("teacher", 500, 9_582_844)])
+def test_parameter_counts(name, l, want): assert sum(p.numel() for p in latent_net(name, l).parameters()) == want
+
+
+@pytest.mark.parametrize("name, d", [("student-1", 64), ("student-2", 128), ("student-3", 128), ("student-4", 128), ("teacher", 18816)])
+def test_width_of_perception(name, d):
+    net = latent_net(name, 8).eval()
+    with torch.no_grad(): assert net.d == d == net.perception(torch.zeros(1, 3, 32, 32)).shape[1]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("between", [False, True])
+def test_order_and_activations(order, between):
+    net = latent_net("student-1", 16, order=order, relu_between=between)
+    kinds = [type(m).__name__ for m in net.perception[0]]
+    assert kinds[-4:-2] == (["BatchNorm2d", "ReLU"] if order == "conv-bn-relu" else ["ReLU", "BatchNorm2d"])
+    assert kinds.count("ReLU") == (3 if between else 1) and kinds.count("Conv2d") == 3
+    assert (net.eval().latent(torch.randn(8, 3, 32, 32)) < 0).any() and net.output.bias is None
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 16, 16), (3, 32, 32)])
+@pytest.mark.parametrize("name", [n for n in NETS if n != "teacher"])
+def test_students_take_pictures_of_any_size(name, shape):
+    net = latent_net(name, 5, 7, shape).eval()
+    with torch.no_grad(): assert net(torch.zeros(1, *shape)).shape == (1, 7)
+
+
+@pytest.mark.parametrize("bad, word", [(dict(l=0), "l=0"), (dict(l=2.5), "l=2.5"), (dict(order="bn-conv"), "order="), (dict(dropout=1), "dropout=1"), (dict(pools=(2,)), "pools=")])
+def test_bad_networks(bad, word):
+    with pytest.raises(ValueError, match=word): LatentNet(**{**dict(groups=((4,), (4,)), pools=(2, 2), l=4), **bad})
+
+
+def test_gradients_reach_the_student_only():
+    t, s = latent_net("midi", 12, in_shape=(3, 16, 16)), latent_net("mini", 12, in_shape=(3, 16, 16))
+    x, y = torch.randn(6, 3, 16, 16), torch.arange(6)
+    z = s.latent(x)
+    lkd_loss(z, t.latent(x), s.output(z), y, alpha=1).backward()
+    assert t.d != s.d and all(p.grad is None for p in t.parameters())
+    assert s.output.weight.grad is None and float(s.representation.weight.grad.abs().sum()) > 0
+
+
+def test_distilling_latents_leaves_the_teacher_alone_and_comes_nearer():
+    pool, _ = small_shapes(200, 10)
+    torch.manual_seed(0); t, s = (latent_net("midi", 12, in_shape=pool.shape) for _ in range(2))
+    for _ in range(3): predict(t.train(), pool)
+    before, z = {k: v.clone() for k, v in t.state_dict().items()}, latents(t, pool)
+    gap = lambda: float((latents(s, pool) - z).pow(2).mean()) / latent_variance(z)
+    first = gap()
+    distill(s, t, pool, lkd(.9, scale=latent_variance(z)), 12, lr=2e-3, batch_size=32, optimizer="adam", weight_decay=0., layers={"latent": "representation"})
+    assert all(torch.equal(v, before[k]) for k, v in t.state_dict().items()) and gap() < .6 * first
+
+
+@pytest.mark.parametrize("scale", [None, 2., torch.arange(1., 5.)])
+def test_scale_and_tau(scale):
+    z, zt, y = torch.randn(3, 4), torch.randn(3, 4), torch.arange(3)
+    want = ((z - zt).pow(2) / (1. if scale is None else scale)).mean()
+    assert torch.isclose(lkd_loss(z, zt, z, y, 1., 1., scale), want) and torch.isclose(lkd_loss(z, zt, z, y, 1., 2., scale), want / 4)
+
+
+def test_unequal_l_is_an_error_wherever_it_appears():
+    a, b = latent_net("mini", 4, in_shape=(1, 8, 8)), latent_net("mini", 6, in_shape=(1, 8, 8))
+    data = blank(2, 8)
+    for f in (lambda: lkd_loss(latents(a, data), latents(b, data), predict(a, data), data.y), lambda: match_transfer(a, b, data),
+              lambda: map_latents({"a": latents(a, data), "b": latents(b, data)}),
+              lambda: distill(a, b, data, lkd(), 1, layers={"latent": "representation"})):
+        with pytest.raises(ValueError, match="same( size)? l|same l"): f()
+
+
+def test_match_shape_keeps_grey_levels():
+    "A constant grey picture stays the same constant, in colour, in grey and at any size; floats in [0, 1] become bytes."
+    like_rgb, like_grey = small_shapes(10, 10)[0], blank(1, 28)
+    grey = ArrayData(torch.full((2, 1, 8, 8), 77, dtype=torch.uint8), torch.tensor([0, 1]))
+    assert (match_shape(grey, like_rgb).x == 77).all() and match_shape(grey, like_rgb).shape == (3, 16, 16)
+    rgb = ArrayData(torch.full((2, 3, 8, 8), .5), torch.tensor([0, 1]))
+    assert (match_shape(rgb, like_grey).x == 128).all() and match_shape(rgb, like_grey).shape == (1, 28, 28)
+
+
+# ---------------------------------------------------------------- experiments
+
+QUICK = dict(n=64, epochs=2, teacher_epochs=1)
+
+def test_cells_of_all_methods_are_paired(tmp_path):
+    "Same client, same test and same first weights for every method; one teacher file."
+    from darkdistill_nb import latent_experiments as X
+    cells = [make_cell("shapes16", m, 1, **{**QUICK, "epochs": 0}) for m in METHODS]
+    tasks = [X.train_cell(c, tmp_path) for c in cells]
+    for net, _, task in tasks[1:]:
+        assert torch.equal(task.data.x, tasks[0][2].data.x) and torch.equal(task.priv.x, tasks[0][2].priv.x)
+        assert all(torch.equal(a, b) for a, b in zip(net.parameters(), tasks[0][0].parameters()))
+    assert len(list((tmp_path/"teachers").iterdir())) == 1
+
+
+def test_validation_pictures_are_nobody_elses():
+    pool, val = pictures("shapes16", "val")
+    assert pictures("shapes16")[0].x.shape == pool.x.shape and not {v.numpy().tobytes() for v in val.x} & {v.numpy().tobytes() for v in pool.x}
+
+
+def test_workers_do_not_change_results(tmp_path):
+    cells = [make_cell("shapes16", m, 0, **QUICK) for m in ("CE", "LKD", "CRD")]
+    one = run_cells(cells, tmp_path/"a", 1)
+    (tmp_path/"b").mkdir(); (tmp_path/"a"/"teachers").rename(tmp_path/"b"/"teachers")
+    two = run_cells(cells, tmp_path/"b", 2)
+    assert [(r["priv"], r["uni"]) for r in one] == [(r["priv"], r["uni"]) for r in two]
+
+
+def test_same_transfer_and_new_latent_size(tmp_path):
+    "A transfer set changes the result, a new l changes the parameters, and both keep the client."
+    base = make_cell("shapes16", "LKD", 0, **QUICK, transfer="digits")
+    r = run_cells([base, make_cell("shapes16", "LKD", 0, match="latent", **QUICK, transfer="digits"), make_cell("shapes16", "LKD", 0, l=8, **QUICK)], tmp_path, 1)
+    assert base["transfer"] is None and r[1]["cell"]["transfer"] == "digits" and len({cell_key(x["cell"]) for x in r}) == 3
+    assert r[2]["parameters"] < r[0]["parameters"] == r[1]["parameters"] and len({x["classes"] for x in r}) == 1
+    assert get_teacher(r[2]["cell"]["teacher"], tmp_path)[1]["d"] == get_teacher(base["teacher"], tmp_path)[1]["d"]
+
+
+def test_verdicts_follow_the_data():
+    "Known accuracies give known verdicts; more noise makes them undecided."
+    level = dict(CE=.6, KD=.605, CRD=.65, LPD=.3, LKD=.7)
+    def record(noise): return Record({}, runs=[dict(method=m, seed=s, gamma=.5, n=1, l=1, match=None, priv=v + noise * i * (-1)**s, uni=v + noise * i * (-1)**s)
+                                               for i, (m, v) in enumerate(level.items()) for s in range(6)])
+    assert [r["verdict"] for r in check_claims(record(.001))] == ["holds"] * 4 + ["does not hold"] + ["holds"] * 3
+    assert {r["verdict"] for r in check_claims(record(.5))} == {"undecided"}
+    assert max(abs(d - .1) for d in differences(record(0.), "LKD", "CE")) < 1e-9
+    with pytest.raises(ValueError, match="at least two values"): trend(record(0.))
+
+
+ARGS = ["-m", "darkdistill_nb.latent_experiments", "compare", "--data", "shapes16", "--seeds", "3", "--methods", "CE", "LKD", "--workers", "2", "--set", "n=128", "epochs=12", "teacher_epochs=1", "--out"]
+
+def alive(pid):
+    try: return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except FileNotFoundError: return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_killed_experiment_continues_and_leaves_no_process(tmp_path):
+    out, whole = tmp_path/"killed", tmp_path/"whole"
+    p = subprocess.Popen([sys.executable, *ARGS, str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    start = time.time()
+    while not list((out/"cells").glob("*.json")) and time.time() - start < 120 and p.poll() is None: time.sleep(.02)
+    children = [int(c) for t in Path(f"/proc/{p.pid}/task").iterdir() for c in (t/"children").read_text().split()]
+    p.send_signal(signal.SIGKILL); p.wait()
+    done = {f: f.stat().st_mtime_ns for f in (out/"cells").glob("*.json")}
+    assert 1 <= len(done) < 6 and len(children) >= 2 and not (out/"latent_compare_shapes16").exists()
+    for _ in range(100):
+        if not any(map(alive, children)): break
+        time.sleep(.1)
+    assert not any(map(alive, children)), "workers outlive a killed main process"
+    assert all(json.loads(f.read_text())["cell"]["data"] == "shapes16" for f in (out/"cells").glob("*.json")), "no half-written result"
+    done = {f: f.stat().st_mtime_ns for f in (out/"cells").glob("*.json")}
+    (whole/"teachers").mkdir(parents=True)
+    for f in (out/"teachers").iterdir(): (whole/"teachers"/f.name).write_bytes(f.read_bytes())
+    for folder in (out, whole): subprocess.run([sys.executable, *ARGS, str(folder)], check=True, capture_output=True)
+    assert all(f.stat().st_mtime_ns == t for f, t in done.items()), "finished cells were run again"
+    a, b = (load_record(f/"latent_compare_shapes16") for f in (out, whole))
+    drop = lambda runs: [{k: v for k, v in r.items() if k != "seconds"} for r in runs]
+    assert len(a.runs) == 6 and drop(a.runs) == drop(b.runs)
+
+
+@pytest.mark.parametrize("args, word", [
+    (["--set", "n=100000"], "n=100000 exceeds"), (["--set", "speed=1"], "unknown setting 'speed'"), (["--set", "student=huge"], "net 'huge' is unknown"), (["--set", "gamma=-1"], "gamma must be")])
+def test_bad_settings_are_one_sentence(args, word, tmp_path, capsys):
+    assert main(["compare", "--data", "shapes16", "--out", str(tmp_path), "--seeds", "1", "--workers", "1", "--methods", "CE", args[0], "teacher_epochs=0", args[1]]) == 2
+    assert word in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- real data
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "cifar10"])
+def test_protocol_on_real_pictures(name, real_data):
+    "The pool keeps nine tenths of each class; the most one-sided client of many seeds still gets its private test."
+    pool, test = pictures(name)
+    assert torch.bincount(pool.y).tolist() == [len(pool) // 10] * 10
+    least = int(torch.bincount(test.y).min())
+    for seed in range(20):
+        task = client_task(pool, test, 4096, .25, seed)
+        assert len(task.data) == 4096 and abs(len(task.priv) - min(1000, least)) <= 5 and len(task.uni) == len(test)
+    with pytest.raises(ValueError, match="samples but"): client_task(pool, test, len(pool), .25)

@@ -149,4 +149,4 @@ def main(
     print(bench_distill(a.rounds, a.batch, a.steps, device))
     return 0
 
-if __name__ == "__main__" and "ipykernel" not in sys.modules: sys.exit(main())
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())   # not in a notebook

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from .data import OKABE_ITO
 from torch import nn
 
 # %% ../nbs/01_training.ipynb #54674d1a
@@ -252,8 +253,8 @@ def pick_device(
     if d.type == "cuda" and (d.index or 0) >= torch.cuda.device_count(): raise ValueError(f"device={name!r}: this machine has {torch.cuda.device_count()} GPUs")
     return d
 
-# %% ../nbs/01_training.ipynb #ad21e5e5
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+# %% ../nbs/01_training.ipynb #c84d37d3
+PALETTE = tuple(OKABE_ITO[i] for i in (0, 3, 2, 4, 1, 5, 7, 6))   # neighbours as different as possible
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross", "triangle-down")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid", "dash")
 PLOT_CONFIG = dict(displaylogo=False, showSendToCloud=False, plotlyServerURL="", responsive=True)

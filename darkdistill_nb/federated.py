@@ -211,6 +211,15 @@ def aggregate(self:EEFL,
     tiers, server, info = self.server_step(state, tiers, updates, rnd, streams)
     return dict(net=block_average(state["net"], tiers), server=server), info
 
+# %% ../nbs/06_federated.ipynb #4c5e71cf
+@patch
+def decide(self:EEFL,
+    net:EarlyExitNet,
+    data:ArrayData,
+)->torch.Tensor: # (E, N, K)
+    "Logits that predictions are made from: those of the network's exits as the policy combines them."
+    return torch.stack(self.policy.predict(list(predict(net, data))))
+
 # %% ../nbs/06_federated.ipynb #9953b6f0
 @dataclass
 class Run:
@@ -226,7 +235,7 @@ class Run:
         data:ArrayData
     )->torch.Tensor: # (E, N, K) logits that decide
         "Logits of the global network as its policy predicts."
-        return torch.stack(self.method.policy.predict(list(predict(self.net(), data))))
+        return self.method.decide(self.net(), data)
 
 # %% ../nbs/06_federated.ipynb #7a44c8cd
 def save_state(path, state, meta):
@@ -296,7 +305,7 @@ def evaluate(
 )->list: # accuracy of each exit of the global network, in [0, 1]
     "Accuracy of every exit of the global network on `data`."
     net = method.tier_net(len(method.net)); net.load_state_dict(state["net"])
-    return accuracy(torch.stack(method.policy.predict(list(predict(net, data)))), data.y).tolist()
+    return accuracy(method.decide(net, data), data.y).tolist()
 
 # %% ../nbs/06_federated.ipynb #1dfaa270
 def play_round(
@@ -374,6 +383,6 @@ def train_alone(
         w, data = method.send(state, c), train.subset(c.train)
         for r in range(max(1, round(rounds * method.participation))): w = method.local_update(w, data, c, r, streams).weights
         net = method.tier_net(c.tier); net.load_state_dict(w)
-        out.append(float(accuracy(torch.stack(method.policy.predict(list(predict(net, test)))), test.y).mean()))
+        out.append(float(accuracy(method.decide(net, test), test.y).mean()))
     torch.set_num_threads(threads)
     return out

@@ -202,7 +202,7 @@ def method(self:Experiment, name):
     "A fresh method object by name."
     import inspect
     from darkdistill_nb.darkdistill import DarkDistill
-    from darkdistill_nb.early_exit import policy_by_name
+    from darkdistill_nb.exit_training import policy_by_name
     from darkdistill_nb.federated import EEFL
     c = self.config
     common = dict(policy=policy_by_name(c["policy"]), **{k: c[k] for k in ("lr", "decay", "momentum", "weight_decay", "batch_size", "epochs", "participation")})

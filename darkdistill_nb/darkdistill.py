@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from .data import ArrayData
 from .difficulty import DifficultyHistogram, measure_difficulty
 from .distillation import RKD
-from .early_exit import exit_partition
+from .exit_training import exit_partition
 from .federated import EEFL, Client, Update
 from .generator import Generator, frozen, train_generator
 from .training import Streams

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 from .data import ArrayData, client_histogram, dirichlet_split
-from .early_exit import BoostNet, EarlyExitNet, block_of
+from .early_exit import EarlyExitNet, block_of
+from .exit_training import BoostNet
 from .training import Streams, accuracy, fit, load_tensors, predict, save_tensors
 
 # %% ../nbs/06_federated.ipynb #3cbd53e2

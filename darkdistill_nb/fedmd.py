@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from .data import ArrayData
-from .early_exit import EarlyExitNet, Exit, Joint
+from .early_exit import EarlyExitNet, Exit
+from .exit_training import Joint
 from .federated import EEFL
 from .training import Streams, accuracy, fit, predict
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from .difficulty import CAP
-from .early_exit import EarlyExitNet, exit_partition
+from .early_exit import EarlyExitNet
+from .exit_training import exit_partition
 
 # %% ../nbs/09_generator.ipynb #3a7ccc6d
 class Generator(nn.Module):

@@ -7,10 +7,10 @@ Docs: https://darkdistill.github.io/darkdistill_nb/inference.html.md"""
 # %% auto #0
 __all__ = ['confidence', 'take_exit', 'budget_thresholds', 'budget_curve']
 
-# %% ../nbs/05_inference.ipynb #8110083b
+# %% ../nbs/05_inference.ipynb #e536956d
 import math
 import torch
-from .early_exit import exit_shares
+from .exit_training import exit_shares
 
 # %% ../nbs/05_inference.ipynb #aa982e39
 def confidence(

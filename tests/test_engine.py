@@ -4,7 +4,8 @@ import pytest, torch
 from darkdistill_nb.darkdistill import DarkDistill
 from darkdistill_nb.data import load, shapes
 from darkdistill_nb.difficulty import measure_difficulty
-from darkdistill_nb.early_exit import BoostNet, Joint, cnn, vit, wrn
+from darkdistill_nb.early_exit import cnn, vit, wrn
+from darkdistill_nb.exit_training import BoostNet, Joint
 from darkdistill_nb.federated import EEFL, block_average, make_clients, simulate
 from darkdistill_nb.training import Streams
 

@@ -93,20 +93,23 @@ _from_zero = dict(allowed="a number from 0 to below 1", ok=lambda v: 0 <= v < 1)
 _distinct = lambda v: len(v) > 0 and min(v) >= 0 and len(set(v)) == len(v)
 
 DATA_OPTIONS = [
-    Option("data", _text, "digits", "digits, shapes, fashion_mnist, cifar10, cifar100, svhn, or a path to my.npz", "the name of a data set or the path of an .npz file"),
+    Option("data", _text, "digits", "digits, shapes, fashion_mnist, cifar10, cifar100, svhn, or a path to my.npz",
+           "the name of a data set or the path of an .npz file"),
     Option("n_train", _int, None, "use only so many training pictures", **_whole),
     Option("n_test", _int, None, "use only so many test pictures", **_whole),
     Option("clients", _int, 20, "number of clients", **_whole),
     Option("gamma", _float, .5, "Dirichlet parameter; small: few classes a client", **_positive),
     Option("family", _text, "client", "client (equal sizes) or class (sizes vary)", "client or class", lambda v: v in FAMILIES),
-    Option("tiers", _tiers, None, "shares of the depth tiers: 0.5,0.3,0.1,0.1, or 4", "shares above 0 that add to 1, such as 0.5,0.25,0.25, or a number of equal tiers",
+    Option("tiers", _tiers, None, "shares of the depth tiers: 0.5,0.3,0.1,0.1, or 4",
+           "shares above 0 that add to 1, such as 0.5,0.25,0.25, or a number of equal tiers",
            lambda v: len(v) > 0 and min(v) > 0 and abs(sum(v) - 1) <= 1e-6),
     Option("cover", _flag, True, "draw tiers so that each has every class, if possible", "true or false"),
     Option("valid", _float, .2, "share of a client's pictures for validation", **_from_zero)]
 
 # %% ../nbs/14_cli.ipynb #cfedebff
 METHOD_OPTIONS = [
-    Option("methods", _words, list(METHODS), "methods to train, paired by seed", "a list of different methods from eefl, darkdistill", lambda v: len(v) > 0 and len(set(v)) == len(v)),
+    Option("methods", _words, list(METHODS), "methods to train, paired by seed",
+           "a list of different methods from eefl, darkdistill", lambda v: len(v) > 0 and len(set(v)) == len(v)),
     Option("policy", _text, "boostnet", "how the exits are trained: boostnet or joint", "boostnet or joint"),
     Option("arch", _text, "cnn", "network: cnn, wrn, or the name of a plain timm ViT", "the name of a network"),
     Option("net", _table, {}, "keywords of the network, e.g. width=16 stages=3", "keywords such as width=16"),
@@ -165,7 +168,8 @@ def _keywords(what, given, allowed):
 def _check_tiers(tiers, E):
     T, shares = len(tiers), [round(t, 4) for t in tiers]
     if T > E: raise ValueError(f"tiers={shares} are {T} tiers, but the network has {E} exits; give at most {E}")
-    if T < E: raise ValueError(f"tiers={shares} are {T} tiers, but the network has {E} exits, and nobody would train the last; give {E} tiers, or a network with {T} exits")
+    if T < E: raise ValueError(f"tiers={shares} are {T} tiers, but the network has {E} exits, and nobody would train the last; "
+                               f"give {E} tiers, or a network with {T} exits")
 
 # %% ../nbs/14_cli.ipynb #c96bb6cf
 class Experiment:
@@ -185,7 +189,8 @@ class Experiment:
         with Streams(0).scope("init"): self.net = self.build()
         if c["tiers"] is None: c["tiers"] = [1 / len(self.net)] * len(self.net)
         _check_tiers(c["tiers"], len(self.net))
-        self.clients = {s: make_clients(self.train.y, seed=s, **{k: c[k] for k in ("clients", "gamma", "tiers", "family", "valid", "cover")}) for s in c["seeds"]}
+        self.clients = {s: make_clients(self.train.y, seed=s, **{k: c[k] for k in ("clients", "gamma", "tiers", "family", "valid", "cover")})
+                        for s in c["seeds"]}
         self.costs = self.net.macs()
     def build(self):
         "A fresh network."
@@ -264,8 +269,10 @@ def run_job(
         if "accuracy" in row: last[0] = f"{sum(row['accuracy']) / len(row['accuracy']):.3f}"
         on_step(row["round"], f"round {row['round']}: loss {row['loss']:.3f}, mean accuracy {last[0]}")
     clients = exp.clients[seed]
-    run = simulate(exp.method(kind), exp.build, exp.train, exp.test, clients, c["rounds"], seed, c["eval_every"], base.with_suffix(".safetensors"), on_round, exp.device, workers)
-    if not all(bool(v.isfinite().all()) for v in run.state["net"].values()): raise FloatingPointError(f"the weights are not finite after {c['rounds']} rounds; lower lr={c['lr']}")
+    run = simulate(exp.method(kind), exp.build, exp.train, exp.test, clients, c["rounds"], seed, c["eval_every"],
+                   base.with_suffix(".safetensors"), on_round, exp.device, workers)
+    if not all(bool(v.isfinite().all()) for v in run.state["net"].values()):
+        raise FloatingPointError(f"the weights are not finite after {c['rounds']} rounds; lower lr={c['lr']}")
     return {**measure_run(run, exp.train, exp.test, clients, exp.costs, exp.device), "weights": f"weights/{kind}-seed{seed}.safetensors"}
 
 # %% ../nbs/14_cli.ipynb #b9d7b8ea
@@ -329,7 +336,8 @@ def _parallel(config, folder, todo, cores, on_step):
                 try: kind, *what = conn.recv()
                 except (EOFError, OSError):
                     procs[conn].join(5)
-                    raise RunError(f"{at[conn][0]}, seed {at[conn][1]} failed: its process ended with exit code {procs[conn].exitcode} (-9 often means: out of memory)") from None
+                    raise RunError(f"{at[conn][0]}, seed {at[conn][1]} failed: its process ended with exit code {procs[conn].exitcode} "
+                                   "(-9 often means: out of memory)") from None
                 if kind == "failed": raise RunError(what[0])
                 if kind == "step": on_step(at[conn], *what); continue
                 results[at.pop(conn)] = what[0]
@@ -412,7 +420,8 @@ class _Bar:
         from tqdm import tqdm
         self.done, self.shown = {}, sys.stderr.isatty()
         total = sum(job_steps(config, k) for k, _ in jobs_of(config))
-        self.bar = tqdm(total=total, disable=not show, dynamic_ncols=True, mininterval=.2 if self.shown else 10, bar_format="{percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")
+        self.bar = tqdm(total=total, disable=not show, dynamic_ncols=True, mininterval=.2 if self.shown else 10,
+                        bar_format="{percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")
     def __call__(self, job, done, text):
         step, self.done[job] = done - self.done.get(job, 0), done
         self.bar.set_postfix_str(f"{job[0]}, seed {job[1]}, {text}", refresh=False); self.bar.update(step)
@@ -465,7 +474,8 @@ def run_experiment(
     from darkdistill_nb.training import environment
     if folder is not None: _check_new(Path(folder))
     exp = Experiment(config)
-    saved = dict(format=1, config=exp.config, data_sha256=exp.digest(), command=command or environment()["command"], created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    saved = dict(format=1, config=exp.config, data_sha256=exp.digest(), command=command or environment()["command"],
+                 created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
     while True:
         try: made = _make_folder(folder or _free(exp.config["data"], "runs"), saved); break
         except FileExistsError:
@@ -543,22 +553,27 @@ def add_run_options(
 # %% ../nbs/14_cli.ipynb #1f89b5b4
 def make_parser()->Parser:
     "The parser of `darkdistill`."
-    p = Parser("darkdistill", description="Federated training of early-exit networks: EEFL and DarkDistill (KDD 2025),\ncompared on paired seeds.", epilog="darkdistill COMMAND --help explains each command.")
+    p = Parser("darkdistill", description="Federated training of early-exit networks: EEFL and DarkDistill (KDD 2025),\ncompared on paired seeds.",
+               epilog="darkdistill COMMAND --help explains each command.")
     p.add_argument("--version", action="store_true", help="print the version and stop")
     sub = p.add_subparsers(dest="command", metavar="COMMAND", title="commands"); p.commands = sub.choices
-    r = sub.add_parser("run", usage="darkdistill run [options]", help="train, and leave a run folder with weights, numbers and a report", description="Train EEFL and DarkDistill on the same seeds, print the table of their\naccuracies, and leave a run folder.", epilog=EXAMPLES)
+    r = sub.add_parser("run", usage="darkdistill run [options]", help="train, and leave a run folder with weights, numbers and a report",
+                       description="Train EEFL and DarkDistill on the same seeds, print the table of their\naccuracies, and leave a run folder.",
+                       epilog=EXAMPLES)
     g = r.add_argument_group("the run")
     g.add_argument("--out", metavar="FOLDER", help="new folder for the results [runs/DATA-001, -002, ...]")
     g.add_argument("--config", metavar="FILE", help="TOML file with any of these settings; options win")
     g.add_argument("--resume", metavar="FOLDER", help="continue the run in FOLDER, with its own settings")
     g.add_argument("--workers", metavar="N", help="cores to use; the result is the same [all]")
     add_run_options(r)
-    c = sub.add_parser("compare", help="one table over several finished runs", description="One table over several finished runs, with paired differences where the same\nclients hold the same pictures.")
+    c = sub.add_parser("compare", help="one table over several finished runs",
+                       description="One table over several finished runs, with paired differences where the same\nclients hold the same pictures.")
     c.add_argument("runs", nargs="+", metavar="RUN", help="run folders; differences are to the EEFL of the first")
     c.add_argument("--html", metavar="FILE", help="also write a page with the accuracy-cost curves of all runs")
     d = sub.add_parser("report", help="draw report.html of a finished run again", description="Draw report.html again, from record.json alone.")
     d.add_argument("run", metavar="RUN", help="run folder")
-    l = sub.add_parser("lab", help="open JupyterLab on the tutorials", description="Open JupyterLab on the tutorials. Without FOLDER: those of this checkout, or\ncopies in ./darkdistill_tutorials.")
+    l = sub.add_parser("lab", help="open JupyterLab on the tutorials",
+                       description="Open JupyterLab on the tutorials. Without FOLDER: those of this checkout, or\ncopies in ./darkdistill_tutorials.")
     l.add_argument("folder", nargs="?", metavar="FOLDER", help="put copies of the tutorials here; files that are there already are kept")
     l.add_argument("--no-browser", action="store_true", help="only start the server and print its address")
     return p
@@ -601,7 +616,8 @@ def _run(args, say, command):
 # %% ../nbs/14_cli.ipynb #7d12a32a
 def _load(folder):
     from darkdistill_nb.training import load_record
-    if (Path(folder)/"config.json").exists() and not (Path(folder)/"record.json").exists(): raise ValueError(f"run={str(folder)!r} is not finished; continue it with: darkdistill run --resume {folder}")
+    if (Path(folder)/"config.json").exists() and not (Path(folder)/"record.json").exists():
+        raise ValueError(f"run={str(folder)!r} is not finished; continue it with: darkdistill run --resume {folder}")
     return load_record(folder)
 
 def _names(folders):
@@ -613,8 +629,10 @@ def _names(folders):
 def _ours(path):
     "May this HTML file be replaced? Only if it is not there, or was written by this package."
     path = Path(path)
-    if path.is_dir() or path.exists() and b'content="darkdistill_nb"' not in path.read_bytes()[:400]: raise ValueError(f"html={str(path)!r} exists and is not a page of this program; choose another name")
-    if path.absolute().parent.exists() and not path.absolute().parent.is_dir(): raise ValueError(f"html={str(path)!r} cannot be written: {path.parent} is not a folder")
+    if path.is_dir() or path.exists() and b'content="darkdistill_nb"' not in path.read_bytes()[:400]:
+        raise ValueError(f"html={str(path)!r} exists and is not a page of this program; choose another name")
+    if path.absolute().parent.exists() and not path.absolute().parent.is_dir():
+        raise ValueError(f"html={str(path)!r} cannot be written: {path.parent} is not a folder")
     return path
 
 def _compare(args, say, command):
@@ -645,7 +663,8 @@ def tutorials(
     if source is None: raise FileNotFoundError(f"no tutorials are installed below {prefix}; clone the repository to get them")
     if checkout and folder is None: return source
     folder = Path(folder or "darkdistill_tutorials")
-    shutil.copytree(source, folder, dirs_exist_ok=True, copy_function=lambda a, b: b if os.path.exists(b) else shutil.copy2(a, b), ignore=shutil.ignore_patterns(".*", "__pycache__", "instructor"))
+    shutil.copytree(source, folder, dirs_exist_ok=True, copy_function=lambda a, b: b if os.path.exists(b) else shutil.copy2(a, b),
+                    ignore=shutil.ignore_patterns(".*", "__pycache__", "instructor"))
     return folder
 
 # %% ../nbs/14_cli.ipynb #2d3d77aa
@@ -654,7 +673,8 @@ def _lab(args, say, command):
     if find_spec("jupyterlab") is None: raise ValueError('JupyterLab is not installed; run: pip install "darkdistill-nb[lab]"')
     folder = tutorials(args.folder)
     say(f"tutorials: {folder}")
-    return subprocess.call([sys.executable, "-m", "jupyterlab", str(folder), *["--no-browser"] * args.no_browser, *["--allow-root"] * (getattr(os, "geteuid", lambda: 1)() == 0)])
+    return subprocess.call([sys.executable, "-m", "jupyterlab", str(folder), *["--no-browser"] * args.no_browser,
+                            *["--allow-root"] * (getattr(os, "geteuid", lambda: 1)() == 0)])
 
 # %% ../nbs/14_cli.ipynb #82a1ce01
 def _complain(message):
@@ -675,7 +695,8 @@ def _parse(argv):
     if extra:
         actions = parser.commands[args.command]._actions if args.command else parser._actions
         word = extra[0].partition("=")[0]
-        raise UsageError(f"unknown option {word!r}{near(word, [s for a in actions for s in a.option_strings if s.startswith('--')])}" if word.startswith("-") else f"unexpected argument {extra[0]!r}")
+        raise UsageError(f"unknown option {word!r}{near(word, [s for a in actions for s in a.option_strings if s.startswith('--')])}"
+                         if word.startswith("-") else f"unexpected argument {extra[0]!r}")
     return parser, args
 
 # %% ../nbs/14_cli.ipynb #de2b9dd8

@@ -83,7 +83,8 @@ class DarkDistill(EEFL):
     ):
         super().__init__(policy, **kwargs)
         if weights not in ("distance", "uniform", "random"): raise ValueError(f"weights={weights!r} must be distance, uniform or random")
-        if kd_lr < 0 or gen_lr < 0 or min(kd_steps, gen_steps, server_epochs) < 0: raise ValueError(f"kd_lr={kd_lr}, gen_lr={gen_lr}, kd_steps={kd_steps}, gen_steps={gen_steps} and server_epochs={server_epochs} must be >= 0")
+        if kd_lr < 0 or gen_lr < 0 or min(kd_steps, gen_steps, server_epochs) < 0:
+            raise ValueError(f"kd_lr={kd_lr}, gen_lr={gen_lr}, kd_steps={kd_steps}, gen_steps={gen_steps} and server_epochs={server_epochs} must be >= 0")
         self.kd_lr, self.kd_steps, self.kd_weight_decay, self.server_epochs = kd_lr, kd_steps, kd_weight_decay, server_epochs
         self.gen_steps, self.gen_lr, self.lam_ce, self.lam_dif, self.lam_div = gen_steps, gen_lr, lam_ce, lam_dif, lam_div
         self.ce, self.dif, self.d_eps, self.d_h, self.norm, self.server_batch = ce, dif, d_eps, d_h, norm, server_batch
@@ -154,7 +155,8 @@ def server_step(self:DarkDistill, state, tiers, updates, rnd, streams):
     nets, pools = {}, {}
     for m, (w, _) in tiers.items():
         nets[m] = self.tier_net(m); nets[m].load_state_dict(w); nets[m].eval()
-        pools[m] = sum((DifficultyHistogram(u.extra["histogram"].long().cpu()) for u in updates if u.tier == m), DifficultyHistogram(torch.zeros(self.net.n_classes, 10, dtype=torch.long)))
+        pools[m] = sum((DifficultyHistogram(u.extra["histogram"].long().cpu()) for u in updates if u.tier == m),
+                       DifficultyHistogram(torch.zeros(self.net.n_classes, 10, dtype=torch.long)))
     info = dict(difficulty={str(m): p.counts.sum(0).tolist() for m, p in pools.items()})
     pairs = [m for m in sorted(tiers) if m + 1 in tiers]
     if not pairs or not self.server_epochs: return tiers, state["server"], info

@@ -155,7 +155,8 @@ def outlines(steps: int = 1024): # number of angles, evenly spaced over one turn
 # %% ../nbs/00_data.ipynb #89cf8d56
 OKABE_ITO = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"] # colours told apart with any colour vision
 _AXIS = dict(gridcolor="#e5e5e5", zerolinecolor="#c8c8c8", automargin=True)
-STYLE = dict(layout=dict(colorway=OKABE_ITO, plot_bgcolor="white", paper_bgcolor="white", font_color="#222", title_x=.05, xaxis=_AXIS, yaxis=_AXIS)) # plotly template
+STYLE = dict(layout=dict(colorway=OKABE_ITO, plot_bgcolor="white", paper_bgcolor="white", font_color="#222", title_x=.05,
+                         xaxis=_AXIS, yaxis=_AXIS)) # plotly template
 
 # %% ../nbs/00_data.ipynb #f4aafd43
 def difficulty_law(d): # tensor or number in [0, 1]
@@ -289,7 +290,8 @@ def shapes(
     _check_count("n", n); _check_count("seed", seed, 0); _check_count("size", size, 8)
     if difficulty is not None:
         difficulty = torch.as_tensor(difficulty, dtype=torch.float64).cpu()
-        if difficulty.ndim and difficulty.shape != (n,): raise ValueError(f"difficulty must be one number or {n} of them, not of shape {tuple(difficulty.shape)}")
+        if difficulty.ndim and difficulty.shape != (n,):
+            raise ValueError(f"difficulty must be one number or {n} of them, not of shape {tuple(difficulty.shape)}")
         if not ((difficulty >= 0) & (difficulty <= 1)).all(): raise ValueError("difficulty must lie in [0, 1]")
         difficulty = difficulty.expand(n)
     x, y, true = torch.empty(n, 3, size, size, dtype=torch.uint8), torch.empty(n, dtype=torch.int64), torch.empty(n)
@@ -351,7 +353,9 @@ def _as_pictures(a, name):
     if a.ndim == 3: a = a[:, None]
     elif a.ndim == 4:
         first, last = a.shape[1] in (1, 3, 4), a.shape[3] in (1, 3, 4)
-        if first and last and a.shape[1:] != (1, 1, 1): raise ValueError(f"{name} of shape {a.shape} could have its channels first or last; pictures must be larger than 4 pixels, or given as (N, H, W)")
+        if first and last and a.shape[1:] != (1, 1, 1):
+            raise ValueError(f"{name} of shape {a.shape} could have its channels first or last; "
+                             "pictures must be larger than 4 pixels, or given as (N, H, W)")
         if not first and not last: raise ValueError(f"{name} must have 1, 3 or 4 channels, first or last, not shape {a.shape}")
         if last: a = a.transpose(0, 3, 1, 2)
     else: raise ValueError(f"{name} must have shape (N, H, W), (N, H, W, C) or (N, C, H, W), not {a.shape}")
@@ -423,7 +427,8 @@ def _fetch(name, cache):
     "Download `name` below the folder `cache`; raises `DownloadError`"
     choices = (f"Without internet: use digits or shapes, give your own .npz file, or set DARKDISTILL_DATA to a folder that holds {name}.npz "
                "(arrays x_train, y_train, x_test, y_test, classes).")
-    if os.environ.get("DARKDISTILL_OFFLINE", "0") not in ("", "0"): raise DownloadError(f"{name} is not stored here and DARKDISTILL_OFFLINE forbids downloading it. {choices}")
+    if os.environ.get("DARKDISTILL_OFFLINE", "0") not in ("", "0"):
+        raise DownloadError(f"{name} is not stored here and DARKDISTILL_OFFLINE forbids downloading it. {choices}")
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20) # seconds without an answer; torchvision itself would wait for ever
     try:
@@ -496,7 +501,8 @@ def load(
         if name in own: both = read_npz(root/f"{name}.npz")
         else:
             near = difflib.get_close_matches(name.lower(), [*DATASETS, *own], 1)
-            raise ValueError(f"unknown data set {name!r}{f', did you mean {near[0]!r}?' if near else ';'} choose from {', '.join([*DATASETS, *own])}, or give the path of an .npz file")
+            raise ValueError(f"unknown data set {name!r}{f', did you mean {near[0]!r}?' if near else ';'} "
+                             f"choose from {', '.join([*DATASETS, *own])}, or give the path of an .npz file")
     for d, n in zip(both, (n_train, n_test)):
         if n is not None and n > len(d): raise ValueError(f"{name} has {len(d)} samples in this split, not {n}")
     some = lambda d, n, i: d if n is None else d.subset(torch.randperm(len(d), generator=torch.Generator().manual_seed(2*seed + i))[:n])
@@ -590,7 +596,8 @@ def dirichlet_split(
         parts = _deal_by_client(y, clients, gamma, seed) if family == "client" else _deal_by_class(y, clients, gamma, seed, attempt)
         smallest = max(smallest, min(map(len, parts)))
         if min(map(len, parts)) >= min_size: break
-    else: raise ValueError(f"no split in {tries} tries gave each of {clients} clients {min_size} samples (best: {smallest}); raise gamma, or lower clients or min_size")
+    else: raise ValueError(f"no split in {tries} tries gave each of {clients} clients {min_size} samples (best: {smallest}); "
+                           "raise gamma, or lower clients or min_size")
     rng = np.random.default_rng([3, seed])
     return [torch.from_numpy(rng.permutation(parts[k])) for k in rng.permutation(clients)]
 

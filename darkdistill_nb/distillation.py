@@ -65,7 +65,8 @@ class Taps:
         known = dict(net.named_modules())
         for name, path in self.layers.items():
             p, _, end = path.partition(":")
-            if p not in known or end not in ("", "input"): raise ValueError(f"layers[{name!r}]={path!r} is no submodule; there are {', '.join(k for k in known if k)}")
+            if p not in known or end not in ("", "input"):
+                raise ValueError(f"layers[{name!r}]={path!r} is no submodule; there are {', '.join(k for k in known if k)}")
             if name == "logits": raise ValueError("the name 'logits' is taken by the network's output; call the tap differently")
         for name, path in self.layers.items():
             p, _, end = path.partition(":")
@@ -143,9 +144,13 @@ def teacher_table(
                 for at in torch.arange(N, device=views.data.y.device).split(batch_size):
                     out = taps(views(at, v)[0])
                     if not table:
-                        if bad := [k for k, o in out.items() if not isinstance(o, torch.Tensor)]: raise TypeError(f"the teacher's {bad[0]!r} is a {type(out[bad[0]]).__name__}, not one tensor; tap a single layer, or pass cache=False")
+                        if bad := [k for k, o in out.items() if not isinstance(o, torch.Tensor)]:
+                            raise TypeError(f"the teacher's {bad[0]!r} is a {type(out[bad[0]]).__name__}, not one tensor; "
+                                            "tap a single layer, or pass cache=False")
                         gib = V * N * sum(o[0].numel() for o in out.values()) * 2 / 2**30
-                        if gib > limit: raise ValueError(f"the teacher's outputs would take {gib:.1f} GiB, more than limit={limit}; tap smaller layers, or pass cache=False")
+                        if gib > limit:
+                            raise ValueError(f"the teacher's outputs would take {gib:.1f} GiB, more than limit={limit}; "
+                                             "tap smaller layers, or pass cache=False")
                         table = {k: torch.empty(V, N, *o.shape[1:], dtype=torch.float16, device=o.device) for k, o in out.items()}
                     for k, o in out.items():
                         if table[k].dtype == torch.float16 and o.abs().max() > 65504: table[k] = table[k].float()

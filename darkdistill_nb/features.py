@@ -156,7 +156,8 @@ class MethodLoss(nn.Module):
     def forward(self, s, t, y, idx):
         self.steps += 1; ramp = min(1., self.steps / self.warmup) if self.warmup else 1.
         try: loss = ramp * self.weight * self.term(s, t, y, idx) if self.term else 0.
-        except KeyError as e: raise ValueError(f"method {self.name!r} needs {e} from both networks; name a submodule for it in `layers` and `teacher_layers`") from None
+        except KeyError as e:
+            raise ValueError(f"method {self.name!r} needs {e} from both networks; name a submodule for it in `layers` and `teacher_layers`") from None
         if self.kd: loss = loss + self.kd * kd_loss(s["logits"], t["logits"])
         return loss + self.ce * F.cross_entropy(_up(s["logits"]), y) if self.ce else loss
 

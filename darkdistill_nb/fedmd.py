@@ -48,9 +48,11 @@ def consensus(
     weights=None, # one number per party; None: all equal
 )->torch.Tensor:  # (N, C)
     "Weighted mean of what the parties say about the same pictures; raises `ValueError` for unequal shapes."
-    if len({tuple(t.shape) for t in scores}) != 1: raise ValueError(f"scores have shapes {[tuple(t.shape) for t in scores]}; all parties must answer about the same pictures in the same size")
+    if len({tuple(t.shape) for t in scores}) != 1:
+        raise ValueError(f"scores have shapes {[tuple(t.shape) for t in scores]}; all parties must answer about the same pictures in the same size")
     w = torch.tensor(weights if weights is not None else [1.] * len(scores), dtype=torch.double)
-    if len(w) != len(scores) or bool((w < 0).any()) or not float(w.sum()) > 0: raise ValueError(f"weights={weights} must be {len(scores)} numbers >= 0, not all zero")
+    if len(w) != len(scores) or bool((w < 0).any()) or not float(w.sum()) > 0:
+        raise ValueError(f"weights={weights} must be {len(scores)} numbers >= 0, not all zero")
     return sum(k * t.double() for k, t in zip(w / w.sum(), scores)).to(scores[0].dtype)
 
 # %% ../nbs/06b_fedmd.ipynb #35a9985b
@@ -127,7 +129,8 @@ def prepare(self:FedMD,
     with streams.scope("prepare", party.id):
         if self.what == "latent":
             if teacher is None: raise ValueError("what='latent' needs a teacher: latents of independent networks have no common basis")
-            if teacher.l != party.net.l: raise ValueError(f"party {party.id} has latents of size {party.net.l}, the teacher of size {teacher.l}; they must agree")
+            if teacher.l != party.net.l:
+                raise ValueError(f"party {party.id} has latents of size {party.net.l}, the teacher of size {teacher.l}; they must agree")
             party.net.output.load_state_dict(teacher.output.state_dict())
             self.digest(party.net, public, predict(self.say(teacher), public), self.public_epochs, streams.generator("align", party.id))
         else: fit(party.net, public, self.public_epochs, self.lr, batch_size=self.batch_size, generator=streams.generator("public", party.id))

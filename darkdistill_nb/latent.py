@@ -271,4 +271,5 @@ def plot_latents(
                             legendgroup=str(c), showlegend=j == 0, row=1, col=j + 1,
                             marker=dict(size=5, color=PALETTE[c % 8], symbol=SYMBOLS[(c + c // 8) % 8], opacity=.8))
     fig.update_xaxes(title="axis 1").update_yaxes(title="axis 2", col=1)
-    return fig.update_layout(template="plotly_white", title=dict(text=title, font=dict(size=15)), height=height, margin=dict(l=50, r=10, t=70 if title else 40, b=40))
+    return fig.update_layout(template="plotly_white", title=dict(text=title, font=dict(size=15)),
+                             height=height, margin=dict(l=50, r=10, t=70 if title else 40, b=40))

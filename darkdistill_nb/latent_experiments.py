@@ -23,16 +23,21 @@ from torch import nn
 from .data import ArrayData, _one_thread, load
 from .distillation import distill
 from .features import method_loss
-from .latent import LatentNet, client_task, latent_net, latent_variance, latents, lkd, map_latents, match_shape, match_transfer, plot_latents, small_shapes
+from .latent import (LatentNet, client_task, latent_net, latent_variance, latents, lkd, map_latents, match_shape, match_transfer, plot_latents,
+                                   small_shapes)
 from .training import (Record, Streams, accuracy, asset, load_record, load_tensors, mean_std, plus_minus, predict, save_record, save_tensors,
                                      style, write_atomic)
 
 # %% ../nbs/03b_latent_experiments.ipynb #1747465e
 SETUPS = {  # networks of `latent_net`; l is the width d of the teacher's perception, or half of it on shapes16; lr and batch_size of Adam
-    "shapes16":      dict(teacher="midi", teacher_epochs=8, teacher_lr=2e-3, student="mini", l=32, n=256, epochs=30, lr=2e-3, batch_size=32, ls=(4, 16, 64, 256), transfer="shapes"),
-    "digits":        dict(teacher="midi", teacher_epochs=20, teacher_lr=2e-3, student="mini", l=32, n=128, epochs=30, lr=2e-3, batch_size=32, ls=(4, 16, 64, 256), transfer="shapes"),
-    "fashion_mnist": dict(teacher="student-1", teacher_epochs=8, teacher_lr=1e-3, student="half", l=64, n=1024, epochs=40, lr=1e-3, batch_size=32, ls=(8, 16, 32, 64, 128, 256), transfer="tinyimagenet20_32"),
-    "cifar10":       dict(teacher="student-2", teacher_epochs=12, teacher_lr=1e-3, student="student-1", l=128, n=1024, epochs=40, lr=1e-3, batch_size=32, ls=(16, 32, 64, 128, 256, 512), transfer="tinyimagenet20_32"),
+    "shapes16":      dict(teacher="midi", teacher_epochs=8, teacher_lr=2e-3,
+                          student="mini", l=32, n=256, epochs=30, lr=2e-3, batch_size=32, ls=(4, 16, 64, 256), transfer="shapes"),
+    "digits":        dict(teacher="midi", teacher_epochs=20, teacher_lr=2e-3,
+                          student="mini", l=32, n=128, epochs=30, lr=2e-3, batch_size=32, ls=(4, 16, 64, 256), transfer="shapes"),
+    "fashion_mnist": dict(teacher="student-1", teacher_epochs=8, teacher_lr=1e-3,
+                          student="half", l=64, n=1024, epochs=40, lr=1e-3, batch_size=32, ls=(8, 16, 32, 64, 128, 256), transfer="tinyimagenet20_32"),
+    "cifar10":       dict(teacher="student-2", teacher_epochs=12, teacher_lr=1e-3,
+                          student="student-1", l=128, n=1024, epochs=40, lr=1e-3, batch_size=32, ls=(16, 32, 64, 128, 256, 512), transfer="tinyimagenet20_32"),
 }
 METHODS = ("CE", "KD", "CRD", "LPD", "LKD")
 GAMMAS = (.25, .5, 1, 2.5, 5, 5000)
@@ -67,7 +72,8 @@ def make_cell(
     base = s.pop("l"); base_l, l = (None, base) if l is None else (base, int(l))
     teacher = dict(data=data, net=s.pop("teacher"), l=l, base_l=base_l, epochs=s.pop("teacher_epochs"), lr=s.pop("teacher_lr"), batch_size=64, seed=0)
     if match is None: s["transfer"] = None
-    return dict(data=data, split=split, method=method, hyper=HYPER[method] if hyper is None else hyper, seed=int(seed), gamma=float(gamma), l=l, match=match, keep=keep, teacher=teacher, **s)
+    return dict(data=data, split=split, method=method, hyper=HYPER[method] if hyper is None else hyper, seed=int(seed), gamma=float(gamma),
+                l=l, match=match, keep=keep, teacher=teacher, **s)
 
 # %% ../nbs/03b_latent_experiments.ipynb #9a7c4bec
 def cell_key(
@@ -126,7 +132,8 @@ def get_teacher(
         base = get_teacher({**spec, "l": spec["base_l"], "base_l": None}, folder)[0] if spec["base_l"] else None
         t = time.perf_counter()
         with _one_thread() if base else nullcontext(): net = train_teacher(spec, base)   # only a whole teacher is worth several threads
-        meta = dict(accuracy=float(accuracy(predict(net, test), test.y)), seconds=round(time.perf_counter() - t, 1), parameters=sum(p.numel() for p in net.parameters()), d=net.d)
+        meta = dict(accuracy=float(accuracy(predict(net, test), test.y)), seconds=round(time.perf_counter() - t, 1),
+                    parameters=sum(p.numel() for p in net.parameters()), d=net.d)
         save_tensors(teacher_file(spec, folder), net.state_dict(), {**spec, **meta})
     weights, meta = load_tensors(teacher_file(spec, folder))
     net = latent_net(spec["net"], spec["l"], pool.n_classes, pool.shape).to(memory_format=torch.channels_last)
@@ -165,10 +172,12 @@ def train_cell(
         public = pictures(cell["transfer"])[0]
         public = match_shape(public.subset(torch.randperm(len(public), generator=st.generator("transfer"))[:5000]), pool)
         with st.scope("transfer"):
-            match_transfer(net, teacher, public, cell["match"], epochs=5, lr=cell["lr"], scale=latent_variance(z) if cell["match"] == "latent" else None, generator=st.generator("transfer order"))
+            match_transfer(net, teacher, public, cell["match"], epochs=5, lr=cell["lr"],
+                           scale=latent_variance(z) if cell["match"] == "latent" else None, generator=st.generator("transfer order"))
         if cell["match"] == "latent": net.output.load_state_dict(teacher.output.state_dict())
     with st.scope("train"):
-        distill(net, None if cell["method"] == "CE" else teacher, task.data, make_loss(cell["method"], cell["hyper"], z, task.data.y), cell["epochs"], lr=cell["lr"],
+        distill(net, None if cell["method"] == "CE" else teacher, task.data,
+                make_loss(cell["method"], cell["hyper"], z, task.data.y), cell["epochs"], lr=cell["lr"],
                 batch_size=cell["batch_size"], optimizer="adam", weight_decay=0., layers={"latent": "representation"}, generator=st.generator("order"))
     return net, teacher, task
 
@@ -248,7 +257,8 @@ def save_experiment(
     last = results[-1]["cell"]
     metas = [load_tensors(teacher_file(t, folder))[1] for t in {cell_key(r["cell"]["teacher"]): r["cell"]["teacher"] for r in results}.values()]
     varied = {k for k in last if any(r["cell"][k] != last[k] for r in results)}
-    record = Record.begin(dict(experiment=name, data=data, fixed={k: v for k, v in last.items() if k not in varied}, varied=sorted(varied)), teachers=metas, **info)
+    record = Record.begin(dict(experiment=name, data=data,
+                               fixed={k: v for k, v in last.items() if k not in varied}, varied=sorted(varied)), teachers=metas, **info)
     keys, outcome = ("method", "hyper", "seed", "gamma", "n", "l", "match"), ("priv", "uni", "present", "absent", "classes", "parameters", "seconds")
     record.runs = [{k: r["cell"][k] for k in keys} | {k: r[k] for k in outcome} for r in results]
     record.seconds = sum(r["seconds"] for r in results) + sum(m["seconds"] for m in metas)
@@ -421,7 +431,7 @@ def differences(
 AXES = dict(gamma="concentration gamma", n="pictures of the client, n", l="size of the latent, l", match="matched on the transfer set")
 
 def _panels(record, axis, measure, title, y, height, skip=None):
-    "Two panels of one curve per method; `measure(method, metric, x)` gives (mean, half length of the bar). Curves are set apart a little, so that bars do not cover each other."
+    "Two panels of one curve per method, set apart so that bars do not cover each other; `measure(method, metric, x)` gives (mean, half length of the bar)."
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
     fig = make_subplots(1, 2, subplot_titles=("T_priv", "T_uni"), horizontal_spacing=.08)
@@ -433,8 +443,10 @@ def _panels(record, axis, measure, title, y, height, skip=None):
             mean, bar = zip(*(measure(m, metric, x) for x in xs))
             fig.add_trace(go.Scatter(x=at, y=[round(v, 4) for v in mean], error_y=dict(array=[round(v, 4) for v in bar], thickness=1, width=2), name=m,
                                      legendgroup=m, showlegend=j == 0, **style(METHODS.index(m))), 1, j + 1)
-    fig.update_xaxes(tickvals=list(range(len(xs))), ticktext=[f"{x:g}" if isinstance(x, (int, float)) else str(x or "nothing") for x in xs], title=AXES[axis]).update_yaxes(title=y, col=1)
-    return fig.update_layout(template="plotly_white", title=dict(text=title, font=dict(size=15)), height=height, margin=dict(l=60, r=10, t=70, b=50), legend=dict(font=dict(size=12)))
+    fig.update_xaxes(tickvals=list(range(len(xs))),
+                     ticktext=[f"{x:g}" if isinstance(x, (int, float)) else str(x or "nothing") for x in xs], title=AXES[axis]).update_yaxes(title=y, col=1)
+    return fig.update_layout(template="plotly_white", title=dict(text=title, font=dict(size=15)), height=height,
+                             margin=dict(l=60, r=10, t=70, b=50), legend=dict(font=dict(size=12)))
 
 # %% ../nbs/03b_latent_experiments.ipynb #bb6b7a46
 def plot_sweep(
@@ -500,7 +512,8 @@ def claims_table(
 )->str:    # markdown
     "The claims with mean difference, 95 % interval (both in percentage points) and verdict."
     head = "| test | claim | difference | 95 % interval | verdict |\n|---|---|---|---|---|\n"
-    return head + "\n".join(f"| {r['test']} | {r['claim']} | {100*r['mean']:+.1f} | {100*r['low']:+.1f} to {100*r['high']:+.1f} | {r['verdict']} |" for r in rows)
+    return head + "\n".join(f"| {r['test']} | {r['claim']} | {100*r['mean']:+.1f} | {100*r['low']:+.1f} to {100*r['high']:+.1f} | {r['verdict']} |"
+                            for r in rows)
 
 # %% ../nbs/03b_latent_experiments.ipynb #b108968d
 def comparison_table(
@@ -536,7 +549,8 @@ def trend(
     return t_interval(np.polyfit(np.arange(len(xs)), per_seed, 1)[0])
 
 # %% ../nbs/03b_latent_experiments.ipynb #f501ee55
-EXPERIMENTS = dict(tune=tune, sweep_gamma=sweep_gamma, sweep_n=sweep_n, sweep_l=sweep_l, sweep_transfer=sweep_transfer, compare=compare, latent_space=latent_space)
+EXPERIMENTS = dict(tune=tune, sweep_gamma=sweep_gamma, sweep_n=sweep_n, sweep_l=sweep_l,
+                   sweep_transfer=sweep_transfer, compare=compare, latent_space=latent_space)
 
 def stored(
     experiment:str,  # one of `EXPERIMENTS`
@@ -545,7 +559,9 @@ def stored(
     "The stored record of an experiment; without one, print the command that makes it."
     name = f"latent_{experiment.split('_')[-1]}_{data}"
     try: return load_record(asset(name + ".json"))
-    except FileNotFoundError: print(f"not stored: {name}. Make it with\n  python -m darkdistill_nb.latent_experiments {experiment} --data {data} --out runs/latent --assets assets")
+    except FileNotFoundError:
+        print(f"not stored: {name}. Make it with\n  "
+              f"python -m darkdistill_nb.latent_experiments {experiment} --data {data} --out runs/latent --assets assets")
 
 # %% ../nbs/03b_latent_experiments.ipynb #51fc99d8
 def best_value(
@@ -570,7 +586,8 @@ def main(
     argv=None, # words of the command line; default: those of this process
 )->int:        # exit code: 0, 2 for bad input, 130 when interrupted
     "Run one experiment from the command line."
-    p = argparse.ArgumentParser(prog="python -m darkdistill_nb.latent_experiments", description="Experiments on latent-space distillation. Killed or interrupted, the same command continues.")
+    p = argparse.ArgumentParser(prog="python -m darkdistill_nb.latent_experiments",
+                                description="Experiments on latent-space distillation. Killed or interrupted, the same command continues.")
     p.add_argument("experiment", choices=EXPERIMENTS)
     p.add_argument("--data", required=True, choices=SETUPS)
     p.add_argument("--out", required=True, help="folder for results; experiments that share it share their cells and teachers")
@@ -586,7 +603,8 @@ def main(
     def tell(i, n, r):
         c, spent = r["cell"], time.perf_counter() - start
         tell.first = getattr(tell, "first", i - 1)
-        print(f"{i}/{n} {c['method']} gamma={c['gamma']:g} n={c['n']} l={c['l']} match={c['match']} seed={c['seed']}: T_priv {r['priv']:.3f} T_uni {r['uni']:.3f} ({r['seconds']} s; about {spent / (i - tell.first) * (n - i) / 60:.0f} min left)", flush=True)
+        print(f"{i}/{n} {c['method']} gamma={c['gamma']:g} n={c['n']} l={c['l']} match={c['match']} seed={c['seed']}: "
+              f"T_priv {r['priv']:.3f} T_uni {r['uni']:.3f} ({r['seconds']} s; about {spent / (i - tell.first) * (n - i) / 60:.0f} min left)", flush=True)
     try:
         record = EXPERIMENTS[a.experiment](a.data, a.out, on_cell=tell, **how, **dict((k, _number(v)) for k, v in (s.split("=", 1) for s in a.set)))
         name = f"latent_{record.config['experiment']}_{a.data}"

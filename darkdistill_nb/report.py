@@ -76,7 +76,8 @@ def summary(
     for i, r in enumerate(records):
         for m in dict.fromkeys(run["method"] for run in r.runs):
             own = sorted((run for run in r.runs if run["method"] == m), key=lambda run: run["seed"])
-            rows.append(dict(name=f"{names[i]}: {LABELS.get(m, m)}" if names else LABELS.get(m, m), method=m, record=r, runs=own, seeds=[run["seed"] for run in own],
+            rows.append(dict(name=f"{names[i]}: {LABELS.get(m, m)}" if names else LABELS.get(m, m),
+                             method=m, record=r, runs=own, seeds=[run["seed"] for run in own],
                              exits=list(zip(*(run["final"]["accuracy"] for run in own))), mean=[run["final"]["mean"] for run in own]))
     if not rows: raise ValueError("the record holds no finished run")
     first = [w for w in rows if w["record"] is records[0]]
@@ -119,7 +120,8 @@ def table_cells(
     head = ["accuracy, %", *(f"exit {e + 1}" for e in range(E)), "mean of exits"] + [f"minus {base}", "same sign"] * (len(rows) > 1)
     body = [[w["name"], *map(spread, w["exits"]), *["–"] * (E - len(w["exits"])), spread(w["mean"])] for w in rows]
     if len(rows) > 1:
-        for w, b in zip(rows, body): b += ["", ""] if w["versus"] is None else [spread(w["versus"], True), agreement(w["versus"])] if w["versus"] else ["not paired", ""]
+        for w, b in zip(rows, body):
+            b += ["", ""] if w["versus"] is None else [spread(w["versus"], True), agreement(w["versus"])] if w["versus"] else ["not paired", ""]
     return head, body
 
 def text_table(
@@ -156,8 +158,10 @@ def _panels(titles, columns=2, **kwargs):
     "An empty figure of equal panels in this package's look."
     from plotly.subplots import make_subplots
     columns = min(columns, len(titles)); rows = math.ceil(len(titles) / columns)
-    fig = make_subplots(rows, columns, subplot_titles=titles, shared_yaxes=True, horizontal_spacing=.06, vertical_spacing=.13 if rows < 3 else .22 / rows, **kwargs)
-    fig.update_layout(template="plotly_white", font=dict(size=13), height=130 + 205 * rows, margin=dict(l=60, r=15, t=80, b=50), legend={**_LEGEND, "y": 1 + 28 / (205 * rows)})
+    fig = make_subplots(rows, columns, subplot_titles=titles, shared_yaxes=True,
+                        horizontal_spacing=.06, vertical_spacing=.13 if rows < 3 else .22 / rows, **kwargs)
+    fig.update_layout(template="plotly_white", font=dict(size=13), height=130 + 205 * rows, margin=dict(l=60, r=15, t=80, b=50),
+                      legend={**_LEGEND, "y": 1 + 28 / (205 * rows)})
     fig.update_annotations(font_size=13); fig.update_xaxes(title_font_size=13); fig.update_yaxes(title_font_size=13)
     return fig, [(i // columns + 1, i % columns + 1) for i in range(len(titles))]
 
@@ -186,8 +190,10 @@ def accuracy_figure(
         for e, (r, c) in enumerate(place):
             each = [[a[e] for a in ys] for _, ys in curves]
             for y in each if len(each) > 1 else []:
-                fig.add_scatter(x=x, y=y, mode="lines", line=dict(color=look["line"]["color"], width=1), opacity=.3, hoverinfo="skip", showlegend=False, legendgroup=w["name"], row=r, col=c)
-            fig.add_scatter(x=x, y=[sum(v) / len(v) for v in zip(*each)], mode="lines", name=w["name"], legendgroup=w["name"], showlegend=e == 0, line={**look["line"], "width": 2.5},
+                fig.add_scatter(x=x, y=y, mode="lines", line=dict(color=look["line"]["color"], width=1), opacity=.3,
+                                hoverinfo="skip", showlegend=False, legendgroup=w["name"], row=r, col=c)
+            fig.add_scatter(x=x, y=[sum(v) / len(v) for v in zip(*each)], mode="lines", name=w["name"], legendgroup=w["name"],
+                            showlegend=e == 0, line={**look["line"], "width": 2.5},
                             hovertemplate="round %{x}: %{y:.1f} %", row=r, col=c)
     fig.update_yaxes(range=[0, 101]); fig.update_yaxes(title_text="test accuracy (%)", col=1)
     for c in range(1, min(2, E) + 1): fig.update_xaxes(title_text="round", row=place[-1][0] if c <= place[-1][1] else place[-1][0] - 1, col=c)
@@ -204,7 +210,8 @@ def _budgets(row):
     "Budget curve of a method, averaged over seeds: list of dict(P, cost, accuracy, thresholds)."
     curves = [run["final"]["budget"] for run in row["runs"] if run["final"].get("budget")]
     mean = lambda v: None if None in v else sum(v) / len(v)
-    return [dict(P=ps[0]["P"], cost=mean([p["cost"] for p in ps]), accuracy=mean([p["accuracy"] for p in ps]), thresholds=[mean(t) for t in zip(*(p["thresholds"][:-1] for p in ps))])
+    return [dict(P=ps[0]["P"], cost=mean([p["cost"] for p in ps]), accuracy=mean([p["accuracy"] for p in ps]),
+                 thresholds=[mean(t) for t in zip(*(p["thresholds"][:-1] for p in ps))])
             for ps in zip(*curves)]
 
 # %% ../nbs/13a_report.ipynb #11c58baf
@@ -219,11 +226,15 @@ def cost_figure(
     for w in rows:
         look, P = _look(w, rows), _budgets(w)
         tip = ["P = {}<br>thresholds {}".format(p["P"], ", ".join("none" if t is None else f"{t:.2f}" for t in p["thresholds"])) for p in P]
-        if P: traces.append(go.Scatter(x=[p["cost"] / unit for p in P], y=[100 * p["accuracy"] for p in P], text=tip, name=f"{w['name']}, budgets", mode="lines", line=dict(color=look["line"]["color"], width=2.5),
+        if P: traces.append(go.Scatter(x=[p["cost"] / unit for p in P], y=[100 * p["accuracy"] for p in P],
+                                       text=tip, name=f"{w['name']}, budgets", mode="lines", line=dict(color=look["line"]["color"], width=2.5),
                                        hovertemplate="%{text}<br>%{x:.3g}: %{y:.2f} %"))
-        traces.append(go.Scatter(x=[c / unit for c in w["record"].info["macs"]], y=[100 * mean_std(v)[0] for v in w["exits"]], name=f"{w['name']}, exits", mode="lines+markers",
-                                 line=dict(color=look["line"]["color"], width=1, dash="dash"), marker={**look["marker"], "size": 9}, hovertemplate="exit at %{x:.3g}: %{y:.2f} %"))
-    return figure(*traces, x=f"mean cost per picture ({words})", y="test accuracy (%)", height=420).update_layout(legend=_LEGEND, margin=dict(t=70, r=15)).update_xaxes(title_font_size=13).update_yaxes(title_font_size=13)
+        traces.append(go.Scatter(x=[c / unit for c in w["record"].info["macs"]], y=[100 * mean_std(v)[0] for v in w["exits"]],
+                                 name=f"{w['name']}, exits", mode="lines+markers",
+                                 line=dict(color=look["line"]["color"], width=1, dash="dash"), marker={**look["marker"], "size": 9},
+                                 hovertemplate="exit at %{x:.3g}: %{y:.2f} %"))
+    return (figure(*traces, x=f"mean cost per picture ({words})", y="test accuracy (%)", height=420)
+            .update_layout(legend=_LEGEND, margin=dict(t=70, r=15)).update_xaxes(title_font_size=13).update_yaxes(title_font_size=13))
 
 # %% ../nbs/13a_report.ipynb #dc1dbc7a
 def clients_figure(
@@ -238,9 +249,12 @@ def clients_figure(
     order = sorted(range(len(who["tier"])), key=lambda i: (who["tier"][i], i))
     x = [[f"tier {who['tier'][i]}" for i in order], [str(i) for i in order]]
     pattern = lambda k: dict(shape=["", "/", ".", "x"][k // 8 % 4], fgcolor="white", size=6)
-    bars = [go.Bar(x=x, y=[who["classes"][i][k] for i in order], name=str(n), marker=dict(color=PALETTE[k % 8], pattern=pattern(k)), hovertemplate="client %{x}: %{y} of class " + html.escape(str(n)) + "<extra></extra>") for k, n in enumerate(names)]
+    bars = [go.Bar(x=x, y=[who["classes"][i][k] for i in order], name=str(n), marker=dict(color=PALETTE[k % 8], pattern=pattern(k)),
+                   hovertemplate="client %{x}: %{y} of class " + html.escape(str(n)) + "<extra></extra>")
+            for k, n in enumerate(names)]
     fig = figure(*bars, x="client", y="pictures (training and validation)", height=400, barmode="stack", bargap=.15)
-    return fig.update_layout(legend={**_LEGEND, "title": dict(text="class")}, showlegend=len(names) <= 20, margin=dict(t=70, r=15)).update_xaxes(title_font_size=13).update_yaxes(title_font_size=13)
+    return (fig.update_layout(legend={**_LEGEND, "title": dict(text="class")}, showlegend=len(names) <= 20, margin=dict(t=70, r=15))
+            .update_xaxes(title_font_size=13).update_yaxes(title_font_size=13))
 
 # %% ../nbs/13a_report.ipynb #fa892a65
 def mean_effective_classes(
@@ -262,7 +276,8 @@ def difficulty_figure(
         for i, m in enumerate(sorted(w["runs"][0]["final"]["difficulty"], key=int)):
             n = [sum(v) for v in zip(*(run["final"]["difficulty"][m] for run in w["runs"]))]
             look, seen = style(int(m) + 1), [j for j in range(10) if n[j]]
-            fig.add_scatter(x=[j + (i + 1) / (T + 1) for j in seen], y=[100 * n[j] / sum(n) for j in seen], customdata=[f"{j} to {j + 1}" if j < 9 else "9 and more" for j in seen], name=f"tier {m}", legendgroup=m,
+            fig.add_scatter(x=[j + (i + 1) / (T + 1) for j in seen], y=[100 * n[j] / sum(n) for j in seen],
+                            customdata=[f"{j} to {j + 1}" if j < 9 else "9 and more" for j in seen], name=f"tier {m}", legendgroup=m,
                             showlegend=(r, c) == (1, 1), mode="markers", marker=look["marker"], hovertemplate="%{customdata} nats: %{y:.2f} %", row=r, col=c)
     low = math.floor(math.log10(min(min(t.y) for t in fig.data))) - .15
     fig.update_yaxes(type="log", range=[low, 2.15], tickvals=[.001, .01, .1, 1, 10, 100], ticktext=["0.001", "0.01", "0.1", "1", "10", "100"])
@@ -278,10 +293,12 @@ def reported_figure(
     runs = [run for run in record.runs if all("difficulty" in row for row in run["rounds"])]
     if not runs: raise ValueError("no run of this record reports difficulties; DarkDistill does")
     share = lambda n: 100 * sum(n[1:]) / max(sum(n), 1)
-    mean = lambda r, m: (lambda v: sum(v) / len(v) if v else None)([share(run["rounds"][r]["difficulty"][m]) for run in runs if m in run["rounds"][r]["difficulty"]])
+    mean = lambda r, m: (lambda v: sum(v) / len(v) if v else None)([share(run["rounds"][r]["difficulty"][m])
+                                                                    for run in runs if m in run["rounds"][r]["difficulty"]])
     tiers = sorted({m for run in runs for row in run["rounds"] for m in row["difficulty"]}, key=int)
     x = list(range(len(runs[0]["rounds"])))
-    fig = figure(*(go.Scatter(x=[r + 1 for r in x], y=[mean(r, m) for r in x], name=f"tier {m}", mode="lines", line=style(int(m) + 1)["line"], hovertemplate="round %{x}: %{y:.1f} %") for m in tiers),
+    fig = figure(*(go.Scatter(x=[r + 1 for r in x], y=[mean(r, m) for r in x], name=f"tier {m}",
+                              mode="lines", line=style(int(m) + 1)["line"], hovertemplate="round %{x}: %{y:.1f} %") for m in tiers),
                  x="round", y="pictures of 1 nat or more (%)", height=330)
     return fig.update_layout(legend=_LEGEND, margin=dict(t=70, r=15)).update_yaxes(rangemode="tozero", title_font_size=13).update_xaxes(title_font_size=13)
 
@@ -295,10 +312,13 @@ def alone_figure(
     rows, every = summary(record), [(int(s), c) for s, cs in record.info["alone"].items() for c in cs]
     tiers = sorted({c["tier"] for _, c in every})
     jitter = lambda s, c: c["tier"] + .3 * (((c["client"] * 7 + s * 3) % 13) / 12 - .5)
-    dots = go.Scatter(x=[jitter(s, c) for s, c in every], y=[100 * c["accuracy"] for _, c in every], mode="markers", name="one client alone", marker=dict(color="#777777", size=7, opacity=.6),
+    dots = go.Scatter(x=[jitter(s, c) for s, c in every], y=[100 * c["accuracy"] for _, c in every],
+                      mode="markers", name="one client alone", marker=dict(color="#777777", size=7, opacity=.6),
                       text=[f"client {c['client']}, seed {s}" for s, c in every], hovertemplate="%{text}: %{y:.1f} %")
-    marks = [go.Scatter(x=[m + .06 * (2 * i - len(rows) + 1) for m in tiers], y=[100 * sum(mean_std(v)[0] for v in w["exits"][:m]) / m for m in tiers], mode="markers", name=f"{w['name']}, same exits",
-                        marker={**_look(w, rows)["marker"], "size": 12, "line": dict(color="white", width=1)}, hovertemplate="%{y:.1f} %") for i, w in enumerate(rows)]
+    marks = [go.Scatter(x=[m + .06 * (2 * i - len(rows) + 1) for m in tiers], y=[100 * sum(mean_std(v)[0] for v in w["exits"][:m]) / m for m in tiers],
+                        mode="markers", name=f"{w['name']}, same exits",
+                        marker={**_look(w, rows)["marker"], "size": 12, "line": dict(color="white", width=1)}, hovertemplate="%{y:.1f} %")
+             for i, w in enumerate(rows)]
     fig = figure(dots, *marks, x="tier of the client", y="test accuracy, mean of the tier's exits (%)", height=400)
     fig.update_xaxes(tickvals=tiers, range=[tiers[0] - .5, tiers[-1] + .5]); fig.update_yaxes(range=[0, 101])
     return fig.update_layout(legend=_LEGEND, margin=dict(t=70, r=15)).update_xaxes(title_font_size=13).update_yaxes(title_font_size=13)
@@ -312,9 +332,11 @@ def traffic_figure(
     fig, place = _panels(["traffic (MB per round)", "work (s per round)"])
     fig.update_yaxes(matches=None, showticklabels=True)
     per_round = lambda w, key: sum(r[key] for run in w["runs"] for r in run["rounds"]) / sum(len(run["rounds"]) for run in w["runs"])
-    parts = [("server to clients", "bytes_down", 1e6, 0, 5, ""), ("clients to server", "bytes_up", 1e6, 0, 3, "/"), ("clients train", "seconds_clients", 1, 1, 2, "."), ("server works", "seconds_server", 1, 1, 4, "x")]
+    parts = [("server to clients", "bytes_down", 1e6, 0, 5, ""), ("clients to server", "bytes_up", 1e6, 0, 3, "/"),
+             ("clients train", "seconds_clients", 1, 1, 2, "."), ("server works", "seconds_server", 1, 1, 4, "x")]
     for name, key, unit, panel, colour, pattern in parts:
-        fig.add_bar(y=[w["name"] for w in rows], x=[per_round(w, key) / unit for w in rows], orientation="h", name=name, marker=dict(color=PALETTE[colour], pattern=dict(shape=pattern, fgcolor="white", size=6)),
+        fig.add_bar(y=[w["name"] for w in rows], x=[per_round(w, key) / unit for w in rows], orientation="h", name=name,
+                    marker=dict(color=PALETTE[colour], pattern=dict(shape=pattern, fgcolor="white", size=6)),
                     hovertemplate="%{x:.3g}", row=1, col=panel + 1)
     fig.update_yaxes(autorange="reversed"); fig.update_yaxes(showticklabels=False, col=2)
     height = 34 * len(rows) + 40
@@ -344,28 +366,36 @@ def _cost_data(*records, names=None):
     E = max(len(w["exits"]) for w in rows)
     head = ["method", "budget P", f"mean cost, {words}", "accuracy, %", *(f"threshold {e + 1}" for e in range(E - 1))]
     t = lambda v: "none leaves" if v is None else f"{v:.3f}"
-    budget = [[w["name"], str(p["P"]), f"{p['cost'] / unit:.3g}", f"{100 * p['accuracy']:.2f}", *map(t, p["thresholds"]), *[""] * (E - 1 - len(p["thresholds"]))] for w in rows for p in _budgets(w) if p["P"] % 4 == 0 or p["P"] in (1, 39)]
-    exits = [[w["name"], f"exit {e + 1} for all", f"{c / unit:.3g}", f"{100 * mean_std(v)[0]:.2f}", *[""] * (E - 1)] for w in rows for e, (c, v) in enumerate(zip(w["record"].info["macs"], w["exits"]))]
+    budget = [[w["name"], str(p["P"]), f"{p['cost'] / unit:.3g}", f"{100 * p['accuracy']:.2f}",
+               *map(t, p["thresholds"]), *[""] * (E - 1 - len(p["thresholds"]))]
+              for w in rows for p in _budgets(w) if p["P"] % 4 == 0 or p["P"] in (1, 39)]
+    exits = [[w["name"], f"exit {e + 1} for all", f"{c / unit:.3g}", f"{100 * mean_std(v)[0]:.2f}", *[""] * (E - 1)]
+             for w in rows for e, (c, v) in enumerate(zip(w["record"].info["macs"], w["exits"]))]
     return head, exits + budget
 
 def _difficulty_data(record):
     rows = summary(record)
     pooled = lambda w, m: [sum(v) for v in zip(*(run["final"]["difficulty"][m] for run in w["runs"]))]
     return (["tier", "method", *(f"{j}–{j + 1}" for j in range(9)), "9 and more"],
-            [[f"tier {m}", w["name"], *(f"{100 * v / sum(pooled(w, m)):.2f}" for v in pooled(w, m))] for m in sorted(rows[0]["runs"][0]["final"]["difficulty"], key=int) for w in rows])
+            [[f"tier {m}", w["name"], *(f"{100 * v / sum(pooled(w, m)):.2f}" for v in pooled(w, m))]
+             for m in sorted(rows[0]["runs"][0]["final"]["difficulty"], key=int) for w in rows])
 
 # %% ../nbs/13a_report.ipynb #ba45765e
 def _clients_data(record):
     K = record.info["classes"]
-    return ["seed, client", "tier", "pictures", *(map(str, K))], [[f"seed {s}, client {i}", str(t), str(sum(c)), *map(str, c)] for s, who in record.info["clients"].items() for i, (t, c) in enumerate(zip(who["tier"], who["classes"]))]
+    return (["seed, client", "tier", "pictures", *(map(str, K))],
+            [[f"seed {s}, client {i}", str(t), str(sum(c)), *map(str, c)]
+             for s, who in record.info["clients"].items() for i, (t, c) in enumerate(zip(who["tier"], who["classes"]))])
 
 def _alone_data(record):
-    return ["seed, client", "tier", "alone, %"], [[f"seed {s}, client {c['client']}", str(c["tier"]), f"{100 * c['accuracy']:.1f}"] for s, cs in record.info["alone"].items() for c in cs]
+    return (["seed, client", "tier", "alone, %"],
+            [[f"seed {s}, client {c['client']}", str(c["tier"]), f"{100 * c['accuracy']:.1f}"] for s, cs in record.info["alone"].items() for c in cs])
 
 def _traffic_data(record):
     def row(w):
         n = sum(len(run["rounds"]) for run in w["runs"]); per = lambda k, d: f"{sum(run['final'][k] for run in w['runs']) / n / d:.3f}"
-        return [w["name"], per("bytes_down", 1e6), per("bytes_up", 1e6), per("seconds_clients", 1), per("seconds_server", 1), f"{sum(run['final']['bytes_down'] + run['final']['bytes_up'] for run in w['runs']) / len(w['runs']) / 1e6:.1f}"]
+        return [w["name"], per("bytes_down", 1e6), per("bytes_up", 1e6), per("seconds_clients", 1), per("seconds_server", 1),
+                f"{sum(run['final']['bytes_down'] + run['final']['bytes_up'] for run in w['runs']) / len(w['runs']) / 1e6:.1f}"]
     return ["method", "MB down / round", "MB up / round", "clients, s / round", "server, s / round", "MB per run"], [row(w) for w in summary(record)]
 
 # %% ../nbs/13a_report.ipynb #c8a18300
@@ -377,7 +407,8 @@ def in_words(
     T, data = len(c["tiers"]), Path(str(c["data"])).stem
     equal = max(c["tiers"]) - min(c["tiers"]) < 1e-9
     tiers = f"{T} depth tiers of equal share" if equal and T > 1 else f"{T} depth tier{'s' * (T > 1)} ({', '.join(f'{s:.0%}' for s in c['tiers'])})"
-    return f"{data}: {c['clients']} clients in {tiers}, Dirichlet gamma {c['gamma']:g} (family {c['family']}), network {c['arch']}, exits trained with {c['policy']}, {c['rounds']} rounds, {n} seed{'s' * (n > 1)}."
+    return (f"{data}: {c['clients']} clients in {tiers}, Dirichlet gamma {c['gamma']:g} (family {c['family']}), network {c['arch']}, "
+            f"exits trained with {c['policy']}, {c['rounds']} rounds, {n} seed{'s' * (n > 1)}.")
 
 # %% ../nbs/13a_report.ipynb #1fa124ad
 def in_short(
@@ -396,8 +427,10 @@ body{font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;color:#
 h1{font-size:1.65rem;line-height:1.25;margin:0 0 .3rem}h2{font-size:1.2rem;margin:2.6rem 0 .4rem;padding-top:.9rem;border-top:1px solid #dfe3e8}
 p{margin:.4rem 0 .8rem}.sub{color:#4a5560}a{color:#0b5fa5}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:1.3rem 0}
-.tile{border:1px solid #dfe3e8;border-radius:8px;padding:11px 14px}.tile b{display:block;font-size:1.2rem;line-height:1.3;font-variant-numeric:tabular-nums}.tile span{color:#4a5560;font-size:.86rem}
-table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;width:100%}th,td{padding:5px 8px;text-align:right;border-bottom:1px solid #e8ebef;white-space:nowrap}
+.tile{border:1px solid #dfe3e8;border-radius:8px;padding:11px 14px}
+.tile b{display:block;font-size:1.2rem;line-height:1.3;font-variant-numeric:tabular-nums}.tile span{color:#4a5560;font-size:.86rem}
+table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;width:100%}
+th,td{padding:5px 8px;text-align:right;border-bottom:1px solid #e8ebef;white-space:nowrap}
 th{font-weight:600;background:#f5f7f9;vertical-align:bottom}th.l,td.l{text-align:left}thead th{position:sticky;top:0}
 .wide{overflow:auto;max-height:420px;border:1px solid #dfe3e8;border-radius:6px;margin:.6rem 0}.wide tr:last-child td{border-bottom:0}
 .facts th{vertical-align:top}details{margin:.2rem 0 .6rem}summary{cursor:pointer;color:#4a5560;font-size:.9rem}figure{margin:.6rem 0}
@@ -410,59 +443,86 @@ _MARK = '<meta name="generator" content="darkdistill_nb">'
 def _page(title, parts):
     "A whole page with plotly.js inside; no request leaves it."
     from plotly.offline import get_plotlyjs
-    head = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{_MARK}<meta name="viewport" content="width=device-width,initial-scale=1"><title>{html.escape(title)}</title><link rel="icon" href="data:,"><style>{_CSS}</style>'
-    return f"{head}<script>{get_plotlyjs()}</script></head><body>\n" + "\n".join(parts) + "\n<noscript><p>The figures need JavaScript; the tables below each of them do not.</p></noscript></body></html>\n"
+    head = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{_MARK}<meta name="viewport" content="width=device-width,initial-scale=1">'
+            f'<title>{html.escape(title)}</title><link rel="icon" href="data:,"><style>{_CSS}</style>')
+    return (f"{head}<script>{get_plotlyjs()}</script></head><body>\n" + "\n".join(parts)
+            + "\n<noscript><p>The figures need JavaScript; the tables below each of them do not.</p></noscript></body></html>\n")
 
 _BUTTONS = ["zoom2d", "pan2d", "select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"]   # left: save as picture, reset
 
 def _figure(name, fig, data, label):
     "A figure with the table of its numbers."
     fig.update_layout(autosize=True)
-    drawn = fig.to_html(full_html=False, include_plotlyjs=False, config={**PLOT_CONFIG, "modeBarButtonsToRemove": _BUTTONS}, div_id=name, default_width="100%", default_height=f"{fig.layout.height}px")
-    return f'<figure aria-label="{html.escape(label)}">{drawn}</figure><details><summary>{html.escape(label)}: the numbers</summary>{html_table(*data)}</details>'
+    drawn = fig.to_html(full_html=False, include_plotlyjs=False, config={**PLOT_CONFIG, "modeBarButtonsToRemove": _BUTTONS},
+                        div_id=name, default_width="100%", default_height=f"{fig.layout.height}px")
+    return (f'<figure aria-label="{html.escape(label)}">{drawn}</figure>'
+            f'<details><summary>{html.escape(label)}: the numbers</summary>{html_table(*data)}</details>')
 
 # %% ../nbs/13a_report.ipynb #4d04ce9d
 def _tiles(record):
     "The numbers to see first."
     rows, alone = summary(record), alone_rows(record)
     tiles = [(spread(w["mean"]) + " %", f"{w['name']}, mean of exits") for w in rows]
-    tiles += [(spread(w["versus"], True), f"points: {w['name']} minus {w['base']['name']}, paired; {agreement(w['versus'])} seeds have this sign") for w in rows if w["versus"]]
+    tiles += [(spread(w["versus"], True), f"points: {w['name']} minus {w['base']['name']}, paired; {agreement(w['versus'])} seeds have this sign")
+              for w in rows if w["versus"]]
     if alone: tiles.append((spread(alone["best"]) + " %", "best client alone"))
     return "<div class=tiles>" + "".join(f"<div class=tile><b>{html.escape(b)}</b><span>{html.escape(s)}</span></div>" for b, s in tiles) + "</div>"
 
 def _made(record):
     "Where the numbers come from."
     h, v, c = record.hardware, record.versions, record.config
-    rows = [["command", record.command], ["started", record.created.replace("T", " ").replace("Z", " UTC")], ["wall-clock", f"{record.seconds:.0f} s" + (" since it was last resumed" if record.info.get("resumed") else "")], ["seeds", ", ".join(map(str, c["seeds"]))],
-            ["machine", f"{h.get('system', '')} {h.get('machine', '')}, {h.get('cpus', '?')} CPUs" + (f", {h['gpu']}" if h.get("gpu") else "")], ["versions", ", ".join(f"{k} {n}" for k, n in v.items() if n)],
-            ["parameters per tier", ", ".join(f"{n:,}" for n in record.info["parameters"])], ["MACs per exit", ", ".join(f"{n:,}" for n in record.info["macs"])]]
+    rows = [["command", record.command], ["started", record.created.replace("T", " ").replace("Z", " UTC")],
+            ["wall-clock", f"{record.seconds:.0f} s" + (" since it was last resumed" if record.info.get("resumed") else "")],
+            ["seeds", ", ".join(map(str, c["seeds"]))],
+            ["machine", f"{h.get('system', '')} {h.get('machine', '')}, {h.get('cpus', '?')} CPUs" + (f", {h['gpu']}" if h.get("gpu") else "")],
+            ["versions", ", ".join(f"{k} {n}" for k, n in v.items() if n)],
+            ["parameters per tier", ", ".join(f"{n:,}" for n in record.info["parameters"])],
+            ["MACs per exit", ", ".join(f"{n:,}" for n in record.info["macs"])]]
     settings = [[k, in_short(x)] for k, x in c.items()]
-    return "<table class=facts>" + "".join(f"<tr><th class=l>{html.escape(k)}</th><td class=l style='white-space:normal'>{'<code>' if k == 'command' else ''}{html.escape(x)}</td></tr>" for k, x in rows) + f"</table><details><summary>all settings</summary>{html_table(['setting', 'value'], settings)}</details>"
+    return ("<table class=facts>" + "".join(f"<tr><th class=l>{html.escape(k)}</th><td class=l style='white-space:normal'>"
+                                            f"{'<code>' if k == 'command' else ''}{html.escape(x)}</td></tr>" for k, x in rows)
+            + f"</table><details><summary>all settings</summary>{html_table(['setting', 'value'], settings)}</details>")
 
 # %% ../nbs/13a_report.ipynb #96e1510c
 _TEXT = dict(
-    table="Accuracy on the test set. Each number is the mean over seeds, ± the spread over seeds (sample standard deviation), not over exits. Differences are taken seed by seed, on the same clients, first weights and order of pictures.",
+    table="Accuracy on the test set. Each number is the mean over seeds, ± the spread over seeds (sample standard deviation), not over exits. "
+          "Differences are taken seed by seed, on the same clients, first weights and order of pictures.",
     accuracy="One panel per exit of the global network. Thick lines are means over seeds, thin ones single seeds.",
-    cost="Solid: confidence thresholds for 39 budgets P, set on the clients' pooled validation pictures and applied to the test set. Dashed: the exits themselves, joined; choosing exits by chance reaches this line, so only what lies above it is due to the confidences.",
-    clients="Pictures of each class at each client, sorted by tier, for seed {seed}; the other seeds are in the table. Clients hold {real:.1f} effective classes on average; a Dirichlet({gamma:g}) mix has {ideal:.1f}.",
-    difficulty="Difficulty is the loss of exit 1. Shares of each tier's own training pictures, under the final network; the last bin takes everything from 9 nats. Between two vertical lines lies one bin; a bin that holds nothing has no mark. Logarithmic axis.",
-    reported="What DarkDistill's clients tell the server in each round, before they train: the share of their pictures whose difficulty is 1 nat or more. Mean over seeds.",
-    alone="Each grey dot is a client that trained alone for as many epochs as it would have taken part in. Marks: the same exits of the global network, mean over seeds.",
+    cost="Solid: confidence thresholds for 39 budgets P, set on the clients' pooled validation pictures and applied to the test set. "
+         "Dashed: the exits themselves, joined; choosing exits by chance reaches this line, so only what lies above it is due to the confidences.",
+    clients="Pictures of each class at each client, sorted by tier, for seed {seed}; the other seeds are in the table. "
+            "Clients hold {real:.1f} effective classes on average; a Dirichlet({gamma:g}) mix has {ideal:.1f}.",
+    difficulty="Difficulty is the loss of exit 1. Shares of each tier's own training pictures, under the final network; "
+               "the last bin takes everything from 9 nats. Between two vertical lines lies one bin; a bin that holds nothing has no mark. Logarithmic axis.",
+    reported="What DarkDistill's clients tell the server in each round, before they train: the share of their pictures whose difficulty is 1 nat or more. "
+             "Mean over seeds.",
+    alone="Each grey dot is a client that trained alone for as many epochs as it would have taken part in. "
+          "Marks: the same exits of the global network, mean over seeds.",
     traffic="Means over rounds and seeds. Seconds are those of the simulation, in which the clients of one job run one after the other.")
 
+# %% ../nbs/13a_report.ipynb #3df48526
 def _sections(record):
     "The parts of the report, in order."
     seed, I = list(record.info["clients"])[0], record.info
     yield "Accuracy of each exit", f"<p>{_TEXT['table']}</p>" + html_table(*table_cells(summary(record)))
-    yield "Accuracy over rounds", f"<p>{_TEXT['accuracy']}</p>" + _figure("accuracy", accuracy_figure(record), _accuracy_data(record), "Accuracy of each exit over rounds")
-    yield "Accuracy against cost", f"<p>{_TEXT['cost']}</p>" + _figure("cost", cost_figure(record), _cost_data(record), "Accuracy against mean cost, and the thresholds")
-    if I.get("alone"): yield "Alone or together", f"<p>{_TEXT['alone']}</p>" + _figure("alone", alone_figure(record), _alone_data(record), "Clients that trained alone")
-    words = _TEXT["clients"].format(seed=seed, real=mean_effective_classes(record, seed), gamma=record.config["gamma"], ideal=effective_classes(record.config["gamma"], len(I["classes"])))
+    yield "Accuracy over rounds", f"<p>{_TEXT['accuracy']}</p>" + _figure(
+        "accuracy", accuracy_figure(record), _accuracy_data(record), "Accuracy of each exit over rounds")
+    yield "Accuracy against cost", f"<p>{_TEXT['cost']}</p>" + _figure(
+        "cost", cost_figure(record), _cost_data(record), "Accuracy against mean cost, and the thresholds")
+    if I.get("alone"):
+        yield "Alone or together", f"<p>{_TEXT['alone']}</p>" + _figure(
+            "alone", alone_figure(record), _alone_data(record), "Clients that trained alone")
+    words = _TEXT["clients"].format(seed=seed, real=mean_effective_classes(record, seed),
+                                    gamma=record.config["gamma"], ideal=effective_classes(record.config["gamma"], len(I["classes"])))
     yield "Who holds what", f"<p>{words}</p>" + _figure("clients", clients_figure(record), _clients_data(record), "Pictures per client and class")
-    yield "Difficulty per tier", f"<p>{_TEXT['difficulty']}</p>" + _figure("difficulty", difficulty_figure(record), _difficulty_data(record), "Difficulty histograms, in percent per bin")
+    yield "Difficulty per tier", f"<p>{_TEXT['difficulty']}</p>" + _figure(
+        "difficulty", difficulty_figure(record), _difficulty_data(record), "Difficulty histograms, in percent per bin")
     if any("difficulty" in run["rounds"][0] for run in record.runs):
         fig = reported_figure(record)
-        yield "Difficulty as reported", f"<p>{_TEXT['reported']}</p>" + _figure("reported", fig, (["round", *(t.name for t in fig.data)], [[str(x), *("–" if t.y[i] is None else f"{t.y[i]:.1f}" for t in fig.data)] for i, x in enumerate(fig.data[0].x)]), "Pictures of 1 nat or more, in percent")
+        yield "Difficulty as reported", f"<p>{_TEXT['reported']}</p>" + _figure(
+            "reported", fig, (["round", *(t.name for t in fig.data)],
+                              [[str(x), *("–" if t.y[i] is None else f"{t.y[i]:.1f}" for t in fig.data)] for i, x in enumerate(fig.data[0].x)]),
+            "Pictures of 1 nat or more, in percent")
     yield "Traffic and work", f"<p>{_TEXT['traffic']}</p>" + _figure("traffic", traffic_figure(record), _traffic_data(record), "Traffic and work per round")
     yield "How this was made", _made(record)
 
@@ -507,7 +567,9 @@ def write_compare(
     title = "Comparison of " + ", ".join(names)
     d = differing(*records)
     parts = [f"<h1>{html.escape(title)}</h1>", *(f"<p class=sub><b>{html.escape(n)}</b>: {html.escape(in_words(r))}</p>" for n, r in zip(names, records)),
-             f"<h2>Accuracy of each exit</h2><p>{_TEXT['table']} They are left out where the runs did not have the same clients.</p>" + html_table(*table_cells(summary(*records, names=names))),
-             f"<h2>Accuracy against cost</h2><p>{_TEXT['cost']}</p>" + _figure("cost", cost_figure(*records, names=names), _cost_data(*records, names=names), "Accuracy against mean cost, and the thresholds")]
+             f"<h2>Accuracy of each exit</h2><p>{_TEXT['table']} They are left out where the runs did not have the same clients.</p>"
+             + html_table(*table_cells(summary(*records, names=names))),
+             f"<h2>Accuracy against cost</h2><p>{_TEXT['cost']}</p>"
+             + _figure("cost", cost_figure(*records, names=names), _cost_data(*records, names=names), "Accuracy against mean cost, and the thresholds")]
     if d: parts.append("<h2>Settings that differ</h2>" + html_table(["setting", *names], [[k, *map(in_short, v)] for k, v in d]))
     return write_atomic(path, _page(title, parts).encode())

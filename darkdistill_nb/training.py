@@ -174,9 +174,11 @@ def environment()->dict: # versions, hardware and the command line
         except PackageNotFoundError: return None
     names = ("darkdistill_nb", "torch", "torchvision", "timm", "numpy", "scikit-learn")
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    words = sys.orig_argv
+    words = ["python", *words[words.index("-m"):]] if "-m" in words else [Path(sys.argv[0]).name, *sys.argv[1:]]
     return dict(versions={"python": platform.python_version(), **{p: v(p) for p in names}},
                 hardware=dict(machine=platform.machine(), system=platform.system(), cpus=os.cpu_count(), gpu=gpu),
-                command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+                command=" ".join(words))
 
 # %% ../nbs/01_training.ipynb #640e58da
 @dataclass

@@ -151,7 +151,8 @@ def test_no_permission(tmp_path, capsys):
     assert "permission" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv, word", [(["rnu"], "did you mean 'run'?"), (["compare"], "RUN"), (["compare", "nowhere"], "nowhere"), (["report", "nowhere"], "nowhere"), (["--verion"], "did you mean '--version'?")])
+@pytest.mark.parametrize("argv, word", [(["rnu"], "did you mean 'run'?"), (["compare"], "RUN"), (["compare", "nowhere"], "nowhere"),
+                                        (["report", "nowhere"], "nowhere"), (["--verion"], "did you mean '--version'?")])
 def test_bad_commands(argv, word, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(argv) == 2
@@ -171,7 +172,8 @@ def test_bad_input_from_a_shell(tmp_path):
 def test_help_costs_no_torch(tmp_path):
     "--help, --version and a mistyped option are answered without loading PyTorch or anything else heavy."
     for args in (["--help"], ["run", "--help"], ["--version"], ["run", "--gamma", "0"], ["run", "--methods", "x"]):
-        code = f"import sys; from darkdistill_nb.cli import main\ntry: main({args})\nexcept SystemExit: pass\nprint('LOADED', sorted({{m.split('.')[0] for m in sys.modules}} & {{'torch', 'numpy', 'plotly', 'timm', 'sklearn', 'tqdm'}}))"
+        code = (f"import sys; from darkdistill_nb.cli import main\ntry: main({args})\nexcept SystemExit: pass\n"
+                f"print('LOADED', sorted({{m.split('.')[0] for m in sys.modules}} & {{'torch', 'numpy', 'plotly', 'timm', 'sklearn', 'tqdm'}}))")
         r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
         assert r.stdout.splitlines()[-1] == "LOADED []", r.stdout + r.stderr
 
@@ -225,7 +227,8 @@ def test_same_command_twice_same_weights(two_runs):
 def test_output_of_a_run(two_runs):
     "The table with both methods, and the path of the report, on the output stream; progress on the error stream."
     d, (r, _) = two_runs
-    for word in ("EEFL", "DarkDistill", "exit 2", "mean of exits", "minus EEFL", "one client alone", "report: runs/digits-001/report.html"): assert word in r.stdout, word
+    for word in ("EEFL", "DarkDistill", "exit 2", "mean of exits", "minus EEFL", "one client alone", "report: runs/digits-001/report.html"):
+        assert word in r.stdout, word
     assert "100%" in r.stderr and "mean accuracy" not in r.stdout
 
 
@@ -277,7 +280,8 @@ def test_compare_and_report(two_runs, capsys, monkeypatch):
 
 def test_config_file_and_options(tmp_path, monkeypatch, capsys, files):
     "A file for all settings; options win; own data from an npz file."
-    (tmp_path / "c.toml").write_text(f'data = "{files}/good.npz"\nrounds = 9\nseeds = [4]\nclients = 4\nalone = false\nmethods = ["eefl"]\nout = "from_file"\nworkers = 1\n[net]\nwidth = 8\nstages = 2\n')
+    (tmp_path / "c.toml").write_text(f'data = "{files}/good.npz"\nrounds = 9\nseeds = [4]\n'
+                                     'clients = 4\nalone = false\nmethods = ["eefl"]\nout = "from_file"\nworkers = 1\n[net]\nwidth = 8\nstages = 2\n')
     monkeypatch.chdir(tmp_path)
     assert cli.main("run --config c.toml --rounds 1".split()) == 0, capsys.readouterr().err
     config = json.loads((tmp_path / "from_file/config.json").read_text())["config"]
@@ -321,13 +325,15 @@ def group_ends(group, seconds=30):
 def test_ctrl_c_stops_everything(tmp_path):
     "Ctrl-C as a terminal sends it, to the whole process group: exit code 130, one sentence on how to go on, no process left."
     args = on_two_cores(rounds=500)
-    p = subprocess.Popen([*COMMAND, "run", *args, "--out", "run"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    p = subprocess.Popen([*COMMAND, "run", *args, "--out", "run"], cwd=tmp_path,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     end = time.time() + 60
     while time.time() < end and not list(tmp_path.glob("run/jobs/*.safetensors")): time.sleep(.1)
     os.killpg(p.pid, signal.SIGINT)
     out, err = p.communicate(timeout=60)
     assert p.returncode == 130, err
-    assert "Traceback" not in err and err.strip().splitlines()[-1] == "darkdistill: stopped; finished rounds are kept, continue with: darkdistill run --resume run"
+    assert ("Traceback" not in err
+            and err.strip().splitlines()[-1] == "darkdistill: stopped; finished rounds are kept, continue with: darkdistill run --resume run")
     assert group_ends(p.pid), "a process is left"
     assert list((tmp_path / "run/jobs").glob("*.safetensors")) and not (tmp_path / "run/record.json").exists()
 

@@ -105,7 +105,8 @@ def test_splits_take_lists_and_arrays():
 @pytest.mark.parametrize("change, word", [
     (dict(gamma=0), "gamma must be"), (dict(gamma=-1), "gamma must be"), (dict(gamma=float("nan")), "gamma must be"), (dict(gamma="x"), "gamma must be"),
     (dict(clients=0), "clients must be"), (dict(clients=2.5), "clients must be"), (dict(clients=10_001), "must not exceed the number of samples"),
-    (dict(seed=-1), "seed must be"), (dict(family="iid"), "family must be"), (dict(y=torch.tensor([.5])), "y must be"), (dict(y=torch.zeros(0).long()), "y must be"),
+    (dict(seed=-1), "seed must be"), (dict(family="iid"), "family must be"), (dict(y=torch.tensor([.5])), "y must be"),
+    (dict(y=torch.zeros(0).long()), "y must be"),
     (dict(min_size=5000), "needs 50000 samples")])
 def test_bad_split_arguments(change, word):
     with pytest.raises(ValueError, match=word): dirichlet_split(**(dict(y=Y10K, clients=10, gamma=.5) | change))
@@ -165,7 +166,8 @@ def test_shapes_do_not_depend_on_threads_or_count():
     for t in rest: t.join()
     assert got == [want] * 3
     # another process, and with several threads inside each operation
-    code = "import hashlib; from darkdistill_nb import data as D; from contextlib import nullcontext; D._one_thread = nullcontext; d = D.shapes(100, seed=2); " \
+    code = "import hashlib; from darkdistill_nb import data as D; from contextlib import nullcontext; " \
+           "D._one_thread = nullcontext; d = D.shapes(100, seed=2); " \
            "print(hashlib.sha256(d.x.numpy().tobytes() + d.y.numpy().tobytes() + d.difficulty.numpy().tobytes()).hexdigest())"
     for n in ("1", "3"):
         assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": n}, capture_output=True, text=True).stdout.strip() == want
@@ -201,14 +203,20 @@ def test_load_shapes_keeps_train_and_test_apart():
 @pytest.mark.parametrize("change, word", [
     (dict(x_test=None), "lacks x_test"), (dict(y_train=np.array([{}] * 30)), "never unpickled"), (dict(y_train=np.arange(29) % 3), "29 labels for 30 pictures"),
     (dict(y_train=np.arange(30) % 3 - 1), "0..K-1"), (dict(y_train=np.arange(30) % 3 * 2), "0..K-1"), (dict(y_train=np.arange(30) % 3 + 10**12), "0..K-1"),
-    (dict(y_test=np.arange(12)), "y_test holds the label 11"), (dict(classes=np.array(["a", "b"])), "y_train holds the label 2"), (dict(y_test=-np.ones(12, int)), "label -1"),
+    (dict(y_test=np.arange(12)), "y_test holds the label 11"), (dict(classes=np.array(["a", "b"])), "y_train holds the label 2"),
+    (dict(y_test=-np.ones(12, int)), "label -1"),
     (dict(classes=np.array(list("abcd")), y_test=np.full(12, 3)), "no training sample"), (dict(classes=np.zeros((2, 2))), "classes must be"),
-    (dict(y_train=np.zeros(30)), "vector of integers"), (dict(y_train=np.zeros((30, 1), int)), "vector of integers"), (dict(y_train=np.int64(0)), "vector of integers"),
+    (dict(y_train=np.zeros(30)), "vector of integers"), (dict(y_train=np.zeros((30, 1), int)), "vector of integers"),
+    (dict(y_train=np.int64(0)), "vector of integers"),
     (dict(x_train=np.full((30, 6, 6), np.nan), x_test=np.zeros((12, 6, 6))), "x_train holds 1080 values that are NaN"),
-    (dict(x_train=np.zeros((30, 6, 6)), x_test=np.full((12, 6, 6), np.inf)), "x_test holds 432"), (dict(x_train=np.zeros((30, 6, 6)), x_test=np.full((12, 6, 6), 1e300)), "x_test holds 432"),
-    (dict(x_test=np.zeros((0, 6, 6), np.uint8), y_test=np.zeros(0, int)), "test split is empty"), (dict(x_train=np.zeros((30, 6), np.uint8)), "x_train must have shape"),
-    (dict(x_train=np.zeros((30, 6, 6), np.int32)), "uint8 or float"), (dict(x_train=np.zeros((30, 6, 6), complex)), "uint8 or float"), (dict(x_train=np.zeros((30, 6, 6, 2), np.uint8)), "1, 3 or 4 channels"),
-    (dict(x_train=np.zeros((30, 3, 6, 3), np.uint8)), "first or last"), (dict(x_test=np.zeros((12, 5, 6), np.uint8)), "differ"), (dict(x_test=np.zeros((12, 6, 6))), "differ"),
+    (dict(x_train=np.zeros((30, 6, 6)), x_test=np.full((12, 6, 6), np.inf)), "x_test holds 432"),
+    (dict(x_train=np.zeros((30, 6, 6)), x_test=np.full((12, 6, 6), 1e300)), "x_test holds 432"),
+    (dict(x_test=np.zeros((0, 6, 6), np.uint8), y_test=np.zeros(0, int)), "test split is empty"),
+    (dict(x_train=np.zeros((30, 6), np.uint8)), "x_train must have shape"),
+    (dict(x_train=np.zeros((30, 6, 6), np.int32)), "uint8 or float"), (dict(x_train=np.zeros((30, 6, 6), complex)), "uint8 or float"),
+    (dict(x_train=np.zeros((30, 6, 6, 2), np.uint8)), "1, 3 or 4 channels"),
+    (dict(x_train=np.zeros((30, 3, 6, 3), np.uint8)), "first or last"), (dict(x_test=np.zeros((12, 5, 6), np.uint8)), "differ"),
+    (dict(x_test=np.zeros((12, 6, 6))), "differ"),
     (dict(x_train=np.zeros((30, 0, 6), np.uint8), x_test=np.zeros((12, 0, 6), np.uint8)), "empty")])
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_bad_files(npz, change, word):
@@ -221,7 +229,8 @@ def test_no_file_and_no_archive(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"): load(tmp_path / "none.npz")
     (tmp_path / "folder.npz").mkdir()
     with pytest.raises(FileNotFoundError): load(tmp_path / "folder.npz")
-    for name, blob in dict(empty=b"", text=b"hello", npy=(lambda b: (np.save(b, np.zeros(3)), b.getvalue())[1])(io.BytesIO()), pickle=pickle.dumps([1])).items():
+    for name, blob in dict(empty=b"", text=b"hello", npy=(lambda b: (np.save(b, np.zeros(3)), b.getvalue())[1])(io.BytesIO()),
+                           pickle=pickle.dumps([1])).items():
         (tmp_path / f"{name}.npz").write_bytes(blob)
         with pytest.raises(ValueError, match="not an npz"): load(str(tmp_path / f"{name}.npz"))
 
@@ -326,7 +335,8 @@ def test_two_processes_fill_the_cache_at_once(nowhere):
     assert D._stored("svhn", nowhere) and sorted(p.name for p in nowhere.rglob("*")) == ["svhn", "svhn.npz", "svhn.npz.sha256"]
 
 
-@pytest.mark.parametrize("error", [OSError("Network is unreachable"), RuntimeError("File not found or corrupted."), TimeoutError("timed out"), EOFError("truncated")])
+@pytest.mark.parametrize("error", [OSError("Network is unreachable"), RuntimeError("File not found or corrupted."),
+                                   TimeoutError("timed out"), EOFError("truncated")])
 def test_failed_download_names_the_choices(nowhere, monkeypatch, error):
     def fail(*a, **k): raise error
     monkeypatch.setattr("torchvision.datasets.SVHN", fail)
@@ -374,7 +384,8 @@ def test_data_folder_comes_first(nowhere, npz, monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError, match="DARKDISTILL_DATA names .*gone"): load("cifar10")
 
 
-@pytest.mark.parametrize("name, word", [("cifra10", "did you mean 'cifar10'"), ("Digits", "did you mean 'digits'"), ("", "choose from"), ("/tmp/data.npy", "path of an .npz")])
+@pytest.mark.parametrize("name, word", [("cifra10", "did you mean 'cifar10'"), ("Digits", "did you mean 'digits'"),
+                                        ("", "choose from"), ("/tmp/data.npy", "path of an .npz")])
 def test_unknown_names(nowhere, name, word):
     with pytest.raises(ValueError, match=word): load(name)
 

@@ -16,11 +16,14 @@ maps = lambda v: v.reshape(len(v), 2, 2, 2) if v.shape[1] == 8 else v.reshape(le
 
 # loss(student, teacher, labels) on (B, 8) logits or features
 ZERO = {  # 0 for a perfect copy
-    "kd": lambda s, t, y: kd_loss(s, t), "kd T=1": lambda s, t, y: kd_loss(s, t, 1), "mse": lambda s, t, y: logit_mse(s, t, y, 1.), "dkd": lambda s, t, y: dkd_loss(s, t, y),
-    "dist": lambda s, t, y: dist_loss(s, t, T=2.), "at": lambda s, t, y: at_loss(maps(s), maps(t)), "rkd": lambda s, t, y: RKD()(s, t), "rkd distance": lambda s, t, y: rkd_distance(s, t),
+    "kd": lambda s, t, y: kd_loss(s, t), "kd T=1": lambda s, t, y: kd_loss(s, t, 1),
+    "mse": lambda s, t, y: logit_mse(s, t, y, 1.), "dkd": lambda s, t, y: dkd_loss(s, t, y),
+    "dist": lambda s, t, y: dist_loss(s, t, T=2.), "at": lambda s, t, y: at_loss(maps(s), maps(t)),
+    "rkd": lambda s, t, y: RKD()(s, t), "rkd distance": lambda s, t, y: rkd_distance(s, t),
     "rkd angle": lambda s, t, y: rkd_angle(s, t), "bdkd": lambda s, t, y: bidirectional_loss(s, t)}
 crd = CRD(Y, 8, 8, negatives=7, generator=torch.Generator().manual_seed(0))
-ALL = {**ZERO, "mse .5": lambda s, t, y: logit_mse(s, t, y), "lpd": lambda s, t, y: lpd_loss(s, t), "crd": lambda s, t, y: crd(s, t, torch.arange(len(s))), "hint": lambda s, t, y: Hint(8, 8)(s, t),
+ALL = {**ZERO, "mse .5": lambda s, t, y: logit_mse(s, t, y), "lpd": lambda s, t, y: lpd_loss(s, t),
+       "crd": lambda s, t, y: crd(s, t, torch.arange(len(s))), "hint": lambda s, t, y: Hint(8, 8)(s, t),
        "dml": lambda s, t, y: DML()(0, [s, t], y), "bdkd student": lambda s, t, y: BDKD()(0, [s, t], y), "bdkd teacher": lambda s, t, y: BDKD()(1, [t, s], y),
        "self": lambda s, t, y: self_distillation([s, t], y, [s, t])}
 FEATURE = {"at", "rkd", "rkd distance", "rkd angle", "lpd", "crd", "hint", "mse", "mse .5", "self"}     # a constant added to all logits matters
@@ -46,7 +49,8 @@ def test_attraction_and_contrast_are_not_zero_for_a_copy():
 @pytest.mark.parametrize("case", ["duplicates", "all equal", "zeros", "one", "large"])
 def test_gradients_are_finite(name, case):
     a, b = rows(), rows(seed=1)
-    a, b = {"duplicates": (a[[0, 0, 1, 1, 2, 2]], b[[0, 0, 1, 1, 2, 2]]), "all equal": (a[[0] * 6], b[[0] * 6]), "zeros": (0 * a, 0 * b), "one": (a[:1], b[:1]), "large": (100 * a, 100 * b)}[case]
+    a, b = {"duplicates": (a[[0, 0, 1, 1, 2, 2]], b[[0, 0, 1, 1, 2, 2]]), "all equal": (a[[0] * 6], b[[0] * 6]), "zeros": (0 * a, 0 * b),
+            "one": (a[:1], b[:1]), "large": (100 * a, 100 * b)}[case]
     a.requires_grad_()
     value = ALL[name](a, b, Y[:len(a)])
     assert torch.isfinite(value) and value.ndim == 0
@@ -97,9 +101,12 @@ def test_decoupled_distillation_recombines():
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: kd_loss(rows(), rows(), -4), "T=-4"), (lambda: kd_loss(rows(), rows(), float("nan")), "T=nan"), (lambda: dkd_loss(rows(), rows(), Y, T=0), "T=0"), (lambda: dist_loss(rows(), rows(), T=-1), "T=-1"),
-    (lambda: logit_mse(rows(), rows(), Y, -.1), "alpha=-0.1"), (lambda: logit_mse(rows(), rows(), Y, .5, 0), "tau=0"), (lambda: method_loss("kd", alpha=1.5), "alpha=1.5"), (lambda: lpd_loss(rows(), rows(), 0), "k=0"),
-    (lambda: CRD(Y, 8, 8, tau=-1), "tau=-1"), (lambda: CRD(Y, 8, 8, negatives=0), "negatives=0"), (lambda: CRD(Y, 8, 8, mode="loose"), "mode='loose'"), (lambda: bidirectional_loss(rows(), rows(), 0), "T=0"),
+    (lambda: kd_loss(rows(), rows(), -4), "T=-4"), (lambda: kd_loss(rows(), rows(), float("nan")), "T=nan"),
+    (lambda: dkd_loss(rows(), rows(), Y, T=0), "T=0"), (lambda: dist_loss(rows(), rows(), T=-1), "T=-1"),
+    (lambda: logit_mse(rows(), rows(), Y, -.1), "alpha=-0.1"), (lambda: logit_mse(rows(), rows(), Y, .5, 0), "tau=0"),
+    (lambda: method_loss("kd", alpha=1.5), "alpha=1.5"), (lambda: lpd_loss(rows(), rows(), 0), "k=0"),
+    (lambda: CRD(Y, 8, 8, tau=-1), "tau=-1"), (lambda: CRD(Y, 8, 8, negatives=0), "negatives=0"), (lambda: CRD(Y, 8, 8, mode="loose"), "mode='loose'"),
+    (lambda: bidirectional_loss(rows(), rows(), 0), "T=0"),
     (lambda: self_distillation([rows()], Y, alpha=2), "alpha=2"), (lambda: CropFlip()(rows(), None), None)])
 def test_bad_settings_are_told(call, message):
     with pytest.raises((ValueError, TypeError) if message is None else ValueError, match=message and message.replace("[", r"\[")): call()
@@ -139,7 +146,8 @@ def data(): return shapes(96, seed=3, size=16)
 
 def convnet(c=4, seed=0):
     with Streams(seed).scope("net", c):
-        return nn.Sequential(nn.Conv2d(3, c, 3, 2, 1), nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, 2 * c, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * c, 8), nn.ReLU(), nn.Linear(8, 10))
+        return nn.Sequential(nn.Conv2d(3, c, 3, 2, 1), nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, 2 * c, 3, 2, 1),
+                             nn.ReLU(), nn.Flatten(), nn.Linear(32 * c, 8), nn.ReLU(), nn.Linear(8, 10))
 
 
 LAYERS = {"maps": "4", "features": "7"}
@@ -150,7 +158,8 @@ LAYERS = {"maps": "4", "features": "7"}
 def test_every_method_through_the_driver(name, augment, data):
     "One line per method; weights stay finite, own parameters move, and the same seeds repeat bit for bit."
     teacher = convnet(8, 1)
-    extra = {"hint": dict(student_width=8, teacher_width=16, maps=True), "crd": dict(labels=data.y, student_width=8, teacher_width=8, negatives=50)}.get(name, {})
+    extra = {"hint": dict(student_width=8, teacher_width=16, maps=True),
+             "crd": dict(labels=data.y, student_width=8, teacher_width=8, negatives=50)}.get(name, {})
     def run():
         net = convnet()
         with Streams(0).scope("loss"):
@@ -189,9 +198,11 @@ def test_looked_up_answers_belong_to_the_crop_that_the_student_sees(data):
 
 def test_the_order_of_batches_does_not_depend_on_augmentation_or_cache(data):
     orders = []
-    for kw in (dict(), dict(cache=False), dict(augment=CropFlip(1)), dict(augment=CropFlip(1), cache=False), dict(augment=lambda x, g: x + torch.rand(1, generator=g))):
+    for kw in (dict(), dict(cache=False), dict(augment=CropFlip(1)), dict(augment=CropFlip(1), cache=False),
+               dict(augment=lambda x, g: x + torch.rand(1, generator=g))):
         seen = []
-        distill(convnet(), convnet(8, 1), data, lambda s, t, y, idx: (seen.append(idx), F.cross_entropy(s["logits"], y))[1], 2, generator=Streams(0).generator("order"), **kw)
+        distill(convnet(), convnet(8, 1), data, lambda s, t, y, idx: (seen.append(idx), F.cross_entropy(s["logits"], y))[1],
+                2, generator=Streams(0).generator("order"), **kw)
         orders.append(torch.cat(seen))
     assert all(torch.equal(orders[0], o) for o in orders)
 
@@ -200,7 +211,8 @@ def test_the_teacher_is_left_alone(data):
     teacher = convnet(8, 1).train(); before = copy.deepcopy(teacher.state_dict())
     for cache in (True, False):
         distill(convnet(), teacher, data, method_loss("kd"), 1, layers=LAYERS, cache=cache)
-        assert teacher.training and all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items()) and all(p.grad is None for p in teacher.parameters())
+        assert (teacher.training and all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+                and all(p.grad is None for p in teacher.parameters()))
         assert not any(m._forward_hooks for m in teacher.modules())
     net = convnet()
     with pytest.raises(ValueError, match="needs 'features'"): distill(net, teacher, data, method_loss("rkd"), 1)
@@ -208,7 +220,8 @@ def test_the_teacher_is_left_alone(data):
 
 
 def test_learning_rate_callback_and_epoch_hook(data):
-    log = distill(convnet(), None, data, lambda s, t, y, i: F.cross_entropy(s["logits"], y), 3, lr=lambda e: .1 * .1 ** e, on_epoch=lambda row, net: row.update(norm=float(net[0].weight.detach().norm())), optimizer="adam")
+    log = distill(convnet(), None, data, lambda s, t, y, i: F.cross_entropy(s["logits"], y), 3,
+                  lr=lambda e: .1 * .1 ** e, on_epoch=lambda row, net: row.update(norm=float(net[0].weight.detach().norm())), optimizer="adam")
     assert [r["epoch"] for r in log] == [0, 1, 2] and all("norm" in r for r in log)
     assert abs(log[2]["norm"] - log[1]["norm"]) < abs(log[1]["norm"] - log[0]["norm"])
     still = convnet(); w = still[0].weight.clone()

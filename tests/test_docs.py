@@ -35,7 +35,8 @@ def test_site_draws_everything_offline(site, browser):
     equations = figures = 0
     for html in sorted(site.glob("[0-9]*.html")):
         page.goto(html.as_uri())
-        page.wait_for_function("document.querySelectorAll('.tex, .tex-display').length === document.querySelectorAll('.tex > .katex, .tex-display > .katex').length", timeout=20000)
+        page.wait_for_function("document.querySelectorAll('.tex, .tex-display').length "
+                               "=== document.querySelectorAll('.tex > .katex, .tex-display > .katex').length", timeout=20000)
         page.wait_for_function("[...document.querySelectorAll('.plotly-graph-div')].every(d => d.querySelector('.main-svg'))", timeout=20000)
         equations += page.locator(".katex math").count()
         figures += page.locator(".plotly-graph-div").count()

@@ -5,8 +5,8 @@ import pytest, torch
 import torch.nn.functional as F
 from darkdistill_nb.data import ArrayData, _one_thread, dirichlet_draw
 from darkdistill_nb.distillation import distill
-from darkdistill_nb.latent import (NETS, ORDERS, LatentNet, client_task, latent_net, latent_variance, latents, lkd, lkd_loss, map_latents, match_shape, match_transfer,
-                                   small_shapes)
+from darkdistill_nb.latent import (NETS, ORDERS, LatentNet, client_task, latent_net, latent_variance, latents, lkd, lkd_loss, map_latents, match_shape,
+                                   match_transfer, small_shapes)
 from darkdistill_nb.latent_experiments import (CLAIMS, METHODS, cell_key, check_claims, differences, get_teacher, main, make_cell, pictures, run_cells, trend)
 from darkdistill_nb.training import Record, accuracy, load_record, predict
 
@@ -56,7 +56,8 @@ def test_even_client_scores_alike_on_both_tests():
 
 # ---------------------------------------------------------------- networks and loss (check 14)
 
-@pytest.mark.parametrize("name, l, want", [("student-1", 128, 100_416), ("student-1", 500, 128_316), ("student-4", 500, 1_277_308), ("teacher", 500, 9_582_844)])
+@pytest.mark.parametrize("name, l, want", [("student-1", 128, 100_416), ("student-1", 500, 128_316), ("student-4", 500, 1_277_308),
+                                           ("teacher", 500, 9_582_844)])
 def test_parameter_counts(name, l, want): assert sum(p.numel() for p in latent_net(name, l).parameters()) == want
 
 
@@ -83,7 +84,8 @@ def test_students_take_pictures_of_any_size(name, shape):
     with torch.no_grad(): assert net(torch.zeros(1, *shape)).shape == (1, 7)
 
 
-@pytest.mark.parametrize("bad, word", [(dict(l=0), "l=0"), (dict(l=2.5), "l=2.5"), (dict(order="bn-conv"), "order="), (dict(dropout=1), "dropout=1"), (dict(pools=(2,)), "pools=")])
+@pytest.mark.parametrize("bad, word", [(dict(l=0), "l=0"), (dict(l=2.5), "l=2.5"), (dict(order="bn-conv"), "order="),
+                                       (dict(dropout=1), "dropout=1"), (dict(pools=(2,)), "pools=")])
 def test_bad_networks(bad, word):
     with pytest.raises(ValueError, match=word): LatentNet(**{**dict(groups=((4,), (4,)), pools=(2, 2), l=4), **bad})
 
@@ -164,7 +166,8 @@ def test_workers_do_not_change_results(tmp_path):
 def test_same_transfer_and_new_latent_size(tmp_path):
     "A transfer set changes the result, a new l changes the parameters, and both keep the client."
     base = make_cell("shapes16", "LKD", 0, **QUICK, transfer="digits")
-    r = run_cells([base, make_cell("shapes16", "LKD", 0, match="latent", **QUICK, transfer="digits"), make_cell("shapes16", "LKD", 0, l=8, **QUICK)], tmp_path, 1)
+    r = run_cells([base, make_cell("shapes16", "LKD", 0, match="latent", **QUICK, transfer="digits"),
+                   make_cell("shapes16", "LKD", 0, l=8, **QUICK)], tmp_path, 1)
     assert base["transfer"] is None and r[1]["cell"]["transfer"] == "digits" and len({cell_key(x["cell"]) for x in r}) == 3
     assert r[2]["parameters"] < r[0]["parameters"] == r[1]["parameters"] and len({x["classes"] for x in r}) == 1
     assert get_teacher(r[2]["cell"]["teacher"], tmp_path)[1]["d"] == get_teacher(base["teacher"], tmp_path)[1]["d"]
@@ -181,7 +184,8 @@ def test_verdicts_follow_the_data():
     with pytest.raises(ValueError, match="at least two values"): trend(record(0.))
 
 
-ARGS = ["-m", "darkdistill_nb.latent_experiments", "compare", "--data", "shapes16", "--seeds", "3", "--methods", "CE", "LKD", "--workers", "2", "--set", "n=128", "epochs=12", "teacher_epochs=1", "--out"]
+ARGS = ["-m", "darkdistill_nb.latent_experiments", "compare", "--data", "shapes16", "--seeds", "3",
+        "--methods", "CE", "LKD", "--workers", "2", "--set", "n=128", "epochs=12", "teacher_epochs=1", "--out"]
 
 def alive(pid):
     try: return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
@@ -215,9 +219,11 @@ def test_killed_experiment_continues_and_leaves_no_process(tmp_path):
 
 
 @pytest.mark.parametrize("args, word", [
-    (["--set", "n=100000"], "n=100000 exceeds"), (["--set", "speed=1"], "unknown setting 'speed'"), (["--set", "student=huge"], "net 'huge' is unknown"), (["--set", "gamma=-1"], "gamma must be")])
+    (["--set", "n=100000"], "n=100000 exceeds"), (["--set", "speed=1"], "unknown setting 'speed'"), (["--set", "student=huge"], "net 'huge' is unknown"),
+    (["--set", "gamma=-1"], "gamma must be")])
 def test_bad_settings_are_one_sentence(args, word, tmp_path, capsys):
-    assert main(["compare", "--data", "shapes16", "--out", str(tmp_path), "--seeds", "1", "--workers", "1", "--methods", "CE", args[0], "teacher_epochs=0", args[1]]) == 2
+    assert main(["compare", "--data", "shapes16", "--out", str(tmp_path), "--seeds", "1", "--workers", "1",
+                 "--methods", "CE", args[0], "teacher_epochs=0", args[1]]) == 2
     assert word in capsys.readouterr().err
 
 

@@ -62,7 +62,9 @@ def test_everything_is_left(main_job):
     for word in ("EEFL", "DarkDistill", "exit 4", "3 seeds (0, 1, 2)", "report: runs/digits-001/report.html"): assert word in out, word
     assert len(list((folder / "weights").iterdir())) == 6 and not (folder / "jobs").exists()
     page = (folder / "report.html").read_text()
-    for word in ("EEFL and DarkDistill on digits", "20 clients in 4 depth tiers of equal share", "Accuracy against cost", "Who holds what", "Difficulty per tier"): assert word in page, word
+    for word in ("EEFL and DarkDistill on digits", "20 clients in 4 depth tiers of equal share",
+                 "Accuracy against cost", "Who holds what", "Difficulty per tier"):
+                     assert word in page, word
     assert "<script src" not in page[:2000] and page.count("plotly.js v") == 1
 
 

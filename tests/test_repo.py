@@ -112,7 +112,8 @@ def test_constraints_meet_the_requirements():
     "Every requirement of the package and of the dev extra is pinned, to a version that meets its bound."
     import tomllib
     from packaging.requirements import Requirement
-    pins = dict(l.split(";")[0].strip().lower().replace("_", "-").split("==") for l in (ROOT / "constraints.txt").read_text().splitlines() if "==" in l and not l.startswith("#"))
+    pins = dict(l.split(";")[0].strip().lower().replace("_", "-").split("==")
+                for l in (ROOT / "constraints.txt").read_text().splitlines() if "==" in l and not l.startswith("#"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     for r in map(Requirement, project["dependencies"] + extras["dev"] + extras["lab"] + extras["docs"]):
@@ -172,6 +173,31 @@ def test_code_cells_are_short(nb):
     assert max(n) <= 35, f"longest code cell has {max(n)} lines"
 
 
+WIDTH = 160
+CODE = [*[p for p in NBS if p.parent == ROOT / "nbs"], *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "tools").glob("*.py"))]
+
+def wide_lines(path):
+    "Code lines of a notebook or of a Python file with more than `WIDTH` characters, as (place, length, start of the line)."
+    parts = [source(c) if is_code(c) else "" for c in cells(path)] if path.suffix == ".ipynb" else [path.read_text(encoding="utf-8")]
+    kind = "cell {i}, line {n}" if path.suffix == ".ipynb" else "line {n}"
+    return [(kind.format(i=i, n=n), len(l), l.strip()[:60]) for i, text in enumerate(parts) for n, l in enumerate(text.splitlines(), 1) if len(l) > WIDTH]
+
+
+@pytest.mark.parametrize("path", CODE, ids=ids(CODE))
+def test_code_lines_are_not_wider_than_160(path):
+    found = [f"{place}: {n} characters: {start} ..." for place, n, start in wide_lines(path)]
+    assert not found, f"{path.name} has {len(found)} code lines of more than {WIDTH} characters:\n" + "\n".join(found)
+
+
+def test_wide_lines_are_seen(tmp_path):
+    "A line of 161 characters in a code cell or a file is found with its place; 160 characters and long prose are not."
+    ok, wide = "#" * WIDTH, "#" * (WIDTH + 1)
+    cell = lambda kind, text: dict(cell_type=kind, source=[text])
+    (tmp_path / "a.ipynb").write_text(json.dumps(dict(cells=[cell("markdown", wide), cell("code", f"{ok}\n{wide}")])))
+    (tmp_path / "a.py").write_text(f"{ok}\n{ok}\n{wide}\n")
+    assert wide_lines(tmp_path / "a.ipynb") == [("cell 1, line 2", 161, "#" * 60)] and wide_lines(tmp_path / "a.py") == [("line 3", 161, "#" * 60)]
+
+
 def asserts(cell):
     "Does a code cell check something?"
     for node in ast.walk(tree_of(cell)):
@@ -228,7 +254,8 @@ def test_tutorials_are_free_of_nbdev(nb):
 
 def test_import_is_light():
     "`import darkdistill_nb` loads none of the heavy packages."
-    code = f"import sys, {LIB}; print(sorted({{m.split('.')[0] for m in sys.modules}} & {{'torch', 'timm', 'torchvision', 'plotly', 'numpy', 'sklearn', 'scipy', 'fastcore'}}))"
+    code = (f"import sys, {LIB}; print(sorted({{m.split('.')[0] for m in sys.modules}} & "
+            "{'torch', 'timm', 'torchvision', 'plotly', 'numpy', 'sklearn', 'scipy', 'fastcore'}))")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

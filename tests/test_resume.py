@@ -54,7 +54,9 @@ def numbers(folder):
     "What the record says, without times."
     from darkdistill_nb.training import load_record
     r = load_record(folder)
-    def clean(o): return {k: clean(v) for k, v in o.items() if "seconds" not in k} if isinstance(o, dict) else [clean(v) for v in o] if isinstance(o, list) else o
+    def clean(o):
+        return ({k: clean(v) for k, v in o.items() if "seconds" not in k} if isinstance(o, dict)
+                else [clean(v) for v in o] if isinstance(o, list) else o)
     return clean([r.config, r.runs, r.info["alone"], r.info["clients"]])
 
 
@@ -99,7 +101,8 @@ def test_killed_between_rounds_of_training(whole, tmp_path):
         before = {p: p.stat().st_mtime_ns for p in run.glob("jobs/*")}
         p = start(tmp_path, *(["--resume", "run"] if run.exists() else [*SETTINGS, *OUT]), "--workers", "2")
         end = time.time() + 60
-        while p.poll() is None and time.time() < end and {q: q.stat().st_mtime_ns for q in run.glob("jobs/*.safetensors")}.items() <= before.items(): time.sleep(.01)
+        while p.poll() is None and time.time() < end and {q: q.stat().st_mtime_ns for q in run.glob("jobs/*.safetensors")}.items() <= before.items():
+            time.sleep(.01)
         time.sleep(.02 * i)
         try: os.killpg(p.pid, signal.SIGKILL)
         except ProcessLookupError: pass

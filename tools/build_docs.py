@@ -17,7 +17,8 @@ PLOTLY = "application/vnd.plotly.v1+json"
 def figure_html(spec):
     "A plotly figure as HTML that needs `_static/plotly.min.js` only."
     import plotly.io as pio
-    return pio.to_html(spec, full_html=False, include_plotlyjs=False, validate=False, config={"responsive": True, "displaylogo": False, "showSendToCloud": False})
+    return pio.to_html(spec, full_html=False, include_plotlyjs=False, validate=False,
+                       config={"responsive": True, "displaylogo": False, "showSendToCloud": False})
 
 
 def links(text):
@@ -86,7 +87,8 @@ def prepare():
 
 def external(out):
     "Scripts, styles and pictures that a page would fetch from the network."
-    load = re.compile(r"<(?:script|img|iframe)[^>]+src=[\"']?(?:https?:)?//[^\s>]+|<link[^>]+rel=[\"']?(?:stylesheet|preload)[^>]+href=[\"']?(?:https?:)?//[^\s>]+")
+    load = re.compile(r"<(?:script|img|iframe)[^>]+src=[\"']?(?:https?:)?//[^\s>]+"
+                      r"|<link[^>]+rel=[\"']?(?:stylesheet|preload)[^>]+href=[\"']?(?:https?:)?//[^\s>]+")
     return [f"{p.name}: {m[0]}" for p in sorted(out.glob("*.html")) for m in load.finditer(p.read_text(encoding="utf-8"))]
 
 
@@ -94,7 +96,8 @@ def main(argv):
     out = Path(argv[0]) if argv else DOCS / "_build/html"
     prepare()
     shutil.rmtree(out, ignore_errors=True)
-    r = subprocess.run([sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-d", str(out) + ".doctrees", "-c", str(DOCS), str(SRC), str(out)])
+    r = subprocess.run([sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html",
+                        "-d", str(out) + ".doctrees", "-c", str(DOCS), str(SRC), str(out)])
     shutil.rmtree(str(out) + ".doctrees", ignore_errors=True)
     if r.returncode: return r.returncode
     if found := external(out): print("the site is not self-contained:", *found, sep="\n  "); return 1

@@ -73,7 +73,8 @@ def nbs():
 def labs():
     "the students' labs follow from the instructor's, which run with their solutions"
     run(sys.executable, "tools/make_labs.py", "--check")
-    run(sys.executable, "-m", "pytest", "-q", "--nbmake", "--nbmake-timeout=600", "-p", "no:cacheprovider", *sorted((ROOT / "tutorials/instructor").glob("*.ipynb")))
+    run(sys.executable, "-m", "pytest", "-q", "--nbmake", "--nbmake-timeout=600", "-p", "no:cacheprovider",
+        *sorted((ROOT / "tutorials/instructor").glob("*.ipynb")))
 
 
 def docs():

@@ -6,20 +6,20 @@ Docs: https://darkdistill.github.io/darkdistill_nb/latent_experiments.html.md"""
 
 # %% auto #0
 __all__ = ['SETUPS', 'METHODS', 'GAMMAS', 'NS', 'HYPER', 'CANDIDATES', 'PUBLISHED', 'CLAIMS', 'EXPERIMENTS', 'make_cell',
-           'cell_key', 'pictures', 'train_teacher', 'teacher_file', 'get_teacher', 'make_loss', 'train_cell',
-           'run_cell', 'run_cells', 'save_experiment', 'tune', 'best_hyper', 'chosen_hyper', 'sweep_gamma', 'sweep_n',
-           'sweep_l', 'sweep_transfer', 'compare', 'latent_space', 't_interval', 'differences', 'plot_sweep',
-           'plot_differences', 'verdict', 'check_claims', 'claims_table', 'comparison_table', 'trend', 'stored',
-           'best_value', 'main']
+           'pictures', 'train_teacher', 'teacher_file', 'get_teacher', 'make_loss', 'train_cell', 'run_cell',
+           'run_cells', 'save_experiment', 'tune', 'best_hyper', 'chosen_hyper', 'sweep_gamma', 'sweep_n', 'sweep_l',
+           'sweep_transfer', 'compare', 'latent_space', 'differences', 'plot_sweep', 'plot_differences', 'verdict',
+           'check_claims', 'claims_table', 'comparison_table', 'trend', 'stored', 'best_value', 'main']
 
-# %% ../nbs/03b_latent_experiments.ipynb #05fc4461
-import argparse, functools, hashlib, itertools, json, math, os, sys, threading, time
+# %% ../nbs/03b_latent_experiments.ipynb #9f12929b
+import argparse, functools, itertools, json, math, os, sys, time
 from contextlib import nullcontext
 from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from .cells import cell_file, cell_key, each, run_grid, run_stored, t_interval
 from .data import ArrayData, _one_thread, load
 from .distillation import distill
 from .features import method_loss
@@ -74,13 +74,6 @@ def make_cell(
     if match is None: s["transfer"] = None
     return dict(data=data, split=split, method=method, hyper=HYPER[method] if hyper is None else hyper, seed=int(seed), gamma=float(gamma),
                 l=l, match=match, keep=keep, teacher=teacher, **s)
-
-# %% ../nbs/03b_latent_experiments.ipynb #9a7c4bec
-def cell_key(
-    cell:dict, # JSON values
-)->str:        # 16 hexadecimal digits
-    "Name of a cell: a hash of its content, whatever the order of its entries."
-    return hashlib.blake2b(json.dumps(cell, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 # %% ../nbs/03b_latent_experiments.ipynb #cb80e151
 @functools.lru_cache(maxsize=4)
@@ -181,69 +174,41 @@ def train_cell(
                 batch_size=cell["batch_size"], optimizer="adam", weight_decay=0., layers={"latent": "representation"}, generator=st.generator("order"))
     return net, teacher, task
 
+# %% ../nbs/03b_latent_experiments.ipynb #ece51b6b
+def _measure(cell, folder):
+    "Train a cell's student and test it on both distributions."
+    net, _, task = train_cell(cell, folder)
+    priv, right = accuracy(predict(net, task.priv), task.priv.y), predict(net, task.uni).argmax(1) == task.uni.y
+    seen = torch.bincount(task.data.y, minlength=task.data.n_classes)[task.uni.y] > 0
+    share = lambda m: float(right[m].double().mean()) if m.any() else None
+    out = dict(priv=float(priv), uni=float(right.double().mean()), present=share(seen), absent=share(~seen),
+               classes=int((torch.bincount(task.data.y) > 0).sum()), parameters=sum(p.numel() for p in net.parameters()))
+    if not cell["keep"]: return out
+    return out | dict(latents=[[round(v, 3) for v in row] for row in latents(net, task.uni.subset(slice(0, cell["keep"]))).tolist()])
+
 # %% ../nbs/03b_latent_experiments.ipynb #ee408646
 def run_cell(
     cell:dict, # from `make_cell`
     folder,    # folder of the experiments
 )->dict:       # {"cell", "priv", "uni", "present", "absent", "seconds", ...}
-    "Train and test one cell and write its result to FOLDER/cells; a result that is there is read instead."
-    path = Path(folder)/"cells"/f"{cell_key(cell)}.json"
-    if path.is_file(): return json.loads(path.read_text())
-    get_teacher(cell["teacher"], folder)
-    t, cpu = time.perf_counter(), time.process_time()
-    with _one_thread():                          # the same numbers, whether in this process or in a worker
-        net, _, task = train_cell(cell, folder)
-        priv, right = accuracy(predict(net, task.priv), task.priv.y), predict(net, task.uni).argmax(1) == task.uni.y
-        kept = latents(net, task.uni.subset(slice(0, cell["keep"]))) if cell["keep"] else None
-    seen = torch.bincount(task.data.y, minlength=task.data.n_classes)[task.uni.y] > 0
-    share = lambda m: float(right[m].double().mean()) if m.any() else None
-    out = dict(cell=cell, priv=float(priv), uni=float(right.double().mean()), present=share(seen), absent=share(~seen),
-               classes=int((torch.bincount(task.data.y) > 0).sum()), parameters=sum(p.numel() for p in net.parameters()))
-    if kept is not None: out["latents"] = [[round(v, 3) for v in row] for row in kept.tolist()]
-    out["seconds"], out["cpu_seconds"] = round(time.perf_counter() - t, 2), round(time.process_time() - cpu, 2)
-    write_atomic(path, json.dumps(out).encode())
-    return out
-
-# %% ../nbs/03b_latent_experiments.ipynb #16fca78b
-def _worker_start():
-    "One thread; leave when the parent has gone."
-    torch.set_num_threads(1)
-    parent = os.getppid()
-    def watch():
-        while os.getppid() == parent: time.sleep(1)
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-
-def _each(job, items, workers):
-    "Results of `job(item)` as they come: from this process, or from several new ones."
-    if workers == 1 or len(items) < 2: yield from map(job, items); return
-    import multiprocessing as mp
-    from concurrent.futures import ProcessPoolExecutor, as_completed
-    with ProcessPoolExecutor(min(workers, len(items)), mp.get_context("spawn"), _worker_start) as pool:
-        futures = [pool.submit(job, i) for i in items]
-        try:
-            for f in as_completed(futures): yield f.result()
-        finally: pool.shutdown(wait=False, cancel_futures=True)
+    "Train and test one cell and keep its result in FOLDER/cells; a result that is there is read instead."
+    if not cell_file(cell, folder).is_file(): get_teacher(cell["teacher"], folder)      # before the clock starts
+    return run_stored(_measure, cell, folder)
 
 # %% ../nbs/03b_latent_experiments.ipynb #0ce0824b
 def run_cells(
     cells,         # from `make_cell`
     folder,        # results and teachers; made if needed
-    workers=None,  # processes; default: one per core; 1: this process (in a notebook, where new processes cannot import what is defined here)
+    workers=None,  # processes; default: one per core; 1: this process
     on_cell=None,  # called after each new cell with (number done, number of all, result)
 )->list:           # results, in the order of `cells`
     "Run what is not there yet, teachers first; may be killed at any moment and started again."
-    cells, folder = list(cells), Path(folder)
-    missing = [c for k, c in {cell_key(c): c for c in cells}.items() if not (folder/"cells"/f"{k}.json").is_file()]
-    workers, done = workers or os.cpu_count() or 1, len(cells) - len(missing)
-    teachers = {cell_key(c["teacher"]): c["teacher"] for c in missing}
+    teachers = {cell_key(c["teacher"]): c["teacher"] for c in cells if not cell_file(c, folder).is_file()}
     bases = {cell_key(b): b for b in ({**t, "l": t["base_l"] or t["l"], "base_l": None} for t in teachers.values())}
     for specs in (bases, teachers):
-        for _ in _each(functools.partial(get_teacher, folder=folder), [s for s in specs.values() if not teacher_file(s, folder).is_file()], workers): pass
-    for r in _each(functools.partial(run_cell, folder=folder), missing, workers):
-        done += 1
-        if on_cell: on_cell(done, len(cells), r)
-    return [run_cell(c, folder) for c in cells]
+        missing = [s for s in specs.values() if not teacher_file(s, folder).is_file()]
+        for _ in each(functools.partial(get_teacher, folder=folder), missing, workers or os.cpu_count() or 1): pass
+    return run_grid(_measure, cells, folder, workers, on_cell)
 
 # %% ../nbs/03b_latent_experiments.ipynb #2383cbab
 def save_experiment(
@@ -397,18 +362,6 @@ def latent_space(
         except ImportError: pass
     gap = {k: float((v - z).pow(2).mean()) / latent_variance(z) for k, v in spaces.items()}
     return save_experiment("space", data, results, folder, maps=maps, gap=gap, y=test.y[:keep], classes=test.classes)
-
-# %% ../nbs/03b_latent_experiments.ipynb #7c05ce5c
-def t_interval(
-    values,            # paired differences, one per seed
-    level:float=.95,   # confidence
-)->tuple:              # (mean, low, high)
-    "Mean and its confidence interval by Student's t; raises `ValueError` for fewer than two values."
-    from scipy import stats
-    if len(values) < 2: raise ValueError(f"an interval needs at least two seeds, not {len(values)}")
-    m, sd = mean_std(values)
-    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * sd / math.sqrt(len(values))
-    return m, m - half, m + half
 
 # %% ../nbs/03b_latent_experiments.ipynb #592eed00
 def differences(

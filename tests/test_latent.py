@@ -7,7 +7,8 @@ from darkdistill_nb.data import ArrayData, _one_thread, dirichlet_draw
 from darkdistill_nb.distillation import distill
 from darkdistill_nb.latent import (NETS, ORDERS, LatentNet, client_task, latent_net, latent_variance, latents, lkd, lkd_loss, map_latents, match_shape,
                                    match_transfer, small_shapes)
-from darkdistill_nb.latent_experiments import (CLAIMS, METHODS, cell_key, check_claims, differences, get_teacher, main, make_cell, pictures, run_cells, trend)
+from darkdistill_nb.cells import cell_key
+from darkdistill_nb.latent_experiments import (CLAIMS, METHODS, check_claims, differences, get_teacher, main, make_cell, pictures, run_cells, trend)
 from darkdistill_nb.training import Record, accuracy, load_record, predict
 
 

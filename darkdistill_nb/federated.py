@@ -130,6 +130,7 @@ class EEFL:
         if not 0 < participation <= 1: raise ValueError(f"participation={participation} must be in (0, 1]")
         if lr < 0 or batch_size < 1 or epochs < 1: raise ValueError(f"lr={lr} must be >= 0, batch_size={batch_size} and epochs={epochs} at least 1")
         self.policy = policy or BoostNet()
+        if hasattr(self.policy, "weight_net"): raise ValueError("policy=L2W learns a network of its own, which is not sent to clients yet; choose another policy")
         self.lr, self.decay, self.momentum, self.weight_decay = lr, decay, momentum, weight_decay
         self.batch_size, self.epochs, self.participation = batch_size, epochs, participation
     def setup(self,
@@ -180,6 +181,7 @@ def local_update(self:EEFL,
     "Train the client's prefix on its pictures: SGD on the sum over its exits."
     net, p = self.tier_net(client.tier), self.policy
     net.load_state_dict(weights)
+    p.at(rnd)
     with streams.scope("local", rnd, client.id):
         loss = fit(net, data, self.epochs, self.lr * self.decay**rnd, self.momentum, self.weight_decay, self.batch_size,
                    loss=lambda raw, y: p.loss(raw, y)[0], forward=lambda x: net(x, p.ge), generator=streams.generator("order", rnd, client.id))

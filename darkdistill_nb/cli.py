@@ -110,7 +110,8 @@ DATA_OPTIONS = [
 METHOD_OPTIONS = [
     Option("methods", _words, list(METHODS), "methods to train, paired by seed",
            "a list of different methods from eefl, darkdistill", lambda v: len(v) > 0 and len(set(v)) == len(v)),
-    Option("policy", _text, "boostnet", "how the exits are trained: boostnet, joint, self_distillation or mutual", "boostnet, joint, self_distillation or mutual"),
+    Option("policy", _text, "boostnet", "how the exits are trained: boostnet, joint, self_distillation or mutual",
+           "boostnet, joint, self_distillation or mutual"),
     Option("arch", _text, "cnn", "network: cnn, wrn, or the name of a plain timm ViT", "the name of a network"),
     Option("net", _table, {}, "keywords of the network, e.g. width=16 stages=3", "keywords such as width=16"),
     Option("darkdistill", _table, {}, "keywords of DarkDistill, e.g. weights=uniform", "keywords such as weights=uniform"),

@@ -98,6 +98,7 @@ def answers(
     _, valid, test = three_parts(cell["data"], cell["n_train"], cell["n_test"])
     return dict(valid=exit_outputs(net, valid, policy)[0], valid_y=valid.y, test=exit_outputs(net, test, policy)[0], test_y=test.y)
 
+# %% ../nbs/05d_exit_experiments.ipynb #bc63fb6a
 def keep_trained(
     path,      # file to write
     net, policy,

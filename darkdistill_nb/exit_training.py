@@ -12,6 +12,7 @@ __all__ = ['WEIGHTINGS', 'CENTRES', 'POLICIES', 'exit_weights', 'Joint', 'BoostN
 
 # %% ../nbs/04b_exit_training.ipynb #a970a295
 import inspect, math, time
+from functools import partial
 import torch
 import torch.nn.functional as F
 from .distillation import _positive, _share, _stream, _up, kd_loss
@@ -301,8 +302,10 @@ def _save_progress(path, net, opt, generators, rows):
     state |= {f"net.{k}": v for k, v in net.state_dict().items()} | {"rng": torch.get_rng_state()}
     save_tensors(path, state | {f"rng.{i}": g.get_state() for i, g in enumerate(generators)}, dict(rows=rows))
 
-def _load_progress(path, net, opt, generators):
-    "Put back what `_save_progress` wrote; returns the rows."
+def _load_progress(path, net, opt, generators, policy):
+    "Put back what `_save_progress` wrote, if it did; returns the rows."
+    if hasattr(policy, "weight_net"): raise ValueError("checkpoint: the network of L2W is not kept in it; train without")
+    if not Path(path).is_file(): return []
     state, meta = load_tensors(path)
     part = lambda head: {k[len(head):]: v for k, v in state.items() if k.startswith(head)}
     net.load_state_dict(part("net.")); torch.set_rng_state(state["rng"])
@@ -331,22 +334,18 @@ def fit_exits(
     checkpoint=None,          # file that is written after each epoch, and read first if it is there
 )->list:                      # a dict per epoch: epoch, loss (nats, mean per picture), seconds
     "Train the exits of a network with a policy; raises `FloatingPointError` if the loss stops being finite."
-    params = [p for p in net.parameters() if p.requires_grad]
-    opt = optimizer(params) if optimizer else torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
-    if checkpoint and hasattr(policy, "weight_net"): raise ValueError("checkpoint: the network of L2W is not kept in it; train without")
-    g, rows, n = _stream(generator, "augment"), [], math.ceil(len(data) / batch_size)
-    drawn = [x for x in (generator, g if augment else None) if x]
-    if checkpoint and Path(checkpoint).is_file(): rows = _load_progress(checkpoint, net, opt, drawn)
+    make = optimizer or partial(torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    opt, n = make([p for p in net.parameters() if p.requires_grad]), math.ceil(len(data) / batch_size)
+    g = _stream(generator, "augment"); drawn = [x for x in (generator, g if augment else None) if x]
+    rows = _load_progress(checkpoint, net, opt, drawn, policy) if checkpoint else []
     for e in range(len(rows), epochs):
         total, start = 0., time.perf_counter(); net.train(); policy.at(e, epochs)
         for i, (x, y) in enumerate(data.batches(batch_size, generator)):
             if cosine: opt.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * (e + i / n) / epochs)) / 2
             if augment: x = augment(x, g)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-                policy.meta_step(net, x, y, opt)
-                value = policy.loss(net(x, policy.ge), y)[0]
-            opt.zero_grad(set_to_none=True); value.backward(); opt.step()
-            total += value.detach() * len(y)
+                policy.meta_step(net, x, y, opt); value = policy.loss(net(x, policy.ge), y)[0]
+            opt.zero_grad(set_to_none=True); value.backward(); opt.step(); total += value.detach() * len(y)
         rows.append(dict(epoch=e, loss=float(total) / len(data), seconds=time.perf_counter() - start))
         if not math.isfinite(rows[-1]["loss"]): raise FloatingPointError(f"the training loss is {rows[-1]['loss']}; lower lr={lr}")
         if checkpoint: _save_progress(checkpoint, net, opt, drawn, rows)

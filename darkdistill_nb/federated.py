@@ -130,7 +130,7 @@ class EEFL:
         if not 0 < participation <= 1: raise ValueError(f"participation={participation} must be in (0, 1]")
         if lr < 0 or batch_size < 1 or epochs < 1: raise ValueError(f"lr={lr} must be >= 0, batch_size={batch_size} and epochs={epochs} at least 1")
         self.policy = policy or BoostNet()
-        if hasattr(self.policy, "weight_net"): raise ValueError("policy=L2W learns a network of its own, which is not sent to clients yet; choose another policy")
+        if hasattr(self.policy, "weight_net"): raise ValueError("policy=L2W has a network of its own, which is not sent to clients; choose another policy")
         self.lr, self.decay, self.momentum, self.weight_decay = lr, decay, momentum, weight_decay
         self.batch_size, self.epochs, self.participation = batch_size, epochs, participation
     def setup(self,

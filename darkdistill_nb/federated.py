@@ -8,8 +8,8 @@ Docs: https://darkdistill.github.io/darkdistill_nb/federated.html.md"""
 __all__ = ['Client', 'tier_sizes', 'make_clients', 'average', 'block_average', 'Update', 'nbytes', 'EEFL', 'Run', 'save_state',
            'load_state', 'evaluate', 'play_round', 'simulate', 'train_alone']
 
-# %% ../nbs/06_federated.ipynb #4510c902
-import copy, hashlib, json, time
+# %% ../nbs/06_federated.ipynb #6d49db8a
+import copy, hashlib, json, pickle, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
@@ -269,8 +269,14 @@ def _resume(checkpoint, mark, device):
     if meta["fingerprint"] != mark: raise ValueError(f"{checkpoint} was written by a run with other settings; use another folder")
     return {p: {k: v.to(device) for k, v in d.items()} for p, d in state.items()}, meta["log"]
 
-# %% ../nbs/06_federated.ipynb #5331a4bf
-def _pool_start(method, net, train, clients, seed):
+# %% ../nbs/06_federated.ipynb #86cccae6
+def _pack_start(method, net, train, clients, seed):
+    "What a worker starts from, as bytes, and whether reading them imports timm."
+    return any(type(m).__module__.startswith("timm.") for m in net.modules()), pickle.dumps((method, net, train, clients, seed))
+
+def _pool_start(timm, packed):
+    if timm: from darkdistill_nb.compat import ensure_torchvision; ensure_torchvision()   # timm imports torchvision
+    method, net, train, clients, seed = pickle.loads(packed)
     torch.set_num_threads(1); method.setup(net)
     _pool_start.ctx = method, train, {c.id: c for c in clients}, Streams(seed)
 
@@ -292,7 +298,7 @@ class _Pool:
     def __init__(self, workers, method, net, train, clients, seed):
         import multiprocessing as mp
         from concurrent.futures import ProcessPoolExecutor
-        self.pool = ProcessPoolExecutor(workers, mp.get_context("spawn"), _pool_start, (method, net, train, clients, seed))
+        self.pool = ProcessPoolExecutor(workers, mp.get_context("spawn"), _pool_start, _pack_start(method, net, train, clients, seed))
     def __call__(self, jobs): # [(weights, client id, round)] -> Updates, in order
         from safetensors.torch import save
         order = sorted(range(len(jobs)), key=lambda i: -len(jobs[i][0]))   # deep clients first: they take longest

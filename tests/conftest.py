@@ -5,8 +5,9 @@ import pytest
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "browser: needs a Chromium that Playwright can start (deselect with -m 'not browser')")
+    config.addinivalue_line("markers", "browser: drives Chromium by Playwright, about a minute; only runs when asked for: -m browser")
     config.addinivalue_line("markers", "slow: takes more than about 20 s (deselect with -m 'not slow')")
+    if not config.option.markexpr: config.option.markexpr = "not browser"
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"): os.environ.setdefault(name, "2")  # inherited by subprocesses
 
 

@@ -67,6 +67,15 @@ def test_workers_do_not_change_the_weights(digits):
     assert same(one.state["net"], two.state["net"]) and same(one.state["server"], two.state["server"])
 
 
+def test_workers_train_a_timm_vit(digits):
+    "Reading a timm network in a new process imports torchvision, which may need the repair of `compat` first."
+    train, test = digits
+    clients = make_clients(train.y, 4, .5)
+    net = lambda: vit("vit_tiny_patch16_224", exits=(1, 2, 3, 4), n_classes=10, img_size=8, patch_size=4, embed_dim=24, num_heads=2, depth=4, in_chans=1)
+    one, two = (simulate(EEFL(participation=1.), net, train, test, clients, 1, workers=w) for w in (1, 2))
+    assert same(one.state["net"], two.state["net"])
+
+
 def test_number_of_threads_does_not_change_the_weights(digits):
     train, test = digits
     clients = make_clients(train.y, 8, .5)

@@ -17,7 +17,7 @@ PLOTLY = "application/vnd.plotly.v1+json"
 def figure_html(spec):
     "A plotly figure as HTML that needs `_static/plotly.min.js` only."
     import plotly.io as pio
-    return pio.to_html(spec, full_html=False, include_plotlyjs=False, validate=False,
+    return pio.to_html(spec, full_html=False, include_plotlyjs=False, validate=False, auto_play=False,
                        config={"responsive": True, "displaylogo": False, "showSendToCloud": False})
 
 

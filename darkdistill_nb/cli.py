@@ -86,7 +86,7 @@ class Option:
         return x
 
 # %% ../nbs/14_cli.ipynb #76b7afdd
-METHODS, POLICIES, FAMILIES = ("eefl", "darkdistill"), ("boostnet", "joint"), ("client", "class")
+METHODS, POLICIES, FAMILIES = ("eefl", "darkdistill"), ("boostnet", "joint", "self_distillation", "mutual"), ("client", "class")
 _whole = dict(allowed="a whole number of at least 1", ok=lambda v: v >= 1)
 _positive = dict(allowed="a finite number above 0", ok=lambda v: 0 < v < math.inf)
 _from_zero = dict(allowed="a number from 0 to below 1", ok=lambda v: 0 <= v < 1)
@@ -112,7 +112,7 @@ METHOD_OPTIONS = [
            "a list of different methods from eefl, darkdistill", lambda v: len(v) > 0 and len(set(v)) == len(v)),
     Option("policy", _text, "boostnet", "how the exits are trained: boostnet, joint, self_distillation or mutual",
            "boostnet, joint, self_distillation or mutual"),
-    Option("arch", _text, "cnn", "network: cnn, wrn, or the name of a plain timm ViT", "the name of a network"),
+    Option("arch", _text, "cnn", "network: cnn, wrn, msdnet, or the name of a timm ViT", "the name of a network"),
     Option("net", _table, {}, "keywords of the network, e.g. width=16 stages=3", "keywords such as width=16"),
     Option("darkdistill", _table, {}, "keywords of DarkDistill, e.g. weights=uniform", "keywords such as weights=uniform"),
     Option("alone", _flag, True, "train every client alone, too", "true or false")]
@@ -196,7 +196,7 @@ class Experiment:
     def build(self):
         "A fresh network."
         from darkdistill_nb import early_exit
-        c = self.config; known = getattr(early_exit, c["arch"], None) if c["arch"] in ("cnn", "wrn") else None
+        c = self.config; known = getattr(early_exit, c["arch"], None) if c["arch"] in ("cnn", "wrn", "msdnet") else None
         if known: import inspect; _keywords("net", c["net"], [k for k in inspect.signature(known).parameters if k not in ("input_shape", "n_classes")])
         try: return early_exit.build_net(c["arch"], self.train.shape, self.train.n_classes, **c["net"])
         except TypeError as e: raise ValueError(f"net={c['net']} does not fit arch={c['arch']!r}: {e}") from None

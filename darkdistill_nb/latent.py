@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from .data import ArrayData, dirichlet_draw, resample_test, shapes
 from .distillation import distill
-from .training import PALETTE, SYMBOLS
+from .training import LOOK, PALETTE, SYMBOLS
 
 # %% ../nbs/03_latent.ipynb #4d29a2a3
 ORDERS = ("conv-bn-relu", "conv-relu-bn")
@@ -271,5 +271,6 @@ def plot_latents(
                             legendgroup=str(c), showlegend=j == 0, row=1, col=j + 1,
                             marker=dict(size=5, color=PALETTE[c % 8], symbol=SYMBOLS[(c + c // 8) % 8], opacity=.8))
     fig.update_xaxes(title="axis 1").update_yaxes(title="axis 2", col=1)
-    return fig.update_layout(template="plotly_white", title=dict(text=title, font=dict(size=15)),
+    fig.layout.template = LOOK
+    return fig.update_layout(title=dict(text=title, font=dict(size=15)),
                              height=height, margin=dict(l=50, r=10, t=70 if title else 40, b=40))

@@ -26,8 +26,8 @@ from .distillation import distill
 from .features import method_loss
 from .latent import (LatentNet, client_task, latent_net, latent_variance, latents, lkd, map_latents, match_shape, match_transfer, plot_latents,
                                    small_shapes)
-from .training import (Record, Streams, accuracy, asset, load_record, load_tensors, mean_std, plus_minus, predict, save_record, save_tensors,
-                                     style, write_atomic)
+from .training import (LOOK, Record, Streams, accuracy, asset, load_record, load_tensors, mean_std, plus_minus, predict, save_record,
+                                     save_tensors, style, write_atomic)
 
 # %% ../nbs/03b_latent_experiments.ipynb #1747465e
 SETUPS = {  # networks of `latent_net`; l is the width d of the teacher's perception, or half of it on shapes16; lr and batch_size of Adam
@@ -399,7 +399,8 @@ def _panels(record, axis, measure, title, y, height, skip=None):
                                      legendgroup=m, showlegend=j == 0, **style(METHODS.index(m))), 1, j + 1)
     fig.update_xaxes(tickvals=list(range(len(xs))),
                      ticktext=[f"{x:g}" if isinstance(x, (int, float)) else str(x or "nothing") for x in xs], title=AXES[axis]).update_yaxes(title=y, col=1)
-    return fig.update_layout(template="plotly_white", title=dict(text=title, font=dict(size=15)), height=height,
+    fig.layout.template = LOOK
+    return fig.update_layout(title=dict(text=title, font=dict(size=15)), height=height,
                              margin=dict(l=60, r=10, t=70, b=50), legend=dict(font=dict(size=12)))
 
 # %% ../nbs/03b_latent_experiments.ipynb #bb6b7a46

@@ -13,7 +13,7 @@ import argparse, functools, json, sys
 from pathlib import Path
 import numpy as np
 import torch
-from .cells import cell_key, run_grid, t_interval
+from .cells import cell_key, every_tenth, json_or_text, run_grid, t_interval
 from .data import load
 from .distillation import CropFlip
 from .early_exit import EarlyExitNet, build_net
@@ -31,9 +31,8 @@ def three_parts(
 )->tuple:          # (train, validation, test) of `ArrayData`
     "Training pictures without every tenth of each class, those tenths, and the test pictures."
     train, test = load(name, n_train, n_test)
-    rank = torch.empty_like(train.y)                              # the how-manieth picture of its class
-    for c in range(train.n_classes): rank[train.y == c] = torch.arange(int((train.y == c).sum()))
-    return train.subset(rank % 10 != 9), train.subset(rank % 10 == 9), test
+    val = every_tenth(train.y)
+    return train.subset(~val), train.subset(val), test
 
 # %% ../nbs/05d_exit_experiments.ipynb #16312bba
 NETS = {  # arguments of `build_net`, by short name
@@ -262,7 +261,7 @@ def main(
     p.add_argument("--assets", help="folder that also gets the result")
     a = p.parse_args(argv)
     try:
-        how = {k: _value(v) for k, v in (s.split("=", 1) for s in a.set)}
+        how = {k: json_or_text(v) for k, v in (s.split("=", 1) for s in a.set)}
         if a.experiment == "train": record = train_trained(a.data, a.net, a.out, a.assets, _tell_epoch, a.device, **how)
         else:
             record, name = pays(a.data, a.out, a.seeds, None, a.workers, _tell_cell, net=a.net, **how), f"exits_pays_{a.data}"
@@ -274,11 +273,6 @@ def main(
 def _tell_epoch(row, net): print(f"epoch {row['epoch'] + 1}: loss {row['loss']:.3f} ({row['seconds']:.0f} s)", flush=True)
 def _tell_cell(i, n, r):
     c = r["cell"]; print(f"{i}/{n} {c['policy']} seed {c['seed']}: exits {[round(v, 3) for v in r['exits']]} ({r['seconds']} s)", flush=True)
-
-def _value(text):
-    "JSON where it is JSON (numbers, null), else the text itself."
-    try: return json.loads(text)
-    except ValueError: return text
 
 # %% ../nbs/05d_exit_experiments.ipynb #d2d559d6
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())   # not in a notebook

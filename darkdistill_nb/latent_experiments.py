@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .cells import cell_file, cell_key, each, run_grid, run_stored, t_interval
+from .cells import cell_file, cell_key, each, every_tenth, json_or_text, run_grid, run_stored, t_interval
 from .data import ArrayData, _one_thread, load
 from .distillation import distill
 from .features import method_loss
@@ -84,9 +84,7 @@ def pictures(
 )->tuple:         # (pool, test): pool without the validation pictures
     "The pool that teacher and clients train on, and the test or validation pictures."
     train, test = small_shapes() if name == "shapes16" else load(name)
-    rank = torch.empty_like(train.y)                              # the how-manieth picture of its class
-    for c in range(train.n_classes): rank[train.y == c] = torch.arange(int((train.y == c).sum()))
-    val = rank % 10 == 9
+    val = every_tenth(train.y)
     return train.subset(~val), test if split == "test" else train.subset(val)
 
 # %% ../nbs/03b_latent_experiments.ipynb #740fa096
@@ -546,11 +544,6 @@ def step_differences(
     return pairs
 
 # %% ../nbs/03b_latent_experiments.ipynb #3e8f9623
-def _number(text):
-    "JSON where it is JSON (numbers, null), else the text itself."
-    try: return json.loads(text)
-    except ValueError: return text
-
 def main(
     argv=None, # words of the command line; default: those of this process
 )->int:        # exit code: 0, 2 for bad input, 130 when interrupted
@@ -562,7 +555,7 @@ def main(
     p.add_argument("--out", required=True, help="folder for results; experiments that share it share their cells and teachers")
     p.add_argument("--seeds", type=int, help="number of clients")
     p.add_argument("--methods", nargs="+", choices=METHODS)
-    p.add_argument("--values", nargs="+", type=_number, help="values of the swept quantity, e.g. 0.25 5000")
+    p.add_argument("--values", nargs="+", type=json_or_text, help="values of the swept quantity, e.g. 0.25 5000")
     p.add_argument("--workers", type=int, help="processes, default one per core")
     p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other settings, e.g. n=512 epochs=20 student=mini")
     p.add_argument("--assets", help="folder that also gets the record as latent_NAME_DATA.json")
@@ -575,7 +568,7 @@ def main(
         print(f"{i}/{n} {c['method']} gamma={c['gamma']:g} n={c['n']} l={c['l']} match={c['match']} seed={c['seed']}: "
               f"T_priv {r['priv']:.3f} T_uni {r['uni']:.3f} ({r['seconds']} s; about {spent / (i - tell.first) * (n - i) / 60:.0f} min left)", flush=True)
     try:
-        record = EXPERIMENTS[a.experiment](a.data, a.out, on_cell=tell, **how, **dict((k, _number(v)) for k, v in (s.split("=", 1) for s in a.set)))
+        record = EXPERIMENTS[a.experiment](a.data, a.out, on_cell=tell, **how, **dict((k, json_or_text(v)) for k, v in (s.split("=", 1) for s in a.set)))
         name = f"latent_{record.config['experiment']}_{a.data}"
         if a.assets: write_atomic(Path(a.assets)/f"{name}.json", (Path(a.out)/name/"record.json").read_bytes())
     except KeyboardInterrupt: print("interrupted; the same command continues", file=sys.stderr); return 130

@@ -541,21 +541,13 @@ def from_net(cls:ExitExplorer,
 )->ExitExplorer:
     "An explorer for a trained network and the reader's data."
     import torch
-    from darkdistill_nb.exit_training import Joint
-    from darkdistill_nb.inference import score_by_name
-    policy, how, p, was = policy or Joint(), score_by_name(score), next(net.parameters()), net.training
-    @torch.no_grad()
+    from darkdistill_nb.inference import exit_outputs, score_by_name
+    how = score_by_name(score)
     def run(data):
         "Scores (E, N) and who is right (E, N)."
-        parts = []
-        for xb, yb in data.batches(512):
-            a = net.features(net.stem(xb.to(p.device)))
-            F = torch.stack(list(policy.predict(net.classify(a))))
-            parts.append((how.score(F, a).float().cpu(), F.argmax(-1).cpu() == yb.cpu()))
-        return [torch.cat(t, 1).numpy() for t in zip(*parts)]
-    net.eval()
-    try: (s, right), v = run(data), None if valid is None else run(valid)[0]
-    finally: net.train(was)
+        F, a = exit_outputs(net, data, policy)
+        with torch.no_grad(): return how.score(F, a).float().numpy(), (F.argmax(-1) == data.y.cpu()).numpy()
+    (s, right), v = run(data), None if valid is None else run(valid)[0]
     name = score if isinstance(score, str) else type(score).__name__.lower()
     return cls(s, right, net.macs(), v, data.x.cpu().numpy(), name, **kwargs)
 

@@ -18,12 +18,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from .data import ArrayData, show_pictures
+from .distillation import _up
 from .exit_training import exit_shares
 from .training import Streams, accuracy, figure, style
 from torch import nn
-
-# %% ../nbs/05_inference.ipynb #98413b36
-def _up(x): return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x   # at least 32 bits
 
 # %% ../nbs/05_inference.ipynb #41c6265d
 def confidence(

@@ -1,0 +1,189 @@
+"NoNN and DistrEE, checks 17-19, 22 and 23 of the acceptance list: graph, partition, arithmetic, aggregation, loss weights; resume and exactness of training."
+import math
+
+import pytest
+import torch
+
+from darkdistill_nb.data import load
+from darkdistill_nb.distillation import CropFlip, Views, teacher_table
+from darkdistill_nb.distributed import (DistrEE, DistrEELoss, Teacher, communities, filter_graph, make_answers, modularity, partition_filters,
+                                        partition_report, student_net, system_answers, train_distree)
+from darkdistill_nb.early_exit import vit, wrn
+from darkdistill_nb.training import Streams, load_tensors
+
+torch.set_num_threads(1)
+SMALL = dict(depth=10, widen=1, exits=(0, 1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def world():
+    "A quarter of the digits, an untrained teacher (its answers are as good as any for arithmetic), its table and a division."
+    train, test = load("digits", 320, 100)
+    with Streams(0).scope("init"): net = wrn(10, 1, train.shape, 10, exits=(3,), pool=1).eval()
+    table = teacher_table(Teacher(net), train, {"features": "last.reduce"})
+    a = table["features"][0].float()
+    return train, test, net, table, filter_graph(a, top=20), a.sum(0)
+
+
+def make(parts, shape=(1, 8, 8), seed=0):
+    with Streams(seed).scope("init"):
+        return DistrEE([student_net("wrn", shape, 10, len(p), **SMALL) for p in parts], [len(p) for p in parts], 10)
+
+
+def test_check_17_edges_and_communities():
+    W = filter_graph(torch.tensor([[1., .5, .5, .1]]))
+    assert torch.allclose(W, torch.tensor([[0, .25, .25, .09], [.25, 0, 0, .02], [.25, 0, 0, .02], [.09, .02, .02, 0]]).double(), atol=1e-7)
+    a = torch.rand(50, 12, generator=torch.Generator().manual_seed(0))
+    W = filter_graph(a, top=6)
+    assert torch.equal(W, W.T) and not W.diagonal().any()
+    assert torch.allclose(W, filter_graph(a[torch.randperm(50, generator=torch.Generator().manual_seed(1))], top=6))
+    slow = torch.zeros(12, 12).double()          # the definition, as a loop
+    for row in a.double():
+        row = row / row.max(); best = row.topk(6).indices.tolist()
+        for i in best:
+            for j in best:
+                if i != j: slow[i, j] += row[i] * row[j] * (row[i] - row[j]).abs()
+    assert torch.allclose(W, slow)
+    two = torch.zeros(6, 6).double()
+    for i, j in ((0, 1), (1, 2), (0, 2), (3, 4), (4, 5), (3, 5), (2, 3)): two[i, j] = two[j, i] = 1
+    assert communities(two) == [[0, 1, 2], [3, 4, 5]] and abs(modularity(two, communities(two)) - .35714) < 1e-5
+
+
+def test_modularity_is_that_of_networkx():
+    import networkx as nx
+    W = filter_graph(torch.rand(30, 15, generator=torch.Generator().manual_seed(2)), top=8)
+    groups = communities(W, 1.3)
+    assert abs(modularity(W, groups, 1.3) - nx.community.modularity(nx.from_numpy_array(W.numpy()), groups, resolution=1.3)) < 1e-9
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
+def test_check_18_partition(n, seed):
+    g = torch.Generator().manual_seed(seed)
+    a = torch.rand(60, 64, generator=g) ** 3 * torch.rand(64, generator=g)
+    W, I = filter_graph(a, top=20), a.sum(0)
+    parts, core = partition_filters(W, I, n), partition_filters(W, I, n, cover=False)
+    assert len(parts) == n and sorted(sum(parts, [])) == list(range(64))
+    assert len(set(sum(core, []))) == len(sum(core, [])) <= 64
+    for p in (parts, core):
+        load = torch.tensor([float(I[q].sum()) for q in p])
+        assert load.max() <= 1.25 * load.mean() + 1e-6
+    assert parts == partition_filters(W, I, n) and all(p == sorted(p) for p in parts)
+    assert abs(sum(partition_report(parts, W, I)["importance"]) - 1) < 1e-3
+
+
+def test_authors_rule_leaves_filters_out(world):
+    *_, W, I = world
+    parts = partition_filters(W, I, 2, rule="authors", resolution=1.)
+    report = partition_report(parts, W, I)
+    assert report["left_out"] > 0 and sum(report["sizes"]) + report["left_out"] == len(W)
+    with pytest.raises(ValueError, match="rule='best'"): partition_filters(W, I, 2, rule="best")
+
+
+def test_check_19_arithmetic_of_the_student():
+    s = student_net("wrn", (3, 32, 32), 10, 58, depth=16, exits=(0, 1, 2, 3, 4, 5, 6), bias=True)
+    assert [c / 26_657_408 for c in s.macs(heads=False)] == pytest.approx([.0166, .1936, .3706, .5083, .6853, .8230, 1], abs=5e-4)
+    added = sum(e.reduce[1].weight.numel() for e in s.exits[:-1])
+    assert .05 < added / 175_626 < .07 and added / 26_657_408 < .01
+    assert {e.reduce[1].out_features for e in s.exits} == {58}
+    teacher = wrn(16, 4, exits=(6,), pool=1, bias=True)
+    assert sum(p.numel() for p in teacher.parameters()) / 1e6 == pytest.approx(2.75, abs=.01)
+
+
+def test_check_22_aggregation(world):
+    train, test, *_, W, I = world
+    system = make(partition_filters(W, I, 3)); answers = system_answers(system, test)
+    features = [f[-1] for f in answers.features]
+    joint = system.joint(torch.cat(features, -1)).detach()
+    assert torch.allclose(answers.joint(3), joint, atol=1e-5)
+    S = len(test); full = torch.full((3, S), 3); present = torch.ones(3, S, dtype=torch.bool); present[1] = False
+    features[1] = features[1].mean(0, keepdim=True).expand_as(features[1])
+    assert torch.allclose(answers.logits(full, present, answers.means()), system.joint(torch.cat(features, -1)).detach(), atol=1e-5)
+    half = present.clone(); half[1, ::2] = True                     # a student may be missing for some pictures only
+    z = answers.logits(full, half, answers.means())
+    assert torch.allclose(z[::2], joint[::2], atol=1e-5) and not torch.allclose(z[1::2], joint[1::2], atol=1e-3)
+    assert torch.equal(answers.logits(full, present), answers.partial[[0, 2], 3].sum(0) + answers.bias)
+
+
+def test_one_picture_or_many_give_the_same_answers(world):
+    train, test, *_, W, I = world
+    system = make(partition_filters(W, I, 2)); many, one = system_answers(system, test, batch_size=64), system_answers(system, test, batch_size=1)
+    assert torch.allclose(many.partial, one.partial, atol=1e-5) and torch.allclose(many.proxy, one.proxy, atol=1e-5)
+
+
+def test_check_23_loss(world):
+    train, test, net, table, W, I = world
+    parts = partition_filters(W, I, 2); system = make(parts).eval()
+    x, y = train[:16]; t = {k: v[0, :16].float() for k, v in table.items()}
+    value = lambda **k: float(DistrEELoss(system, parts, local=False, **k)(system(x), t, y).detach())
+    only = [value(w=[float(i == e) for i in range(4)]) for e in range(4)]
+    assert value(w=[1., 2, 3, 4]) == pytest.approx(sum((e + 1) * v for e, v in enumerate(only)), rel=1e-5)
+    F_ = [f[-1] for f in system(x)]; z = system.joint(torch.cat(F_, -1))
+    p, q = (t["logits"] / 4).softmax(-1), (z / 4).log_softmax(-1)
+    kd = 16 * (p * (p.log() - q)).sum(-1).mean(); ce = -z.log_softmax(-1)[torch.arange(16), y].mean()
+    unit = lambda v: v / v.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    at = sum((unit(t["features"][:, P]) - unit(f)).square().sum(-1).mean() for P, f in zip(parts, F_))
+    assert only[3] == pytest.approx(float(.1 * ce + .9 * kd + 5 * at), rel=1e-5)
+    before = [p.clone() for p in net.parameters()]
+    DistrEELoss(system, parts)(system(x), t, y).backward()
+    assert all(map(torch.equal, before, net.parameters())) and all(p.grad is None for p in net.parameters())
+
+
+def test_local_heads_change_nothing_else(world):
+    train, _, _, table, W, I = world
+    parts, weights = partition_filters(W, I, 2), []
+    for local in (True, False):
+        system = make(parts)
+        train_distree(system, DistrEELoss(system, parts, local=local), train, table, epochs=1, weight_decay=0., generator=torch.Generator().manual_seed(0))
+        weights.append({k: v for k, v in system.state_dict().items() if ".norm." not in k and not (".exits." in k and ".fc." in k)})
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+def test_training_goes_on_where_it_stopped(world, tmp_path):
+    train, _, _, _, W, I = world
+    parts = partition_filters(W, I, 2); views = Views(train, CropFlip(1, flip=False), 2)
+    with Streams(0).scope("init"): net = wrn(10, 1, train.shape, 10, exits=(3,), pool=1)
+    table = teacher_table(Teacher(net), views, {"features": "last.reduce"})
+    def run(stop, path=None):
+        system = make(parts); loss = DistrEELoss(system, parts, drop=.3, generator=torch.Generator().manual_seed(5))
+        class Killed(Exception): pass
+        def on_epoch(row, _):
+            if row["epoch"] == stop: raise Killed
+        try: train_distree(system, loss, views, table, 3, generator=torch.Generator().manual_seed(1), checkpoint=path, on_epoch=on_epoch)
+        except Killed: pass
+        return system
+    whole = run(None); run(1, tmp_path/"c.safetensors"); resumed = run(None, tmp_path/"c.safetensors")
+    assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))
+    assert len(load_tensors(tmp_path/"c.safetensors")[1]["rows"]) == 3
+
+
+def test_missing_students_in_training(world):
+    *_, W, I = world
+    parts = partition_filters(W, I, 4); loss = DistrEELoss(make(parts), parts, drop=.5, generator=torch.Generator().manual_seed(0))
+    gone = loss.missing(4, 4000)
+    assert not gone.all(0).any() and abs(float(gone.float().mean()) - .375) < .02     # one of four is always kept
+
+
+def test_vit_students():
+    train, test = load("digits", 200, 60)
+    with Streams(1).scope("init"):
+        teacher = vit("vit_tiny_patch16_224", n_classes=10, exits=(2,), in_chans=1, img_size=(8, 8), patch_size=2, embed_dim=48, num_heads=3, depth=2)
+    table = teacher_table(Teacher(teacher), train, {"features": "last.reduce"})
+    a = table["features"][0].float(); parts = partition_filters(filter_graph(a.abs()), a.abs().sum(0), 2)
+    arch = dict(patch_size=2, embed_dim=24, num_heads=3, depth=2, exits=(1, 2), relu=False)
+    with Streams(2).scope("init"): system = DistrEE([student_net("vit_tiny_patch16_224", train.shape, 10, len(p), **arch) for p in parts], [len(p) for p in parts], 10)
+    rows = train_distree(system, DistrEELoss(system, parts), train, table, 4, generator=torch.Generator().manual_seed(0),
+                         optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3), lr=3e-3)
+    assert rows[-1]["loss"] < rows[0]["loss"] and system_answers(system, test).partial.shape == (2, 2, 60, 10)
+
+
+def test_errors(world):
+    train, _, _, table, W, I = world
+    parts = partition_filters(W, I, 2); system = make(parts)
+    for bad, words in ((lambda: DistrEE([], [], 10), "equally many exits"), (lambda: DistrEELoss(system, parts[:1]), "parts have"),
+                       (lambda: DistrEELoss(system, parts, drop=1.), "drop=1.0"), (lambda: partition_filters(W, I, 0), "n_parts=0"),
+                       (lambda: make_answers().logits(torch.zeros(2, 3).long()), "depth must have shape")):
+        with pytest.raises(ValueError, match=words): bad()
+    with pytest.raises(FloatingPointError, match="lower lr=1000"):
+        train_distree(system, DistrEELoss(system, parts), train, table, 2, lr=1000.)
+    assert math.isfinite(make_answers(seed=1).partial.sum())

@@ -261,6 +261,7 @@ class DistrEELoss:
         return gone
     def kd(self, z, t, y): return (1 - self.alpha) * F.cross_entropy(z, y) + self.alpha * kd_loss(z, t, self.tau)
 
+# %% ../nbs/11_distributed.ipynb #6b7d7760
 @patch
 def __call__(self:DistrEELoss,
     features:list,   # of the system: N tensors (E, B, m_n)
@@ -279,6 +280,17 @@ def __call__(self:DistrEELoss,
     if self.local:
         for s, f in zip(self.system.students, features): total = total + sum(self.kd(v, t["logits"], y) for v in s.classify(list(f.detach()))) / len(f)
     return total
+
+# %% ../nbs/11_distributed.ipynb #52e4f115
+def _pass(system, loss, views, v, table, opt, rate, order):
+    "One pass over view v of the data; returns the mean loss per picture."
+    total = 0.
+    for i, idx in enumerate(order):
+        for group in opt.param_groups: group["lr"] = rate(i / len(order))
+        x, y = views(idx, v)
+        value = loss(system(x), {k: u[v][idx].float() for k, u in table.items()}, y)
+        opt.zero_grad(set_to_none=True); value.backward(); opt.step(); total += value.detach() * len(y)
+    return float(total) / len(views)
 
 # %% ../nbs/11_distributed.ipynb #a943872b
 def train_distree(
@@ -304,14 +316,10 @@ def train_distree(
     drawn = [g for g in (generator, loss.generator) if g]
     rows = _load_progress(checkpoint, system, opt, drawn, loss) if checkpoint else []
     for e in range(len(rows), epochs):
-        total, start, v = 0., time.perf_counter(), e % views.n; system.train()
+        start = time.perf_counter(); system.train()
         order = (torch.arange(N) if generator is None else torch.randperm(N, generator=generator)).split(batch_size)
-        for i, idx in enumerate(order):
-            opt.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * (e + i / len(order)) / epochs)) / 2
-            x, y = views(idx, v)
-            value = loss(system(x), {k: u[v][idx].float() for k, u in table.items()}, y)
-            opt.zero_grad(set_to_none=True); value.backward(); opt.step(); total += value.detach() * len(y)
-        rows.append(dict(epoch=e, loss=float(total) / N, seconds=time.perf_counter() - start))
+        rate = lambda part: lr * (1 + math.cos(math.pi * (e + part) / epochs)) / 2
+        rows.append(dict(epoch=e, loss=_pass(system, loss, views, e % views.n, table, opt, rate, order), seconds=time.perf_counter() - start))
         if not math.isfinite(rows[-1]["loss"]): raise FloatingPointError(f"the loss is {rows[-1]['loss']}; lower lr={lr} or beta={loss.beta}")
         if checkpoint: _save_progress(checkpoint, system, opt, drawn, rows)
         if on_epoch: on_epoch(rows[-1], system)
@@ -337,6 +345,7 @@ class SystemAnswers:
         cut = dict(partial=self.partial[:, :, keep], proxy=self.proxy[:, :, keep], y=self.y[keep])
         return dataclasses.replace(self, **cut, features=None if self.features is None else [f[:, keep] for f in self.features])
 
+# %% ../nbs/11_distributed.ipynb #7439c0ce
 @patch
 def logits(self:SystemAnswers,
     depth:torch.Tensor,  # (N, S) exit of each student, counted from 0

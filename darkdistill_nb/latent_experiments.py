@@ -9,8 +9,7 @@ __all__ = ['SETUPS', 'METHODS', 'GAMMAS', 'NS', 'HYPER', 'CANDIDATES', 'PUBLISHE
            'pictures', 'train_teacher', 'teacher_file', 'get_teacher', 'make_loss', 'train_cell', 'run_cell',
            'run_cells', 'save_experiment', 'tune', 'best_hyper', 'chosen_hyper', 'sweep_gamma', 'sweep_n', 'sweep_l',
            'sweep_transfer', 'compare', 'latent_space', 'differences', 'plot_sweep', 'plot_differences', 'verdict',
-           'check_claims', 'claims_table', 'comparison_table', 'trend', 'stored', 'best_value', 'step_differences',
-           'main']
+           'check_claims', 'claims_table', 'comparison_table', 'trend', 'main']
 
 # %% ../nbs/03b_latent_experiments.ipynb #9f12929b
 import argparse, functools, itertools, json, math, os, sys, time
@@ -505,45 +504,6 @@ def trend(
 EXPERIMENTS = dict(tune=tune, sweep_gamma=sweep_gamma, sweep_n=sweep_n, sweep_l=sweep_l,
                    sweep_transfer=sweep_transfer, compare=compare, latent_space=latent_space)
 
-def stored(
-    experiment:str,  # one of `EXPERIMENTS`
-    data:str,        # one of `SETUPS`
-):                   # Record, or None if there is none
-    "The stored record of an experiment; without one, print the command that makes it."
-    name = f"latent_{experiment.split('_')[-1]}_{data}"
-    try: return load_record(asset(name + ".json"))
-    except FileNotFoundError:
-        print(f"not stored: {name}. Make it with\n  "
-              f"python -m darkdistill_nb.latent_experiments {experiment} --data {data} --out runs/latent --assets assets")
-
-# %% ../nbs/03b_latent_experiments.ipynb #51fc99d8
-def best_value(
-    record:Record,
-    axis:str,         # gamma, n or l
-    method="LKD",
-    metric="priv",    # "priv" or "uni"
-)->tuple:             # (value with the best mean over seeds, list of the best value of each seed)
-    "Where a method is best along an axis, on average and seed by seed."
-    runs = [r for r in record.runs if r["method"] == method]
-    xs, seeds = sorted({r[axis] for r in runs}), sorted({r["seed"] for r in runs})
-    mean = lambda x, ss: np.mean([r[metric] for r in runs if r[axis] == x and r["seed"] in ss])
-    return max(xs, key=lambda x: mean(x, seeds)), [max(xs, key=lambda x: mean(x, [s])) for s in seeds]
-
-# %% ../nbs/03b_latent_experiments.ipynb #a87deab6
-def step_differences(
-    record:Record,
-    method:str,
-    axis:str,          # gamma, n, l or match
-    to, base,          # two values of the axis
-    metric="priv",     # "priv" or "uni"
-)->list:               # one number per seed: accuracy at `to` minus accuracy at `base`
-    "What a step along an axis changes for one method, seed by seed; raises `ValueError` if nothing pairs up."
-    at = {v: {r["seed"]: r[metric] for r in record.runs if r["method"] == method and r[axis] == v} for v in (to, base)}
-    pairs = [at[to][s] - at[base][s] for s in sorted(at[to].keys() & at[base].keys())]
-    if not pairs: raise ValueError(f"the record has no runs of {method} with {axis}={to!r} and {base!r} and the same seed")
-    return pairs
-
-# %% ../nbs/03b_latent_experiments.ipynb #3e8f9623
 def main(
     argv=None, # words of the command line; default: those of this process
 )->int:        # exit code: 0, 2 for bad input, 130 when interrupted

@@ -171,7 +171,8 @@ def test_vit_students():
     table = teacher_table(Teacher(teacher), train, {"features": "last.reduce"})
     a = table["features"][0].float(); parts = partition_filters(filter_graph(a.abs()), a.abs().sum(0), 2)
     arch = dict(patch_size=2, embed_dim=24, num_heads=3, depth=2, exits=(1, 2), relu=False)
-    with Streams(2).scope("init"): system = DistrEE([student_net("vit_tiny_patch16_224", train.shape, 10, len(p), **arch) for p in parts], [len(p) for p in parts], 10)
+    with Streams(2).scope("init"):
+        system = DistrEE([student_net("vit_tiny_patch16_224", train.shape, 10, len(p), **arch) for p in parts], [len(p) for p in parts], 10)
     rows = train_distree(system, DistrEELoss(system, parts), train, table, 4, generator=torch.Generator().manual_seed(0),
                          optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3), lr=3e-3)
     assert rows[-1]["loss"] < rows[0]["loss"] and system_answers(system, test).partial.shape == (2, 2, 60, 10)

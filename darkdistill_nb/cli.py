@@ -86,7 +86,7 @@ class Option:
         return x
 
 # %% ../nbs/14_cli.ipynb #76b7afdd
-METHODS, POLICIES, FAMILIES = ("eefl", "darkdistill"), ("boostnet", "joint", "self_distillation", "mutual"), ("client", "class")
+METHODS, POLICIES, FAMILIES = ("eefl", "darkdistill"), ("boostnet", "joint", "l2w", "self_distillation", "mutual"), ("client", "class")
 _whole = dict(allowed="a whole number of at least 1", ok=lambda v: v >= 1)
 _positive = dict(allowed="a finite number above 0", ok=lambda v: 0 < v < math.inf)
 _from_zero = dict(allowed="a number from 0 to below 1", ok=lambda v: 0 <= v < 1)
@@ -110,8 +110,8 @@ DATA_OPTIONS = [
 METHOD_OPTIONS = [
     Option("methods", _words, list(METHODS), "methods to train, paired by seed",
            "a list of different methods from eefl, darkdistill", lambda v: len(v) > 0 and len(set(v)) == len(v)),
-    Option("policy", _text, "boostnet", "how the exits are trained: boostnet, joint, self_distillation or mutual",
-           "boostnet, joint, self_distillation or mutual"),
+    Option("policy", _text, "boostnet", "how the exits are trained: boostnet, joint, l2w, self_distillation or mutual",
+           "boostnet, joint, l2w, self_distillation or mutual"),
     Option("arch", _text, "cnn", "network: cnn, wrn, msdnet, or the name of a timm ViT", "the name of a network"),
     Option("net", _table, {}, "keywords of the network, e.g. width=16 stages=3", "keywords such as width=16"),
     Option("darkdistill", _table, {}, "keywords of DarkDistill, e.g. weights=uniform", "keywords such as weights=uniform"),

@@ -38,7 +38,7 @@ def pair_loss(
     x:torch.Tensor,     # (B, ...) latents of tier m's generator
     d:torch.Tensor,     # (B,) difficulties they were made for
     policy,
-    rkd=RKD(5, 10),     # relational loss
+    rkd=RKD(5, 10),     # relational loss, with `relations`
     tau:float=.1,       # of `exit_weights`
     weights:str="distance", # distance | uniform | random
     generator=None,     # for weights="random"
@@ -54,7 +54,8 @@ def pair_loss(
     if weights == "random": d = torch.randint(0, 10, d.shape, generator=generator).to(d)
     if weights == "uniform": w = torch.full((len(a),), 1 / len(a), device=x.device)
     else: w = exit_weights(d[S], torch.stack([d[q].mean() for q in Q]), tau)
-    return sum(w[e] * rkd(a[e][S], at[-1][S]) for e in range(len(a))) / len(a)
+    with torch.no_grad(): target = rkd.relations(at[-1][S])      # once, for all exits of the student
+    return sum(w[e] * rkd(a[e][S], target) for e in range(len(a))) / len(a)
 
 # %% ../nbs/10_darkdistill.ipynb #a9434d1d
 class DarkDistill(EEFL):
@@ -100,7 +101,7 @@ def local_update(self:DarkDistill,
     streams:Streams,
 )->Update:
     "EEFL's local training, and the histogram of difficulties under the received weights."
-    net = self.tier_net(client.tier); net.load_state_dict(weights)
+    net = self.receive(weights, client.tier)
     d = measure_difficulty(net, self.policy, data)
     update = EEFL.local_update(self, weights, data, client, rnd, streams)
     update.extra["histogram"] = DifficultyHistogram.of(d, data.y.cpu(), net.n_classes).counts.int()
@@ -142,7 +143,7 @@ def _distil(self:DarkDistill, pairs, nets, gens, drawn, share, g, opt):
         y, d = drawn[m]
         with torch.no_grad(): x = gens[m].draw(y, d, g)
         loss = pair_loss(nets[m], nets[m + 1], x, d.to(x.device), self.policy, RKD(*self.rkd), self.tau, self.weights, g, self.P)
-        if loss is not None: losses.append(share[m] * loss)
+        if loss is not None and loss.requires_grad: losses.append(share[m] * loss)    # without one the student's stages are frozen
     if not losses: return 0.
     opt.zero_grad(set_to_none=True); sum(losses).backward(); opt.step()
     return float(sum(losses).detach())
@@ -154,7 +155,8 @@ def server_step(self:DarkDistill, state, tiers, updates, rnd, streams):
     g, B = streams.generator("server", rnd), self.server_batch
     nets, pools = {}, {}
     for m, (w, _) in tiers.items():
-        nets[m] = self.tier_net(m); nets[m].load_state_dict(w); nets[m].eval()
+        nets[m] = self.tier_net(m).eval()
+        nets[m].load_state_dict({k: w.get(k, state["net"][k]) for k in nets[m].state_dict()})   # what is frozen was not sent
         pools[m] = sum((DifficultyHistogram(u.extra["histogram"].long().cpu()) for u in updates if u.tier == m),
                        DifficultyHistogram(torch.zeros(self.net.n_classes, 10, dtype=torch.long)))
     info = dict(difficulty={str(m): p.counts.sum(0).tolist() for m, p in pools.items()})
@@ -169,6 +171,6 @@ def server_step(self:DarkDistill, state, tiers, updates, rnd, streams):
         drawn = {m: pools[m].sample(B, g) for m in pairs}
         for m in pairs: info[f"generator{m}"] = self._fit_generator(gens[m], nets[m], drawn[m], g, gen_opt[m])
         for _ in range(self.kd_steps): info["kd_loss"] = self._distil(pairs, nets, gens, drawn, share, g, kd_opt)
-    new = {m: ({k: v.detach().clone() for k, v in nets[m].state_dict().items()}, n) for m, (_, n) in tiers.items()}
+    new = {m: ({k: v.detach().clone() for k, v in nets[m].state_dict().items() if k in w}, n) for m, (w, n) in tiers.items()}
     server = {f"gen{m}.{k}": v.detach().clone() for m, G in gens.items() for k, v in G.state_dict().items()}
     return new, server, info

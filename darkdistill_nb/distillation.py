@@ -326,9 +326,18 @@ class RKD:
         distance:float=25., # weight of the distance loss; the paper's 25, DarkDistill's 5
         angle:float=50.,    # weight of the angle loss; the paper's 50, DarkDistill's 10
     ): self.distance, self.angle = distance, angle
+    def relations(self,
+        h:torch.Tensor # (n, h) features
+    )->tuple:          # (n, n) distances scaled to mean 1, (n, n, n) cosines
+        "What the loss compares."
+        return _distances(_up(h)), _angles(_up(h))
     def __call__(self,
         student:torch.Tensor, # (n, h_S) features
-        teacher:torch.Tensor, # (n, h_T) features
+        teacher,              # (n, h_T) features, or their `relations`; no gradient flows into them
     )->torch.Tensor:          # scalar; 0 for n < 2
-        "The weighted loss."
-        return self.distance * rkd_distance(student, teacher) + self.angle * rkd_angle(student, teacher)
+        "The weighted loss; raises `ValueError` for a teacher of another number of samples."
+        if len(student) < 2: return student.sum() * 0.
+        with torch.no_grad(): target = teacher if isinstance(teacher, tuple) else self.relations(teacher)
+        if len(target[0]) != len(student): raise ValueError(f"student has {len(student)} samples, the teacher {len(target[0])}; they must be the same")
+        d, a = (F.smooth_l1_loss(s, t.detach()) for s, t in zip(self.relations(student), target))
+        return self.distance * d + self.angle * a

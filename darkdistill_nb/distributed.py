@@ -282,13 +282,14 @@ def __call__(self:DistrEELoss,
     return total
 
 # %% ../nbs/11_distributed.ipynb #52e4f115
-def _pass(system, loss, views, v, table, opt, rate, order):
+def _pass(system, loss, views, v, table, opt, rate, order, amp):
     "One pass over view v of the data; returns the mean loss per picture."
     total = 0.
     for i, idx in enumerate(order):
         for group in opt.param_groups: group["lr"] = rate(i / len(order))
         x, y = views(idx, v)
-        value = loss(system(x), {k: u[v][idx].float() for k, u in table.items()}, y)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp): features = system(x)
+        value = loss([f.float() for f in features], {k: u[v][idx].float() for k, u in table.items()}, y)
         opt.zero_grad(set_to_none=True); value.backward(); opt.step(); total += value.detach() * len(y)
     return float(total) / len(views)
 
@@ -304,6 +305,7 @@ def train_distree(
     weight_decay:float=5e-4,# of SGD
     generator=None,         # draws the order; None: the stored order
     optimizer=None,         # optimizer(parameters) -> torch optimiser; None: SGD with momentum .9
+    amp:bool=False,         # compute the students in bfloat16 where that is safe
     checkpoint=None,        # file that is written after each epoch, and read first if it is there
     on_epoch=None,          # called as on_epoch(row, system) after each epoch
 )->list:                    # a dict per epoch: epoch, loss (mean per picture), seconds
@@ -319,7 +321,7 @@ def train_distree(
         start = time.perf_counter(); system.train()
         order = (torch.arange(N) if generator is None else torch.randperm(N, generator=generator)).split(batch_size)
         rate = lambda part: lr * (1 + math.cos(math.pi * (e + part) / epochs)) / 2
-        rows.append(dict(epoch=e, loss=_pass(system, loss, views, e % views.n, table, opt, rate, order), seconds=time.perf_counter() - start))
+        rows.append(dict(epoch=e, loss=_pass(system, loss, views, e % views.n, table, opt, rate, order, amp), seconds=time.perf_counter() - start))
         if not math.isfinite(rows[-1]["loss"]): raise FloatingPointError(f"the loss is {rows[-1]['loss']}; lower lr={lr} or beta={loss.beta}")
         if checkpoint: _save_progress(checkpoint, system, opt, drawn, rows)
         if on_epoch: on_epoch(rows[-1], system)

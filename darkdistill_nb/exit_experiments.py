@@ -38,7 +38,7 @@ def three_parts(
 NETS = {  # arguments of `build_net`, by short name
     "cnn": dict(arch="cnn", width=32),
     "wrn": dict(arch="wrn", depth=16, widen=1, exits=(0, 1, 2, 3, 4, 5, 6)),
-    "vit": dict(arch="vit_tiny_patch16_224", patch_size=4, embed_dim=128, num_heads=4, depth=8, exits=(2, 4, 6, 8)),
+    "vit": dict(arch="vit_tiny_patch16_224", patch_size=4, embed_dim=96, num_heads=3, depth=6, exits=(1, 2, 4, 6)),
 }
 
 def make_cell(

@@ -10,7 +10,7 @@ __all__ = ['WEIGHTINGS', 'CENTRES', 'POLICIES', 'exit_weights', 'Joint', 'BoostN
            'policy_by_name', 'fit_exits', 'train_exits', 'compare_exits', 'paired_gain', 'difficulty_experiment',
            'gradient_share']
 
-# %% ../nbs/04b_exit_training.ipynb #a970a295
+# %% ../nbs/04b_exit_training.ipynb #d0f5e6d7
 import inspect, math, time
 from functools import partial
 import torch
@@ -57,6 +57,9 @@ class Joint:
         self.at(0)
     def at(self, t, of=None): self._t, self._of = t, of
     def meta_step(self, net, x, y, optimizer): pass
+    def start(self, E, device="cpu"): return {}   # what it learns along, exit by exit: nothing
+    def state(self): return {}
+    def load(self, state): pass
     def step(self,
         f:torch.Tensor,           # (B, K) raw logits of one exit
         before:torch.Tensor=None, # (B, K) deciding logits of the exit before; None at exit 1
@@ -198,10 +201,11 @@ class L2W(Joint):
         self.lr, self.weight_decay, self.exits, self.seed = lr, weight_decay, exits, seed
         self._net, self._adam, self._calls = None, None, 0
     def weight_net(self, E, device="cpu"):
-        if self._net is None:
-            with Streams(self.seed).scope("l2w"): self._net = WeightNet(self.exits or E, self.hidden).to(device)
-            self._adam = torch.optim.Adam(self._net.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        if self._net is None: self._make(self.exits or E, device)
         return self._net
+    def _make(self, E, device):
+        with Streams(self.seed).scope("l2w"): self._net = WeightNet(E, self.hidden).to(device)
+        self._adam = torch.optim.Adam(self._net.parameters(), lr=self.lr, weight_decay=self.weight_decay)
     def weights_of(self,
         losses:torch.Tensor # (B, E), as of `exit_losses`; no gradient flows into them
     )->torch.Tensor:        # (B, E), differentiable in the weight net
@@ -252,6 +256,35 @@ def meta_step(self:L2W,
             self._adam.step()
     self._adam.zero_grad(set_to_none=True)
     return sum(v.detach() for v in losses) / 2
+
+# %% ../nbs/04b_exit_training.ipynb #df32ea78
+@patch
+def state(self:L2W)->dict: # name -> tensor; `exits.e` holds what belongs to exit e + 1
+    "The weight net, exit by exit, as copies."
+    W = self._net.state_dict(); (inner, hidden), (outer, bias) = ((W[f"{k}.weight"], W[f"{k}.bias"]) for k in ("inner", "outer"))
+    out = {"exits.0.hidden": hidden.clone()}
+    for e in range(len(outer)): out |= {f"exits.{e}.{k}": v.clone() for k, v in (("inner", inner[:, e]), ("outer", outer[e]), ("bias", bias[e]))}
+    return out
+
+@patch
+def start(self:L2W,
+    E:int,        # exits of the deepest network
+    device="cpu",
+)->dict:          # as `state`
+    "Forget everything and return the first weights; raises `ValueError` when `exits` is below `E`."
+    if (self.exits or E) < E: raise ValueError(f"exits={self.exits} is less than the {E} exits of the network")
+    self._make(self.exits or E, device); self._calls = 0
+    return self.state()
+
+@patch
+def load(self:L2W,
+    state:dict # as `state`, perhaps of the first exits only
+):
+    "Take over a weight net; Adam and the count of steps start anew."
+    E, hidden = sum(k.endswith(".outer") for k in state), state["exits.0.hidden"]
+    join = lambda k, dim=0: torch.stack([state[f"exits.{e}.{k}"] for e in range(E)], dim)
+    self._make(E, hidden.device); self._calls = 0
+    self._net.load_state_dict({"inner.weight": join("inner", 1), "inner.bias": hidden, "outer.weight": join("outer"), "outer.bias": join("bias")})
 
 # %% ../nbs/04b_exit_training.ipynb #0a044b79
 class SelfDistillation(Joint):

@@ -64,6 +64,7 @@ def fit(
     generator:torch.Generator=None, # draws the order; None: the order of `data`
     params=None,              # parameters to train; None: all that require a gradient
     forward=None,             # called on the pictures in place of `net`
+    before=None,              # called as before(x, y, optimizer) ahead of each step
 )->float:                     # mean loss per picture over the last epoch (nats)
     "Train `net` on `data` with SGD; raises `FloatingPointError` if the loss stops being finite."
     params = [p for p in net.parameters() if p.requires_grad] if params is None else list(params)
@@ -72,6 +73,7 @@ def fit(
     for _ in range(epochs):
         total, n = 0., 0
         for xb, yb in data.batches(batch_size, generator):
+            if before: before(xb, yb, opt)
             value = loss(forward(xb), yb)
             opt.zero_grad(set_to_none=True); value.backward(); opt.step()
             total += value.detach() * len(yb); n += len(yb)

@@ -529,6 +529,45 @@ def _show(self:ExitExplorer):
             for k, v in new.items(): self.figure.data[i][k] = v
     self._say(self.says(r)); self.numbers.value = self.to_table(r=r)._repr_html_()
 
+# %% ../nbs/13_widgets.ipynb #1d4a6989
+def _own_logits(name, logits, y):
+    "Logits (E, N, K) in single precision and labels (N,), on the CPU; raises `ValueError` unless they belong together."
+    import torch
+    F = [torch.as_tensor(f).detach().cpu().float() for f in logits]
+    if not F or len({f.shape for f in F}) > 1 or F[0].ndim != 2 or 0 in F[0].shape:
+        raise ValueError(f"{name}logits must have shape (E, N, K), exits, samples and classes, not one of {[tuple(f.shape) for f in F]} per exit")
+    F, y = torch.stack(F), None if y is None else torch.as_tensor(y).cpu()
+    if y is None: return F, y
+    if y.shape != F.shape[1:2]: raise ValueError(f"{name}y must be {F.shape[1]} labels, one per sample, not of shape {tuple(y.shape)}")
+    if y.is_floating_point() or not 0 <= int(y.min()) <= int(y.max()) < F.shape[2]:
+        raise ValueError(f"{name}y must be whole numbers in 0..{F.shape[2]-1}, the classes of the logits")
+    return F, y
+
+# %% ../nbs/13_widgets.ipynb #d0f7f9df
+@patch(cls_method=True)
+def from_logits(cls:ExitExplorer,
+    logits,             # (E, N, K) logits that decide; tensors or arrays
+    y,                  # (N,) labels, 0..K-1
+    costs,              # (E,) cost of leaving at each exit, rising (MACs)
+    valid_logits=None,  # (E, V, K) logits that thresholds are set on; None: every second sample
+    valid_y=None,       # (V,) their labels; only score="gate", which learns from them, needs them
+    score="confidence", # a score of `inference`, or its name
+    features=None,      # E tensors (N, h), for scores that compare features
+    valid_features=None,# E tensors (V, h), likewise
+    **options           # more for `ExitExplorer`: pictures, unit, m, mode
+)->ExitExplorer:
+    "An explorer for the reader's own logits and labels; raises `ValueError` when they do not fit together."
+    import torch
+    from darkdistill_nb.inference import fit_gate, score_by_name
+    (F, y), (V, v) = _own_logits("", logits, y), (None, None) if valid_logits is None else _own_logits("valid_", valid_logits, valid_y)
+    if V is None and valid_y is not None: raise ValueError("valid_y needs valid_logits, the logits of the same samples")
+    if score == "gate" and v is None: raise ValueError("score='gate' is learned: give valid_logits and valid_y")
+    how = fit_gate(V, v, costs, float(np.mean(costs)))[0] if score == "gate" else score_by_name(score)
+    def of(logits, a):
+        with torch.no_grad(): return None if logits is None else how.score(logits, a).float().numpy()
+    name = score if isinstance(score, str) else type(score).__name__.lower()
+    return cls(of(F, features), (F.argmax(-1) == y).numpy(), costs, of(V, valid_features), score=name, **options)
+
 # %% ../nbs/13_widgets.ipynb #a833f5a9
 @patch(cls_method=True)
 def from_net(cls:ExitExplorer,
@@ -540,25 +579,19 @@ def from_net(cls:ExitExplorer,
     **kwargs            # more for `ExitExplorer`, e.g. `mode`
 )->ExitExplorer:
     "An explorer for a trained network and the reader's data."
-    import torch
-    from darkdistill_nb.inference import exit_outputs, score_by_name
-    how = score_by_name(score)
-    def run(data):
-        "Scores (E, N) and who is right (E, N)."
-        F, a = exit_outputs(net, data, policy)
-        with torch.no_grad(): return how.score(F, a).float().numpy(), (F.argmax(-1) == data.y.cpu()).numpy()
-    (s, right), v = run(data), None if valid is None else run(valid)[0]
-    name = score if isinstance(score, str) else type(score).__name__.lower()
-    return cls(s, right, net.macs(), v, data.x.cpu().numpy(), name, **kwargs)
+    from darkdistill_nb.inference import exit_outputs
+    (F, a), (V, v) = exit_outputs(net, data, policy), (None, None) if valid is None else exit_outputs(net, valid, policy)
+    return cls.from_logits(F, data.y, net.macs(), V, None if valid is None else valid.y, score, a, v, pictures=data.x.cpu().numpy(), **kwargs)
 
 # %% ../nbs/13_widgets.ipynb #4d061d68
 class SplitModel:
     "Who holds what after a Dirichlet split of given labels."
     def __init__(self,
-        y,           # (N,) integer labels
-        classes=None # K names; None: the numbers 0..K-1
+        y,           # (N,) integer labels, or the names of the classes themselves
+        classes=None # K names; None: the numbers 0..K-1, or the names in `y`
     ):
         self.y = np.asarray(y)
+        if self.y.dtype.kind in "US" and classes is None: classes, self.y = np.unique(self.y, return_inverse=True)
         if self.y.ndim != 1 or self.y.size == 0 or self.y.dtype.kind not in "iu" or self.y.min() < 0:
             raise ValueError(f"y must be a non-empty vector of integer labels >= 0, not {self.y.dtype} of shape {self.y.shape}")
         K = int(self.y.max()) + 1
@@ -588,7 +621,7 @@ _PATTERNS = ["", "/", "x", ".", "\\", "-", "|", "+"]
 class DirichletExplorer(Explorer):
     "gamma, clients, family and seed on one side; who holds what on the other, against theory."
     def __init__(self,
-        y,                   # (N,) integer labels of the reader's data
+        y,                   # (N,) labels of the reader's data: integers, or names
         classes=None,        # K names
         gamma:float=.5,      # concentration, > 0
         clients:int=10,

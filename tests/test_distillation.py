@@ -32,6 +32,19 @@ FEATURE = {"at", "rkd", "rkd distance", "rkd angle", "lpd", "crd", "hint", "mse"
 def rows(n=6, seed=0, scale=1.): return scale * torch.randn(n, 8, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("n", [1, 2, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_relations_of_the_teacher_may_be_made_once(n, dtype):
+    "Loss and gradient are to the last bit those of the two losses by themselves; nothing flows into the teacher."
+    teacher, out = rows(n, 1).to(dtype).requires_grad_(), {}
+    once = RKD(5, 10).relations(teacher)
+    for name, loss in {"once": lambda s: RKD(5, 10)(s, once), "each": lambda s: RKD(5, 10)(s, teacher),
+                       "by hand": lambda s: 5 * rkd_distance(s, teacher) + 10 * rkd_angle(s, teacher)}.items():
+        s = rows(n).to(dtype).requires_grad_(); loss(s).backward(); out[name] = loss(s), s.grad
+    for v, g in out.values(): assert torch.equal(v, out["by hand"][0]) and torch.equal(g, out["by hand"][1])
+    assert teacher.grad is None and (n < 3 or float(out["once"][0].detach()) > 0)
+
+
 @pytest.mark.parametrize("name", ZERO)
 def test_a_perfect_copy_has_no_loss_and_no_gradient(name):
     s = rows().requires_grad_()

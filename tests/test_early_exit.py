@@ -321,4 +321,26 @@ def test_a_federated_round_changes_only_what_is_trained():
     moved = {k for k, v in run.state["net"].items() if not torch.equal(v, start[k])}
     assert moved == set(lora_state(run.net()))
 
+
+@pytest.mark.parametrize("darkdistill", [False, True])
+def test_only_what_is_trained_is_sent(darkdistill):
+    "Uploads hold LoRA and exits only; the result is that of clients who send everything, and workers do not change it."
+    from darkdistill_nb.darkdistill import DarkDistill
+    from darkdistill_nb.data import load
+    from darkdistill_nb.federated import EEFL, make_clients, nbytes, simulate, train_alone
+    base = DarkDistill if darkdistill else EEFL
+    class Whole(base):
+        def local_update(self, weights, data, client, rnd, streams):
+            u = super().local_update(weights, data, client, rnd, streams)
+            u.weights = {k: v.detach().clone() for k, v in self.tier_net(client.tier).state_dict().items()}; return u
+    train, test = load("digits"); train = train.subset(torch.arange(200)); clients = make_clients(train.y, 4)
+    go = lambda method, workers: simulate(method(participation=1.), lora_net, train, test, clients, rounds=2, eval_every=2, workers=workers)
+    run, whole, pool = go(base, 1), go(Whole, 1), go(base, 2)
+    for k, v in run.state["net"].items(): assert torch.equal(v, whole.state["net"][k]) and torch.equal(v, pool.state["net"][k]), k
+    nets = [run.method.tier_net(c.tier) for c in clients]; histograms = 4 * 10 * 10 * 4 if darkdistill else 0
+    for row, more in zip(run.log, whole.log):
+        assert row["bytes_up"] == sum(nbytes(lora_state(n)) for n in nets) + histograms
+        assert row["bytes_down"] == sum(nbytes(n.state_dict()) for n in nets) == more["bytes_up"] - histograms
+    if not darkdistill: assert len(train_alone(EEFL(), lora_net, train, test, clients[:1], rounds=4)) == 1
+
 def lora_net(): return add_lora(tiny(), rank=4, alpha=8)

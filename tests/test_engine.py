@@ -5,7 +5,7 @@ from darkdistill_nb.darkdistill import DarkDistill
 from darkdistill_nb.data import load, shapes
 from darkdistill_nb.difficulty import measure_difficulty
 from darkdistill_nb.early_exit import cnn, vit, wrn
-from darkdistill_nb.exit_training import BoostNet, Joint
+from darkdistill_nb.exit_training import BoostNet, Joint, L2W
 from darkdistill_nb.federated import EEFL, block_average, make_clients, simulate
 from darkdistill_nb.training import Streams
 
@@ -125,6 +125,55 @@ def test_prefixes_of_one_network_average_to_it():
     net = BUILDERS["wrn"]()
     tiers = {m: (net.prefix(m).state_dict(), 10 * m) for m in (1, 2, 3)}
     assert same(block_average(net.state_dict(), tiers), net.state_dict())
+
+
+def test_a_missing_name_counts_as_unchanged():
+    "A tier that does not send a tensor votes for the server's value with its samples; what nobody sends stays the very tensor."
+    net = BUILDERS["wrn"](); old = net.state_dict(); key = "stem.weight"; assert key in old
+    after = block_average(old, {1: ({key: old[key] + 1}, 10), 2: ({}, 30)})
+    assert torch.allclose(after[key], old[key] + .25) and all(after[k] is v for k, v in old.items() if k != key)
+
+
+@pytest.mark.parametrize("method", [EEFL, DarkDistill])
+def test_frozen_parts_are_not_sent_but_their_statistics_are(method, pictures):
+    "Frozen stages of a network with batch normalisation: parameters stay, running statistics travel, and DarkDistill has nothing to distil into."
+    train, test = pictures
+    def build():
+        net = BUILDERS["wrn"](); net.stem.requires_grad_(False); net.stages.requires_grad_(False); return net
+    clients = make_clients(train.y, 6, 1., (1 / 3,) * 3)
+    run = simulate(method(participation=1.), build, train, test, clients, 1)
+    with Streams(0).scope("init"): start = build()
+    fixed = {k for k, p in start.named_parameters() if not p.requires_grad}
+    for k, v in start.state_dict().items(): assert torch.equal(v, run.state["net"][k]) == (k in fixed), k
+    own = [start.prefix(c.tier) for c in clients]
+    sent = [v for n in own for v in [*(p for p in n.parameters() if p.requires_grad), *n.buffers()]]
+    assert run.log[0]["bytes_up"] - (6 * 10 * 10 * 4 if method is DarkDistill else 0) == sum(v.numel() * v.element_size() for v in sent)
+
+
+def test_l2w_travels_with_the_network(digits, tmp_path):
+    "Its weight net is sent, trained, averaged exit by exit and kept in checkpoints; workers, resuming and a switched-off DarkDistill change nothing."
+    train, test = digits; train = train.subset(torch.arange(300)); clients, s = make_clients(train.y, 8, .5, cover=False), Streams(0)
+    new = lambda m=EEFL, **kw: m(L2W(hidden=16, interval=2), participation=1., **kw)
+    go = lambda rounds, m=None, **kw: simulate(m or new(), lambda: cnn(train.shape, 10, width=8), train, test, clients, rounds, eval_every=9, **kw)
+    run = go(3); first = L2W(hidden=16).start(4)
+    assert run.state["policy"].keys() == first.keys() and all(not torch.equal(v, first[k]) for k, v in run.state["policy"].items())
+    go(1, checkpoint=tmp_path / "c.safetensors")
+    for other in (go(3, workers=2), go(3, checkpoint=tmp_path / "c.safetensors"), go(3, new(DarkDistill, kd_lr=0.))):
+        assert all(same(run.state[k], other.state[k]) for k in ("net", "policy"))
+    with s.scope("init"): m, net = new(), cnn(train.shape, 10, width=8)
+    state = m.setup(net); updates = [m.local_update(m.send(state, c), train.subset(c.train), c, 0, s) for c in clients]
+    after = m.aggregate(state, updates, 0, s)[0]["policy"]
+    for e in range(4):
+        own = [u for u in updates if u.tier > e]; assert len(own) == 2 * (4 - e)
+        mean = sum(u.weights[f"policy.exits.{e}.outer"] * u.samples for u in own) / sum(u.samples for u in own)
+        assert torch.allclose(after[f"exits.{e}.outer"], mean, atol=1e-6)
+
+
+def test_l2w_without_differences_is_joint_training(digits):
+    "With eps = 0 all weights are 1, although the meta steps run."
+    train, test = digits; train = train.subset(torch.arange(300)); clients = make_clients(train.y, 4, .5, cover=False)
+    a, b = (simulate(EEFL(p, participation=1.), lambda: cnn(train.shape, 10, width=8), train, test, clients, 2).state["net"] for p in (Joint(), L2W(eps=0.)))
+    assert all(torch.allclose(v, b[k], atol=1e-5) for k, v in a.items())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -275,6 +275,43 @@ def test_from_net_is_the_library_in_steps(score):
     assert e.model.costs.tolist() == net.macs() and e.score == score
     half = ExitExplorer.from_net(net, test, policy=policy, mode="frames")
     assert half.model.scores.shape == half.model.valid.shape == (4, 60) and half.cells.shape == (60, 8, 8, 1)
+    own = ExitExplorer.from_logits(F, test.y, net.macs(), V, score=score, pictures=test.x.numpy(), mode="frames")
+    assert np.allclose(own.model.scores, e.model.scores, atol=1e-5) and (own.model.right == e.model.right).all() and own.score == score
+    assert (own.cells == e.cells).all() and np.allclose(own.model.valid, e.model.valid, atol=1e-5)
+
+
+def own_logits(n=300, K=5, seed=0):
+    rng = np.random.default_rng(seed); y = rng.integers(0, K, n)
+    return np.stack([rng.normal(size=(n, K)) + k * np.eye(K)[y] for k in (1, 2, 3)]), y
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor, list, lambda F: [torch.as_tensor(f).float().requires_grad_() for f in F]])
+def test_logits_of_any_kind(kind):
+    F, y = own_logits()
+    e = ExitExplorer.from_logits(kind(F), y.tolist(), [1, 2, 3], kind(F), y, m=3, unit="ms", mode="frames")
+    p = np.exp(F) / np.exp(F).sum(-1, keepdims=True)
+    assert np.allclose(e.model.scores, p.max(-1), atol=1e-5) and (e.model.right == (F.argmax(-1) == y)).all()
+    assert (e.model.scores == e.model.valid).all() and (e.m, e.unit, e.score) == (3, "ms", "confidence")
+
+
+def test_scores_that_need_more_than_logits():
+    F, y = own_logits(); a = [torch.randn(300, 7) for _ in range(3)]
+    e = ExitExplorer.from_logits(F, y, [1, 2, 3], F, score="saturation", features=a, valid_features=a, mode="frames")
+    assert (e.model.scores[0] == -INF).all() and np.allclose(e.model.scores[2], torch.cosine_similarity(a[1], a[2]), atol=1e-6)
+    assert ExitExplorer.from_logits(F, y, [1, 2, 3], F, y, score="gate", mode="frames").model.scores.max() <= 1
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(logits=np.zeros((3, 300))), r"\(E, N, K\)"), (dict(logits=[]), r"\(E, N, K\)"), (dict(logits=np.zeros((3, 0, 5)), y=[]), r"\(E, N, K\)"),
+    (dict(y=[0, 1]), "^y must be 300 labels"), (dict(y=np.full(300, 5)), r"whole numbers in 0\.\.4"), (dict(y=np.full(300, .5)), "whole numbers"),
+    (dict(y=np.full(300, -1)), "whole numbers"),
+    (dict(valid_logits=np.zeros((3, 9, 5)), valid_y=[0]), "valid_y must be 9 labels"), (dict(valid_y=[0]), "needs valid_logits"),
+    (dict(valid_logits=np.zeros((2, 9, 5))), r"valid must have shape \(3, N\)"), (dict(logits=np.full((3, 300, 5), np.nan)), "scores holds 900 NaN"),
+    (dict(score="gate"), "valid_logits and valid_y"), (dict(score="mood"), "unknown"), (dict(score="difference"), "compares features"),
+    (dict(costs=[1, 2]), "costs must be 3 numbers")])
+def test_bad_logits(change, message):
+    F, y = own_logits()
+    with pytest.raises(ValueError, match=message): ExitExplorer.from_logits(**{**dict(logits=F, y=y, costs=[1, 2, 3]), **change})
 
 
 @needs_live
@@ -337,6 +374,12 @@ def test_many_classes_have_different_looks():
     import plotly.graph_objects as go
     bars = DirichletExplorer(np.arange(1280) % 64, clients=3).draw(go.Figure).data[:64]
     assert len({(b.marker.color, b.marker.pattern.shape) for b in bars}) == 64
+
+
+def test_labels_by_name():
+    y = np.array(["ant", "bee", "cow"])[np.arange(90) % 3]
+    a, b = DirichletExplorer(y, clients=5), DirichletExplorer(torch.arange(90) % 3, ["ant", "bee", "cow"], clients=5)
+    assert a.model.classes == ["ant", "bee", "cow"] and (a.now["counts"] == b.now["counts"]).all()
 
 
 @pytest.mark.parametrize("y, message", [([], "non-empty"), ([.5, 1.], "integer labels"), ([[1, 2]], "vector"), ([-1, 2], ">= 0")])

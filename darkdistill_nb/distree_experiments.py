@@ -8,7 +8,8 @@ Docs: https://darkdistill.github.io/darkdistill_nb/distree_experiments.html.md""
 __all__ = ['SEVEN', 'VIT', 'SETUPS', 'VITS', 'RULES', 'BUDGETS', 'CONDITIONS', 'VARIANTS', 'make_cell', 'is_vit', 'teacher_net',
            'get_teacher', 'teacher_answers', 'split_filters', 'train_system', 'save_answers', 'load_answers',
            'answers_file', 'run_system', 'centred', 'rule_pairs', 'measure_policies', 'measure_failures', 'rounded',
-           'run_experiment', 'value_of', 'way_gain', 'check_goals', 'plot_systems', 'plot_failures', 'stored', 'main']
+           'run_experiment', 'value_of', 'way_gain', 'check_goals', 'plot_systems', 'bill_table', 'plot_sensitivity',
+           'plot_failures', 'stored', 'main']
 
 # %% ../nbs/11d_distree_experiments.ipynb #5a0f0d5f
 import argparse, dataclasses, functools, json, math, sys
@@ -377,6 +378,37 @@ def plot_systems(
     traces.append(go.Scatter(x=[1], y=[round(last, 4)], name="last exit", mode="markers", marker=dict(symbol="star", **star)))
     if published: traces.append(go.Scatter(x=[.724], y=[.91], name="published (WRN-16-4 teacher)", mode="markers", marker=dict(symbol="star-open", **star)))
     return figure(*traces, title=title, x="mean cost (largest share of MACs over the students)", y="test accuracy (mean, spread over seeds)", height=460)
+
+# %% ../nbs/11d_distree_experiments.ipynb #a5c86f92
+def bill_table(
+    record:Record,  # of "systems"
+    way="2 students",
+    budget=.4,      # of `BUDGETS`
+)->str:             # markdown
+    "Mean accuracy, latency, energy and bytes of every policy at one budget; raises `ValueError` for a budget that was not measured."
+    runs = [r for r in record.runs if r["way"] == way]
+    if budget not in record.info["budgets"]: raise ValueError(f"budget={budget} must be one of {', '.join(map(str, record.info['budgets']))}")
+    lines = ["| policy | accuracy % | latency | energy | bytes |", "|---|---|---|---|---|"]
+    for n in runs[0]["curves"]:
+        curves = [r["curves"][n] for r in runs]
+        if not all(budget in c["budget"] for c in curves): continue
+        m = {k: mean_std([c[k][c["budget"].index(budget)] for c in curves]) for k in ("accuracy", "cost", "energy", "bytes")}
+        lines.append(f"| {n} | {100 * m['accuracy'][0]:.1f} ± {100 * m['accuracy'][1]:.1f} | {m['cost'][0]:.3f} | {m['energy'][0]:.3f} | {m['bytes'][0]:.0f} |")
+    return "\n".join(lines)
+
+# %% ../nbs/11d_distree_experiments.ipynb #7f7ce1d4
+def plot_sensitivity(
+    records:dict,   # name -> (Record, way)
+    title:str="",
+):                  # plotly Figure
+    "Accuracy and cost of feature difference over the stretch of its thresholds."
+    import plotly.graph_objects as go
+    traces = []
+    for i, (n, (record, way)) in enumerate(records.items()):
+        rows = np.array([[(q["lam"], q["cost"], q["accuracy"]) for q in r["sensitivity"]] for r in record.runs if r["way"] == way]).mean(0)
+        traces.append(go.Scatter(x=rows[:, 1].round(4), y=rows[:, 2].round(4), text=[f"λ={v:g}" for v in rows[:, 0]], name=n, mode="lines+markers+text",
+                                 textposition="top center", **style(i)))
+    return figure(*traces, title=title, x="mean cost (largest share of MACs over the students)", y="test accuracy", height=340)
 
 # %% ../nbs/11d_distree_experiments.ipynb #4b814874
 def plot_failures(

@@ -9,6 +9,7 @@ from darkdistill_nb.distillation import CropFlip, Views, teacher_table
 from darkdistill_nb.distributed import (DistrEE, DistrEELoss, Teacher, communities, filter_graph, make_answers, modularity, partition_filters,
                                         partition_report, student_net, system_answers, train_distree)
 from darkdistill_nb.early_exit import vit, wrn
+from darkdistill_nb.system_policies import FeatureDifference
 from darkdistill_nb.training import Streams, load_tensors
 
 torch.set_num_threads(1)
@@ -109,6 +110,12 @@ def test_one_picture_or_many_give_the_same_answers(world):
     train, test, *_, W, I = world
     system = make(partition_filters(W, I, 2)); many, one = system_answers(system, test, batch_size=64), system_answers(system, test, batch_size=1)
     assert torch.allclose(many.partial, one.partial, atol=1e-5) and torch.allclose(many.proxy, one.proxy, atol=1e-5)
+    rule, T = FeatureDifference(), [1.]                                 # check 20: alone or in a batch, the same exit
+    for s in rule.scores(many)[:, 1:3].transpose(0, 1).flatten(1).sort().values:
+        widest = 60 + int(s[60:140].diff().argmax())                    # a threshold in the widest gap of the middle scores: no ties by rounding
+        T.append(float(s[widest:widest + 2].mean()))
+    T.append(0.)
+    assert torch.equal(rule.depth(many, T), rule.depth(one, T)) and len(rule.depth(many, T).unique()) > 1
 
 
 def test_check_23_loss(world):

@@ -356,7 +356,8 @@ class _NetworkSide:
         answer, word, to = self.aggregator.receive(r, n, e, self.partial[n, e, self.sample[r]], final, self.env.now)
         if answer is not None: self.answer(r, answer)
         if word == "STOP" or (word == "GO" and not self.policy.speculative):
-            for m in to: self.send("down", m, r, e, self.header, (word, self.stop if word == "STOP" else self.go))
+            at = {m: e if word == "STOP" else self.aggregator.waiting[r]["told"][m] for m in to}        # GO names the exit of its addressee
+            for m in to: self.send("down", m, r, at[m], self.header, (word, self.stop if word == "STOP" else self.go))
     def stop(self, n, r, e):
         self.told.add((n, r))
         if self.current[n] == r: self.process[n].interrupt("STOP")

@@ -306,3 +306,12 @@ def test_simpy_is_asked_for_in_one_sentence(monkeypatch):
     (lambda: joint_policy(()), "one or more exits"), (lambda: fixed_policy([1]), "students, samples"), (lambda: plot_latency({}), "one or more named")])
 def test_clear_errors(call, words):
     with pytest.raises(ValueError, match=words): call()
+
+
+def test_go_reaches_a_student_that_waits_deeper_than_the_message_that_releases_it():
+    "Student 0 is slow and leaves at its first exit, while student 1 waits at a later one: it must go on at once, not after its patience."
+    a = make_answers(2, 5, 4, seed=0)
+    policy = Policy(leave=lambda n, e, s, lam: n == 0 and e == 0, points=(1, 3), stop=lambda z, e, lam: False, patience=50.)
+    cluster = Cluster.equal(2, Device(speed=float(a.costs.max())), Link(latency=0., bandwidth=1e12)).with_device(0, speed=float(a.costs.max()) / 3)
+    o = simulate(a, policy, cluster, [0.])
+    assert o.exits.tolist() == [[0, 4]] and o.latency[0] < 3

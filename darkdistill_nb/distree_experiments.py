@@ -38,8 +38,8 @@ SETUPS = {  # teacher and student: arguments of `build_net`; crops: stored augme
                    epochs=8, batch_size=32, lr=.03, crops=0, n_train=None, amp=False),
     "fashion_mnist": dict(teacher=dict(arch="wrn", depth=16, widen=2), teacher_epochs=6, student=SEVEN, epochs=10, batch_size=64, lr=.03, crops=0,
                           n_train=10_000, amp=True),
-    "cifar10": dict(teacher=dict(arch="wrn", depth=16, widen=2), teacher_epochs=12, student=SEVEN, epochs=15, batch_size=64, lr=.03, crops=4,
-                    n_train=20_000, amp=True),
+    "cifar10": dict(teacher=dict(arch="wrn", depth=16, widen=2), teacher_epochs=12, student=SEVEN, epochs=14, batch_size=64, lr=.03, crops=4,
+                    n_train=16_000, amp=True),
 }
 VITS = {  # the same with transformers, for the first open question
     "digits": dict(teacher=dict(arch=VIT, patch_size=2, embed_dim=64, num_heads=4, depth=4, exits=(4,)), lr=2e-3, teacher_epochs=30, epochs=30,

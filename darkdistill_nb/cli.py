@@ -286,7 +286,7 @@ def _failed(job, e):
 def _worker(conn, config, folder, workers):
     "A process: runs the jobs that come through the pipe, until None comes or the other end is gone."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(1))    # at once: an orderly end in the middle of an import of torch prints a traceback
     job = None
     try:
         import torch

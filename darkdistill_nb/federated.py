@@ -13,6 +13,7 @@ import copy, hashlib, json, pickle, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
+from .cells import _worker_start
 from .data import ArrayData, client_histogram, dirichlet_split
 from .early_exit import EarlyExitNet, block_of
 from .exit_training import BoostNet
@@ -301,7 +302,7 @@ def _pack_start(method, net, train, clients, seed):
 def _pool_start(timm, packed):
     if timm: from darkdistill_nb.compat import ensure_torchvision; ensure_torchvision()   # timm imports torchvision
     method, net, train, clients, seed = pickle.loads(packed)
-    torch.set_num_threads(1); method.setup(net)
+    _worker_start(); method.setup(net)                                                   # one thread; ends when its parent has gone
     _pool_start.ctx = method, train, {c.id: c for c in clients}, Streams(seed)
 
 def _pool_job(weights, cid, rnd):

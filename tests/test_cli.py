@@ -326,7 +326,8 @@ def test_ctrl_c_stops_everything(tmp_path):
     "Ctrl-C as a terminal sends it, to the whole process group: exit code 130, one sentence on how to go on, no process left."
     args = on_two_cores(rounds=500)
     p = subprocess.Popen([*COMMAND, "run", *args, "--out", "run"], cwd=tmp_path,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # tests run as a background job would ignore it
     end = time.time() + 60
     while time.time() < end and not list(tmp_path.glob("run/jobs/*.safetensors")): time.sleep(.1)
     os.killpg(p.pid, signal.SIGINT)

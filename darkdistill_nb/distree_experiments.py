@@ -16,7 +16,7 @@ import argparse, dataclasses, functools, json, math, sys
 from pathlib import Path
 import numpy as np
 import torch
-from .cells import cell_key, json_or_text, run_grid, t_interval
+from .cells import cell_key, json_or_text, run_grid, stored_record, t_interval
 from .distillation import CropFlip, Views, teacher_table
 from .distributed import (DistrEE, DistrEELoss, SystemAnswers, Teacher, filter_graph, partition_filters, partition_report, student_net,
                                         system_answers, train_distree)
@@ -27,7 +27,7 @@ from .inference import static_mixture
 from .simulator import Cluster, Device, Link, arrivals, fixed_policy, joint_policy, simulate
 from .system_policies import (FeatureDifference, LastExit, NeighbourSimilarity, PartialLogits, ProxyHead, Quorum, RandomExit, control_system,
                                             SharedScore, align_exits, evaluate_system, lambda_grid, system_auroc, system_curve)
-from .training import (Record, Streams, accuracy, asset, figure, load_record, load_tensors, mean_std, save_record, save_tensors, style,
+from .training import (Record, Streams, accuracy, figure, load_record, load_tensors, mean_std, save_record, save_tensors, style,
                                      write_atomic)
 
 # %% ../nbs/11d_distree_experiments.ipynb #2fc10284
@@ -431,10 +431,8 @@ def stored(
     data:str, # of `SETUPS`
 ):            # Record, or None if there is none
     "A stored record; without one, print the command that makes it."
-    try: return load_record(asset(f"distree_{name}_{data}.json"))
-    except FileNotFoundError:
-        print(f"not stored: {name} on {data}. Make it with\n"
-              f"  python -m darkdistill_nb.distree_experiments {name} --data {data} --out runs/distree --assets assets")
+    command = f"python -m darkdistill_nb.distree_experiments {name} --data {data} --out runs/distree --assets assets"
+    return stored_record(f"distree_{name}_{data}", command)
 
 # %% ../nbs/11d_distree_experiments.ipynb #43e72a68
 def main(

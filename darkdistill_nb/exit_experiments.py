@@ -13,7 +13,7 @@ import argparse, functools, json, sys
 from pathlib import Path
 import numpy as np
 import torch
-from .cells import cell_key, every_tenth, json_or_text, run_grid, t_interval
+from .cells import cell_key, every_tenth, json_or_text, run_grid, stored_record, t_interval
 from .data import load
 from .distillation import CropFlip
 from .early_exit import EarlyExitNet, build_net
@@ -237,11 +237,9 @@ def stored(
     name:str, # e.g. "exits_pays_shapes" or "exits_cifar10_wrn"
 ):            # Record, or None if there is none
     "A stored record; without one, print the command that makes it."
-    try: return load_record(asset(name + ".json"))
-    except FileNotFoundError:
-        what, *rest = name.split("_")[1:]
-        words = f"pays --data {'_'.join(rest)}" if what == "pays" else f"train --data {'_'.join([what, *rest[:-1]])} --net {rest[-1]}"
-        print(f"not stored: {name}. Make it with\n  python -m darkdistill_nb.exit_experiments {words} --out runs/exits --assets assets")
+    what, *rest = name.split("_")[1:]
+    words = f"pays --data {'_'.join(rest)}" if what == "pays" else f"train --data {'_'.join([what, *rest[:-1]])} --net {rest[-1]}"
+    return stored_record(name, f"python -m darkdistill_nb.exit_experiments {words} --out runs/exits --assets assets")
 
 # %% ../nbs/05d_exit_experiments.ipynb #43e72a68
 def main(

@@ -9,7 +9,8 @@ __all__ = ['stored', 'best_value', 'step_differences']
 
 # %% ../nbs/03c_latent_results.ipynb #1e2111a9
 import numpy as np
-from .training import Record, asset, load_record
+from .cells import stored_record
+from .training import Record
 
 # %% ../nbs/03c_latent_results.ipynb #18de47c2
 def stored(
@@ -17,11 +18,8 @@ def stored(
     data:str,        # one of `SETUPS`
 ):                   # Record, or None if there is none
     "The stored record of an experiment; without one, print the command that makes it."
-    name = f"latent_{experiment.split('_')[-1]}_{data}"
-    try: return load_record(asset(name + ".json"))
-    except FileNotFoundError:
-        print(f"not stored: {name}. Make it with\n  "
-              f"python -m darkdistill_nb.latent_experiments {experiment} --data {data} --out runs/latent --assets assets")
+    command = f"python -m darkdistill_nb.latent_experiments {experiment} --data {data} --out runs/latent --assets assets"
+    return stored_record(f"latent_{experiment.split('_')[-1]}_{data}", command)
 
 # %% ../nbs/03c_latent_results.ipynb #51fc99d8
 def best_value(

@@ -16,19 +16,18 @@ import argparse, dataclasses, functools, json, math, sys
 from pathlib import Path
 import numpy as np
 import torch
-from .cells import cell_key, json_or_text, run_grid, stored_record, t_interval
+from .cells import cell_key, kept, key_values, publish, run_command, run_grid, stored_record, t_interval
 from .distillation import CropFlip, Views, teacher_table
 from .distributed import (DistrEE, DistrEELoss, SystemAnswers, Teacher, filter_graph, partition_filters, partition_report, student_net,
                                         system_answers, train_distree)
 from .early_exit import build_net
-from .exit_experiments import three_parts
+from .exit_experiments import load_trained, three_parts
 from .exit_training import Joint, train_exits
 from .inference import static_mixture
 from .simulator import Cluster, Device, Link, arrivals, fixed_policy, joint_policy, simulate
 from .system_policies import (FeatureDifference, LastExit, NeighbourSimilarity, PartialLogits, ProxyHead, Quorum, RandomExit, control_system,
                                             SharedScore, align_exits, evaluate_system, lambda_grid, system_auroc, system_curve)
-from .training import (Record, Streams, accuracy, figure, load_record, load_tensors, mean_std, save_record, save_tensors, style,
-                                     write_atomic)
+from .training import (Record, Streams, accuracy, figure, load_record, load_tensors, mean_std, save_record, save_tensors, style)
 
 # %% ../nbs/11d_distree_experiments.ipynb #2fc10284
 SEVEN, VIT = dict(arch="wrn", depth=16, widen=1, exits=(0, 1, 2, 3, 4, 5, 6)), "vit_tiny_patch16_224"
@@ -38,16 +37,16 @@ SETUPS = {  # teacher and student: arguments of `build_net`; crops: stored augme
                    epochs=8, batch_size=32, lr=.03, crops=0, n_train=None, amp=False),
     "fashion_mnist": dict(teacher=dict(arch="wrn", depth=16, widen=2), teacher_epochs=6, student=SEVEN, epochs=10, batch_size=64, lr=.03, crops=0,
                           n_train=10_000, amp=True),
+    "shapes": dict(teacher=dict(arch="wrn", depth=16, widen=2), teacher_epochs=5, student=SEVEN, epochs=8, batch_size=64, lr=.03, crops=0,
+                   n_train=6_000, amp=True),
     "cifar10": dict(teacher=dict(arch="wrn", depth=16, widen=2), teacher_epochs=12, student=SEVEN, epochs=14, batch_size=64, lr=.03, crops=4,
                     n_train=16_000, amp=True),
 }
-VITS = {  # the same with transformers, for the first open question
+VITS = {  # the same with transformers, for the first open question; stored: a trained network of 05d
     "digits": dict(teacher=dict(arch=VIT, patch_size=2, embed_dim=64, num_heads=4, depth=4, exits=(4,)), lr=2e-3, teacher_epochs=30, epochs=30,
                    student=dict(arch=VIT, patch_size=2, embed_dim=32, num_heads=2, depth=4, exits=(1, 2, 3, 4))),
-    "cifar10": dict(teacher=dict(arch=VIT, patch_size=4, embed_dim=128, num_heads=4, depth=8, exits=(8,)), lr=1e-3, teacher_epochs=25,
-                    student=dict(arch=VIT, patch_size=4, embed_dim=64, num_heads=2, depth=7, exits=(1, 2, 3, 4, 5, 6, 7))),
-}
-VITS["fashion_mnist"] = VITS["cifar10"] | dict(teacher_epochs=10)
+} | {d: dict(teacher=dict(stored=f"exits_{d}_vit"), lr=1e-3, n_train=10_000, epochs=10,
+             student=dict(arch=VIT, patch_size=4, embed_dim=64, num_heads=2, depth=6, exits=(1, 2, 3, 4, 5, 6))) for d in ("fashion_mnist", "cifar10")}
 
 def make_cell(
     data:str,          # one of `SETUPS`
@@ -87,16 +86,17 @@ def get_teacher(
     folder,      # of the experiments
 )->tuple:        # (`Teacher`, test accuracy)
     "Read the teacher, or train it; an interrupted training goes on where it stopped."
+    if name := cell["teacher"].get("stored"): net, _, _, meta = load_trained(name); return Teacher(net).eval(), meta["accuracy"][-1]
     t = {k: cell[k] for k in ("data", "teacher", "teacher_epochs", "amp", "n_test")} | dict(crops=cell["crops"] > 0)
     path, part = Path(folder)/"teachers"/f"{cell_key(t)}.safetensors", t["teacher"]
     train, _, test = three_parts(t["data"], None, t["n_test"])
-    if not path.is_file():
+    def make():
         lr = 1e-3 if is_vit(part) else .05
         how = dict(epochs=t["teacher_epochs"], lr=lr, batch_size=64 if t["amp"] else 32, weight_decay=5e-4, amp=t["amp"], optimizer=_optimizer(part, lr))
         made = train_exits(lambda: teacher_net(part, train), train, test, Joint(), augment=CropFlip(4) if t["crops"] else None,
                            checkpoint=path.with_suffix(".running"), **how)
-        save_tensors(path, made["net"].state_dict(), dict(cell=t, accuracy=made["accuracy"][0]))
-    net, (weights, meta) = teacher_net(part, train), load_tensors(path)
+        return made["net"].state_dict(), dict(cell=t, accuracy=made["accuracy"][0])
+    net, (weights, meta) = teacher_net(part, train), kept(path, make)
     net.load_state_dict(weights)
     return Teacher(net).eval(), meta["accuracy"]
 
@@ -105,9 +105,8 @@ def get_teacher(
 def _table(folder, key, text):
     cell = json.loads(text); train = three_parts(cell["data"], cell["n_train"], cell["n_test"])[0]
     views = Views(train, CropFlip(4), cell["crops"]) if cell["crops"] else Views(train)
-    path = Path(folder)/"teachers"/f"table_{key}.safetensors"
-    if not path.is_file(): save_tensors(path, teacher_table(get_teacher(cell, folder)[0], views, {"features": "last.reduce"}))
-    return views, load_tensors(path)[0]
+    make = lambda: (teacher_table(get_teacher(cell, folder)[0], views, {"features": "last.reduce"}), {})
+    return views, kept(Path(folder)/"teachers"/f"table_{key}.safetensors", make)[0]
 
 def teacher_answers(
     cell:dict,   # from `make_cell`
@@ -295,6 +294,7 @@ def run_experiment(
 )->Record:
     "Train what is missing, measure, and store the record as distree_NAME_DATA; raises `ValueError` for an unknown experiment."
     if name not in VARIANTS: raise ValueError(f"experiment={name!r} must be one of {', '.join(VARIANTS)}")
+    if name == "vit" and data not in VITS: raise ValueError(f"data={data!r} has no transformers; choose one of {', '.join(VITS)}")
     ways = list(ways or VARIANTS[name]); of = lambda w: VITS[data] if name == "vit" else VARIANTS[name][w]
     cells = [make_cell(data, seed=s, **{**of(w), **changes}) for s in range(seeds) for w in ways]
     teacher_answers(cells[0], folder)                                  # before several processes ask for it at once
@@ -450,13 +450,11 @@ def main(
     p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other settings, e.g. epochs=10 n_train=5000")
     p.add_argument("--assets", help="folder that also gets the record")
     a = p.parse_args(argv)
-    try:
-        how, name = {k: json_or_text(v) for k, v in (s.split("=", 1) for s in a.set)}, f"distree_{a.experiment}_{a.data}"
-        record = run_experiment(a.experiment, a.data, a.out, a.seeds, a.ways, a.workers, _tell, **how)
-        if a.assets: write_atomic(Path(a.assets)/f"{name}.json", (Path(a.out)/name/"record.json").read_bytes())
-    except KeyboardInterrupt: print("interrupted; the same command continues", file=sys.stderr); return 130
-    except (ValueError, TypeError, KeyError, OSError) as e: print(f"error: {e}", file=sys.stderr); return 2
-    print(f"done: {record.seconds:.0f} s of training"); return 0
+    def work():
+        record = run_experiment(a.experiment, a.data, a.out, a.seeds, a.ways, a.workers, _tell, **key_values(a.set))
+        publish(f"distree_{a.experiment}_{a.data}", a.out, a.assets)
+        return f"done: {record.seconds:.0f} s of training"
+    return run_command(work)
 
 def _tell(i, n, r):
     c = r["cell"]; what = f"{c['n_students']} students {c['rule']} w={c['w']} drop={c['drop']:g} seed {c['seed']}"

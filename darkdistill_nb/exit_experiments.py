@@ -13,14 +13,13 @@ import argparse, functools, json, sys
 from pathlib import Path
 import numpy as np
 import torch
-from .cells import cell_key, every_tenth, json_or_text, run_grid, stored_record, t_interval
+from .cells import cell_key, every_tenth, key_values, publish, run_command, run_grid, stored_record, t_interval
 from .data import load
 from .distillation import CropFlip
 from .early_exit import EarlyExitNet, build_net
 from .exit_training import fit_exits, policy_by_name
 from .inference import confidence, exit_outputs, policy_curve, score_by_name
-from .training import (Record, Streams, accuracy, asset, figure, load_record, load_tensors, mean_std, save_record, save_tensors,
-                                     style, write_atomic)
+from .training import (Record, Streams, accuracy, asset, figure, load_record, load_tensors, mean_std, save_record, save_tensors, style)
 
 # %% ../nbs/05d_exit_experiments.ipynb #6ce67769
 @functools.lru_cache(maxsize=2)
@@ -144,9 +143,7 @@ def train_trained(
     record.info = {k: meta[k] for k in ("costs", "parameters", "classes", "shape")}
     record.runs, record.seconds = [dict(seed=cell["seed"], rows=rows, accuracy=meta["accuracy"])], sum(r["seconds"] for r in rows)
     save_record(record, Path(folder)/name)
-    if assets:
-        write_atomic(Path(assets)/f"{name}.json", (Path(folder)/name/"record.json").read_bytes())
-        write_atomic(Path(assets)/f"{name}.safetensors", path.read_bytes())
+    publish(name, folder, assets, path.name)
     return record
 
 # %% ../nbs/05d_exit_experiments.ipynb #e9adce56
@@ -258,15 +255,14 @@ def main(
     p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other settings, e.g. epochs=30 lr=0.05 policy=boostnet n_train=5000")
     p.add_argument("--assets", help="folder that also gets the result")
     a = p.parse_args(argv)
-    try:
-        how = {k: json_or_text(v) for k, v in (s.split("=", 1) for s in a.set)}
+    def work():
+        how = key_values(a.set)
         if a.experiment == "train": record = train_trained(a.data, a.net, a.out, a.assets, _tell_epoch, a.device, **how)
         else:
-            record, name = pays(a.data, a.out, a.seeds, None, a.workers, _tell_cell, net=a.net, **how), f"exits_pays_{a.data}"
-            if a.assets: write_atomic(Path(a.assets)/f"{name}.json", (Path(a.out)/name/"record.json").read_bytes())
-    except KeyboardInterrupt: print("interrupted; the same command continues", file=sys.stderr); return 130
-    except (ValueError, TypeError, OSError) as e: print(f"error: {e}", file=sys.stderr); return 2
-    print(f"done: {record.seconds:.0f} s of training"); return 0
+            record = pays(a.data, a.out, a.seeds, None, a.workers, _tell_cell, net=a.net, **how)
+            publish(f"exits_pays_{a.data}", a.out, a.assets)
+        return f"done: {record.seconds:.0f} s of training"
+    return run_command(work)
 
 def _tell_epoch(row, net): print(f"epoch {row['epoch'] + 1}: loss {row['loss']:.3f} ({row['seconds']:.0f} s)", flush=True)
 def _tell_cell(i, n, r):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from .data import ArrayData, show_pictures
 from .distillation import _up
 from .exit_training import exit_shares
-from .training import Streams, accuracy, figure, style
+from .training import Streams, accuracy, by_name, figure, style
 from torch import nn
 
 # %% ../nbs/05_inference.ipynb #41c6265d
@@ -143,9 +143,7 @@ def score_by_name(
     **kwargs # passed on, e.g. T for energy, exits and n_classes for gate
 )->Score:
     "A score by its name; raises `ValueError` for an unknown one."
-    if isinstance(name, Score): return name
-    if name not in SCORES: raise ValueError(f"score={name!r} is unknown; choose one of {', '.join(SCORES)}")
-    return SCORES[name](**kwargs)
+    return by_name(name, SCORES, "score", Score, **kwargs)
 
 # %% ../nbs/05_inference.ipynb #134893af
 def anytime(

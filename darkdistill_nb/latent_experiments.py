@@ -19,14 +19,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .cells import cell_file, cell_key, each, every_tenth, json_or_text, run_grid, run_stored, t_interval
+from .cells import cell_file, cell_key, each, every_tenth, json_or_text, kept, key_values, publish, run_command, run_grid, run_stored, t_interval
 from .data import ArrayData, _one_thread, load
 from .distillation import distill
 from .features import method_loss
 from .latent import (LatentNet, client_task, latent_net, latent_variance, latents, lkd, map_latents, match_shape, match_transfer, plot_latents,
                                    small_shapes)
-from .training import (LOOK, Record, Streams, accuracy, asset, load_record, load_tensors, mean_std, plus_minus, predict, save_record,
-                                     save_tensors, style, write_atomic)
+from .training import (LOOK, Record, Streams, accuracy, asset, load_record, mean_std, plus_minus, predict, save_record, style)
 
 # %% ../nbs/03b_latent_experiments.ipynb #1747465e
 SETUPS = {  # networks of `latent_net`; l is the width d of the teacher's perception, or half of it on shapes16; lr and batch_size of Adam
@@ -119,14 +118,14 @@ def get_teacher(
 )->tuple:       # (teacher in evaluation mode, dict with its accuracy and training seconds)
     "Load a teacher, or train it and keep it."
     pool, test = pictures(spec["data"])
-    if not teacher_file(spec, folder).is_file():
+    def make():
         base = get_teacher({**spec, "l": spec["base_l"], "base_l": None}, folder)[0] if spec["base_l"] else None
         t = time.perf_counter()
         with _one_thread() if base else nullcontext(): net = train_teacher(spec, base)   # only a whole teacher is worth several threads
         meta = dict(accuracy=float(accuracy(predict(net, test), test.y)), seconds=round(time.perf_counter() - t, 1),
                     parameters=sum(p.numel() for p in net.parameters()), d=net.d)
-        save_tensors(teacher_file(spec, folder), net.state_dict(), {**spec, **meta})
-    weights, meta = load_tensors(teacher_file(spec, folder))
+        return net.state_dict(), {**spec, **meta}
+    weights, meta = kept(teacher_file(spec, folder), make)
     net = latent_net(spec["net"], spec["l"], pool.n_classes, pool.shape).to(memory_format=torch.channels_last)
     net.load_state_dict(weights)
     return net.eval(), meta
@@ -527,14 +526,11 @@ def main(
         tell.first = getattr(tell, "first", i - 1)
         print(f"{i}/{n} {c['method']} gamma={c['gamma']:g} n={c['n']} l={c['l']} match={c['match']} seed={c['seed']}: "
               f"T_priv {r['priv']:.3f} T_uni {r['uni']:.3f} ({r['seconds']} s; about {spent / (i - tell.first) * (n - i) / 60:.0f} min left)", flush=True)
-    try:
-        record = EXPERIMENTS[a.experiment](a.data, a.out, on_cell=tell, **how, **dict((k, json_or_text(v)) for k, v in (s.split("=", 1) for s in a.set)))
-        name = f"latent_{record.config['experiment']}_{a.data}"
-        if a.assets: write_atomic(Path(a.assets)/f"{name}.json", (Path(a.out)/name/"record.json").read_bytes())
-    except KeyboardInterrupt: print("interrupted; the same command continues", file=sys.stderr); return 130
-    except (ValueError, TypeError, OSError) as e: print(f"error: {e}", file=sys.stderr); return 2
-    print(f"{name}: {len(record.runs)} results in {Path(a.out)/name}; {record.seconds:.0f} s of one core")
-    return 0
+    def work():
+        record = EXPERIMENTS[a.experiment](a.data, a.out, on_cell=tell, **how, **key_values(a.set))
+        name = f"latent_{record.config['experiment']}_{a.data}"; publish(name, a.out, a.assets)
+        return f"{name}: {len(record.runs)} results in {Path(a.out)/name}; {record.seconds:.0f} s of one core"
+    return run_command(work)
 
 # %% ../nbs/03b_latent_experiments.ipynb #d2d559d6
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())   # not in a notebook

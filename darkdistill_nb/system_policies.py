@@ -21,7 +21,7 @@ from .distributed import SystemAnswers
 from .guarantees import RiskControl, last_of_prefix, passes, sample_losses
 from .inference import (_bisect, _lagrange, confidence, failure_auroc, oracle, score_by_name, static_mixture, take_exit,
                                       thresholds_for_budget)
-from .training import Streams
+from .training import Streams, by_name
 
 # %% ../nbs/11b_system_policies.ipynb #8bc35dc7
 def joint_right(
@@ -196,9 +196,7 @@ def policy_by_name(
     **kwargs # passed on, e.g. shared, points, rtt
 )->SystemPolicy:
     "A rule by its name; raises `ValueError` for an unknown one."
-    if isinstance(name, SystemPolicy): return name
-    if name not in POLICIES: raise ValueError(f"policy={name!r} is unknown; choose one of {', '.join(POLICIES)}")
-    return POLICIES[name](**kwargs)
+    return by_name(name, POLICIES, "policy", SystemPolicy, **kwargs)
 
 # %% ../nbs/11b_system_policies.ipynb #6bb51bbd
 @patch

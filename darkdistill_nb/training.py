@@ -7,7 +7,7 @@ Docs: https://darkdistill.github.io/darkdistill_nb/training.html.md"""
 # %% auto #0
 __all__ = ['PALETTE', 'SYMBOLS', 'DASHES', 'PLOT_CONFIG', 'LOOK', 'seed_for', 'Streams', 'fit', 'predict', 'accuracy', 'mean_std',
            'plus_minus', 'write_atomic', 'save_tensors', 'load_tensors', 'environment', 'Record', 'save_record',
-           'load_record', 'asset', 'pick_device', 'style', 'figure']
+           'load_record', 'asset', 'by_name', 'pick_device', 'style', 'figure']
 
 # %% ../nbs/01_training.ipynb #b02270a4
 import hashlib, json, os, platform, sys, time
@@ -243,6 +243,19 @@ def asset(
     for folder in (Path(__file__).resolve().parent.parent/"assets", Path(sys.prefix)/"share/darkdistill_nb/assets"):
         if (folder/name).is_file(): return folder/name
     raise FileNotFoundError(f"{name} is not among the stored results of this installation")
+
+# %% ../nbs/01_training.ipynb #56fb3366
+def by_name(
+    name,       # of an entry, or an object of class `kind`, which is returned as it is
+    table:dict, # name -> class
+    what:str,   # what is named, for the message
+    kind:type,  # of what is made
+    **kwargs    # passed to the class
+):              # an object of class `kind`
+    "Make what `name` means; raises `ValueError`, with all names, for an unknown one."
+    if isinstance(name, kind): return name
+    if name not in table: raise ValueError(f"{what}={name!r} is unknown; choose one of {', '.join(table)}")
+    return table[name](**kwargs)
 
 # %% ../nbs/01_training.ipynb #b6d644a6
 def pick_device(

@@ -18,6 +18,15 @@ def _two_threads():
     torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    "For tests of tiny networks and tables, where two threads would wait for each other; a file asks for it by `pytestmark`."
+    import torch
+    before = torch.get_num_threads(); torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def real_data():
     "Folder with real data sets as NAME.npz (environment variable DARKDISTILL_DATA), or skip."

@@ -11,7 +11,7 @@ from darkdistill_nb.cells import t_interval
 from darkdistill_nb.distributed import make_answers
 from darkdistill_nb.training import Record, asset, load_record
 
-torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = dict(epochs=1, teacher_epochs=1, n_test=60, batch_size=128)
 
 

@@ -12,7 +12,7 @@ from darkdistill_nb.early_exit import vit, wrn
 from darkdistill_nb.system_policies import FeatureDifference
 from darkdistill_nb.training import Streams, load_tensors
 
-torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dict(depth=10, widen=1, exits=(0, 1, 2, 3))
 
 

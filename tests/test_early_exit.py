@@ -6,7 +6,7 @@ from darkdistill_nb.early_exit import (block_of, build_net, cnn, msdnet, pack, t
     unpack, vit, wrn)
 from darkdistill_nb.lora import TARGETS, LoRALinear, add_lora, lora_state, merge_lora
 
-torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = dict(n_classes=10, img_size=8, patch_size=2, in_chans=1, embed_dim=48, depth=4)
 def tiny(**kw): return vit("vit_tiny_patch16_224", **{**TINY, **kw})
 def count(m): return sum(p.numel() for p in m.parameters())

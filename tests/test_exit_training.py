@@ -11,10 +11,7 @@ from darkdistill_nb.exit_training import (POLICIES, BoostNet, Joint, L2W, Mutual
                                           policy_by_name, sample_weights, sgd_step, train_exits)
 from darkdistill_nb.training import Streams, fit
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    "Networks this small are faster on one thread."
-    n = torch.get_num_threads(); torch.set_num_threads(1); yield; torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 g = torch.Generator()
 def logits(E, n=16, K=10, seed=0, grad=True): return [torch.randn(n, K, generator=g.manual_seed(100 * seed + e)).requires_grad_(grad) for e in range(E)]

@@ -10,7 +10,7 @@ from darkdistill_nb.early_exit import cnn
 from darkdistill_nb.exit_training import BoostNet, exit_shares
 from darkdistill_nb.training import plus_minus, predict
 
-torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAST = -math.inf
 
 

@@ -10,12 +10,7 @@ from darkdistill_nb.exit_training import BoostNet, Joint
 from darkdistill_nb.inference import Confidence, Difference, Energy, Entropy, Gate, Margin, Patience, Saturation, Score, take_exit
 from darkdistill_nb.runner import ExitRunner, FusedBlock, OnnxRunner, PackedLinear, export_onnx, fuse, loop_exits, onednn_route, route_is_exact
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    "Hundreds of tiny calls: two threads would wait for each other on a busy machine."
-    n = torch.get_num_threads(); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = dict(name="vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=48, num_heads=3, depth=4, exits=(1, 2, 4))
 

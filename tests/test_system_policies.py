@@ -17,12 +17,7 @@ T = [1, 1.08, 1.12, 1.16, 1.20, 1.24, 1.28]
 DIFF = FeatureDifference()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Tables this small are faster on one thread than on two."
-    before = torch.get_num_threads(); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ Docs: https://darkdistill.github.io/darkdistill_nb/distree_experiments.html.md""
 
 # %% auto #0
 __all__ = ['SEVEN', 'VIT', 'SETUPS', 'VITS', 'RULES', 'BUDGETS', 'CONDITIONS', 'VARIANTS', 'make_cell', 'is_vit', 'teacher_net',
-           'get_teacher', 'teacher_answers', 'split_filters', 'train_system', 'save_answers', 'load_answers',
-           'answers_file', 'run_system', 'centred', 'rule_pairs', 'measure_policies', 'measure_failures', 'rounded',
-           'run_experiment', 'value_of', 'way_gain', 'check_goals', 'plot_systems', 'bill_table', 'plot_sensitivity',
-           'plot_failures', 'stored', 'main']
+           'get_teacher', 'teacher_answers', 'split_filters', 'new_system', 'train_system', 'save_answers',
+           'load_answers', 'joint_accuracy', 'answers_file', 'run_system', 'keep_system', 'load_system', 'centred',
+           'rule_pairs', 'measure_policies', 'measure_failures', 'rounded', 'run_experiment', 'value_of', 'way_gain',
+           'check_goals', 'plot_systems', 'bill_table', 'plot_sensitivity', 'plot_failures', 'stored', 'main']
 
 # %% ../nbs/11d_distree_experiments.ipynb #5a0f0d5f
 import argparse, dataclasses, functools, json, math, sys
@@ -21,13 +21,13 @@ from .distillation import CropFlip, Views, teacher_table
 from .distributed import (DistrEE, DistrEELoss, SystemAnswers, Teacher, filter_graph, partition_filters, partition_report, student_net,
                                         system_answers, train_distree)
 from .early_exit import build_net
-from .exit_experiments import load_trained, three_parts
+from .exit_experiments import from_16_bits, load_trained, three_parts, to_16_bits
 from .exit_training import Joint, train_exits
 from .inference import static_mixture
 from .simulator import Cluster, Device, Link, arrivals, fixed_policy, joint_policy, simulate
 from .system_policies import (FeatureDifference, LastExit, NeighbourSimilarity, PartialLogits, ProxyHead, Quorum, RandomExit, control_system,
                                             SharedScore, align_exits, evaluate_system, lambda_grid, system_auroc, system_curve)
-from .training import (Record, Streams, accuracy, figure, load_record, load_tensors, mean_std, save_record, save_tensors, style)
+from .training import (Record, Streams, accuracy, asset, figure, load_record, load_tensors, mean_std, save_record, save_tensors, style)
 
 # %% ../nbs/11d_distree_experiments.ipynb #2fc10284
 SEVEN, VIT = dict(arch="wrn", depth=16, widen=1, exits=(0, 1, 2, 3, 4, 5, 6)), "vit_tiny_patch16_224"
@@ -35,11 +35,11 @@ SEVEN, VIT = dict(arch="wrn", depth=16, widen=1, exits=(0, 1, 2, 3, 4, 5, 6)), "
 SETUPS = {  # teacher and student: arguments of `build_net`; crops: stored augmented views per picture (0: the pictures themselves)
     "digits": dict(teacher=dict(arch="wrn", depth=10, widen=2), teacher_epochs=8, student=dict(arch="wrn", depth=10, widen=1, exits=(0, 1, 2, 3)),
                    epochs=8, batch_size=32, lr=.03, crops=0, n_train=None, amp=False),
-    "fashion_mnist": dict(teacher=dict(arch="wrn", depth=16, widen=2), teacher_epochs=6, student=SEVEN, epochs=10, batch_size=64, lr=.03, crops=0,
+    "fashion_mnist": dict(teacher=dict(arch="wrn", depth=16, widen=2), teacher_epochs=6, student=SEVEN, epochs=10, batch_size=32, lr=.02, crops=0,
                           n_train=10_000, amp=True),
-    "shapes": dict(teacher=dict(arch="wrn", depth=16, widen=2), teacher_epochs=5, student=SEVEN, epochs=8, batch_size=64, lr=.03, crops=0,
+    "shapes": dict(teacher=dict(arch="wrn", depth=16, widen=2), teacher_epochs=5, student=SEVEN, epochs=8, batch_size=32, lr=.02, crops=0,
                    n_train=6_000, amp=True),
-    "cifar10": dict(teacher=dict(arch="wrn", depth=16, widen=2), teacher_epochs=12, student=SEVEN, epochs=14, batch_size=64, lr=.03, crops=4,
+    "cifar10": dict(teacher=dict(arch="wrn", depth=16, widen=2), teacher_epochs=12, student=SEVEN, epochs=10, batch_size=32, lr=.02, crops=4,
                     n_train=16_000, amp=True),
 }
 VITS = {  # the same with transformers, for the first open question; stored: a trained network of 05d
@@ -129,6 +129,17 @@ def split_filters(
         return [sorted(p.tolist()) for p in order.chunk(N)], W, I
     return partition_filters(W, I, N, rule=cell["rule"]), W, I
 
+# %% ../nbs/11d_distree_experiments.ipynb #621bb14f
+def new_system(
+    cell:dict,      # from `make_cell`
+    parts:list,     # the teacher's filters of each student
+    shape:tuple,    # (C, H, W) of a picture
+    n_classes:int,  # K
+)->DistrEE:
+    "The untrained students of a cell; their weights come from torch's global generator."
+    like = dict(input_shape=shape, n_classes=n_classes, relu=not is_vit(cell["student"]), **cell["student"])
+    return DistrEE([student_net(length=len(p), **like) for p in parts], [len(p) for p in parts], n_classes)
+
 # %% ../nbs/11d_distree_experiments.ipynb #f4deb031
 def train_system(
     cell:dict,   # from `make_cell`
@@ -137,10 +148,7 @@ def train_system(
     "Train the students of a cell; what is random follows from its seed."
     (views, table), st = teacher_answers(cell, folder), Streams(cell["seed"])
     parts, W, I = split_filters(cell, table); data = views.data
-    with st.scope("init"):
-        like = dict(input_shape=data.shape, n_classes=data.n_classes, relu=not is_vit(cell["student"]), **cell["student"])
-        nets = [student_net(length=len(p), **like) for p in parts]
-        system = DistrEE(nets, [len(p) for p in parts], data.n_classes)
+    with st.scope("init"): system = new_system(cell, parts, data.shape, data.n_classes)
     loss = DistrEELoss(system, parts, cell["w"], beta=cell["beta"], drop=cell["drop"], generator=st.generator("missing students"))
     checkpoint = Path(folder)/"running"/f"{cell_key(cell)}.safetensors"
     rows = train_distree(system, loss, views, table, cell["epochs"], cell["lr"], cell["batch_size"], generator=st.generator("order"), amp=cell["amp"],
@@ -171,6 +179,13 @@ def load_answers(
         out[name] = SystemAnswers(t["partial"].float(), t["bias"], t["proxy"].float(), t["y"].long(), t["costs"], sizes, features or None)
     return out
 
+# %% ../nbs/11d_distree_experiments.ipynb #9a996f91
+def joint_accuracy(
+    answers:SystemAnswers,
+)->list: # E numbers
+    "Accuracy of all students together at every exit."
+    return [float(accuracy(answers.joint(e), answers.y)) for e in range(answers.n_exits)]
+
 # %% ../nbs/11d_distree_experiments.ipynb #bfbc9a71
 def answers_file(cell, folder)->Path:
     "Where the answers of a cell's system are kept."
@@ -184,10 +199,36 @@ def run_system(
     system, rows, parts, report = train_system(cell, folder)
     _, valid, test = three_parts(cell["data"], cell["n_train"], cell["n_test"])
     a = dict(valid=system_answers(system, valid), test=system_answers(system, test)); save_answers(answers_file(cell, folder), **a)
-    t = a["test"]; joint = [float(accuracy(t.joint(e), t.y)) for e in range(t.n_exits)]
+    t = a["test"]
     costs = (t.costs.amax(0) / t.costs.amax()).tolist()
-    return dict(joint=joint, local=accuracy(t.proxy, t.y).tolist(), costs=costs, report=report, loss=rows[-1]["loss"],
+    return dict(joint=joint_accuracy(t), local=accuracy(t.proxy, t.y).tolist(), costs=costs, report=report, loss=rows[-1]["loss"],
                 parameters=sum(p.numel() for p in system.parameters()), teacher=get_teacher(cell, folder)[1])
+
+# %% ../nbs/11d_distree_experiments.ipynb #4aee2d9f
+def keep_system(
+    cell:dict,   # from `make_cell`
+    folder,      # of the experiments; a system that was trained there is read
+    assets=None, # folder that also gets the result
+)->Record:
+    "Train one system, and store it as distree_DATA_N: weights, and a record."
+    name = f"distree_{cell['data']}_{cell['n_students']}"; path = Path(folder)/name/f"{name}.safetensors"
+    record, (system, rows, parts, report) = Record.begin(cell), train_system(cell, folder)
+    test = three_parts(cell["data"], cell["n_train"], cell["n_test"])[2]
+    record.runs = [dict(seed=cell["seed"], joint=joint_accuracy(system_answers(system, test)), report=report)]
+    record.seconds = sum(r["seconds"] for r in rows)
+    save_tensors(path, to_16_bits(system.state_dict()), dict(cell=cell, parts=parts, shape=list(test.shape), classes=list(test.classes), **record.runs[0]))
+    save_record(record, path.parent); publish(name, folder, assets, path.name)
+    return record
+
+def load_system(
+    path, # file of `keep_system`, or the name of one in the assets, e.g. "distree_digits_3"
+)->tuple: # (`DistrEE` in evaluation mode, header: cell, parts, shape, classes, joint, report)
+    "Read a trained system."
+    path = Path(path) if str(path).endswith(".safetensors") else asset(f"{path}.safetensors")
+    tensors, meta = load_tensors(path)
+    system = new_system(meta["cell"], meta["parts"], tuple(meta["shape"]), len(meta["classes"]))
+    system.load_state_dict(from_16_bits(tensors))
+    return system.eval(), meta
 
 # %% ../nbs/11d_distree_experiments.ipynb #372f7e39
 RULES = {
@@ -222,7 +263,7 @@ def measure_policies(
     test:SystemAnswers,  # is measured
 )->dict:                 # curves and AUROC per rule; paper (own thresholds), mixture, sensitivity, risk
     "Everything that is reported of the exit policies of one system."
-    joint = [float(accuracy(test.joint(e), test.y)) for e in range(test.n_exits)]; c = (test.costs.amax(0) / test.costs.amax()).tolist()
+    joint, c = joint_accuracy(test), (test.costs.amax(0) / test.costs.amax()).tolist()
     keys = ("budget", "cost", "energy", "bytes", "accuracy")
     short = lambda r: {k: r[k] for k in ("accuracy", "cost", "energy", "bytes", "shares")}
     pairs, rule = rule_pairs(valid, test), RULES["feature difference"]
@@ -441,7 +482,7 @@ def main(
     "Run one experiment from the command line."
     p = argparse.ArgumentParser(prog="python -m darkdistill_nb.distree_experiments",
                                 description="Experiments on DistrEE. Killed or interrupted, the same command continues.")
-    p.add_argument("experiment", choices=VARIANTS)
+    p.add_argument("experiment", choices=[*VARIANTS, "keep"], help="keep: train and store one system, e.g. with --set n_students=4 drop=0.2")
     p.add_argument("--data", required=True, choices=SETUPS)
     p.add_argument("--out", required=True, help="folder for results; experiments that share it share their systems and teachers")
     p.add_argument("--seeds", type=int, default=3, help="pairs")
@@ -451,8 +492,11 @@ def main(
     p.add_argument("--assets", help="folder that also gets the record")
     a = p.parse_args(argv)
     def work():
-        record = run_experiment(a.experiment, a.data, a.out, a.seeds, a.ways, a.workers, _tell, **key_values(a.set))
-        publish(f"distree_{a.experiment}_{a.data}", a.out, a.assets)
+        how = key_values(a.set)
+        if a.experiment == "keep": record = keep_system(make_cell(a.data, **how), a.out, a.assets)
+        else:
+            record = run_experiment(a.experiment, a.data, a.out, a.seeds, a.ways, a.workers, _tell, **how)
+            publish(f"distree_{a.experiment}_{a.data}", a.out, a.assets)
         return f"done: {record.seconds:.0f} s of training"
     return run_command(work)
 

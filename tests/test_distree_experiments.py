@@ -8,7 +8,7 @@ import torch
 
 from darkdistill_nb import distree_experiments as X
 from darkdistill_nb.cells import t_interval
-from darkdistill_nb.distributed import make_answers
+from darkdistill_nb.distributed import make_answers, system_answers
 from darkdistill_nb.training import Record, asset, load_record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,6 +101,26 @@ def test_command(folder, tmp_path):
     assert {r["way"] for r in load_record(tmp_path/"distree_partition_digits.json").runs} == {"random"}
     bad = subprocess.run([*words, "speed=3"], capture_output=True, text=True, timeout=300)
     assert bad.returncode == 2 and "unknown setting 'speed'" in bad.stderr and "Traceback" not in bad.stderr
+
+
+def test_a_kept_system_is_the_trained_one(folder, tmp_path):
+    cell = X.make_cell("digits", 3, seed=2, drop=.1, **QUICK)
+    record = X.keep_system(cell, folder, tmp_path)
+    trained = X.train_system(cell, folder)[0].eval(); kept, head = X.load_system(tmp_path/"distree_digits_3.safetensors")
+    assert head["cell"] == cell and load_record(tmp_path/"distree_digits_3.json").runs == record.runs
+    for k, v in trained.state_dict().items(): assert torch.allclose(kept.state_dict()[k].double(), v.double(), rtol=1e-3, atol=1e-6), k
+    with pytest.raises(FileNotFoundError): X.load_system("distree_digits_9")
+
+
+def test_the_stored_students_miss_each_other_without_harm():
+    "One of three devices dead, its mean in its place: the stored system, trained with student dropout, loses less than three points."
+    (train, _, test), (system, head) = X.three_parts("digits"), X.load_system("distree_digits_3")
+    table, mean = system_answers(system, test), system_answers(system, train).means(); last = torch.full((3, len(test)), 3)
+    assert X.joint_accuracy(table) == pytest.approx(head["joint"], abs=.006)
+    for dead in range(3):
+        here = torch.ones(3, len(test), dtype=torch.bool); here[dead] = False
+        right = (table.logits(last, here, mean).argmax(-1) == table.y).double().mean()
+        assert right > head["joint"][-1] - .03
 
 
 @pytest.mark.parametrize("name", X.VARIANTS)

@@ -38,8 +38,8 @@ SETUPS = {  # teacher and student: arguments of `build_net`; crops: stored augme
                    epochs=8, batch_size=32, lr=.03, crops=0, n_train=None, amp=False),
     "fashion_mnist": dict(teacher=dict(arch="wrn", depth=16, widen=2), teacher_epochs=6, student=SEVEN, epochs=10, batch_size=32, lr=.02, crops=0,
                           n_train=10_000, amp=True),
-    "shapes": dict(teacher=dict(arch="wrn", depth=16, widen=2), teacher_epochs=5, student=SEVEN, epochs=8, batch_size=32, lr=.02, crops=0,
-                   n_train=6_000, amp=True),
+    "shapes16": dict(teacher=dict(arch="wrn", depth=10, widen=2), teacher_epochs=10, student=dict(arch="wrn", depth=10, widen=1, exits=(0, 1, 2, 3)),
+                     epochs=10, batch_size=32, lr=.03, crops=0, n_train=None, amp=False),
     "cifar10": dict(teacher=dict(arch="wrn", depth=16, widen=2), teacher_epochs=12, student=SEVEN, epochs=10, batch_size=32, lr=.02, crops=4,
                     n_train=16_000, amp=True),
 }

@@ -20,17 +20,18 @@ from .distillation import CropFlip
 from .early_exit import EarlyExitNet, build_net
 from .exit_training import fit_exits, policy_by_name
 from .inference import confidence, exit_outputs, policy_curve, score_by_name
+from .latent import small_shapes
 from .training import (Record, Streams, accuracy, asset, figure, load_record, load_tensors, mean_std, save_record, save_tensors, style)
 
 # %% ../nbs/05d_exit_experiments.ipynb #6ce67769
 @functools.lru_cache(maxsize=2)
 def three_parts(
-    name:str,      # "shapes", or a name that `load` knows
-    n_train=None,  # pictures that training and validation share; None: all (shapes: 20,000)
+    name:str,      # "shapes16" (see `small_shapes`), or a name that `load` knows
+    n_train=None,  # pictures that training and validation share; None: all (shapes: 20,000; shapes16: 4,000)
     n_test=None,   # test pictures; None: all
 )->tuple:          # (train, validation, test) of `ArrayData`
     "Training pictures without every tenth of each class, those tenths, and the test pictures."
-    train, test = load(name, n_train, n_test)
+    train, test = small_shapes(n_train or 4000, n_test or 2000) if name == "shapes16" else load(name, n_train, n_test)
     val = every_tenth(train.y)
     return train.subset(~val), train.subset(val), test
 

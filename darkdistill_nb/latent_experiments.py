@@ -25,7 +25,7 @@ from .distillation import distill
 from .features import method_loss
 from .latent import (LatentNet, client_task, latent_net, latent_variance, latents, lkd, map_latents, match_shape, match_transfer, plot_latents,
                                    small_shapes)
-from .training import (LOOK, Record, Streams, accuracy, asset, load_record, mean_std, plus_minus, predict, save_record, style)
+from .training import (LOOK, Record, Streams, accuracy, asset, load_record, load_tensors, mean_std, plus_minus, predict, save_record, style)
 
 # %% ../nbs/03b_latent_experiments.ipynb #1747465e
 SETUPS = {  # networks of `latent_net`; l is the width d of the teacher's perception, or half of it on shapes16; lr and batch_size of Adam

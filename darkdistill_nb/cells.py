@@ -6,7 +6,7 @@ Docs: https://darkdistill.github.io/darkdistill_nb/cells.html.md"""
 
 # %% auto #0
 __all__ = ['cell_key', 'cell_file', 'run_stored', 'every_tenth', 'json_or_text', 'key_values', 'run_command', 'each', 'run_grid',
-           't_interval', 'kept', 'publish', 'stored_record']
+           't_interval', 'verdict', 'kept', 'publish', 'stored_record']
 
 # %% ../nbs/01b_cells.ipynb #86dd3c95
 import functools, hashlib, json, math, os, sys, threading, time
@@ -133,6 +133,20 @@ def t_interval(
     m, sd = mean_std(values)
     half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * sd / math.sqrt(len(values))
     return m, m - half, m + half
+
+# %% ../nbs/01b_cells.ipynb #d2210ecb
+def verdict(
+    interval,           # (mean, low, high), as of `t_interval`
+    above:float=0.,     # the claim: the difference is larger than this ...
+    below:float=math.inf, # ... and smaller than this
+)->str:                 # "holds", "does not hold" or "undecided"
+    "Judge a claim on a difference by its interval; raises `ValueError` if there is no interval."
+    _, low, high = (float(v) for v in interval)
+    if not low <= high:
+        raise ValueError(f"interval={tuple(interval)} must be (mean, low, high) with low <= high and without NaN")
+    if above < low and high < below:
+        return "holds"
+    return "does not hold" if high <= above or low >= below else "undecided"
 
 # %% ../nbs/01b_cells.ipynb #6f8e1aed
 def kept(

@@ -336,7 +336,9 @@ def test_aci_level_by_hand():
     m.add([1., 1.],
         [1., 0.])                                                                  # now it counts: err = 1
     assert m.errors[-1] == 1. and m.level == pytest.approx(.30 + .2 * (.1 - 1))
-    m.level = -1e-9; m._choose(); assert m.lam == math.inf
+    for rows in (np.zeros(1), -np.ones(1)):                             # a gain does not buy a negative level
+        m.rows.clear(); m.rows.append(rows); m.level = -1e-9; m._choose()
+        assert m.lam == math.inf
     m.level = 0.; m.rows.clear(); m.rows.append(np.zeros(1)); m._choose(); assert m.lam == .5   # level 0 and no loss: allowed
 
 
@@ -347,7 +349,8 @@ def test_log_of_conflicts_by_hand():
     for t in range(1, 12):
         c.update(3.)
         assert c.stuck == min(t, 8) and c.infeasible == (t >= 4) and len(c.log) == (t >= 4)
-    e = c.log[0]; assert e["t"] == 4 and e["event"] == "infeasible" and e["lam"] == e["lam_safe"] == .5 and e["latency"] > 1
+    e = c.log[0]; assert e["t"] == 4 and e["event"] == "infeasible" and e["lam"] == e["lam_safe"] == .5
+    assert e["latency"] == pytest.approx(2.)                            # budget (1 + 2 (1 - 2^-1)), after one half-life of latency 3
     late = c.late; n = 0
     while c.infeasible: c.update(0.); n += 1
     assert c.log[1]["event"] == "feasible" and c.stuck == 0 and n >= 8
@@ -519,10 +522,12 @@ def test_numpy_numbers_are_numbers():
 
 def test_crc_remembers_losses_that_went_away():
     "A sample that is wrong under one threshold counts as wrong under all bolder ones, in the test and in the bound."
-    row = np.zeros((3, 30)); row[1, :3] = 1                            # mean losses 0, .1, 0; with memory 0, .1, .1
+    row = np.zeros((3, 30)); row[1,
+        :3] = 1                            # mean losses 0, .1, 0; with memory 0, .1, .1
     assert passes(row, .08, method="crc").tolist() == [True, False, False]
     s = np.array([[.6] * 3 + [.2] * 27, [.9] * 30, [1.] * 30]); l = np.zeros((3, 30)); l[1, :3] = 1
-    r = control_risk(s, l, .2, method="crc", grid=[.95, .8, .5])       # exit 2 at .8: 3 wrong; at .5 exit 1 takes them, rightly
+    r = control_risk(s, l, .2, method="crc",
+        grid=[.95, .8, .5])       # exit 2 at .8: 3 wrong; at .5 exit 1 takes them, rightly
     assert r.index == 2 and r.risk == 0 and r.bound == pytest.approx((3 + 1) / 31, abs=2e-6)
 
 
@@ -533,11 +538,32 @@ def test_losses_between_0_and_1_get_the_bound_for_them():
     assert tail < bound
     for delta in (.99 * bound, (bound + tail) / 2): assert not passes(L, .08, delta, "ltt")[0]
     assert passes(L, .08, 1.01 * bound, "ltt")[0]
-    whole = row(2, 98); p = hb_p_value(.02, 100, .08, binary=True)
+    whole = row(2, 100); p = hb_p_value(.02, 100, .08, binary=True)
     assert passes(whole, .08, 1.01 * p, "ltt")[0] and not passes(whole, .08, .99 * p, "ltt")[0]
 
 
 def test_never_exit_ends_in_minus_infinity():
     from darkdistill_nb.inference import take_exit
     r = control_risk(S2, L2 + np.array([[1.], [0.]]), .01, grid=[.5])
-    assert r.thresholds == [math.inf, -math.inf] and take_exit(torch.as_tensor(S2), r.thresholds).tolist() == [1] * 30
+    assert r.thresholds == [math.inf, -math.inf] and take_exit(torch.as_tensor(S2),
+        r.thresholds).tolist() == [1] * 30
+
+
+def test_the_bound_itself_passes():
+    s, l = np.ones((2, 100)), np.vstack([row(4, 100), np.zeros((1, 100))])
+    x = l[:1, np.random.default_rng(0).permutation(100)]
+    for m in METHODS: assert passes(x, control_risk(s, l, .2, .1, m, grid=[.5]).bound, .1, m)[0], m
+
+
+def test_the_last_exit_takes_everybody_in_the_queue():
+    class Fixed:
+        lam = .5
+        def update(self, *a, **k): pass
+    assert simulate_queue(Fixed(), [1.], [[.1], [.2]], [1, 7])["latency"].tolist() == [7]
+
+
+def test_the_bonus_grows_with_all_rewards_in_the_window():
+    "sqrt(ln 9 / 1) = 1.48 beats .7 + sqrt(ln 9 / 8) = 1.22; with ln 2 it would not."
+    b = BanditController([.9, .5], 1., kappa=0., bonus=1.)
+    b.past.extend([(0, 0.)] + [(1, .7)] * 7); b.arm = 1
+    assert b.update(0., .7) == .9

@@ -614,12 +614,19 @@ def _run(args, say, command):
     _show(result, folder if args.resume else other, say)
     return 0
 
+# %% ../nbs/14_cli.ipynb #66c581a0
+def _reportable(record, path):
+    "A record of `darkdistill run`, which has all that a report shows; other experiments have records of another kind."
+    from darkdistill_nb.training import check_record
+    return check_record(record, path, config=("data", "seeds", "gamma", "tiers"), runs=("method", "seed", "rounds", "final"),
+                        info=("macs", "parameters", "classes", "clients"))
+
 # %% ../nbs/14_cli.ipynb #7d12a32a
 def _load(folder):
     from darkdistill_nb.training import load_record
     if (Path(folder)/"config.json").exists() and not (Path(folder)/"record.json").exists():
         raise ValueError(f"run={str(folder)!r} is not finished; continue it with: darkdistill run --resume {folder}")
-    return load_record(folder)
+    return _reportable(load_record(folder), folder)
 
 def _names(folders):
     "Shortest ends of the paths that tell the folders apart."

@@ -9,18 +9,31 @@ __all__ = ['cell_key', 'cell_file', 'run_stored', 'every_tenth', 'json_or_text',
            't_interval', 'verdict', 'kept', 'publish', 'stored_record']
 
 # %% ../nbs/01b_cells.ipynb #86dd3c95
-import functools, hashlib, json, math, os, sys, threading, time
+import functools, hashlib, json, math, os, sys, time
+from concurrent.futures import as_completed
 from pathlib import Path
 import torch
+from .checks import whole
 from .data import _one_thread
+from .process import WorkerPool, forgiving_console, leave_with_parent, only_from_main
 from .training import asset, load_record, load_tensors, mean_std, save_tensors, write_atomic
 
 # %% ../nbs/01b_cells.ipynb #9a7c4bec
+def _plain(o):
+    "Numbers and arrays of numpy and torch as Python's own, for JSON."
+    if hasattr(o, "tolist"):
+        return o.tolist()
+    raise TypeError(f"a cell holds JSON values only, not {type(o).__name__}")
+
+def _json(cell):
+    return json.dumps(cell, sort_keys=True, default=_plain)
+
+# %% ../nbs/01b_cells.ipynb #3ef18c58
 def cell_key(
     cell:dict, # JSON values
 )->str:        # 16 hexadecimal digits
     "Name of a cell: a hash of its content, whatever the order of its entries."
-    return hashlib.blake2b(json.dumps(cell, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(_json(cell).encode(), digest_size=8).hexdigest()
 
 # %% ../nbs/01b_cells.ipynb #e2540d46
 def cell_file(
@@ -30,6 +43,16 @@ def cell_file(
     "Where the result of a cell is kept."
     return Path(folder)/"cells"/f"{cell_key(cell)}.json"
 
+def _read_result(path):
+    "The result of a cell; raises `ValueError`, naming the file, for a damaged one."
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not a whole result ({e}); delete it, and its cell is run again") from None
+    if not isinstance(result, dict) or "cell" not in result:
+        raise ValueError(f"{path} is not the result of a cell; delete it, and its cell is run again")
+    return result
+
 def run_stored(
     job,       # job(cell, folder) -> dict of JSON values
     cell:dict, # JSON values
@@ -37,11 +60,12 @@ def run_stored(
 )->dict:       # {"cell", whatever the job returned, "seconds", "cpu_seconds"}
     "Run a cell on one thread and keep its result; a result that is there is read instead."
     path = cell_file(cell, folder)
-    if path.is_file(): return json.loads(path.read_text())
+    if path.is_file():
+        return _read_result(path)
     start, cpu = time.perf_counter(), time.process_time()
-    with _one_thread(): out = dict(cell=cell, **job(cell, folder))       # the same numbers, whether in this process or in a worker
+    with _one_thread(): out = dict(cell=json.loads(_json(cell)), **job(cell, folder))       # the same numbers, whether in this process or in a worker
     out["seconds"], out["cpu_seconds"] = round(time.perf_counter() - start, 2), round(time.process_time() - cpu, 2)
-    write_atomic(path, json.dumps(out).encode())
+    write_atomic(path, json.dumps(out, default=_plain).encode())
     return out
 
 # %% ../nbs/01b_cells.ipynb #5908444e
@@ -72,39 +96,51 @@ def key_values(
 # %% ../nbs/01b_cells.ipynb #80c64465
 def run_command(
     work, # work() does it, and returns the line to print at its end
-)->int:   # exit code: 0; 2 for bad input, told in one line; 130 when interrupted
-    "The end of every experiment's command line."
-    try: print(work()); return 0
-    except KeyboardInterrupt: print("interrupted; the same command continues", file=sys.stderr); return 130
-    except (ValueError, TypeError, OSError) as e: print(f"error: {e}", file=sys.stderr); return 2
+)->int:   # exit code: 0; 1 for work that failed; 2 for bad input; 130 when interrupted
+    "The end of every experiment's command line: errors are one line each."
+    forgiving_console()
+    try:
+        print(work())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
+    except (FloatingPointError, RuntimeError, ValueError, TypeError, LookupError, OSError) as e:
+        print("error: " + " ".join(str(e).split()), file=sys.stderr)
+        return 1 if isinstance(e, (FloatingPointError, RuntimeError)) else 2
 
 # %% ../nbs/01b_cells.ipynb #16fca78b
 def _worker_start():
     "One thread; leave when the parent has gone."
+    leave_with_parent()
     torch.set_num_threads(1)
-    parent = os.getppid()
-    def watch():
-        while os.getppid() == parent: time.sleep(1)
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/01b_cells.ipynb #13751c08
+def _each_in_pool(job, items, workers):
+    with WorkerPool(workers, _worker_start) as pool, pool.explained():
+        for future in as_completed([pool.submit(job, i) for i in items]):
+            yield future.result()
+
+# %% ../nbs/01b_cells.ipynb #337afcc8
 def each(
     job,         # job(item) -> result; with several workers a function of an importable module
     items:list,
     workers:int, # processes; 1: this one
 ):               # iterator over the results
-    "Results of `job(item)` as they come: from this process, or from several new ones."
-    if workers == 1 or len(items) < 2: yield from map(job, items); return
-    import multiprocessing as mp
-    from concurrent.futures import ProcessPoolExecutor, as_completed
-    with ProcessPoolExecutor(min(workers, len(items)), mp.get_context("spawn"), _worker_start) as pool:
-        futures = [pool.submit(job, i) for i in items]
-        try:
-            for f in as_completed(futures): yield f.result()
-        finally: pool.shutdown(wait=False, cancel_futures=True)
+    "Results as they come, here or from workers; `ValueError` for workers < 1, `RuntimeError` if one dies."
+    whole(workers, "workers")
+    items = list(items)
+    if workers == 1 or len(items) < 2:
+        return map(job, items)
+    only_from_main()
+    return _each_in_pool(job, items, min(workers, len(items)))
 
 # %% ../nbs/01b_cells.ipynb #8c9541ca
+def _cores(workers):
+    "Processes to use: as many as were asked for, or one per core."
+    return (os.cpu_count() or 1) if workers is None else workers
+
+# %% ../nbs/01b_cells.ipynb #7068dfa4
 def run_grid(
     job,           # job(cell, folder) -> dict of JSON values
     cells,         # descriptions
@@ -116,7 +152,7 @@ def run_grid(
     cells = list(cells)
     missing = [c for c in {cell_key(c): c for c in cells}.values() if not cell_file(c, folder).is_file()]
     done = len(cells) - len(missing)
-    for r in each(functools.partial(run_stored, job, folder=folder), missing, workers or os.cpu_count() or 1):
+    for r in each(functools.partial(run_stored, job, folder=folder), missing, _cores(workers)):
         done += 1
         if on_cell: on_cell(done, len(cells), r)
     return [run_stored(job, c, folder) for c in cells]

@@ -34,15 +34,15 @@ def test_losses_against_a_loop():
 two = np.zeros((2, 3))
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: sample_losses(torch.zeros(2, 3, 4), "gap"), "needs the labels"), (lambda: sample_losses(torch.zeros(2, 3, 4), "acc"), "must be one of"),
-    (lambda: sample_losses(torch.zeros(2, 0, 4)), "at least one sample"), (lambda: sample_losses(torch.full((2, 3, 4), math.nan)), "finite"),
+    (lambda: sample_losses(torch.zeros(2, 3, 4), "gap"), "needs the labels"), (lambda: sample_losses(torch.zeros(2, 3, 4), "acc"), "one of consistency, gap"),
+    (lambda: sample_losses(torch.zeros(2, 0, 4)), "at least one sample"), (lambda: sample_losses(torch.full((2, 3, 4), math.nan)), "hold NaN"),
     (lambda: exit_losses(np.zeros((2, 0)), np.zeros((2, 0)), [.5]), "at least one sample"), (lambda: exit_losses(two, np.zeros((3, 3)), [.5]), "both be"),
     (lambda: exit_losses([[math.nan], [0]], [[0], [0]], [.5]), "NaN"), (lambda: exit_losses(two, two, [.1, .5]), "fall strictly"),
-    (lambda: exit_losses(two, two, [.5, .5]), "fall strictly"), (lambda: exit_losses(two, two, [[.5] * 3]), "one threshold per exit"),
+    (lambda: exit_losses(two, two, [.5, .5]), "fall strictly"), (lambda: exit_losses(two, two, [[.5] * 3]), "give one per exit"),
     (lambda: exit_losses(two, two, [.5], costs=[1]), "1 costs for 2 exits"), (lambda: passes(row(1, 9), -.1), "epsilon=-0.1"),
     (lambda: passes(row(1, 9), .1, delta=1), "delta=1"), (lambda: passes(row(1, 9), .1, method="hb"), "method='hb'"),
     (lambda: passes(-row(1, 9), .1), "clip them"), (lambda: passes(2 * row(1, 9), .1), "at most bound"),
-    (lambda: passes(np.full((1, 3), math.nan), .1), "must be numbers"), (lambda: passes(np.zeros(3), .1), "(thresholds, samples)"),
+    (lambda: passes(np.full((1, 3), math.nan), .1), "must be finite"), (lambda: passes(np.zeros(3), .1), "(thresholds, samples)"),
     (lambda: hb_p_value(.1, 0, .1), "n=0"), (lambda: hb_p_value(.1, 10, 1.5), "epsilon=1.5"), (lambda: LatencyController(math.inf), "budget=inf"),
     (lambda: LatencyController(1, eta=0), "eta=0"), (lambda: LatencyController(1, half_life=-1), "half_life=-1"),
     (lambda: LatencyController(1).update(math.nan), "latency=nan"), (lambda: ShadowMonitor([.5], .1, window=0), "window=0"),

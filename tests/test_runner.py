@@ -237,12 +237,12 @@ def test_a_runner_is_a_snapshot_in_eval_mode():
 def test_errors_are_clear():
     net, x = build("cnn"), pictures(4)
     for T in ([.5] * 3, [.5] * 5, []):
-        with pytest.raises(ValueError, match=f"thresholds has {len(T)} entries for 4 exits"): ExitRunner(net, T)
+        with pytest.raises(ValueError, match=f"{len(T)} thresholds for 4 exits: give one per exit"): ExitRunner(net, T)
     with pytest.raises(ValueError, match="contains NaN"): ExitRunner(net, [.5, math.nan, .5, 0])
     with pytest.raises(ValueError, match="score='sure' is unknown"): ExitRunner(net, [.5] * 4, "sure")
-    with pytest.raises(ValueError, match="kernels='quick' must be"): ExitRunner(net, [.5] * 4, kernels="quick")
+    with pytest.raises(ValueError, match="kernels='quick' must be one of auto"): ExitRunner(net, [.5] * 4, kernels="quick")
     for m in (0, -3):
-        with pytest.raises(ValueError, match=f"micro={m} must be at least 1"): ExitRunner(net, [.5] * 4, micro=m)
+        with pytest.raises(ValueError, match=f"micro={m} must be a whole number of at least 1"): ExitRunner(net, [.5] * 4, micro=m)
     r = ExitRunner(net, [.9, .9, .9, 0])
     with pytest.raises(ValueError, match="no pictures"): r(x[:0])
     with pytest.raises(ValueError, match=r"shape \(4, 3, 8, 8\); this network takes \(n, 3, 16, 16\)"): r(x[:, :, :8, :8])

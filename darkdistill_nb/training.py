@@ -7,13 +7,14 @@ Docs: https://darkdistill.github.io/darkdistill_nb/training.html.md"""
 # %% auto #0
 __all__ = ['PALETTE', 'SYMBOLS', 'DASHES', 'PLOT_CONFIG', 'LOOK', 'seed_for', 'Streams', 'evaluating', 'is_frozen',
            'start_training', 'fit', 'predict', 'accuracy', 'mean_std', 'plus_minus', 'write_atomic', 'save_tensors',
-           'load_tensors', 'environment', 'Record', 'save_record', 'load_record', 'asset', 'by_name', 'pick_device',
-           'style', 'figure']
+           'load_tensors', 'environment', 'Record', 'save_record', 'load_record', 'shipped', 'asset', 'by_name',
+           'pick_device', 'style', 'figure']
 
 # %% ../nbs/01_training.ipynb #b02270a4
 import hashlib, json, os, platform, sys, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib import resources
 from pathlib import Path
 import numpy as np
 import torch
@@ -268,14 +269,29 @@ def load_record(
     d["info"]["files"] = files
     return Record(**d)
 
+# %% ../nbs/01_training.ipynb #3d172374
+def shipped(
+    what:str,   # "assets" or "tutorials"
+    here=None,  # folder of the package; None: of the one that is imported
+)->Path:
+    "Folder of files that come with the package; raises `FileNotFoundError` when it has none."
+    here = Path(here or str(resources.files("darkdistill_nb")))
+    inside, beside = here/f"_{what}", here.parent/what
+    if inside.is_dir():
+        return inside
+    if beside.is_dir() and (here.parent/"pyproject.toml").is_file():
+        return beside
+    raise FileNotFoundError(f"this installation has no {what}: neither {inside} nor a checkout's {beside} is there")
+
 # %% ../nbs/01_training.ipynb #56117b66
 def asset(
     name:str # file name, e.g. "digits_default.json"
 )->Path:
-    "Path of a file in `assets/`, of a checkout or of an installed package; raises `FileNotFoundError`."
-    for folder in (Path(__file__).resolve().parent.parent/"assets", Path(sys.prefix)/"share/darkdistill_nb/assets"):
-        if (folder/name).is_file(): return folder/name
-    raise FileNotFoundError(f"{name} is not among the stored results of this installation")
+    "Path of a stored result, see `shipped`; raises `FileNotFoundError` if there is none of that name."
+    path = shipped("assets")/name
+    if not path.is_file():
+        raise FileNotFoundError(f"{name} is not among the stored results of this installation")
+    return path
 
 # %% ../nbs/01_training.ipynb #56fb3366
 def by_name(

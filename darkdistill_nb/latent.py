@@ -261,6 +261,7 @@ def plot_latents(
 ):                    # plotly Figure
     "One panel per network, one colour and symbol per class."
     from plotly.subplots import make_subplots
+    from darkdistill_nb.data import class_look
     y = torch.as_tensor(y)
     fig = make_subplots(1, len(maps), subplot_titles=list(maps), shared_xaxes="all", shared_yaxes="all", horizontal_spacing=.02)
     for j, flat in enumerate(maps.values()):
@@ -269,7 +270,7 @@ def plot_latents(
             xy = flat[y == c].double().numpy().round(2).tolist()
             fig.add_scatter(x=[p[0] for p in xy], y=[p[1] for p in xy], mode="markers", name=str(classes[c] if classes is not None else c),
                             legendgroup=str(c), showlegend=j == 0, row=1, col=j + 1,
-                            marker=dict(size=5, color=PALETTE[c % 8], symbol=SYMBOLS[(c + c // 8) % 8], opacity=.8))
+                            marker={**class_look(c, "dot"), "opacity": .8})
     fig.update_xaxes(title="axis 1").update_yaxes(title="axis 2", col=1)
     fig.layout.template = LOOK
     return fig.update_layout(title=dict(text=title, font=dict(size=15)),

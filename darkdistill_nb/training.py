@@ -6,19 +6,21 @@ Docs: https://darkdistill.github.io/darkdistill_nb/training.html.md"""
 
 # %% auto #0
 __all__ = ['PALETTE', 'SYMBOLS', 'DASHES', 'PLOT_CONFIG', 'LOOK', 'seed_for', 'Streams', 'evaluating', 'is_frozen',
-           'start_training', 'fit', 'predict', 'accuracy', 'mean_std', 'plus_minus', 'write_atomic', 'save_tensors',
-           'load_tensors', 'environment', 'Record', 'save_record', 'load_record', 'asset', 'by_name', 'pick_device',
-           'style', 'figure']
+           'start_training', 'check_batches', 'shared_names', 'fit', 'predict', 'accuracy', 'mean_std', 'plus_minus',
+           'write_atomic', 'save_tensors', 'load_tensors', 'fingerprint', 'data_digest', 'fingerprints',
+           'check_fingerprints', 'environment', 'Record', 'save_record', 'load_record', 'asset', 'by_name',
+           'pick_device', 'style', 'figure']
 
 # %% ../nbs/01_training.ipynb #b02270a4
-import hashlib, json, os, platform, sys, time
+import functools, hashlib, json, os, platform, re, sys, time, types
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from .data import OKABE_ITO
+from .checks import check, flag, number, scalar, whole
+from .data import OKABE_ITO, ArrayData
 from torch import nn
 
 # %% ../nbs/01_training.ipynb #54674d1a
@@ -84,6 +86,57 @@ def start_training(
         m.eval()
     return net
 
+# %% ../nbs/01_training.ipynb #6e098e3b
+def _moving_norms(net):
+    "The batch normalisations of `net` that training will use: all but the frozen ones."
+    still = {m for frozen in net.modules() if is_frozen(frozen) for m in frozen.modules()}
+    kinds = nn.modules.batchnorm._BatchNorm
+    return [m for m in net.modules() if isinstance(m, kinds) and m not in still]
+
+@torch.no_grad()
+def _sees_one_number(net, norms, sample, forward):
+    "Does one image give any of `norms` a single number per channel? Tried on two copies of `sample`."
+    found = []
+    look = lambda m, args: found.append(args[0].numel() == 2 * args[0].shape[1])
+    handles = [m.register_forward_pre_hook(look) for m in norms]
+    try:
+        with evaluating(net), torch.random.fork_rng(devices=[]):
+            forward(torch.cat([sample, sample]))
+    finally:
+        for h in handles:
+            h.remove()
+    return any(found)
+
+# %% ../nbs/01_training.ipynb #17c3cafb
+def check_batches(
+    net:nn.Module,  # that will be trained
+    n:int,          # samples
+    batch_size:int, # samples a step
+    sample=None,    # (1, C, H, W) one image, to see what reaches the normalisations; None: judged by their kind
+    forward=None,   # called on images in place of `net`
+)->None:
+    "Raise `ValueError` if a batch of one sample would leave a batch normalisation with a single number."
+    norms = _moving_norms(net)
+    if not norms or (n % batch_size or batch_size) != 1:
+        return
+    if sample is None:
+        alone = any(isinstance(m, nn.BatchNorm1d) for m in norms)
+    else:
+        alone = _sees_one_number(net, norms, sample, forward or net)
+    last = "batches" if batch_size == 1 else "a last batch"
+    check(not alone, "batch_size", batch_size, f"another number: {n} samples leave {last} of 1, "
+          "on which batch normalisation cannot be trained")
+
+# %% ../nbs/01_training.ipynb #5037830d
+def shared_names(
+    net:nn.Module
+)->list: # of lists of names in `net.state_dict()`, each list one tensor; empty: nothing is shared
+    "Which names of a network's weights and buffers mean the same tensor."
+    names = {}
+    for name, v in net.state_dict(keep_vars=True).items():
+        names.setdefault(id(v), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
 # %% ../nbs/01_training.ipynb #d85d319f
 def fit(
     net:nn.Module,            # trained in place
@@ -99,11 +152,16 @@ def fit(
     forward=None,             # called on the pictures in place of `net`
     before=None,              # called as before(x, y, optimizer) ahead of each step
 )->float:                     # mean loss per picture over the last epoch (nats)
-    "Train `net` on `data` with SGD; raises `FloatingPointError` if the loss stops being finite."
+    "Train `net` on `data` with SGD; raises `ValueError` for bad settings, `FloatingPointError` if the loss stops being finite."
+    epochs, batch_size = whole(epochs, "epochs", 0), whole(batch_size, "batch_size")
+    lr, momentum = number(lr, "lr", low=0), number(momentum, "momentum", low=0)
+    weight_decay = number(weight_decay, "weight_decay", low=0)
     params = [p for p in net.parameters() if p.requires_grad] if params is None else list(params)
     opt = torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
-    start_training(net)
     forward = forward or net
+    if isinstance(data, ArrayData):
+        check_batches(net, len(data), batch_size, data[:1][0], forward)
+    start_training(net)
     for _ in range(epochs):
         total, n = 0., 0
         for xb, yb in data.batches(batch_size, generator):
@@ -111,7 +169,8 @@ def fit(
             value = loss(forward(xb), yb)
             opt.zero_grad(set_to_none=True); value.backward(); opt.step()
             total += value.detach() * len(yb); n += len(yb)
-        if not bool(torch.isfinite(torch.as_tensor(total))): raise FloatingPointError(f"the training loss is {float(total)}; lower lr={lr}")
+        if not bool(torch.isfinite(torch.as_tensor(total))):
+            raise FloatingPointError(f"the training loss is {float(total)}; lower lr={lr}")
     return float(total) / max(n, 1) if epochs else float("nan")
 
 # %% ../nbs/01_training.ipynb #eef0d1f9
@@ -199,6 +258,123 @@ def load_tensors(
         head = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
         return load(data), json.loads(head.get("__metadata__", {}).get("json", "{}"))
     except (SafetensorError, ValueError) as e: raise ValueError(f"{path} is not a whole safetensors file: {e}") from None
+
+# %% ../nbs/01_training.ipynb #e0ade63f
+def _digest(data):
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+def _raw(t):
+    "The numbers of a tensor, byte by byte."
+    t = t.detach().cpu().contiguous().reshape(-1)
+    return memoryview(t.view(torch.uint8).numpy())
+
+def _network(net):
+    "Layers with their settings, what is frozen, what is trained, and all tensors."
+    own = lambda m: {k: v for k, v in vars(m).items() if k[0] != "_" and k != "training"}
+    layers = {name: [type(m), own(m), is_frozen(m)] for name, m in net.named_modules()}
+    trained = [name for name, p in net.named_parameters() if p.requires_grad]
+    return [layers, trained, dict(net.state_dict())]
+
+def _function(f):
+    "Code, constants, defaults, and what the function holds of its surroundings."
+    held = []
+    for cell in f.__closure__ or ():
+        try:
+            held.append(cell.cell_contents)
+        except ValueError:                       # not filled yet
+            held.append(None)
+    return [f.__code__, held, f.__defaults__, f.__kwdefaults__]
+
+# %% ../nbs/01_training.ipynb #edf1086f
+def _parts(o):
+    "What an object consists of: a text, or a list or dict of further objects."
+    if isinstance(o, torch.Tensor):
+        return f"{o.dtype} {tuple(o.shape)} {_digest(_raw(o))}"
+    if isinstance(o, np.ndarray):
+        numbers = o.dtype != object
+        return f"{o.dtype} {o.shape} {_digest(o.tobytes())}" if numbers else o.tolist()
+    if isinstance(o, torch.Generator):
+        return ["generator", o.get_state(), o.initial_seed()]
+    if isinstance(o, nn.Module):
+        return _network(o)
+    if isinstance(o, types.FunctionType):
+        return _function(o)
+    if isinstance(o, types.CodeType):
+        return [o.co_code, list(o.co_consts), list(o.co_names)]
+    if isinstance(o, types.MethodType):
+        return [o.__func__, o.__self__]
+    if isinstance(o, functools.partial):
+        return [o.func, o.args, o.keywords]
+    if isinstance(o, (list, tuple, range, dict, set, frozenset)):
+        return o
+    if isinstance(o, bytes):
+        return _digest(o)
+    if isinstance(o, (type, types.ModuleType, types.BuiltinFunctionType)):
+        return getattr(o, "__qualname__", o.__name__)
+    if hasattr(o, "__dict__"):
+        return [type(o), {k: v for k, v in vars(o).items() if k[:1] != "_"}]
+    return re.sub(" at 0x[0-9a-fA-F]+", "", repr(o))
+
+def _describe(o, above=()):
+    "Everything about `o` that a training may depend on, as JSON values."
+    o = scalar(o)
+    if isinstance(o, float):
+        return int(o) if o.is_integer() else o   # 1. and 1 are one setting
+    if o is None or isinstance(o, (bool, int, str)):
+        return o
+    if id(o) in above:
+        return "itself"
+    parts = _parts(o)
+    inner = functools.partial(_describe, above=(*above, id(o)))
+    if isinstance(parts, dict):
+        return {str(k): inner(v) for k, v in parts.items()}
+    if isinstance(parts, (set, frozenset)):
+        return sorted((inner(v) for v in parts), key=json.dumps)
+    return parts if isinstance(parts, str) else [inner(v) for v in parts]
+
+# %% ../nbs/01_training.ipynb #1d3fd70f
+def fingerprint(
+    *parts # numbers, texts, lists, dicts, tensors, data, networks, generators, functions, objects with settings
+)->str:    # 16 hexadecimal digits
+    "A short hash of everything in `parts` that a training may depend on; attributes named _x do not count."
+    text = json.dumps(_describe(list(parts)), sort_keys=True)
+    return _digest(text.encode())
+
+def data_digest(
+    data # `ArrayData`
+)->str:  # 16 hexadecimal digits; 0.3 s for 50,000 colour images of 32 x 32
+    "Fingerprint of a data set: images, labels, names of the classes, mean and std."
+    return fingerprint(data)
+
+# %% ../nbs/01_training.ipynb #242d0632
+def fingerprints(
+    **parts # name -> whatever `fingerprint` takes
+)->dict:    # name -> the value itself for numbers, flags, None and short texts; else its fingerprint
+    "What a training follows from, as JSON values, to be kept in a checkpoint's header."
+    out = {}
+    for name, v in parts.items():
+        v = scalar(v)
+        plain = v is None or isinstance(v, (bool, int, float)) or (isinstance(v, str) and len(v) < 40)
+        out[name] = v if plain else fingerprint(v)
+    return out
+
+def check_fingerprints(
+    path,       # the checkpoint
+    found,      # `fingerprints` in its header; None: it has none
+    asked:dict, # `fingerprints` of the training that wants to continue
+)->None:
+    "Raise `ValueError`, with what differs and what to delete, if the file belongs to another training."
+    ways = f"delete {path} to train from the start, or name another file"
+    if not isinstance(found, dict):
+        raise ValueError(f"checkpoint={path} does not say which training wrote it; {ways}")
+    differ = [k for k in {**asked, **found} if k not in found or k not in asked or found[k] != asked[k]]
+    if differ:
+        raise ValueError(f"checkpoint={path} was written by another training: "
+                         f"{', '.join(_other(k, found.get(k), asked.get(k)) for k in differ)}; {ways}")
+
+def _other(name, found, asked):
+    digests = any(isinstance(v, str) and re.fullmatch("[0-9a-f]{16}", v) for v in (found, asked))
+    return f"another {name}" if digests else f"{name}={asked!r} (in the file {found!r})"
 
 # %% ../nbs/01_training.ipynb #5ca00e62
 def environment()->dict: # versions, hardware and the command line

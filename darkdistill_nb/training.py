@@ -7,19 +7,19 @@ Docs: https://darkdistill.github.io/darkdistill_nb/training.html.md"""
 # %% auto #0
 __all__ = ['PALETTE', 'SYMBOLS', 'DASHES', 'PLOT_CONFIG', 'LOOK', 'seed_for', 'Streams', 'evaluating', 'is_frozen',
            'start_training', 'check_batches', 'shared_names', 'fit', 'predict', 'accuracy', 'mean_std', 'plus_minus',
-           'write_atomic', 'save_tensors', 'load_tensors', 'fingerprint', 'data_digest', 'fingerprints',
-           'check_fingerprints', 'environment', 'Record', 'save_record', 'load_record', 'asset', 'by_name',
-           'pick_device', 'style', 'figure']
+           'write_atomic', 'check_json', 'save_tensors', 'load_tensors', 'processor', 'environment', 'Record',
+           'save_record', 'read_json', 'load_record', 'check_record', 'asset', 'fingerprint', 'data_digest',
+           'fingerprints', 'check_fingerprints', 'by_name', 'pick_device', 'style', 'figure']
 
 # %% ../nbs/01_training.ipynb #b02270a4
-import functools, hashlib, json, os, platform, re, sys, time, types
+import functools, hashlib, inspect, json, os, platform, re, sys, time, types
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from .checks import check, flag, number, scalar, whole
+from .checks import check, finite, number, scalar, shown, whole
 from .data import OKABE_ITO, ArrayData
 from torch import nn
 
@@ -28,8 +28,8 @@ def seed_for(
     seed:int, # the seed of the whole run
     *names    # what the numbers are for, e.g. "order", round, client
 )->int:       # a seed in [0, 2**63)
-    "Seed of the stream called `names`: a stable hash, the same on every machine."
-    text = "|".join(map(str, (seed, *names)))
+    "Seed of the stream called `names`: a stable hash, the same on every machine; raises `ValueError` for a fraction."
+    text = "|".join(map(str, (whole(seed, "seed", None), *names)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 # %% ../nbs/01_training.ipynb #a49d5ea9
@@ -37,9 +37,12 @@ class Streams:
     "Named, independent random streams that all follow from one seed."
     def __init__(self,
         seed:int=0 # the seed of the whole run
-    ): self.seed = int(seed)
-    def __repr__(self): return f"Streams({self.seed})"
-    def seed_of(self, *names): return seed_for(self.seed, *names)
+    ):
+        self.seed = whole(seed, "seed", None)
+    def __repr__(self):
+        return f"Streams({self.seed})"
+    def seed_of(self, *names):
+        return seed_for(self.seed, *names)
     def generator(self,
         *names # what the numbers are for
     )->torch.Generator: # a fresh CPU generator, at the start of its stream
@@ -116,6 +119,7 @@ def check_batches(
     forward=None,   # called on images in place of `net`
 )->None:
     "Raise `ValueError` if a batch of one sample would leave a batch normalisation with a single number."
+    n, batch_size = whole(n, "n", 0), whole(batch_size, "batch_size")
     norms = _moving_norms(net)
     if not norms or (n % batch_size or batch_size) != 1:
         return
@@ -180,7 +184,9 @@ def predict(
     data,                # `ArrayData`
     batch_size:int=512,  # pictures a forward pass
 )->torch.Tensor:         # logits (N, K), or (E, N, K) for a network with E exits; on the CPU
-    "Logits of `net` on all of `data`, in its order."
+    "Logits of `net` on all of `data`, in its order; raises `ValueError` for empty data."
+    whole(batch_size, "batch_size")
+    check(len(data), "data", data, "a split with at least one image")
     out = []
     with evaluating(net):
         for xb, _ in data.batches(batch_size):
@@ -193,16 +199,20 @@ def accuracy(
     logits:torch.Tensor, # (..., N, K): leading axes such as exits are kept
     y:torch.Tensor,      # (N,) labels
 )->torch.Tensor:         # (...) share of right answers in [0, 1]
-    "Share of samples whose largest logit is the label's."
+    "Share of samples whose largest logit is the label's; raises `ValueError` for NaN, no samples, or other shapes."
+    if y.ndim != 1 or logits.ndim < 2 or logits.shape[-2] != len(y) or not len(y):
+        raise ValueError(f"logits must have shape (..., N, K) and y (N,) with N > 0, not {tuple(logits.shape)} and {tuple(y.shape)}")
+    finite(logits, "logits", inf=True)
     return (logits.argmax(-1) == y.to(logits.device)).double().mean(-1)
 
 # %% ../nbs/01_training.ipynb #98b28c29
 def mean_std(
     values, # numbers
 )->tuple:   # (mean, sample standard deviation with n-1; 0 for a single value)
-    "Mean and sample standard deviation (ddof=1)."
-    v = np.asarray([float(x) for x in values], dtype=float)
-    if len(v) == 0: raise ValueError("values is empty; give at least one number")
+    "Mean and sample standard deviation (ddof=1); raises `ValueError` for no values, NaN and infinity."
+    v = np.asarray([number(x, f"values[{i}]") for i, x in enumerate(values)], dtype=float)
+    if len(v) == 0:
+        raise ValueError("values is empty; give at least one number")
     return float(v.mean()), float(v.std(ddof=1)) if len(v) > 1 else 0.
 
 # %% ../nbs/01_training.ipynb #316069e1
@@ -211,8 +221,9 @@ def plus_minus(
     digits:int=2,   # decimals
     scale:float=1., # multiplied first; 100 turns shares into percent
 )->str:
-    "The text `mean ± spread` of `values`."
-    m, sd = mean_std([scale*float(v) for v in values])
+    "The text `mean ± spread` of `values`; raises `ValueError` as `mean_std` does."
+    digits, scale = whole(digits, "digits", 0), number(scale, "scale")
+    m, sd = mean_std([scale*number(v, f"values[{i}]") for i, v in enumerate(values)])
     return f"{m:.{digits}f} ± {sd:.{digits}f}"
 
 # %% ../nbs/01_training.ipynb #72c6059d
@@ -230,17 +241,90 @@ def write_atomic(
     finally: tmp.unlink(missing_ok=True)
     return path
 
+# %% ../nbs/01_training.ipynb #48baf897
+def _plain(o):
+    if isinstance(o, torch.Tensor):
+        return o.detach().tolist()
+    if isinstance(o, (np.ndarray, np.generic)):
+        return o.tolist()
+    if isinstance(o, Path):
+        return str(o)
+    raise TypeError(f"not {type(o).__name__}")
+
+def _problem(o, name=""):
+    "(name, value) of the first thing in `o` that JSON cannot hold; None: there is none."
+    try:
+        o = o if isinstance(o, (dict, list, tuple)) else json.loads(json.dumps(o, default=_plain))
+    except (TypeError, ValueError):
+        return name, o
+    if isinstance(o, float):
+        return None if np.isfinite(o) else (name, o)
+    parts = o.items() if isinstance(o, dict) else enumerate(o) if isinstance(o, (list, tuple)) else ()
+    key = lambda k: f"{name}.{k}" if isinstance(o, dict) else f"{name}[{k}]"
+    return next((found for k, v in parts if (found := _problem(v, key(k).lstrip(".")))), None)
+
+# %% ../nbs/01_training.ipynb #782f9907
+def check_json(
+    values,    # what is to be written into a record, a cell, a header
+    indent=1,  # as in `json.dumps`
+    **kwargs   # more for `json.dumps`
+)->str:        # the JSON
+    "Raise `ValueError`, with its place, for a NaN, an infinity, or anything else that JSON cannot hold."
+    try:
+        return json.dumps(values, indent=indent, default=_plain, allow_nan=False, **kwargs)
+    except (TypeError, ValueError, RecursionError):
+        where, value = _problem(values) or ("values", values)
+    check(False, where, value, "a finite number, text, flag, None, or a list or dict of those: it is kept as JSON")
+
+# %% ../nbs/01_training.ipynb #aa24d369
+def _raw(t):
+    "The numbers of a tensor, byte by byte."
+    t = t.detach().cpu().contiguous().reshape(-1)
+    return memoryview(t.view(torch.uint8).numpy())
+
+def _checksum(tensors, text):
+    "One hash of all tensors, with names, types and shapes, and of the header's text."
+    h = hashlib.blake2b(text.encode(), digest_size=16)
+    for name, t in sorted(tensors.items()):
+        h.update(f"\n{name} {t.dtype} {tuple(t.shape)}\n".encode())
+        h.update(_raw(t))
+    return h.hexdigest()
+
+def _apart(tensors):
+    "The tensors on the CPU; of those that share memory each gets its own."
+    out, seen = {}, set()
+    for name, v in tensors.items():
+        v = v.detach().cpu().contiguous()
+        place = v.untyped_storage().data_ptr()
+        out[name] = v.clone() if place in seen else v
+        seen.add(place)
+    return out
+
 # %% ../nbs/01_training.ipynb #38b4676e
 def save_tensors(
     path,               # file ending in .safetensors
     tensors:dict,       # name -> tensor
     meta:dict=None,     # JSON-able values kept in the header
 )->str:                 # sha256 of the file
-    "Write tensors and a little JSON into one safetensors file, atomically."
+    "Write tensors and a little JSON into one safetensors file, atomically and with a checksum."
     from safetensors.torch import save
-    data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata={"json": json.dumps(meta or {})})
+    for name, v in tensors.items():
+        check(isinstance(name, str) and isinstance(v, torch.Tensor), "tensors", {name: v}, "names with tensors")
+    tensors, text = _apart(tensors), check_json(meta or {}, indent=None)
+    data = save(tensors, metadata={"checked": f"{_checksum(tensors, text)} {text}"})
     write_atomic(path, data)
     return hashlib.sha256(data).hexdigest()
+
+# %% ../nbs/01_training.ipynb #d0978ffc
+def _header_text(data):
+    "(checksum or None, JSON text) of a file's header; files of older versions and of other programs have no checksum."
+    head = json.loads(data[8:8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    if set(head) == {"checked"}:
+        found, _, text = head["checked"].partition(" ")
+        return found, text
+    if not set(head) <= {"json", "format"}:
+        raise ValueError("its header is damaged")
+    return None, head.get("json", "{}")
 
 # %% ../nbs/01_training.ipynb #1963fc31
 def load_tensors(
@@ -251,22 +335,189 @@ def load_tensors(
     from safetensors import SafetensorError
     from safetensors.torch import load
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"no weights file at {path}")
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file at {path}")
     data = path.read_bytes()
-    if sha256 and hashlib.sha256(data).hexdigest() != sha256: raise ValueError(f"{path} does not have the sha256 its record names: it was changed or cut off")
+    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(f"{path} does not have the sha256 its record names: it was changed or cut off")
     try:
-        head = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
-        return load(data), json.loads(head.get("__metadata__", {}).get("json", "{}"))
-    except (SafetensorError, ValueError) as e: raise ValueError(f"{path} is not a whole safetensors file: {e}") from None
+        tensors, (found, text) = load(data), _header_text(data)
+        if found is not None and found != _checksum(tensors, text):
+            raise ValueError("its numbers do not have the checksum they were written with")
+        return tensors, json.loads(text)
+    except (SafetensorError, ValueError, AttributeError, KeyError, RecursionError) as e:
+        raise ValueError(f"{path} is not a whole safetensors file: {e}") from None
+
+# %% ../nbs/01_training.ipynb #aeaa28bf
+_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
+
+def _read_cpuinfo(text):
+    "(model, instruction sets) of Linux' /proc/cpuinfo; None for what it does not say."
+    pairs = [line.split(":", 1) for line in text.splitlines() if ":" in line]
+    first = {}
+    for k, v in pairs:
+        first.setdefault(k.strip(), v.strip())
+    model = first.get("model name") or first.get("Model") or first.get("cpu model")
+    flags = first.get("flags") or first.get("Features")
+    return model, flags.lower().split() if flags else None
+
+def _ask_sysctl():
+    "The same from macOS."
+    import subprocess
+    names = ["machdep.cpu.brand_string", "machdep.cpu.features", "machdep.cpu.leaf7_features"]
+    ask = lambda n: subprocess.run(["sysctl", "-n", n], capture_output=True, text=True, timeout=5).stdout.strip()
+    model, *flags = map(ask, names)
+    return model or None, " ".join(flags).lower().split() or None
+
+def _ask_registry():
+    "The same from Windows, which does not tell its instruction sets."
+    import winreg
+    place = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
+    with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, place) as key:
+        return winreg.QueryValueEx(key, "ProcessorNameString")[0].strip(), None
+
+# %% ../nbs/01_training.ipynb #47dde47e
+def processor()->dict: # model, instructions (list, None: unknown), threads, torch
+    "The processor as far as this system tells it, the threads PyTorch uses, and the kernels it chose; never fails."
+    ask = dict(Linux=lambda: _read_cpuinfo(Path("/proc/cpuinfo").read_text(errors="replace")),
+               Darwin=_ask_sysctl, Windows=_ask_registry)
+    try:
+        model, flags = ask[platform.system()]()
+    except Exception:                  # an unusual system: a record without the name is better than none
+        model, flags = None, None
+    kernels = getattr(torch.backends.cpu, "get_cpu_capability", lambda: None)()
+    return dict(model=model or platform.processor() or platform.machine(), threads=torch.get_num_threads(), torch=kernels,
+                instructions=None if flags is None else [f for f in _INSTRUCTIONS if f in flags])
+
+# %% ../nbs/01_training.ipynb #5ca00e62
+def environment()->dict: # versions, hardware and the command line
+    "What a reader needs to repeat a run: versions of what computes, the machine, the command."
+    from importlib.metadata import PackageNotFoundError, version
+    def v(p):
+        try: return version(p)
+        except PackageNotFoundError: return None
+    names = ("darkdistill_nb", "torch", "torchvision", "timm", "numpy", "scikit-learn")
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    words = sys.orig_argv
+    words = ["python", *words[words.index("-m"):]] if "-m" in words else [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return dict(versions={"python": platform.python_version(), **{p: v(p) for p in names}},
+                hardware=dict(machine=platform.machine(), system=platform.system(), cpus=os.cpu_count(), gpu=gpu,
+                              processor=processor()),
+                command=" ".join(words))
+
+# %% ../nbs/01_training.ipynb #640e58da
+@dataclass
+class Record:
+    "Configuration, environment and measurements of finished runs; plain JSON on disk."
+    config:dict                               # everything that was asked for
+    runs:list = field(default_factory=list)   # one dict per (method, seed): rounds, final numbers, weights file
+    info:dict = field(default_factory=dict)   # numbers shared by all runs, e.g. MACs per exit, who holds what
+    versions:dict = field(default_factory=dict)
+    hardware:dict = field(default_factory=dict)
+    command:str = ""
+    created:str = ""                          # UTC, ISO 8601
+    seconds:float = 0.                        # wall-clock of all runs
+    format:int = 1
+    @classmethod
+    def begin(cls,
+        config:dict, # what was asked for
+        **info       # numbers shared by all runs
+    ):
+        "A new record that knows this machine, these versions and the time; raises `ValueError` for what JSON cannot hold."
+        check_json(dict(config=config, info=info))
+        return cls(config=config, info=info, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **environment())
+
+# %% ../nbs/01_training.ipynb #28bd0fbe
+def save_record(
+    record:Record,
+    folder,              # becomes the run folder; made if needed
+    weights:dict=None,   # file name without suffix -> dict of tensors
+)->Path:                 # the record's path
+    "Write the weights, then `record.json` that names them with their sha256; raises `ValueError` for what JSON cannot hold."
+    folder, d = Path(folder), asdict(record)
+    check_json(d)                            # before anything is written
+    files = {f"weights/{n}.safetensors": save_tensors(folder/"weights"/f"{n}.safetensors", t) for n, t in (weights or {}).items()}
+    d["files"] = {**d["info"].pop("files", {}), **files}
+    return write_atomic(folder/"record.json", check_json(d).encode())
+
+# %% ../nbs/01_training.ipynb #2cc22529
+def read_json(
+    path # a file
+):       # its values
+    "The JSON of a file; raises `ValueError` with the file's name for anything else, NaN and infinities included."
+    def refuse(word):
+        raise ValueError(f"it holds {word}, which is not JSON")
+    def decimal(word):
+        return float(word) if np.isfinite(float(word)) else refuse(word)
+    try:
+        return json.loads(Path(path).read_bytes(), parse_constant=refuse, parse_float=decimal)
+    except ValueError as e:
+        raise ValueError(f"{path} is not whole JSON: {e}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not JSON of this package: its brackets are nested too deeply") from None
+
+# %% ../nbs/01_training.ipynb #bac64df0
+_RECORD = dict(config=dict, runs=list, info=dict, versions=dict, hardware=dict, command=str, created=str, seconds=(int, float), files=dict)
+_KINDS = {dict: "an object", list: "a list", str: "a text", (int, float): "a number"}
+
+def _record_parts(d, path):
+    "The parts of a record that this version knows, each of its kind."
+    def need(ok, what):
+        if not ok:
+            raise ValueError(f"{path} is not a record of this package: {what}")
+    need(isinstance(d, dict), "it is not a JSON object")
+    need(type(d.get("format")) is int and d["format"] == 1, f"its format is {shown(d.get('format'))}, and this version reads 1")
+    for k in ("config", "runs", "info"):
+        need(k in d, f"it has no {k!r}")
+    d = {k: v for k, v in d.items() if k in _RECORD}
+    for k, v in d.items():
+        need(isinstance(v, _RECORD[k]) and not isinstance(v, bool), f"{k!r} must be {_KINDS[_RECORD[k]]}, not {shown(v)}")
+    for i, run in enumerate(d["runs"]):
+        need(isinstance(run, dict) and run, f"runs[{i}] must be an object with a run's numbers, not {shown(run)}")
+    return d
+
+# %% ../nbs/01_training.ipynb #85e8361d
+def load_record(
+    path, # a run folder or its record.json
+)->Record:
+    "Read a record; raises `FileNotFoundError`, or `ValueError` if the file is damaged or of another format."
+    path = Path(path)
+    path = path/"record.json" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"no record at {path}: the run is not finished, or this is not a run folder")
+    d = _record_parts(read_json(path), path)
+    files = d.pop("files", {})
+    d["info"]["files"] = files
+    return Record(**d)
+
+# %% ../nbs/01_training.ipynb #0d4cd1bd
+def check_record(
+    record:Record,
+    path,      # of the file, for the message
+    config=(), # entries that `record.config` must have
+    runs=(),   # entries that each run must have
+    info=(),   # entries that `record.info` must have
+)->Record:     # `record`
+    "Raise `ValueError`, with the file's name, if a record lacks what is to be shown of it."
+    for name, part, needed in (("config", record.config, config), ("info", record.info, info),
+                               *((f"runs[{i}]", run, runs) for i, run in enumerate(record.runs))):
+        for k in needed:
+            if k not in part:
+                raise ValueError(f"{path} holds another kind of record: {name} has no {k!r}")
+    return record
+
+# %% ../nbs/01_training.ipynb #56117b66
+def asset(
+    name:str # file name, e.g. "digits_default.json"
+)->Path:
+    "Path of a file in `assets/`, of a checkout or of an installed package; raises `FileNotFoundError`."
+    for folder in (Path(__file__).resolve().parent.parent/"assets", Path(sys.prefix)/"share/darkdistill_nb/assets"):
+        if (folder/name).is_file(): return folder/name
+    raise FileNotFoundError(f"{name} is not among the stored results of this installation")
 
 # %% ../nbs/01_training.ipynb #e0ade63f
 def _digest(data):
     return hashlib.blake2b(data, digest_size=8).hexdigest()
-
-def _raw(t):
-    "The numbers of a tensor, byte by byte."
-    t = t.detach().cpu().contiguous().reshape(-1)
-    return memoryview(t.view(torch.uint8).numpy())
 
 def _network(net):
     "Layers with their settings, what is frozen, what is trained, and all tensors."
@@ -286,13 +537,16 @@ def _function(f):
     return [f.__code__, held, f.__defaults__, f.__kwdefaults__]
 
 # %% ../nbs/01_training.ipynb #edf1086f
+def _array(a):
+    "Type, shape and digest of a numpy array; the entries themselves where they are objects."
+    return a.tolist() if a.dtype == object else f"{a.dtype} {a.shape} {_digest(a.tobytes())}"
+
 def _parts(o):
     "What an object consists of: a text, or a list or dict of further objects."
     if isinstance(o, torch.Tensor):
         return f"{o.dtype} {tuple(o.shape)} {_digest(_raw(o))}"
     if isinstance(o, np.ndarray):
-        numbers = o.dtype != object
-        return f"{o.dtype} {o.shape} {_digest(o.tobytes())}" if numbers else o.tolist()
+        return _array(o)
     if isinstance(o, torch.Generator):
         return ["generator", o.get_state(), o.initial_seed()]
     if isinstance(o, nn.Module):
@@ -315,6 +569,7 @@ def _parts(o):
         return [type(o), {k: v for k, v in vars(o).items() if k[:1] != "_"}]
     return re.sub(" at 0x[0-9a-fA-F]+", "", repr(o))
 
+# %% ../nbs/01_training.ipynb #90d8f5a2
 def _describe(o, above=()):
     "Everything about `o` that a training may depend on, as JSON values."
     o = scalar(o)
@@ -376,83 +631,6 @@ def _other(name, found, asked):
     digests = any(isinstance(v, str) and re.fullmatch("[0-9a-f]{16}", v) for v in (found, asked))
     return f"another {name}" if digests else f"{name}={asked!r} (in the file {found!r})"
 
-# %% ../nbs/01_training.ipynb #5ca00e62
-def environment()->dict: # versions, hardware and the command line
-    "What a reader needs to repeat a run: versions of what computes, the machine, the command."
-    from importlib.metadata import PackageNotFoundError, version
-    def v(p):
-        try: return version(p)
-        except PackageNotFoundError: return None
-    names = ("darkdistill_nb", "torch", "torchvision", "timm", "numpy", "scikit-learn")
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    words = sys.orig_argv
-    words = ["python", *words[words.index("-m"):]] if "-m" in words else [Path(sys.argv[0]).name, *sys.argv[1:]]
-    return dict(versions={"python": platform.python_version(), **{p: v(p) for p in names}},
-                hardware=dict(machine=platform.machine(), system=platform.system(), cpus=os.cpu_count(), gpu=gpu),
-                command=" ".join(words))
-
-# %% ../nbs/01_training.ipynb #640e58da
-@dataclass
-class Record:
-    "Configuration, environment and measurements of finished runs; plain JSON on disk."
-    config:dict                               # everything that was asked for
-    runs:list = field(default_factory=list)   # one dict per (method, seed): rounds, final numbers, weights file
-    info:dict = field(default_factory=dict)   # numbers shared by all runs, e.g. MACs per exit, who holds what
-    versions:dict = field(default_factory=dict)
-    hardware:dict = field(default_factory=dict)
-    command:str = ""
-    created:str = ""                          # UTC, ISO 8601
-    seconds:float = 0.                        # wall-clock of all runs
-    format:int = 1
-    @classmethod
-    def begin(cls,
-        config:dict, # what was asked for
-        **info       # numbers shared by all runs
-    ):
-        "A new record that knows this machine, these versions and the time."
-        return cls(config=config, info=info, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **environment())
-
-# %% ../nbs/01_training.ipynb #28bd0fbe
-def _plain(o):
-    if isinstance(o, torch.Tensor): return o.tolist()
-    if isinstance(o, (np.ndarray, np.generic)): return o.tolist()
-    if isinstance(o, Path): return str(o)
-    raise TypeError(f"a record holds JSON values only, not {type(o).__name__}")
-
-def save_record(
-    record:Record,
-    folder,              # becomes the run folder; made if needed
-    weights:dict=None,   # file name without suffix -> dict of tensors
-)->Path:                 # the record's path
-    "Write the weights, then `record.json` that names them with their sha256."
-    folder = Path(folder)
-    files = {f"weights/{n}.safetensors": save_tensors(folder/"weights"/f"{n}.safetensors", t) for n, t in (weights or {}).items()}
-    d = asdict(record); d["files"] = {**d["info"].pop("files", {}), **files}
-    return write_atomic(folder/"record.json", json.dumps(d, indent=1, default=_plain, allow_nan=False).encode())
-
-# %% ../nbs/01_training.ipynb #85e8361d
-def load_record(
-    path, # a run folder or its record.json
-)->Record:
-    "Read a record; raises `FileNotFoundError`, or `ValueError` if the file is damaged or of another format."
-    path = Path(path); path = path/"record.json" if path.is_dir() else path
-    if not path.is_file(): raise FileNotFoundError(f"no record at {path}: the run is not finished, or this is not a run folder")
-    try: d = json.loads(path.read_text())
-    except ValueError as e: raise ValueError(f"{path} is not whole JSON: {e}") from None
-    if not isinstance(d, dict) or d.get("format") != 1 or "runs" not in d: raise ValueError(f"{path} is not a record of this package (format 1)")
-    files = d.pop("files", {})
-    d["info"]["files"] = files
-    return Record(**d)
-
-# %% ../nbs/01_training.ipynb #56117b66
-def asset(
-    name:str # file name, e.g. "digits_default.json"
-)->Path:
-    "Path of a file in `assets/`, of a checkout or of an installed package; raises `FileNotFoundError`."
-    for folder in (Path(__file__).resolve().parent.parent/"assets", Path(sys.prefix)/"share/darkdistill_nb/assets"):
-        if (folder/name).is_file(): return folder/name
-    raise FileNotFoundError(f"{name} is not among the stored results of this installation")
-
 # %% ../nbs/01_training.ipynb #56fb3366
 def by_name(
     name,       # of an entry, or an object of class `kind`, which is returned as it is
@@ -461,9 +639,15 @@ def by_name(
     kind:type,  # of what is made
     **kwargs    # passed to the class
 ):              # an object of class `kind`
-    "Make what `name` means; raises `ValueError`, with all names, for an unknown one."
-    if isinstance(name, kind): return name
-    if name not in table: raise ValueError(f"{what}={name!r} is unknown; choose one of {', '.join(table)}")
+    "Make what `name` means; raises `ValueError`, with all names, for an unknown one, and for an unknown option."
+    if isinstance(name, kind):
+        return name
+    if not isinstance(name, str) or name not in table:
+        raise ValueError(f"{what}={shown(name)} is unknown; choose one of {', '.join(table)}")
+    try:
+        inspect.signature(table[name]).bind(**kwargs)
+    except TypeError as e:
+        raise ValueError(f"{what}={name!r}: {e}; it has {', '.join(inspect.signature(table[name]).parameters)}") from None
     return table[name](**kwargs)
 
 # %% ../nbs/01_training.ipynb #b6d644a6
@@ -471,12 +655,18 @@ def pick_device(
     name:str="auto", # auto | cpu | cuda | cuda:N | mps
 )->torch.device:
     "The device called `name`; `auto` takes a GPU when there is one; raises `ValueError` for one that is not there."
-    if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
-    try: d = torch.device(name)
-    except RuntimeError: raise ValueError(f"device={name!r} is unknown; use auto, cpu, cuda or mps") from None
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    check(isinstance(name, (str, torch.device)), "device", name, "auto, cpu, cuda or mps")
+    try:
+        d = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device={name!r} is unknown; use auto, cpu, cuda or mps") from None
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(d.type, False): raise ValueError(f"device={name!r} is not available on this machine; use auto or cpu")
-    if d.type == "cuda" and (d.index or 0) >= torch.cuda.device_count(): raise ValueError(f"device={name!r}: this machine has {torch.cuda.device_count()} GPUs")
+    if not there.get(d.type, False):
+        raise ValueError(f"device={name!r} is not available on this machine; use auto or cpu")
+    if d.type == "cuda" and (d.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={name!r}: this machine has {torch.cuda.device_count()} GPUs")
     return d
 
 # %% ../nbs/01_training.ipynb #c84d37d3
@@ -491,6 +681,7 @@ def style(
     i:int, # number of the curve
 )->dict:   # keyword arguments of `go.Scatter`
     "Colour, marker and dash of the `i`-th curve."
+    i = whole(i, "i", 0)
     return dict(line=dict(color=PALETTE[i % 8], dash=DASHES[i % 8], width=2), marker=dict(symbol=SYMBOLS[i % 8], size=8, color=PALETTE[i % 8]))
 
 # %% ../nbs/01_training.ipynb #f7132daa

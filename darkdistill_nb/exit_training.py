@@ -11,13 +11,16 @@ __all__ = ['WEIGHTINGS', 'CENTRES', 'POLICIES', 'exit_weights', 'Joint', 'BoostN
            'gradient_share']
 
 # %% ../nbs/04b_exit_training.ipynb #d0f5e6d7
-import inspect, math, time
+import math, time
 from functools import partial
 import torch
 import torch.nn.functional as F
-from .distillation import _positive, _share, _stream, _up, kd_loss
+from .checks import check, choice, finite, number, same_shape, whole
+from .data import ArrayData
+from .distillation import _stream, _up, kd_loss
 from .online import self_distillation
-from .training import Streams, accuracy, load_tensors, predict, save_tensors
+from .training import (Streams, accuracy, by_name, check_batches, check_fingerprints, fingerprints,
+                                     load_tensors, predict, save_tensors, start_training)
 from fastcore.basics import patch
 from pathlib import Path
 from torch import nn
@@ -31,14 +34,22 @@ def exit_weights(
     E:int,   # exits
 )->list:     # omega_1..omega_E
     "Weight of each exit's loss; raises `ValueError` for an unknown name, a list that is too short, or one without a positive entry."
-    if weights is None: return [1.] * E
+    E = whole(E, "E")
+    if weights is None:
+        return [1.] * E
     if isinstance(weights, str):
-        if weights not in WEIGHTINGS: raise ValueError(f"weights={weights!r} is unknown; choose one of {', '.join(WEIGHTINGS)}, or give a list")
+        if weights not in WEIGHTINGS:
+            raise ValueError(f"weights={weights!r} is unknown; choose one of {', '.join(WEIGHTINGS)}, or give a list")
         return [WEIGHTINGS[weights](e, E) for e in range(1, E + 1)]
-    w = [float(v) for v in weights]
-    if len(w) < E: raise ValueError(f"weights={w} has {len(w)} entries, but the network has {E} exits; give one weight per exit")
-    if not all(0 <= v < math.inf for v in w) or not sum(w[:E]): raise ValueError(f"weights={w} must be finite, >= 0 and not all 0")
+    w = _numbers(weights)
+    if len(w) < E:
+        raise ValueError(f"weights={w} has {len(w)} entries, but the network has {E} exits; give one weight per exit")
+    check(sum(w[:E]) > 0, "weights", w, "numbers that are not all 0")
     return w[:E]
+
+def _numbers(weights):
+    check(hasattr(weights, "__len__") and len(weights), "weights", weights, "a name or a list of numbers, one per exit")
+    return [number(v, f"weights[{i}]", low=0) for i, v in enumerate(weights)]
 
 # %% ../nbs/04b_exit_training.ipynb #c0f92d07
 class Joint:
@@ -50,12 +61,17 @@ class Joint:
         T:float=3.,    # its temperature, > 0
         late:float=.75,# share of training after which it sets in, in [0, 1]
     ):
-        exit_weights(weights, 1 if isinstance(weights, str) or not weights else len(weights)); _positive(T=T); _share(late=late)
-        if ge not in ("none", "full", "released"): raise ValueError(f"ge={ge!r} must be full, released or none")
-        if not 0 <= kl < math.inf: raise ValueError(f"kl={kl} must be finite and >= 0")
-        self.weights, self.ge, self.kl, self.T, self.late = weights, ge, kl, T, late
+        if isinstance(weights, str):
+            exit_weights(weights, 1)
+        elif weights is not None:
+            weights = exit_weights(weights, len(_numbers(weights)))
+        self.weights, self.ge = weights, choice(ge, "ge", ("full", "released", "none"))
+        self.kl, self.T = number(kl, "kl", low=0), number(T, "T", above=0)
+        self.late = number(late, "late", 0, 1)
         self.at(0)
-    def at(self, t, of=None): self._t, self._of = t, of
+    def at(self, t, of=None):
+        self._t = number(t, "t", low=0)
+        self._of = None if of is None else number(of, "of", low=0)
     def meta_step(self, net, x, y, optimizer): pass
     def start(self, E, device="cpu"): return {}   # what it learns along, exit by exit: nothing
     def state(self): return {}
@@ -66,13 +82,17 @@ class Joint:
     )->torch.Tensor:              # (B, K) deciding logits of this exit
         "Deciding logits of one exit, here the raw ones."
         return f
-    def predict(self,
-        raw:list # E tensors (B, K)
-    )->list:     # E tensors (B, K)
-        "Deciding logits of all exits: the loop over `step`."
-        out = []
-        for f in raw: out.append(self.step(f, out[-1] if out else None))
-        return out
+
+# %% ../nbs/04b_exit_training.ipynb #0ca4d2c1
+@patch
+def predict(self:Joint,
+    raw:list # E tensors (B, K)
+)->list:     # E tensors (B, K)
+    "Deciding logits of all exits: the loop over `step`."
+    out = []
+    for f in raw:
+        out.append(self.step(f, out[-1] if out else None))
+    return out
 
 # %% ../nbs/04b_exit_training.ipynb #36ef40e1
 @patch
@@ -80,11 +100,21 @@ def loss(self:Joint,
     raw:list,       # E tensors (B, K)
     y:torch.Tensor, # (B,) labels
 )->tuple:           # scalar (nats), list of E deciding logits
-    "Weighted sum of the exits' cross-entropies, and the logits they were taken on."
+    "Weighted sum of the exits' cross-entropies, and the logits they were taken on; raises `ValueError` for unequal shapes."
+    _check_raw(raw, y)
     F_ = self.predict(raw)
     total = sum(w * F.cross_entropy(_up(f), y) for w, f in zip(exit_weights(self.weights, len(F_)), F_) if w)
-    if self.kl and self._of and self._t >= self.late * self._of: total = total + self.kl * sum(kd_loss(f, F_[-1], self.T) for f in F_[:-1])
+    if self.kl and self._of and self._t >= self.late * self._of:
+        total = total + self.kl * sum(kd_loss(f, F_[-1], self.T) for f in F_[:-1])
     return total, F_
+
+def _check_raw(raw, y=None):
+    "Logits of all exits must have one shape (B, K), and as many rows as there are labels."
+    ok = isinstance(raw, (list, tuple)) and raw and all(getattr(f, "ndim", 0) == 2 for f in raw)
+    check(ok, "logits", raw, "a list with a tensor (B, K) of every exit")
+    shape = same_shape(**{f"logits of exit {e}": f for e, f in enumerate(raw, 1)})
+    if y is not None and tuple(y.shape) != shape[:1]:
+        raise ValueError(f"y has shape {tuple(y.shape)}, but the logits are {shape}: there must be one label per sample")
 
 # %% ../nbs/04b_exit_training.ipynb #bc4dc43d
 class BoostNet(Joint):
@@ -94,7 +124,8 @@ class BoostNet(Joint):
         ge:str="full",  # gradient equilibrium: full | released | none
         weights=None,   # as in `exit_weights`
     ):
-        super().__init__(weights, ge); self.w = w
+        super().__init__(weights, ge)
+        self.w = number(w, "w", low=0)
     def step(self,
         f:torch.Tensor,           # (B, K) raw logits of one exit
         before:torch.Tensor=None, # (B, K) deciding logits of the exit before; None at exit 1
@@ -107,9 +138,13 @@ def exit_shares(
     E:int,        # exits
     P:float=30,   # r = P/20; below 20 shallow exits get more
 )->list:          # q_1..q_E, adding to 1
-    "Geometric target shares q_e ~ (P/20)^e of MSDNet's budget procedure (arXiv 1703.09844)."
-    _positive(P=P)
-    q = [(P / 20) ** e for e in range(1, E + 1)]
+    "Geometric target shares q_e ~ (P/20)^e of MSDNet's budget procedure (arXiv 1703.09844); raises `ValueError` for P <= 0."
+    E, P = whole(E, "E"), number(P, "P", above=0)
+    try:
+        q = [(P / 20) ** e for e in range(1, E + 1)]
+    except OverflowError:
+        q = [math.inf]
+    check(0 < sum(q) < math.inf, "P", P, f"nearer to 20: the shares of {E} exits cannot be computed")
     return [v / sum(q) for v in q]
 
 # %% ../nbs/04b_exit_training.ipynb #feaf701f
@@ -117,7 +152,13 @@ def exit_partition(
     logits:list,   # E tensors (B, K)
     P:float=30,    # as in `exit_shares`
 )->list:           # E LongTensors of sample indices; disjoint, together the whole batch; may be empty
-    "Which samples of a batch would leave at each exit when the shares follow `exit_shares`."
+    "Which samples of a batch would leave at each exit when the shares follow `exit_shares`; raises `ValueError` for NaN."
+    _check_raw(logits)
+    for e, f in enumerate(logits, 1):
+        finite(f, f"logits of exit {e}", inf=True)
+    return _partition(logits, P)
+
+def _partition(logits, P):
     B, E = len(logits[0]), len(logits)
     left, parts = torch.arange(B, device=logits[0].device), []
     for e, q in enumerate(exit_shares(E, P)):
@@ -131,7 +172,8 @@ def exit_losses(
     raw:list,       # E tensors (B, K)
     y:torch.Tensor, # (B,) labels
 )->torch.Tensor:    # (B, E) in nats
-    "Cross-entropy of every sample at every exit."
+    "Cross-entropy of every sample at every exit; raises `ValueError` for unequal shapes."
+    _check_raw(raw, y)
     return torch.stack([F.cross_entropy(_up(f), y, reduction="none") for f in raw], 1)
 
 # %% ../nbs/04b_exit_training.ipynb #83ef66c1
@@ -143,8 +185,9 @@ def sample_weights(
     mode:str="col",  # col: mean over the exits of each sample; row: over the samples at each exit; mat: over both
 )->torch.Tensor:     # (B, E); the mean over the batch and the exits is 1
     "Weights 1 + eps * (u - mean u) of L2W-DEN (arXiv 2209.08310); raises `ValueError` for an unknown mode or eps outside [0, 1]."
-    if mode not in CENTRES: raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(CENTRES)}")
-    _share(eps=eps)
+    choice(mode, "mode", CENTRES)
+    eps = number(eps, "eps", 0, 1)
+    check(getattr(u, "ndim", 0) == 2, "u", u, "a tensor (B, E)")
     return 1 + eps * (u - u.mean(CENTRES[mode], keepdim=True))
 
 # %% ../nbs/04b_exit_training.ipynb #4a2ecf43
@@ -154,7 +197,9 @@ class WeightNet(nn.Module):
         exits:int,       # E of the deepest network
         hidden:int=500,  # hidden units
     ):
-        super().__init__(); self.inner, self.outer = nn.Linear(exits, hidden), nn.Linear(hidden, exits)
+        super().__init__()
+        exits, hidden = whole(exits, "exits"), whole(hidden, "hidden")
+        self.inner, self.outer = nn.Linear(exits, hidden), nn.Linear(hidden, exits)
     def forward(self, losses):
         E = losses.shape[1]
         if E > self.outer.out_features: raise ValueError(f"losses have {E} columns, but this weight net was made for {self.outer.out_features} exits")
@@ -195,17 +240,14 @@ class L2W(Joint):
         exits:int=None,     # exits of the deepest network; None: those of the first network it meets
         seed:int=0,         # of the weight net's first weights
     ):
-        super().__init__(); sample_weights(torch.zeros(1, 1), eps, mode); exit_shares(1, P)
-        if interval < 1 or hidden < 1: raise ValueError(f"interval={interval} and hidden={hidden} must be at least 1")
-        self.eps, self.mode, self.P, self.interval, self.hidden = eps, mode, P, interval, hidden
-        self.lr, self.weight_decay, self.exits, self.seed = lr, weight_decay, exits, seed
+        super().__init__()
+        exit_shares(1, P)
+        self.eps, self.mode, self.P = number(eps, "eps", 0, 1), choice(mode, "mode", CENTRES), number(P, "P", above=0)
+        self.interval, self.hidden = whole(interval, "interval"), whole(hidden, "hidden")
+        self.lr, self.weight_decay = number(lr, "lr", low=0), number(weight_decay, "weight_decay", low=0)
+        self.exits = None if exits is None else whole(exits, "exits")
+        self.seed = whole(seed, "seed", None)
         self._net, self._adam, self._calls = None, None, 0
-    def weight_net(self, E, device="cpu"):
-        if self._net is None: self._make(self.exits or E, device)
-        return self._net
-    def _make(self, E, device):
-        with Streams(self.seed).scope("l2w"): self._net = WeightNet(E, self.hidden).to(device)
-        self._adam = torch.optim.Adam(self._net.parameters(), lr=self.lr, weight_decay=self.weight_decay)
     def weights_of(self,
         losses:torch.Tensor # (B, E), as of `exit_losses`; no gradient flows into them
     )->torch.Tensor:        # (B, E), differentiable in the weight net
@@ -215,6 +257,20 @@ class L2W(Joint):
         losses = exit_losses(raw, y)
         with torch.no_grad(): w = self.weights_of(losses)
         return (w * losses).mean(0).sum(), self.predict(raw)
+
+# %% ../nbs/04b_exit_training.ipynb #ebbe71aa
+@patch
+def weight_net(self:L2W, E, device="cpu"):
+    "The network that weighs the samples, made when it is first asked for."
+    if self._net is None:
+        self._make(self.exits or E, device)
+    return self._net
+
+@patch
+def _make(self:L2W, E, device):
+    with Streams(self.seed).scope("l2w"):
+        self._net = WeightNet(E, self.hidden).to(device)
+    self._adam = torch.optim.Adam(self._net.parameters(), lr=self.lr, weight_decay=self.weight_decay)
 
 # %% ../nbs/04b_exit_training.ipynb #46ecf3e3
 @patch
@@ -232,7 +288,7 @@ def meta_loss(self:L2W,
     losses = exit_losses(run(params, learn[0]), learn[1])
     grads = torch.autograd.grad((self.weights_of(losses) * losses).mean(0).sum(), list(params.values()), create_graph=True, allow_unused=True)
     raw, y = run(sgd_step(net, {n: g for n, g in zip(params, grads) if g is not None}, optimizer), judge[0]), judge[1]
-    parts = exit_partition([f.detach() for f in raw], self.P)
+    parts = _partition([f.detach() for f in raw], self.P)
     return sum(F.cross_entropy(_up(f[i]), y[i]) for f, i in zip(raw, parts) if len(i))
 
 # %% ../nbs/04b_exit_training.ipynb #823dc345
@@ -292,8 +348,11 @@ class SelfDistillation(Joint):
     def __init__(self,
         alpha:float=.3, # share of the divergence, in [0, 1]; 0: joint training
         T:float=3.,     # temperature, > 0
-    ): super().__init__(); _share(alpha=alpha); _positive(T=T); self.alpha, self.T = alpha, T
+    ):
+        super().__init__()
+        self.alpha, self.T = number(alpha, "alpha", 0, 1), number(T, "T", above=0)
     def loss(self, raw, y):
+        _check_raw(raw, y)
         F_ = self.predict(raw)
         return len(F_) * self_distillation(F_, y, alpha=self.alpha, T=self.T), F_
 
@@ -304,9 +363,8 @@ class Mutual(Joint):
         ramp:int=300, # rounds or epochs until the full weight; 0: full weight from the start
         T:float=1.,   # temperature, > 0
     ):
-        super().__init__(); _positive(T=T)
-        if ramp < 0: raise ValueError(f"ramp={ramp} must be >= 0")
-        self.ramp, self.T = ramp, T
+        super().__init__()
+        self.ramp, self.T = whole(ramp, "ramp", 0), number(T, "T", above=0)
     def share(self): return math.exp(-5 * (1 - min(self._t, self.ramp) / self.ramp) ** 2) if self.ramp else 1.
     def loss(self, raw, y):
         total, F_ = Joint.loss(self, raw, y)
@@ -323,23 +381,36 @@ def policy_by_name(
     **kwargs  # passed on
 ):
     "A way to train exits by its name; raises `ValueError` for an unknown name or option."
-    if name not in POLICIES: raise ValueError(f"policy={name!r} is unknown; choose one of {', '.join(POLICIES)}")
-    allowed = [k for k in inspect.signature(POLICIES[name].__init__).parameters if k != "self"]
-    if unknown := sorted(set(kwargs) - set(allowed)): raise ValueError(f"policy {name!r} has no option {unknown[0]!r}; it has {', '.join(allowed)}")
-    return POLICIES[name](**kwargs)
+    return by_name(name, POLICIES, "policy", Joint, **kwargs)
 
 # %% ../nbs/04b_exit_training.ipynb #3b2a1504
-def _save_progress(path, net, opt, generators, rows):
+def _draws(net):
+    "Does training draw random numbers inside the network, as dropout does?"
+    shares = (getattr(m, k, 0) for m in net.modules() for k in ("p", "drop_prob", "dropout"))
+    return any(isinstance(v, (int, float)) and v > 0 for v in shares)
+
+def _training_of(net, data, policy, opt, generator, **settings):
+    "Fingerprints of everything that the weights of a training follow from."
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups]
+    return fingerprints(**settings, policy=policy, data=data, weights=net, generator=generator,
+                        optimizer=[type(opt), groups], rng=torch.get_rng_state() if _draws(net) else None)
+
+def _save_progress(path, net, opt, generators, rows, marks=None):
     "Weights, optimiser, random generators and the rows so far in one file, replaced as a whole."
     state = {f"opt.{i}.{k}": torch.as_tensor(v) for i, s in opt.state_dict()["state"].items() for k, v in s.items() if v is not None}
     state |= {f"net.{k}": v for k, v in net.state_dict().items()} | {"rng": torch.get_rng_state()}
-    save_tensors(path, state | {f"rng.{i}": g.get_state() for i, g in enumerate(generators)}, dict(rows=rows))
+    save_tensors(path, state | {f"rng.{i}": g.get_state() for i, g in enumerate(generators)}, dict(rows=rows, training=marks))
 
-def _load_progress(path, net, opt, generators, policy):
-    "Put back what `_save_progress` wrote, if it did; returns the rows."
-    if hasattr(policy, "weight_net"): raise ValueError("checkpoint: the network of L2W is not kept in it; train without")
-    if not Path(path).is_file(): return []
+def _load_progress(path, net, opt, generators, policy, marks=None):
+    "Put back what `_save_progress` wrote, if it did and for this training; returns the rows."
+    if hasattr(policy, "weight_net"):
+        raise ValueError(f"checkpoint={str(path)!r} must be None with L2W: its weight net is not kept there")
+    if not Path(path).exists():
+        return []
+    check(Path(path).is_file(), "checkpoint", str(path), "the name of a file")
     state, meta = load_tensors(path)
+    if marks is not None:
+        check_fingerprints(path, meta.get("training"), marks)
     part = lambda head: {k[len(head):]: v for k, v in state.items() if k.startswith(head)}
     net.load_state_dict(part("net.")); torch.set_rng_state(state["rng"])
     for i, g in enumerate(generators): g.set_state(state[f"rng.{i}"])
@@ -347,6 +418,35 @@ def _load_progress(path, net, opt, generators, policy):
     for k, v in part("opt.").items(): i, name = k.split("."); moments.setdefault(int(i), {})[name] = v
     opt.load_state_dict(dict(state=moments, param_groups=opt.state_dict()["param_groups"]))
     return meta["rows"]
+
+# %% ../nbs/04b_exit_training.ipynb #35994c04
+def _check_exits(net, data, policy, batch_size):
+    "Is this something that can be trained?"
+    known = all(hasattr(policy, k) for k in ("loss", "meta_step", "at", "ge"))
+    check(known, "policy", policy, "an object such as Joint() or BoostNet()")
+    check(len(data), "data", data, "a split with at least one image")
+    if isinstance(data, ArrayData):      # a meta step learns from halves of a batch
+        check_batches(net, len(data), batch_size, data[:1][0], parts=2 if hasattr(policy, "weight_net") else 1)
+
+def _epoch(net, batches, policy, opt, rate, augment, amp):
+    "One pass over the batches; returns the sum of the losses."
+    total = 0.
+    for i, (x, y) in enumerate(batches):
+        if rate:
+            opt.param_groups[0]["lr"] = rate(i)
+        x = augment(x) if augment else x
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+            policy.meta_step(net, x, y, opt)
+            value = policy.loss(net(x, policy.ge), y)[0]
+        opt.zero_grad(set_to_none=True)
+        value.backward()
+        opt.step()
+        total += value.detach() * len(y)
+    return float(total)
+
+def _falling(lr, e, epochs, n):
+    "Learning rate of step i of epoch e: half a cosine from `lr` to 0."
+    return lambda i: lr * (1 + math.cos(math.pi * (e + i / n) / epochs)) / 2
 
 # %% ../nbs/04b_exit_training.ipynb #dc6d6113
 def fit_exits(
@@ -366,23 +466,30 @@ def fit_exits(
     optimizer=None,           # optimizer(parameters) -> torch optimiser, e.g. AdamW for a ViT; None: SGD
     checkpoint=None,          # file that is written after each epoch, and read first if it is there
 )->list:                      # a dict per epoch: epoch, loss (nats, mean per picture), seconds
-    "Train the exits of a network with a policy; raises `FloatingPointError` if the loss stops being finite."
-    make = optimizer or partial(torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay)
-    opt, n = make([p for p in net.parameters() if p.requires_grad]), math.ceil(len(data) / batch_size)
-    g = _stream(generator, "augment"); drawn = [x for x in (generator, g if augment else None) if x]
-    rows = _load_progress(checkpoint, net, opt, drawn, policy) if checkpoint else []
+    "Train the exits of a network; raises `ValueError` for bad settings or another training's checkpoint, `FloatingPointError` if the loss is not finite."
+    epochs, batch_size, lr = whole(epochs, "epochs", 0), whole(batch_size, "batch_size"), number(lr, "lr", low=0)
+    sgd = dict(lr=lr, momentum=number(momentum, "momentum", low=0), weight_decay=number(weight_decay, "weight_decay", low=0))
+    _check_exits(net, data, policy, batch_size)
+    opt = (optimizer or partial(torch.optim.SGD, **sgd))([p for p in net.parameters() if p.requires_grad])
+    g, n, rows, marks = _stream(generator, "augment"), math.ceil(len(data) / batch_size), [], None
+    drawn, changed = [x for x in (generator, g if augment else None) if x], augment and (lambda x: augment(x, g))
+    if checkpoint:
+        marks = _training_of(net, data, policy, opt, generator, epochs=epochs, batch_size=batch_size, cosine=cosine, amp=amp, augment=augment, **sgd)
+        rows = _load_progress(checkpoint, net, opt, drawn, policy, marks)
+    modes = [(m, m.training) for m in start_training(net).modules()]
     for e in range(len(rows), epochs):
-        total, start = 0., time.perf_counter(); net.train(); policy.at(e, epochs)
-        for i, (x, y) in enumerate(data.batches(batch_size, generator)):
-            if cosine: opt.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * (e + i / n) / epochs)) / 2
-            if augment: x = augment(x, g)
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-                policy.meta_step(net, x, y, opt); value = policy.loss(net(x, policy.ge), y)[0]
-            opt.zero_grad(set_to_none=True); value.backward(); opt.step(); total += value.detach() * len(y)
-        rows.append(dict(epoch=e, loss=float(total) / len(data), seconds=time.perf_counter() - start))
-        if not math.isfinite(rows[-1]["loss"]): raise FloatingPointError(f"the training loss is {rows[-1]['loss']}; lower lr={lr}")
-        if checkpoint: _save_progress(checkpoint, net, opt, drawn, rows)
-        if on_epoch: on_epoch(rows[-1], net)
+        for m, mode in modes:                          # whatever `on_epoch` did to them
+            m.training = mode
+        start, rate = time.perf_counter(), _falling(lr, e, epochs, n) if cosine else None
+        policy.at(e, epochs)
+        loss = _epoch(net, data.batches(batch_size, generator), policy, opt, rate, changed, amp) / len(data)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the training loss is {loss}; lower lr={lr}")
+        rows.append(dict(epoch=e, loss=loss, seconds=time.perf_counter() - start))
+        if checkpoint:
+            _save_progress(checkpoint, net, opt, drawn, rows, marks)
+        if on_epoch:
+            on_epoch(rows[-1], net)
     return rows
 
 # %% ../nbs/04b_exit_training.ipynb #f05266b0
@@ -412,13 +519,20 @@ def compare_exits(
     on_run=None,        # called as on_run(name, result) after each training
     **kwargs            # passed to `train_exits`
 )->dict:                # name -> list of the results of `train_exits`, one per seed
-    "Train every way with every seed."
+    "Train every way with every seed; raises `ValueError` without ways, or for seeds that are not whole numbers."
+    check(isinstance(ways, dict) and ways and all(map(callable, ways.values())), "ways", ways, "a dict: name -> () -> fresh policy")
+    seeds = _seeds(seeds)
     out = {name: [] for name in ways}
     for seed in seeds:
         for name, policy in ways.items():
             out[name].append(train_exits(build, train, test, policy(), seed, **kwargs))
             if on_run: on_run(name, out[name][-1])
     return out
+
+def _seeds(seeds):
+    seeds = [whole(s, f"seeds[{i}]", None) for i, s in enumerate(seeds)]
+    check(seeds and len(set(seeds)) == len(seeds), "seeds", seeds, "different whole numbers, at least one")
+    return seeds
 
 def paired_gain(
     results:dict,      # of `compare_exits`
@@ -444,6 +558,7 @@ def difficulty_experiment(
     **kwargs            # passed to `fit_exits`; preset: epochs=8, lr=.01, batch_size=32
 )->tuple:               # (results of `compare_exits`, train, test)
     "Train the same network on the same pictures with several policies, for the same number of epochs."
+    n_train, n_test, power = whole(n_train, "n_train"), whole(n_test, "n_test"), number(power, "power", above=0)
     from darkdistill_nb.data import ArrayData, load, shapes
     from darkdistill_nb.distillation import CropFlip
     from darkdistill_nb.early_exit import cnn
@@ -464,7 +579,10 @@ def gradient_share(
     difficulty:torch.Tensor, # (N,) in [0, 1]
     bins:int=5,              # equal ranges of difficulty
 )->torch.Tensor:             # (E, bins); each row adds to 1
-    "Share of the gradient at each exit's logits that comes from each range of difficulty."
+    "Share of the gradient at each exit's logits that comes from each range of difficulty; raises `ValueError` for other shapes or ranges."
+    bins = whole(bins, "bins")
+    same_shape(y=y, difficulty=difficulty)
+    check(bool(((difficulty >= 0) & (difficulty <= 1)).all()), "difficulty", "a tensor", "from 0 to 1 and without NaN")
     leaves = [f.detach().clone().requires_grad_() for f in raw]
     policy.loss(leaves, y)[0].backward()
     size = torch.stack([f.grad.norm(dim=1) for f in leaves])

@@ -12,7 +12,7 @@ __all__ = ['PALETTE', 'SYMBOLS', 'DASHES', 'PLOT_CONFIG', 'LOOK', 'seed_for', 'S
            'fingerprints', 'check_fingerprints', 'by_name', 'pick_device', 'style', 'figure']
 
 # %% ../nbs/01_training.ipynb #b02270a4
-import functools, hashlib, inspect, json, os, platform, re, sys, time, types
+import dis, functools, hashlib, inspect, json, os, platform, re, sys, time, types
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -117,19 +117,20 @@ def check_batches(
     batch_size:int, # samples a step
     sample=None,    # (1, C, H, W) one image, to see what reaches the normalisations; None: judged by their kind
     forward=None,   # called on images in place of `net`
+    parts:int=1,    # equal parts of a batch that are learned from one by one
 )->None:
     "Raise `ValueError` if a batch of one sample would leave a batch normalisation with a single number."
     n, batch_size = whole(n, "n", 0), whole(batch_size, "batch_size")
-    norms = _moving_norms(net)
-    if not norms or (n % batch_size or batch_size) != 1:
+    norms, sizes = _moving_norms(net), [s for s in (n % batch_size, min(batch_size, n)) if s // parts == 1]
+    if not norms or not sizes:
         return
     if sample is None:
         alone = any(isinstance(m, nn.BatchNorm1d) for m in norms)
     else:
         alone = _sees_one_number(net, norms, sample, forward or net)
-    last = "batches" if batch_size == 1 else "a last batch"
-    check(not alone, "batch_size", batch_size, f"another number: {n} samples leave {last} of 1, "
-          "on which batch normalisation cannot be trained")
+    part = "" if parts == 1 else f", learned in {parts} parts"
+    check(not alone, "batch_size", batch_size, f"another number: {n} samples leave a batch of {sizes[0]}{part}, "
+          "and batch normalisation cannot be trained on a single sample")
 
 # %% ../nbs/01_training.ipynb #5037830d
 def shared_names(
@@ -158,8 +159,7 @@ def fit(
 )->float:                     # mean loss per picture over the last epoch (nats)
     "Train `net` on `data` with SGD; raises `ValueError` for bad settings, `FloatingPointError` if the loss stops being finite."
     epochs, batch_size = whole(epochs, "epochs", 0), whole(batch_size, "batch_size")
-    lr, momentum = number(lr, "lr", low=0), number(momentum, "momentum", low=0)
-    weight_decay = number(weight_decay, "weight_decay", low=0)
+    lr, momentum, weight_decay = (number(v, k, low=0) for v, k in ((lr, "lr"), (momentum, "momentum"), (weight_decay, "weight_decay")))
     params = [p for p in net.parameters() if p.requires_grad] if params is None else list(params)
     opt = torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
     forward = forward or net
@@ -526,15 +526,35 @@ def _network(net):
     trained = [name for name, p in net.named_parameters() if p.requires_grad]
     return [layers, trained, dict(net.state_dict())]
 
+_KNOWN = ("builtins", "torch", "torchvision", "timm", "numpy", "fastcore", "darkdistill_nb")
+
+def _is_own(o):
+    "Is a function or class written by the user, in a notebook or script, and not a part of a library?"
+    return (getattr(o, "__module__", None) or "builtins").split(".")[0] not in _KNOWN
+
+def _global_names(code):
+    names = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+    return names.union(*(_global_names(c) for c in code.co_consts if isinstance(c, types.CodeType)))
+
 def _function(f):
-    "Code, constants, defaults, and what the function holds of its surroundings."
+    "Code, constants, defaults, and what the function reads of its surroundings."
     held = []
     for cell in f.__closure__ or ():
         try:
             held.append(cell.cell_contents)
         except ValueError:                       # not filled yet
             held.append(None)
-    return [f.__code__, held, f.__defaults__, f.__kwdefaults__]
+    kinds = (bool, int, float, str, tuple, torch.Tensor, types.FunctionType, type)
+    around = {n: f.__globals__.get(n) for n in _global_names(f.__code__)} if _is_own(f) else {}
+    return [f.__code__, held, f.__defaults__, f.__kwdefaults__, {n: v for n, v in around.items() if isinstance(v, kinds)}]
+
+def _class(c):
+    "Its name; of a class of the user's own also what is written in it."
+    if not _is_own(c):
+        return c.__qualname__
+    plain = {k: getattr(v, "fget", None) or getattr(v, "__func__", v) for k, v in vars(c).items()}
+    kept = {k: v for k, v in plain.items() if isinstance(v, types.FunctionType) or k[0] != "_"}
+    return [c.__qualname__, kept, [b for b in c.__bases__ if b is not object]]
 
 # %% ../nbs/01_training.ipynb #edf1086f
 def _array(a):
@@ -563,8 +583,10 @@ def _parts(o):
         return o
     if isinstance(o, bytes):
         return _digest(o)
-    if isinstance(o, (type, types.ModuleType, types.BuiltinFunctionType)):
-        return getattr(o, "__qualname__", o.__name__)
+    if isinstance(o, type):
+        return _class(o)
+    if isinstance(o, (types.ModuleType, types.BuiltinFunctionType)):
+        return o.__name__
     if hasattr(o, "__dict__"):
         return [type(o), {k: v for k, v in vars(o).items() if k[:1] != "_"}]
     return re.sub(" at 0x[0-9a-fA-F]+", "", repr(o))
@@ -644,10 +666,11 @@ def by_name(
         return name
     if not isinstance(name, str) or name not in table:
         raise ValueError(f"{what}={shown(name)} is unknown; choose one of {', '.join(table)}")
-    try:
-        inspect.signature(table[name]).bind(**kwargs)
-    except TypeError as e:
-        raise ValueError(f"{what}={name!r}: {e}; it has {', '.join(inspect.signature(table[name]).parameters)}") from None
+    takes = inspect.signature(table[name]).parameters
+    any_name = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    unknown = [k for k in kwargs if k not in takes and not any_name]
+    if unknown:
+        raise ValueError(f"{what} {name!r} has no option {unknown[0]!r}; it has {', '.join(takes) or 'none'}")
     return table[name](**kwargs)
 
 # %% ../nbs/01_training.ipynb #b6d644a6

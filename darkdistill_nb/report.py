@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from .data import client_histogram, effective_classes
 from .difficulty import DifficultyHistogram, measure_difficulty
-from .inference import budget_curve
+from .inference import budget_curve, read_thresholds
 from .training import PALETTE, PLOT_CONFIG, Record, accuracy, figure, load_record, mean_std, plus_minus, style, write_atomic
 
 # %% ../nbs/13a_report.ipynb #d937e367
@@ -206,12 +206,17 @@ def _unit(macs):
         if max(macs) >= d: return d, w + "MACs"
     return 1, "MACs"
 
+def _threshold(t, digits):
+    "A threshold in words: infinite ones let nobody or everybody leave."
+    return f"{t:.{digits}f}" if abs(t) < float("inf") else "none leaves" if t > 0 else "all leave"
+
 def _budgets(row):
     "Budget curve of a method, averaged over seeds: list of dict(P, cost, accuracy, thresholds)."
     curves = [run["final"]["budget"] for run in row["runs"] if run["final"].get("budget")]
-    mean = lambda v: None if None in v else sum(v) / len(v)
+    mean = lambda v: sum(v) / len(v)
+    read = lambda p: read_thresholds(p["thresholds"])[:-1]
     return [dict(P=ps[0]["P"], cost=mean([p["cost"] for p in ps]), accuracy=mean([p["accuracy"] for p in ps]),
-                 thresholds=[mean(t) for t in zip(*(p["thresholds"][:-1] for p in ps))])
+                 thresholds=[mean(t) for t in zip(*map(read, ps))])
             for ps in zip(*curves)]
 
 # %% ../nbs/13a_report.ipynb #11c58baf
@@ -225,7 +230,7 @@ def cost_figure(
     unit, words = _unit([c for r in records for c in r.info["macs"]])
     for w in rows:
         look, P = _look(w, rows), _budgets(w)
-        tip = ["P = {}<br>thresholds {}".format(p["P"], ", ".join("none" if t is None else f"{t:.2f}" for t in p["thresholds"])) for p in P]
+        tip = ["P = {}<br>thresholds {}".format(p["P"], ", ".join(_threshold(t, 2) for t in p["thresholds"])) for p in P]
         if P: traces.append(go.Scatter(x=[p["cost"] / unit for p in P], y=[100 * p["accuracy"] for p in P],
                                        text=tip, name=f"{w['name']}, budgets", mode="lines", line=dict(color=look["line"]["color"], width=2.5),
                                        hovertemplate="%{text}<br>%{x:.3g}: %{y:.2f} %"))
@@ -365,7 +370,7 @@ def _cost_data(*records, names=None):
     rows = summary(*records, names=names); unit, words = _unit([c for r in records for c in r.info["macs"]])
     E = max(len(w["exits"]) for w in rows)
     head = ["method", "budget P", f"mean cost, {words}", "accuracy, %", *(f"threshold {e + 1}" for e in range(E - 1))]
-    t = lambda v: "none leaves" if v is None else f"{v:.3f}"
+    t = lambda v: _threshold(v, 3)
     budget = [[w["name"], str(p["P"]), f"{p['cost'] / unit:.3g}", f"{100 * p['accuracy']:.2f}",
                *map(t, p["thresholds"]), *[""] * (E - 1 - len(p["thresholds"]))]
               for w in rows for p in _budgets(w) if p["P"] % 4 == 0 or p["P"] in (1, 39)]

@@ -96,7 +96,8 @@ def check(self:ExitModel,
     T # E thresholds; the last one is -inf
 )->np.ndarray: # (E,) float
     "Thresholds as an array; raises `ValueError` for a wrong number of them, NaN, or a last one that is not -inf."
-    T = np.asarray(T, float)
+    from darkdistill_nb.inference import read_thresholds
+    T = np.asarray(read_thresholds(T, name="thresholds") if np.ndim(T) == 1 else T, float)
     if T.shape != (len(self),): raise ValueError(f"thresholds must be {len(self)} numbers, one per exit, not of shape {T.shape}")
     if np.isnan(T).any(): raise ValueError(f"thresholds={T.tolist()} hold NaN")
     if T[-1] != -math.inf: raise ValueError(f"the last threshold must be -inf, because the last exit takes every sample, not {T[-1]}")

@@ -92,7 +92,7 @@ def test_scores_refuse():
     with pytest.raises(ValueError, match="equal length at all exits, not 2 and 3"):
         inf.Difference().score(torch.zeros(2, 1, 3), [torch.ones(1, 2), torch.ones(1, 3)])
     with pytest.raises(ValueError, match="features has 1 entries for 2 exits"): inf.Difference().score(torch.zeros(2, 1, 3), [torch.ones(1, 2)])
-    with pytest.raises(ValueError, match="T=-1 must be a positive temperature"): inf.Energy(-1)
+    with pytest.raises(ValueError, match="T=-1 must be a finite number above 0"): inf.Energy(-1)
     with pytest.raises(ValueError, match="this gate has 2 exits; it was asked for exit 3"): inf.Gate(2, 3).score(torch.zeros(3, 1, 3))
 
 
@@ -114,7 +114,7 @@ def test_exit_outputs_of_a_network():
     assert torch.allclose(z, torch.stack(policy.predict(list(predict(net, d)))), atol=1e-5)
     assert torch.allclose(inf.exit_outputs(net, d)[0], predict(net, d), atol=1e-5)
     assert torch.allclose(a[1], net.eval().features(net.stem(d[:][0]))[1], atol=1e-5)
-    with pytest.raises(ValueError, match="data has no pictures"): inf.exit_outputs(net, d.subset([]))
+    with pytest.raises(ValueError, match="data has no images"): inf.exit_outputs(net, d.subset([]))
 
 
 # ---------------------------------------------------------------- MSDNet's procedure
@@ -151,8 +151,8 @@ def test_flat_keeps_the_best_thresholds_so_far(data):
     d = data; v, t = d["v"].clone(), d["t"].clone(); v[3], t[3] = v[0], t[0]        # a last exit that is worse than the third
     args, sv, rv = (v, t, d["yt"], d["costs"]), inf.confidence(v), v.argmax(-1) == d["yv"]
     plain, flat = inf.budget_curve(*args), inf.budget_curve(*args, flat=True, valid_y=d["yv"])
-    T_of = lambda p: [math.inf if t is None else t for t in p["thresholds"][:-1]] + [LAST]
-    acc, seen, best = [inf.evaluate_thresholds(sv, rv, d["costs"], T_of(p))["accuracy"] for p in plain], -1, None
+    acc = [inf.evaluate_thresholds(sv, rv, d["costs"], p["thresholds"])["accuracy"] for p in plain]
+    seen, best = -1, None
     for a, p, f in zip(acc, plain, flat):
         if a > seen: seen, best = a, p
         assert f["thresholds"] == best["thresholds"] and f["accuracy"] == best["accuracy"]
@@ -166,7 +166,7 @@ def test_departures_of_the_released_code(data):
     got = inf.budget_curve(z, d["t"], d["yt"], d["costs"], P=[15], score="logit", exponent=4)[0]
     q = np.array([(15 / 20) ** (4 * k) for k in range(1, 5)]); q /= q.sum()
     T = inf.budget_thresholds(z.amax(-1), q.tolist())
-    assert got["thresholds"][:-1] == pytest.approx(T[:-1]) and got["thresholds"][-1] is None
+    assert got["thresholds"][:-1] == pytest.approx(T[:-1]) and got["thresholds"][-1] == "-inf"
     assert got["thresholds"][0] > 1 and got["cost"] < inf.budget_curve(z, d["t"], d["yt"], d["costs"], P=[15])[0]["cost"]
 
 
@@ -252,8 +252,9 @@ def test_scores_with_ties_and_exits_that_cannot_be_taken(data):
 def test_bad_input_is_refused_in_one_sentence(data):
     d = data; s, r, c = d["sv"], d["rv"], d["costs"]; nan = s.clone(); nan[2, 5] = math.nan
     for B in (.99, 4.01, math.nan):
+        words = f"budget={B} must lie between 1, .* and 4, the dearest" if B == B else "budget=nan must be a finite number"
         for scheme in inf.SCHEMES:
-            with pytest.raises(ValueError, match=f"budget={B} must lie between 1, .* and 4, the dearest"): inf.thresholds_for_budget(s, r, c, B, scheme)
+            with pytest.raises(ValueError, match=words): inf.thresholds_for_budget(s, r, c, B, scheme)
     with pytest.raises(ValueError, match="3 thresholds for 4 exits: give one per exit"): inf.take_exit(s, [.5] * 3)
     with pytest.raises(ValueError, match="contains NaN"): inf.take_exit(s, [.5, math.nan, .5, LAST])
     with pytest.raises(ValueError, match="NaN at exit 3"): inf.take_exit(nan, [.5] * 4)
@@ -264,9 +265,9 @@ def test_bad_input_is_refused_in_one_sentence(data):
     with pytest.raises(ValueError, match="3 costs for 4 exits"): inf.thresholds_for_budget(s, r, c[:3], 2.)
     with pytest.raises(ValueError, match="must be positive and rise"): inf.thresholds_for_budget(s, r, [1, 3, 2, 4], 2.)
     with pytest.raises(ValueError, match="right has shape"): inf.thresholds_for_budget(s, r[:2], c, 2., "lagrange")
-    with pytest.raises(ValueError, match="scheme='greedy' is unknown; choose one of msdnet"): inf.thresholds_for_budget(s, r, c, 2., "greedy")
+    with pytest.raises(ValueError, match="scheme='greedy' must be one of msdnet"): inf.thresholds_for_budget(s, r, c, 2., "greedy")
     with pytest.raises(ValueError, match="add to 1"): inf.budget_thresholds(s, [.3] * 4)
-    with pytest.raises(ValueError, match="mu=-1 must not be negative"): inf.stopping_thresholds(s, r, c, -1)
+    with pytest.raises(ValueError, match="mu=-1 must be a finite number of at least 0"): inf.stopping_thresholds(s, r, c, -1)
     with pytest.raises(ValueError, match="no samples"): inf.temperature(d["v"][:, :0], d["yv"][:0])
 
 

@@ -296,7 +296,8 @@ def _outcome(done, costs, n_classes, logits, ordered=False):
 # %% ../nbs/05c_runner.ipynb #22dce1e1
 def _set_rule(r, costs, thresholds, score, policy):
     "Costs, score, policy and checked thresholds, as attributes of r."
-    r.costs, r.score, r.policy = list(costs), score_by_name(score or "confidence"), policy or Joint()
+    r.costs, r.score, r.policy = list(costs), score_by_name("confidence" if score is None else score), Joint() if policy is None else policy
+    check(hasattr(r.policy, "step"), "policy", policy, "a policy of 04b (`policy_by_name` makes one), or None")
     r.thresholds = read_thresholds(thresholds, len(r.costs), "thresholds")
     r.rounded = torch.tensor(r.thresholds, dtype=torch.float32).tolist()   # like the scores
     return r
@@ -576,7 +577,7 @@ def export_onnx(
     (folder / "manifest.json").write_text(json.dumps(text, indent=1))
     return folder / "manifest.json"
 
-# %% ../nbs/05c_runner.ipynb #2cab568e
+# %% ../nbs/05c_runner.ipynb #cf999cd7
 _MANIFEST = dict(input_shape=list, n_classes=int, macs=list, files=list, thresholds=list, score=str, policy=str, policy_options=dict)
 
 def _manifest(folder):

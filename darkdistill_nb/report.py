@@ -59,11 +59,28 @@ def describe(
     clients:dict, # seed -> list of `Client`s
     costs=None,   # MACs per exit; None: counted
 )->dict:          # JSON-able
-    "What all runs of an experiment share: costs, sizes, classes, and who holds what."
+    "What all runs of an experiment share: costs, sizes, classes, and who holds what; raises `ValueError` unless `costs` has one number per exit."
+    if costs is not None:
+        for c in costs: number(c, "costs", above=0)
+        check(len(costs) == len(net), "costs", costs, f"{len(net)} numbers, one per exit")
     size = lambda m: sum(p.numel() for p in net.prefix(m).parameters())
     hold = lambda cs: client_histogram(train.y.cpu(), [torch.cat([c.train, c.valid]) for c in cs], train.n_classes).tolist()
     return dict(macs=costs or net.macs(), parameters=[size(m + 1) for m in range(len(net))], classes=list(train.classes), input_shape=list(train.shape),
                 clients={str(s): dict(tier=[c.tier for c in cs], classes=hold(cs)) for s, cs in clients.items()})
+
+# %% ../nbs/13a_report.ipynb #d8ae607f
+def _check_records(records, names=None):
+    "Raise unless there are `Record`s, and one name for each."
+    check(len(records) > 0, "records", records, "at least one `Record`")
+    for r in records:
+        check(isinstance(r, Record), "record", r, "a `Record`, see `load_record`")
+    if names is not None:
+        ok = not isinstance(names, str) and len(names) == len(records)
+        check(ok, "names", names, f"{len(records)} names, one per record")
+
+def _finite(values, name):
+    "`values` as a list of finite floats."
+    return [number(v, name) for v in values]
 
 # %% ../nbs/13a_report.ipynb #ca7976a9
 LABELS = {"eefl": "EEFL", "darkdistill": "DarkDistill"}
@@ -73,7 +90,8 @@ def summary(
     *records,   # `Record`s
     names=None, # one name per record, put before the method; None: no names
 )->list:        # one dict per row: name, method, seeds, exits (E lists over seeds), mean (over seeds), versus (paired differences), record
-    "Rows of the table: every method of every record, with paired differences to the first record's EEFL (or first method)."
+    "Rows of the table: every method of every record, with paired differences to the first record's EEFL (or first method); raises `ValueError` for what is no record."
+    _check_records(records, names)
     rows = []
     for i, r in enumerate(records):
         for m in dict.fromkeys(run["method"] for run in r.runs):
@@ -101,7 +119,8 @@ def spread(
     signed:bool=False,
 )->str:            # in percent
     "Mean and spread in percent; a single seed has no spread, and none is printed."
-    if not len(values): return "–"
+    values, signed = _finite(values, "values"), flag(signed, "signed")
+    if not values: return "–"
     text = plus_minus(values, 2, 100) if len(values) > 1 else f"{100 * values[0]:.2f}"
     return f"+{text}" if signed and mean_std(values)[0] >= 0 else text
 
@@ -109,6 +128,7 @@ def agreement(
     differences:list # one per seed
 )->str:
     "How many seeds have the sign of the mean difference."
+    differences = _finite(differences, "differences")
     if not differences: return "–"
     m = sum(differences)
     return f"{sum(d * m > 0 for d in differences)} of {len(differences)}"
@@ -148,6 +168,7 @@ def alone_rows(
     record:Record
 )->dict:  # "best", "median" -> accuracy of that client, one per seed; empty if it was not measured
     "Best and median client that trained alone, for each seed."
+    _check_records([record])
     each = [sorted(c["accuracy"] for c in cs) for cs in (record.info.get("alone") or {}).values()]
     return dict(best=[a[-1] for a in each], median=[(a[(len(a) - 1) // 2] + a[len(a) // 2]) / 2 for a in each]) if each else {}
 
@@ -218,7 +239,8 @@ def _unit(macs):
 
 def _threshold(t, digits):
     "A threshold in words: infinite ones let nobody or everybody leave."
-    return f"{t:.{digits}f}" if abs(t) < float("inf") else "none leaves" if t > 0 else "all leave"
+    if math.isnan(t): return "differs"            # none leaves with one seed, all leave with another
+    return f"{t:.{digits}f}" if abs(t) < math.inf else "none leaves" if t > 0 else "all leave"
 
 def _budgets(row):
     "Budget curve of a method, averaged over seeds: list of dict(P, cost, accuracy, thresholds)."
@@ -276,7 +298,9 @@ def mean_effective_classes(
     record:Record,
     seed, # of the run
 )->float: # between 1 and K
-    "Effective number of classes per client that a split really has: 1 / mean of sum p^2."
+    "Effective number of classes per client that a split really has: 1 / mean of sum p^2; raises `ValueError` for a seed without clients."
+    known = list(record.info["clients"])
+    check(str(seed) in known, "seed", seed, f"one of {', '.join(known)}, the seeds of this record")
     shares = [[n / sum(c) for n in c] for c in record.info["clients"][str(seed)]["classes"] if sum(c)]
     return len(shares) / sum(sum(p * p for p in s) for s in shares)
 
@@ -424,6 +448,7 @@ def in_words(
     record:Record
 )->str:
     "The experiment in one sentence."
+    _check_records([record])
     c, n = record.config, len(record.config["seeds"])
     T, data = len(c["tiers"]), Path(str(c["data"])).stem
     equal = max(c["tiers"]) - min(c["tiers"]) < 1e-9
@@ -698,6 +723,7 @@ def write_report(
     path, # of the HTML file
 )->Path:
     "Write the report of a record as one self-contained HTML file."
+    _check_records([record])
     methods = " and ".join(w["name"] for w in summary(record))
     title = f"{methods} on {Path(str(record.config['data'])).stem}"
     parts = [f"<h1>{html.escape(title)}</h1><p class=sub>{html.escape(in_words(record))}</p>", _tiles(record)]
@@ -709,6 +735,7 @@ def differing(
     *records # `Record`s
 )->list:     # (setting, [its value in each record])
     "Settings that are not the same in all records."
+    _check_records(records)
     keys = dict.fromkeys(k for r in records for k in r.config)
     return [(k, [r.config.get(k) for r in records]) for k in keys if any(r.config.get(k) != records[0].config.get(k) for r in records)]
 
@@ -730,6 +757,7 @@ def write_compare(
     path,       # of the HTML file
 )->Path:
     "Write the comparison of several records, with their accuracy-cost curves, as one self-contained HTML file."
+    _check_records(records, names)
     title = "Comparison of " + ", ".join(names)
     d = differing(*records)
     parts = [f"<h1>{html.escape(title)}</h1>", *(f"<p class=sub><b>{html.escape(n)}</b>: {html.escape(in_words(r))}</p>" for n, r in zip(names, records)),

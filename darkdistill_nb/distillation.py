@@ -9,25 +9,80 @@ __all__ = ['kd_loss', 'logit_mse', 'Taps', 'CropFlip', 'Views', 'teacher_table',
            'dist_loss', 'rkd_distance', 'rkd_angle', 'RKD']
 
 # %% ../nbs/02_distillation.ipynb #2012d490
-import math, time
+import copy, math, time
 from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
-from .training import seed_for
+from .checks import check, choice, finite, flag, number, same_shape, whole
+from .training import evaluating, seed_for, start_training
 from fastcore.basics import patch
 from torch import nn
 
 # %% ../nbs/02_distillation.ipynb #98413b36
 def _up(x): return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x   # at least 32 bits
 
-def _positive(**values):
+def _positive(**values): # 04b uses it, and its tests know these words
     for name, v in values.items():
-        if not v > 0: raise ValueError(f"{name}={v} must be a positive {'temperature' if name in ('T', 'tau') else 'number'}")
+        what = "a positive temperature" if name in ("T", "tau") else "a positive number"
+        check(0 < number(v, name, inf=True) < math.inf, name, v, what)
 
-def _share(**values):
+def _share(**values): # likewise
     for name, v in values.items():
-        if not 0 <= v <= 1: raise ValueError(f"{name}={v} must lie in [0, 1]")
+        check(0 <= number(v, name, inf=True) <= 1, name, v, "lie in [0, 1]")
     return v
+
+# %% ../nbs/02_distillation.ipynb #2b352134
+def _batch(x, name, axes):
+    "`x` is a tensor of floating-point numbers with the named axes, none of them empty."
+    words = axes if isinstance(axes, str) else "one of " + ", ".join(axes)
+    sizes = {len(a.split(",")) for a in ([axes] if isinstance(axes, str) else axes)}
+    ok = isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim in sizes and x.numel() > 0
+    if not ok:
+        got = tuple(x.shape) if hasattr(x, "shape") else type(x).__name__
+        raise ValueError(f"{name} of shape {got} must be a tensor of numbers of shape {words}, not empty")
+    return x
+
+def _certain(z, name):
+    "Logits (..., K) without NaN; -inf is a class that cannot occur, but one class must be able to."
+    best = z.detach().amax(-1)
+    bad = int((~best.isfinite()).sum())
+    if bad:
+        raise ValueError(f"{name} must be numbers, or -inf for some classes of a sample, but {bad} of "
+                         f"{best.numel()} samples hold NaN, +inf, or no class that is possible")
+    return z
+
+def _pair(student, teacher):
+    "Logits of two networks for the same samples and classes."
+    _batch(student, "student", "(B, K)")
+    _batch(teacher, "teacher", "(B, K)")
+    same_shape(student=student, teacher=teacher)
+    _certain(teacher, "teacher")
+
+def _labels(y, logits, name="y"):
+    "Labels of the rows of `logits`: whole numbers 0..K-1."
+    n, K = logits.shape[-2:]
+    ok = isinstance(y, torch.Tensor) and y.shape == (n,) and not y.is_floating_point() and y.dtype != torch.bool
+    if not ok:
+        got = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, torch.Tensor) else type(y).__name__
+        raise ValueError(f"{name} must be ({n},) whole numbers, one label per sample, not {got}")
+    low, high = int(y.min()), int(y.max())
+    check(0 <= low and high < K, f"{name}'s labels", (low, high), f"between 0 and {K - 1}: there are {K} classes")
+    return y
+
+# %% ../nbs/02_distillation.ipynb #73994138
+def _terms(log_p, log_q, reduction):
+    "p (log p - log q) of every class; one of probability 0 under p adds 0, and has no gradient."
+    gone = log_p == -math.inf
+    return F.kl_div(log_q.masked_fill(gone, 0.), log_p.masked_fill(gone, 0.), reduction=reduction, log_target=True)
+
+def _masked(student, teacher):
+    "Where both say that a class cannot occur."
+    return (student == -math.inf) & (teacher == -math.inf)
+
+def _kd(student, teacher, T):
+    "`kd_loss` without its checks, for networks that learn together: there the driver looks for NaN."
+    log_p = F.log_softmax(_up(teacher).detach() / T, -1)
+    return T * T * _terms(log_p, F.log_softmax(_up(student) / T, -1), "batchmean")
 
 # %% ../nbs/02_distillation.ipynb #8877e6ae
 def kd_loss(
@@ -35,10 +90,10 @@ def kd_loss(
     teacher:torch.Tensor, # (B, K) logits; no gradient flows into them
     T:float=4.,           # temperature, > 0
 )->torch.Tensor:          # scalar (nats)
-    "Hinton's distillation loss T^2 KL(teacher || student), averaged over the batch (arXiv 1503.02531); raises `ValueError` for T <= 0."
-    _positive(T=T)
-    log_p = F.log_softmax(_up(teacher).detach() / T, -1)
-    return T * T * F.kl_div(F.log_softmax(_up(student) / T, -1), log_p, reduction="batchmean", log_target=True)
+    "Hinton's distillation loss T^2 KL(teacher || student), averaged over the batch (arXiv 1503.02531); raises `ValueError` for shapes that differ, NaN in `teacher`, or T <= 0."
+    T = number(T, "T", above=0)
+    _pair(student, teacher)
+    return _kd(student, teacher, T)
 
 # %% ../nbs/02_distillation.ipynb #a821899f
 def logit_mse(
@@ -48,52 +103,84 @@ def logit_mse(
     alpha:float=.5,       # share of the MSE, in [0, 1]
     tau:float=1.,         # both logits are divided by it, > 0; the cross-entropy's are not
 )->torch.Tensor:          # scalar
-    "(1-alpha) CE + alpha MSE of the logits, the form used for latent-space distillation; raises `ValueError` for alpha outside [0, 1] or tau <= 0."
-    _share(alpha=alpha); _positive(tau=tau)
-    student = _up(student)
+    "(1-alpha) CE + alpha MSE of the logits, the form used for latent-space distillation; raises `ValueError` for shapes that differ, NaN in `teacher`, alpha outside [0, 1] or tau <= 0."
+    alpha, tau = number(alpha, "alpha", 0, 1), number(tau, "tau", above=0)
+    _pair(student, teacher)
+    y, student, teacher = _labels(y, student).long(), _up(student), _up(teacher).detach()
     ce = F.cross_entropy(student, y) if alpha < 1 else 0.
-    return (1 - alpha) * ce + alpha * F.mse_loss(student / tau, _up(teacher).detach() / tau)
+    both = ~_masked(student, teacher)
+    if not both.all():                                           # the mean is over what is possible
+        student, teacher = student[both], teacher[both]
+    mse = F.mse_loss(student / tau, teacher / tau)
+    return (1 - alpha) * ce + alpha * mse
 
 # %% ../nbs/02_distillation.ipynb #2a3866be
+def _copied(o):
+    "A copy of a module's output that later in-place operations cannot reach; gradients flow through it."
+    if isinstance(o, torch.Tensor):
+        return o.clone()
+    if isinstance(o, dict):
+        return {k: _copied(v) for k, v in o.items()}
+    if isinstance(o, (list, tuple)):
+        parts = [_copied(v) for v in o]
+        return type(o)(*parts) if hasattr(o, "_fields") else type(o)(parts)
+    return o
+
+def _places(net, layers):
+    "name -> (submodule, True: its input is wanted), or a `ValueError` for a path that leads nowhere."
+    known, found = dict(net.named_modules()), {}
+    for name, path in layers.items():
+        p, _, end = path.partition(":") if isinstance(path, str) else (None, "", "")
+        if p not in known or end not in ("", "input"):
+            raise ValueError(f"layers[{name!r}]={path!r} is no submodule; there are {', '.join(k for k in known if k)}")
+        if name == "logits":
+            raise ValueError("the name 'logits' is taken by the network's output; call the tap differently")
+        found[name] = known[p], end == "input"
+    return found
+
+# %% ../nbs/02_distillation.ipynb #7151ec59
 class Taps:
-    "Run a network and keep outputs of named submodules: `Taps(net, {'latent': 'fc1'})(x)` -> {'logits': ..., 'latent': ...}."
+    "Run a network and keep outputs of named submodules: `Taps(net, {'latent': 'fc1'})(x)` -> {'logits': ..., 'latent': ...}; raises `ValueError` for an unknown path."
     def __init__(self,
-        net:nn.Module,    # called with the pictures
+        net:nn.Module,    # called with the images
         layers:dict=None, # name -> path of a submodule, as in `net.named_modules()`; path + ':input': what enters it
     ):
         self.net, self.layers, self.kept, self.hooks = net, dict(layers or {}), {}, []
-        known = dict(net.named_modules())
-        for name, path in self.layers.items():
-            p, _, end = path.partition(":")
-            if p not in known or end not in ("", "input"):
-                raise ValueError(f"layers[{name!r}]={path!r} is no submodule; there are {', '.join(k for k in known if k)}")
-            if name == "logits": raise ValueError("the name 'logits' is taken by the network's output; call the tap differently")
-        for name, path in self.layers.items():
-            p, _, end = path.partition(":")
-            keep = (lambda m, i, o, name=name: self.kept.update({name: o})) if not end else (lambda m, i, o, name=name: self.kept.update({name: i[0]}))
-            self.hooks.append(known[p].register_forward_hook(keep))
+        for name, (module, before) in _places(net, self.layers).items():
+            self.hooks.append(self._hook(name, module, before))
+    def _hook(self, name, module, before):
+        "Keep a copy of what enters `module`, or of what it puts out."
+        def enters(module, args, kwargs): self.kept[name] = _copied(next(iter((*args, *kwargs.values()))))
+        def leaves(module, args, out): self.kept[name] = _copied(out)
+        if before:
+            return module.register_forward_pre_hook(enters, with_kwargs=True)
+        return module.register_forward_hook(leaves)
     def __call__(self, x):
         self.kept.clear()
         out = {"logits": self.net(x), **self.kept}
-        if missing := self.layers.keys() - out.keys(): raise ValueError(f"the forward pass never reached {', '.join(self.layers[m] for m in missing)}")
         self.kept.clear()
+        if missing := self.layers.keys() - out.keys():
+            raise ValueError(f"the forward pass never reached {', '.join(self.layers[m] for m in missing)}")
         return out
     def close(self):
-        for h in self.hooks: h.remove()
+        for h in self.hooks:
+            h.remove()
     def __enter__(self): return self
     def __exit__(self, *a): self.close()
 
 # %% ../nbs/02_distillation.ipynb #25977b3e
 class CropFlip:
-    "Random crop after padding, and a horizontal flip with probability 1/2: the usual augmentation of 32x32 pictures."
+    "Random crop after padding, and a horizontal flip with probability 1/2: the usual augmentation of 32x32 pictures; raises `ValueError` for other settings."
     def __init__(self,
         pad:int=4,      # pixels of zeros (the mean colour of normalised pictures) on each side
         flip:bool=True, # mirror half of the pictures
-    ): self.pad, self.flip = pad, flip
+    ):
+        self.pad, self.flip = whole(pad, "pad", 0), flag(flip, "flip")
     def draw(self, n, generator):
         shift = torch.randint(2 * self.pad + 1, (n, 2), generator=generator)
         return torch.cat([shift, torch.randint(1 + self.flip, (n, 1), generator=generator)], 1)
     def apply(self, x, drawn):
+        check(x.ndim == 4, "x's shape", tuple(x.shape), "(B, C, H, W)")
         (B, C, H, W), drawn = x.shape, drawn.to(x.device)
         rows = drawn[:, :1] + torch.arange(H, device=x.device)
         cols = torch.arange(W, device=x.device).expand(B, W)
@@ -111,7 +198,7 @@ class Views:
         views:int=4,         # V
         generator:torch.Generator=None, # draws the stored numbers; None: seed 0
     ):
-        if views < 1: raise ValueError(f"views={views} must be at least 1")
+        views = whole(views, "views")
         self.data, self.augment, self.n = data, augment, views if augment else 1
         g, N = generator or torch.Generator().manual_seed(0), len(data)
         self.whole = hasattr(augment, "draw")
@@ -125,6 +212,23 @@ class Views:
         if self.whole: return self.augment.apply(x, drawn), y
         return torch.cat([self.augment(p[None], torch.Generator().manual_seed(k)) for p, k in zip(x, drawn.tolist())]), y
 
+# %% ../nbs/02_distillation.ipynb #83e10488
+def _fits_half(x):
+    "Do all finite numbers of `x` stay finite in 16 bits (up to 65504)?"
+    return bool((x.half().isinf() == x.isinf()).all())
+
+def _empty_table(out, V, N, limit):
+    "Room for V x N outputs like `out`, or a message why there is none."
+    if bad := [k for k, o in out.items() if not isinstance(o, torch.Tensor)]:
+        raise TypeError(f"the teacher's {bad[0]!r} is a {type(out[bad[0]]).__name__}, not one tensor; "
+                        "tap a single layer, or pass cache=False")
+    gib = V * N * sum(o[0].numel() for o in out.values()) * 2 / 2**30
+    if gib > limit:
+        raise ValueError(f"the teacher's outputs would take {gib:.1f} GiB, more than limit={limit}; "
+                         "tap smaller layers, or pass cache=False")
+    kind = lambda o: torch.float16 if o.is_floating_point() else o.dtype
+    return {k: torch.empty(V, N, *o.shape[1:], dtype=kind(o), device=o.device) for k, o in out.items()}
+
 # %% ../nbs/02_distillation.ipynb #fa21cb2a
 @torch.no_grad()
 def teacher_table(
@@ -134,35 +238,44 @@ def teacher_table(
     batch_size:int=256,  # pictures a forward pass
     limit:float=4.,      # GiB the table may take
 )->dict:                 # "logits" and each tap -> (V, N, ...) tensor, 16 bit (32 where 16 would overflow)
-    "All outputs of a teacher, computed once; raises `ValueError` if they would not fit into `limit` GiB."
+    "All outputs of a teacher, computed once; raises `ValueError` for NaN, and if they would not fit into `limit` GiB."
+    batch_size, limit = whole(batch_size, "batch_size"), number(limit, "limit", above=0)
+    check(len(data) > 0, "data", len(data), "at least one image")
     views = data if isinstance(data, Views) else Views(data)
     V, N, table = views.n, len(views), {}
-    was = teacher.training; teacher.eval()
-    try:
-        with Taps(teacher, layers) as taps:
-            for v in range(V):
-                for at in torch.arange(N, device=views.data.y.device).split(batch_size):
-                    out = taps(views(at, v)[0])
-                    if not table:
-                        if bad := [k for k, o in out.items() if not isinstance(o, torch.Tensor)]:
-                            raise TypeError(f"the teacher's {bad[0]!r} is a {type(out[bad[0]]).__name__}, not one tensor; "
-                                            "tap a single layer, or pass cache=False")
-                        gib = V * N * sum(o[0].numel() for o in out.values()) * 2 / 2**30
-                        if gib > limit:
-                            raise ValueError(f"the teacher's outputs would take {gib:.1f} GiB, more than limit={limit}; "
-                                             "tap smaller layers, or pass cache=False")
-                        table = {k: torch.empty(V, N, *o.shape[1:], dtype=torch.float16, device=o.device) for k, o in out.items()}
-                    for k, o in out.items():
-                        if table[k].dtype == torch.float16 and o.abs().max() > 65504: table[k] = table[k].float()
-                        table[k][v, at] = o.to(table[k].dtype)
-    finally: teacher.train(was)
+    with evaluating(teacher), Taps(teacher, layers) as taps:
+        for v in range(V):
+            for at in torch.arange(N, device=views.data.y.device).split(batch_size):
+                out = taps(views(at, v)[0])
+                table = table or _empty_table(out, V, N, limit)
+                for k, o in out.items():
+                    finite(o, f"the teacher's {k!r}", inf=True)
+                    if table[k].dtype == torch.float16 and not _fits_half(o):
+                        table[k] = table[k].float()
+                    table[k][v, at] = o.to(table[k].dtype)
     return table
 
 # %% ../nbs/02_distillation.ipynb #e25ca833
 def _optimizer(name, params, lr, momentum, weight_decay):
-    if name == "sgd": return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
-    if name == "adam": return torch.optim.Adam(params, lr=lr, weight_decay=weight_decay)
-    raise ValueError(f"optimizer={name!r} is unknown; choose sgd or adam")
+    choice(name, "optimizer", ("sgd", "adam"))
+    lr, weight_decay = number(lr, "lr", 0), number(weight_decay, "weight_decay", 0)
+    momentum = number(momentum, "momentum", 0)
+    if name == "sgd":
+        return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    return torch.optim.Adam(params, lr=lr, weight_decay=weight_decay)
+
+def _check_last_batch(net, data, batch_size):
+    "Refuse a last batch of one image where batch normalisation would see one value per channel."
+    if len(data) % batch_size != 1 and batch_size > 1 or not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()):
+        return
+    with torch.no_grad(), torch.random.fork_rng():
+        try:
+            start_training(copy.deepcopy(net))(data[:1][0])
+        except ValueError as e:
+            if "more than 1 value per channel" not in str(e):
+                raise
+            raise ValueError(f"batch_size={batch_size} leaves a last batch of one of {len(data)} images, in which batch "
+                             "normalisation has no spread to divide by; choose another batch_size") from None
 
 def _stream(generator, name):
     "A generator that follows from `generator` without drawing from it, so that the order of batches stays the same with and without its use."
@@ -180,6 +293,8 @@ def _prepare(teacher, data, layers, augment, cache, views, generator):
         return Views(data), None, lambda x: augment(x, g)
     source = augment if isinstance(augment, Views) else Views(data, augment, views, _stream(generator, "views"))
     table = cache if isinstance(cache, dict) else teacher_table(teacher, source, layers) if cache and teacher is not None else None
+    if table is not None and "logits" not in table:
+        raise ValueError(f"cache has no 'logits', only {', '.join(map(str, table))}: it must be a `teacher_table`")
     if table is not None and tuple(table["logits"].shape[:2]) != (source.n, len(data)):
         raise ValueError(f"the teacher's table has shape {tuple(table['logits'].shape[:2])} in (views, samples), but here there are {(source.n, len(data))}")
     return source, table, None
@@ -187,13 +302,13 @@ def _prepare(teacher, data, layers, augment, cache, views, generator):
 @contextmanager
 def _answers(teacher, layers, table):
     "The teacher as a function (pictures, indices, view) -> dict: a look-up, nothing at all, or a forward pass."
-    if table is not None: yield lambda x, idx, view: {k: v[view][idx].float() for k, v in table.items()}
-    elif teacher is None: yield lambda x, idx, view: {}
+    if table is not None:
+        yield lambda x, idx, view: {k: v[view][idx].float() for k, v in table.items()}
+    elif teacher is None:
+        yield lambda x, idx, view: {}
     else:
-        was = teacher.training; teacher.eval()
-        try:
-            with Taps(teacher, layers) as taps: yield lambda x, idx, view: torch.no_grad()(taps)(x)
-        finally: teacher.train(was)
+        with evaluating(teacher), Taps(teacher, layers) as taps:
+            yield lambda x, idx, view: torch.no_grad()(taps)(x)
 
 # %% ../nbs/02_distillation.ipynb #8bdc1b70
 def _epoch(batches, view, source, fresh, inside, answers, loss, opt):
@@ -229,41 +344,62 @@ def distill(
     views:int=4,            # stored crops per picture, with `augment` and `cache`
 )->list:                    # a dict per epoch: epoch, loss (mean per picture), seconds (without building the table)
     "Train a student with a finished teacher; raises `ValueError` for bad settings and `FloatingPointError` if the loss stops being finite."
-    if epochs < 0 or batch_size < 1: raise ValueError(f"epochs={epochs} must be at least 0 and batch_size={batch_size} at least 1")
+    epochs, batch_size, views = whole(epochs, "epochs", 0), whole(batch_size, "batch_size"), whole(views, "views")
+    check(isinstance(cache, (bool, dict)), "cache", cache, "True, False or a `teacher_table`")
+    check(len(data) > 0, "data", len(data), "at least one image")
+    _check_last_batch(student, data, batch_size)
     rate, rows, teacher_layers = lr if callable(lr) else lambda e: lr, [], layers if teacher_layers is None else teacher_layers
-    own = list(loss.to(data.x.device).train().parameters()) if isinstance(loss, nn.Module) else []
+    own = list(start_training(loss.to(data.x.device)).parameters()) if isinstance(loss, nn.Module) else []
     opt = _optimizer(optimizer, [p for p in (*student.parameters(), *own) if p.requires_grad], rate(0), momentum, weight_decay)
     source, table, fresh = _prepare(teacher, data, teacher_layers, augment, cache, views, generator)
     with Taps(student, layers) as inside, _answers(teacher, teacher_layers, table) as answers:
         for e in range(epochs):
-            student.train(); start = time.perf_counter()
-            for group in opt.param_groups: group["lr"] = rate(e)
+            start_training(student)
+            start = time.perf_counter()
+            for group in opt.param_groups:
+                group["lr"] = number(rate(e), "lr", 0)
             batches = _order(data, generator).split(batch_size)
             mean = float(_epoch(batches, e % source.n, source, fresh, inside, answers, loss, opt)) / len(data)
-            if not math.isfinite(mean): raise FloatingPointError(f"the distillation loss is {mean}; lower lr={rate(e)} or the weight of the loss")
+            if not math.isfinite(mean):
+                raise FloatingPointError(f"the distillation loss is {mean}; lower lr={rate(e)} or the weight of the loss")
             rows.append(dict(epoch=e, loss=mean, seconds=time.perf_counter() - start))
-            if on_epoch: on_epoch(rows[-1], student)
+            if on_epoch:
+                on_epoch(rows[-1], student)
     return rows
 
 # %% ../nbs/02_distillation.ipynb #fd1d3dae
-def _kl(log_a, log_b): return F.kl_div(log_b, log_a, reduction="none", log_target=True).sum(-1)   # KL(a || b) of each row
+def _kl(log_a, log_b): return _terms(log_a, log_b, "none").sum(-1)   # KL(a || b) of each row
 
 def _target_and_rest(z, y):
     "Log-probabilities of (target, not target), and of the other classes among themselves."
     hit = F.one_hot(y, z.shape[1]).bool()
     rest, total = z[~hit].view(len(z), -1), z.logsumexp(1)
-    return torch.stack([z[hit] - total, rest.logsumexp(1) - total], 1), rest.log_softmax(1)
+    none = (rest == -math.inf).all(1, keepdim=True)              # only the target can occur
+    rest = rest.masked_fill(none, 0.)
+    other = (rest.logsumexp(1) - total).masked_fill(none[:, 0], -math.inf)
+    return torch.stack([z[hit] - total, other], 1), rest.log_softmax(1).masked_fill(none, -math.inf)
+
+def _weight(w, name, n):
+    "A weight of at least 0, or one per sample."
+    if not isinstance(w, torch.Tensor) or w.ndim == 0:
+        return number(w, name, 0)
+    check(w.shape == (n,), f"{name}.shape", tuple(w.shape), f"({n},), one weight per sample, or {name} one number")
+    check(bool((finite(w, name) >= 0).all()), f"{name}'s smallest value", w.min(), "at least 0")
+    return w
 
 def dkd_loss(
     student:torch.Tensor, # (B, K) logits
     teacher:torch.Tensor, # (B, K) logits; no gradient flows into them
     y:torch.Tensor,       # (B,) labels
-    alpha:float=1.,       # weight of the target's part
-    beta=8.,              # weight of the other classes' part; a number or (B,)
+    alpha:float=1.,       # weight of the target's part, at least 0
+    beta=8.,              # weight of the other classes' part, at least 0; a number or (B,)
     T:float=4.,           # temperature, > 0
 )->torch.Tensor:          # scalar (nats)
-    "Decoupled distillation T^2 (alpha TCKD + beta NCKD), averaged over the batch (arXiv 2203.08679, eq. 7)."
-    _positive(T=T)
+    "Decoupled distillation T^2 (alpha TCKD + beta NCKD), averaged over the batch (arXiv 2203.08679, eq. 7); raises `ValueError` as `kd_loss` does."
+    T, alpha = number(T, "T", above=0), number(alpha, "alpha", 0)
+    _pair(student, teacher)
+    check(student.shape[1] > 1, "student's number of classes", student.shape[1], "at least 2")
+    y, beta = _labels(y, student).long(), _weight(beta, "beta", len(student))
     (bs, rs), (bt, rt) = _target_and_rest(_up(student) / T, y), _target_and_rest(_up(teacher).detach() / T, y)
     return T * T * (alpha * _kl(bt, bs) + beta * _kl(rt, rs)).mean()
 
@@ -272,7 +408,9 @@ def pearson_gap(
     a:torch.Tensor, # (n, m)
     b:torch.Tensor, # (n, m)
 )->torch.Tensor:    # scalar in [0, 2]
-    "1 minus the mean correlation of the rows of `a` with those of `b`."
+    "1 minus the mean correlation of the rows of `a` with those of `b`; raises `ValueError` for shapes that differ."
+    _batch(a, "a", "(n, m)")
+    same_shape(a=a, b=b)
     return 1 - F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1).mean()
 
 # %% ../nbs/02_distillation.ipynb #37081e7f
@@ -283,25 +421,42 @@ def dist_loss(
     gamma:float=1.,       # weight of samples within a class; needs B > 1 and is left out for B = 1
     T:float=1.,           # temperature, > 0; the loss carries T^2
 )->torch.Tensor:          # scalar
-    "Correlation of predictions within samples and within classes (DIST, arXiv 2205.10536, eq. 9)."
-    _positive(T=T)
+    "Correlation of predictions within samples and within classes (DIST, arXiv 2205.10536, eq. 9); raises `ValueError` as `kd_loss` does."
+    T, beta, gamma = number(T, "T", above=0), number(beta, "beta", 0), number(gamma, "gamma", 0)
+    _pair(student, teacher)
+    never = _masked(student, teacher).all(0)
+    if never.any():                                              # no probability to correlate
+        student, teacher = student[:, ~never], teacher[:, ~never]
     a, b = (_up(student) / T).softmax(1), (_up(teacher).detach() / T).softmax(1)
     return T * T * (beta * pearson_gap(a, b) + (gamma * pearson_gap(a.t(), b.t()) if len(a) > 1 else 0.))
 
 # %% ../nbs/02_distillation.ipynb #3869a138
+def _rows(h): return _up(h).flatten(1)   # maps and tokens as vectors
+
+def _two_sets(student, teacher):
+    "Features of the same samples; they may have different widths."
+    for name, h in (("student", student), ("teacher", teacher)):
+        _batch(h, name, ("(n, h)", "(n, T, h)", "(n, C, H, W)"))
+    if len(student) != len(teacher):
+        raise ValueError(f"student has {len(student)} samples, the teacher {len(teacher)}; they must be the same")
+    finite(teacher, "teacher")
+
 def _distances(h):
     sq = (h.unsqueeze(1) - h.unsqueeze(0)).pow(2).sum(-1)
     d = sq.clamp_min(1e-12).sqrt() * (sq > 0)
     return d / (d[d > 0].mean() if bool((d > 0).any()) else 1.)
 
 def rkd_distance(
-    student:torch.Tensor, # (n, h_S) features
+    student:torch.Tensor, # (n, h_S) features; maps and tokens are flattened
     teacher:torch.Tensor, # (n, h_T) features; no gradient flows into them
 )->torch.Tensor:          # scalar; 0 for n < 2
-    "Distance-wise relational loss: Huber between distance matrices scaled to mean 1 (arXiv 1904.05068, eq. 5)."
-    if len(student) < 2: return student.sum() * 0.
-    with torch.no_grad(): target = _distances(_up(teacher))
-    return F.smooth_l1_loss(_distances(_up(student)), target)
+    "Distance-wise relational loss: Huber between distance matrices scaled to mean 1 (arXiv 1904.05068, eq. 5); raises `ValueError` for other samples or NaN in `teacher`."
+    _two_sets(student, teacher)
+    if len(student) < 2:
+        return student.sum() * 0.
+    with torch.no_grad():
+        target = _distances(_rows(teacher))
+    return F.smooth_l1_loss(_distances(_rows(student)), target)
 
 # %% ../nbs/02_distillation.ipynb #ca4e8e50
 def _angles(h):
@@ -314,30 +469,37 @@ def rkd_angle(
     student:torch.Tensor, # (n, h_S) features
     teacher:torch.Tensor, # (n, h_T) features; no gradient flows into them
 )->torch.Tensor:          # scalar; 0 for n < 2
-    "Angle-wise relational loss: Huber between the cosines of all angles (arXiv 1904.05068, eq. 7)."
-    if len(student) < 2: return student.sum() * 0.
-    with torch.no_grad(): target = _angles(_up(teacher))
-    return F.smooth_l1_loss(_angles(_up(student)), target)
+    "Angle-wise relational loss: Huber between the cosines of all angles (arXiv 1904.05068, eq. 7); raises `ValueError` for other samples or NaN in `teacher`."
+    _two_sets(student, teacher)
+    if len(student) < 2:
+        return student.sum() * 0.
+    with torch.no_grad():
+        target = _angles(_rows(teacher))
+    return F.smooth_l1_loss(_angles(_rows(student)), target)
 
 # %% ../nbs/02_distillation.ipynb #30136950
 class RKD:
-    "Relational distillation: a weighted sum of distance and angle loss (arXiv 1904.05068)."
+    "Relational distillation: a weighted sum of distance and angle loss (arXiv 1904.05068); raises `ValueError` for weights below 0."
     def __init__(self,
         distance:float=25., # weight of the distance loss; the paper's 25, DarkDistill's 5
         angle:float=50.,    # weight of the angle loss; the paper's 50, DarkDistill's 10
-    ): self.distance, self.angle = distance, angle
+    ):
+        self.distance, self.angle = number(distance, "distance", 0), number(angle, "angle", 0)
     def relations(self,
-        h:torch.Tensor # (n, h) features
+        h:torch.Tensor # (n, h) features; maps and tokens are flattened
     )->tuple:          # (n, n) distances scaled to mean 1, (n, n, n) cosines
         "What the loss compares."
-        return _distances(_up(h)), _angles(_up(h))
+        return _distances(_rows(h)), _angles(_rows(h))
     def __call__(self,
         student:torch.Tensor, # (n, h_S) features
         teacher,              # (n, h_T) features, or their `relations`; no gradient flows into them
     )->torch.Tensor:          # scalar; 0 for n < 2
-        "The weighted loss; raises `ValueError` for a teacher of another number of samples."
-        if len(student) < 2: return student.sum() * 0.
-        with torch.no_grad(): target = teacher if isinstance(teacher, tuple) else self.relations(teacher)
-        if len(target[0]) != len(student): raise ValueError(f"student has {len(student)} samples, the teacher {len(target[0])}; they must be the same")
+        "The weighted loss; raises `ValueError` for a teacher of another number of samples, or with NaN."
+        ready = isinstance(teacher, tuple)
+        _two_sets(student, teacher[0] if ready else teacher)
+        if len(student) < 2:
+            return student.sum() * 0.
+        with torch.no_grad():
+            target = teacher if ready else self.relations(teacher)
         d, a = (F.smooth_l1_loss(s, t.detach()) for s, t in zip(self.relations(student), target))
         return self.distance * d + self.angle * a

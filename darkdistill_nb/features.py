@@ -11,45 +11,65 @@ __all__ = ['METHODS', 'Hint', 'attention_map', 'at_loss', 'lpd_loss', 'CRD', 'Me
 import math
 import torch
 import torch.nn.functional as F
-from .distillation import RKD, _positive, _share, _up, dist_loss, dkd_loss, kd_loss, logit_mse
+from .checks import check, choice, finite, flag, number, same_shape, whole
+from .distillation import (RKD, _batch, _rows, _two_sets, _up, dist_loss, dkd_loss, kd_loss, logit_mse)
 from fastcore.basics import patch
 from torch import nn
 
 # %% ../nbs/02b_features.ipynb #105b23b8
+LAYERS = ("(B, h)", "(B, T, h)", "(B, C, H, W)")
+
+def _two_layers(student, teacher, axes=LAYERS):
+    "Two layers of the same samples and of the same kind (vectors, tokens or maps), in at least 32 bits; no gradient for the teacher."
+    _batch(student, "student", axes)
+    _batch(teacher, "teacher", axes)
+    if student.ndim != teacher.ndim or len(student) != len(teacher):
+        raise ValueError(f"student of shape {tuple(student.shape)} and teacher of shape {tuple(teacher.shape)} "
+                         "must be layers of one kind, for the same samples")
+    return _same_size(_up(student), _up(finite(teacher, "teacher")).detach())
+
 def _same_size(a, b):
-    "Two batches of maps, the larger ones averaged down; vectors and equal sizes stay as they are."
-    if a.shape[2:] == b.shape[2:]: return a, b
+    "Two batches of maps, the larger ones averaged down; vectors, tokens and equal sizes stay as they are."
+    if a.ndim == 3 and a.shape[1] != b.shape[1]:
+        raise ValueError(f"student has {a.shape[1]} tokens a sample, the teacher {b.shape[1]}; they must be the same")
+    if a.ndim < 4 or a.shape[2:] == b.shape[2:]:
+        return a, b
     size = [min(p, q) for p, q in zip(a.shape[2:], b.shape[2:])]
     return F.adaptive_avg_pool2d(a, size), F.adaptive_avg_pool2d(b, size)
 
 # %% ../nbs/02b_features.ipynb #1ddf777c
 class Hint(nn.Module):
-    "FitNets' hint: squared distance between a teacher's layer and a student's, widened by a trained regressor (arXiv 1412.6550, eq. 3)."
+    "FitNets' hint: squared distance between a teacher's layer and a student's, widened by a trained regressor (arXiv 1412.6550, eq. 3); raises `ValueError` for other widths."
     def __init__(self,
         student_width:int, # channels or features of the student's layer
         teacher_width:int, # of the teacher's
-        maps:bool=False,   # True: maps (B, C, H, W); False: vectors (B, C)
+        maps:bool=False,   # True: maps (B, C, H, W); False: vectors (B, C) or tokens (B, T, C)
     ):
         super().__init__()
-        self.regressor = nn.Conv2d(student_width, teacher_width, 1) if maps else nn.Linear(student_width, teacher_width)
+        self.widths = whole(student_width, "student_width"), whole(teacher_width, "teacher_width")
+        self.regressor = nn.Conv2d(*self.widths, 1) if flag(maps, "maps") else nn.Linear(*self.widths)
     def forward(self, student, teacher):
-        student, teacher = _up(student), _up(teacher).detach()
-        student, teacher = _same_size(student, teacher)
+        maps = isinstance(self.regressor, nn.Conv2d)
+        student, teacher = _two_layers(student, teacher, LAYERS[2:] if maps else LAYERS[:2])
+        got = (student.shape[1], teacher.shape[1]) if maps else (student.shape[-1], teacher.shape[-1])
+        check(got == self.widths, "widths of student and teacher", got, f"{self.widths}, for which this hint was made")
         return F.mse_loss(self.regressor(student), teacher)
 
 # %% ../nbs/02b_features.ipynb #dbbb7e0d
 def attention_map(
-    a:torch.Tensor, # (B, C, H, W)
-)->torch.Tensor:    # (B, H*W) of length 1
-    "Where a layer responds: mean square over channels, scaled to length 1 (arXiv 1612.03928, eq. 2)."
-    return F.normalize(_up(a).pow(2).mean(1).flatten(1), dim=1)
+    a:torch.Tensor, # maps (B, C, H, W), or tokens (B, T, h)
+)->torch.Tensor:    # (B, H*W) or (B, T), of length 1
+    "Where a layer responds: mean square over channels, scaled to length 1 (arXiv 1612.03928, eq. 2); raises `ValueError` for vectors, which have no where."
+    _batch(a, "a", LAYERS[1:])
+    energy = _up(a).pow(2).mean(-1 if a.ndim == 3 else 1)
+    return F.normalize(energy.flatten(1), dim=1)
 
 def at_loss(
-    student:torch.Tensor, # (B, C_S, H, W); the larger map is averaged down
-    teacher:torch.Tensor, # (B, C_T, H', W'); no gradient flows into it
+    student:torch.Tensor, # (B, C_S, H, W), the larger map is averaged down; or tokens (B, T, h_S)
+    teacher:torch.Tensor, # (B, C_T, H', W') or (B, T, h_T); no gradient flows into it
 )->torch.Tensor:          # scalar
-    "Attention transfer: mean squared difference of the attention maps (arXiv 1612.03928)."
-    a, b = _same_size(_up(student), _up(teacher).detach())
+    "Attention transfer: mean squared difference of the attention maps (arXiv 1612.03928); raises `ValueError` for other samples, kinds of layers or numbers of tokens."
+    a, b = _two_layers(student, teacher, LAYERS[1:])
     return F.mse_loss(attention_map(a), attention_map(b))
 
 # %% ../nbs/02b_features.ipynb #7f22916f
@@ -60,21 +80,33 @@ def lpd_loss(
     sigma:float=None,       # width of the weights; None: from the median neighbour distance of the batch (ours)
     reduction:str="mean",   # mean: divided by B*k (ours); sum: the equation as printed
 )->torch.Tensor:            # scalar; 0 for B < 2
-    "Locality preserving loss: the student's distances between the teacher's neighbours (arXiv 1812.06597)."
-    if k < 1: raise ValueError(f"k={k} must be at least 1")
-    if sigma is not None: _positive(sigma=sigma)
-    if reduction not in ("mean", "sum"): raise ValueError(f"reduction={reduction!r} must be mean or sum")
-    hs, ht, B = _up(student).flatten(1), _up(teacher).detach().flatten(1), len(student)
-    if B < 2: return hs.sum() * 0.
+    "Locality preserving loss: the student's distances between the teacher's neighbours (arXiv 1812.06597); raises `ValueError` for other samples, NaN in `teacher` or bad settings."
+    k, reduction = whole(k, "k"), choice(reduction, "reduction", ("mean", "sum"))
+    sigma = sigma if sigma is None else number(sigma, "sigma", above=0)
+    _two_sets(student, teacher)
+    hs, ht, B = _rows(student), _rows(teacher).detach(), len(student)
+    if B < 2:
+        return hs.sum() * 0.
     d2 = (ht.unsqueeze(1) - ht.unsqueeze(0)).pow(2).sum(-1).fill_diagonal_(float("inf"))
     d2, near = d2.topk(min(k, B - 1), largest=False)
     weight = torch.exp(-d2 / (sigma ** 2 if sigma else d2.median().clamp_min(1e-12)))
     total = .5 * (weight * (hs.unsqueeze(1) - hs[near]).pow(2).sum(-1)).sum()
     return total / near.numel() if reduction == "mean" else total
 
+# %% ../nbs/02b_features.ipynb #bf4cbb1b
+def _class_counts(labels):
+    "Samples per class, of at least two classes."
+    ok = isinstance(labels, torch.Tensor) and labels.ndim == 1 and len(labels) and labels.dtype == torch.long
+    if not (ok and int(labels.min()) >= 0):
+        raise ValueError("labels must be a tensor of whole numbers of at least 0, one per sample")
+    counts = torch.bincount(labels)
+    if int((counts > 0).sum()) < 2:
+        raise ValueError("labels hold a single class: there are no negatives to draw")
+    return counts
+
 # %% ../nbs/02b_features.ipynb #2727b06d
 class CRD(nn.Module):
-    "Contrastive representation distillation with memory banks on both sides (arXiv 1910.10699, eq. 17-19)."
+    "Contrastive representation distillation with memory banks on both sides (arXiv 1910.10699, eq. 17-19); raises `ValueError` for bad settings."
     def __init__(self,
         labels:torch.Tensor, # (n,) labels of the data set, in its order: negatives are of other classes
         student_width:int,   # features of the student
@@ -87,13 +119,12 @@ class CRD(nn.Module):
         generator:torch.Generator=None, # draws the negatives; None: torch's global one
     ):
         super().__init__()
-        n, counts = len(labels), torch.bincount(labels)
-        _positive(tau=tau); _share(momentum=momentum)
-        if mode not in ("exact", "relax"): raise ValueError(f"mode={mode!r} must be exact or relax")
-        if negatives is not None and negatives < 1: raise ValueError(f"negatives={negatives} must be at least 1")
-        if int((counts > 0).sum()) < 2: raise ValueError("labels hold a single class: there are no negatives to draw")
-        self.n, self.N, self.tau, self.momentum, self.mode, self.generator = n, negatives or min(16384, 4 * n), tau, momentum, mode, generator
-        self.heads = nn.ModuleList([nn.Linear(student_width, dim), nn.Linear(teacher_width, dim)])
+        widths = [whole(student_width, "student_width"), whole(teacher_width, "teacher_width")]
+        self.tau, self.momentum, dim = number(tau, "tau", above=0), number(momentum, "momentum", 0, 1), whole(dim, "dim")
+        self.mode, self.generator = choice(mode, "mode", ("exact", "relax")), generator
+        n, counts = len(labels), _class_counts(labels)
+        self.n, self.N = n, min(16384, 4 * n) if negatives is None else whole(negatives, "negatives")
+        self.heads = nn.ModuleList(nn.Linear(w, dim) for w in widths)
         self.register_buffer("banks", F.normalize(torch.rand(2, n, dim) * 2 - 1, dim=-1))   # student's, teacher's
         self.register_buffer("log_z", torch.full((2,), float("nan")))                       # set by the first batch
         for name, v in dict(labels=labels, by_class=labels.argsort(stable=True), counts=counts, starts=counts.cumsum(0) - counts).items():
@@ -114,17 +145,30 @@ def draw(self:CRD,
 
 # %% ../nbs/02b_features.ipynb #efe64ecb
 @patch
+def _check_places(self:CRD, idx, n):
+    "Places in the data set, one per sample."
+    ok = isinstance(idx, torch.Tensor) and idx.shape == (n,) and idx.dtype == torch.long
+    if not (ok and 0 <= int(idx.min()) and int(idx.max()) < self.n):
+        raise ValueError(f"idx must be ({n},) whole numbers from 0 to {self.n - 1}, the samples' places in the data set")
+
+@patch
 def forward(self:CRD,
     student:torch.Tensor,   # (B, student_width) features
     teacher:torch.Tensor,   # (B, teacher_width) features; no gradient flows into them, but into the teacher's head
     idx:torch.Tensor,       # (B,) places of the samples in the data set
     rows:torch.Tensor=None, # (B, 1+N) places in the banks, positive first; None: drawn
 )->torch.Tensor:            # scalar (nats), both sides added
-    "The contrastive loss; in training mode the batch's rows of the banks are then updated."
-    if rows is None: rows = self.draw(idx)
-    g = [F.normalize(head(_up(h).flatten(1)), dim=1) for head, h in zip(self.heads, (student, teacher.detach()))]
+    "The contrastive loss; in training mode the batch's rows of the banks are then updated; raises `ValueError` for features of other widths or samples."
+    _two_sets(student, teacher)
+    self._check_places(idx, len(student))
+    sides = [_rows(student), _rows(teacher).detach()]
+    got, made = [h.shape[1] for h in sides], [head.in_features for head in self.heads]
+    check(got == made, "widths of student and teacher", got, f"{made}, for which this loss was made")
+    rows = self.draw(idx) if rows is None else rows
+    g = [F.normalize(head(h), dim=1) for head, h in zip(self.heads, sides)]
     u = torch.stack([(g[i] @ self.banks[1 - i].t()).gather(1, rows) / self.tau for i in (0, 1)])   # each side against the other's bank
-    if bool(self.log_z.isnan().any()): self.log_z.copy_(u.detach().flatten(1).logsumexp(1) - math.log(u[0].numel()) + math.log(self.n))
+    if bool(self.log_z.isnan().any()):
+        self.log_z.copy_(u.detach().flatten(1).logsumexp(1) - math.log(u[0].numel()) + math.log(self.n))
     u = u - self.log_z[:, None, None] - math.log((rows.shape[1] - 1) / self.n)
     if self.training:
         with torch.no_grad():
@@ -134,39 +178,78 @@ def forward(self:CRD,
     return (F.softplus(-u[..., 0]) + F.softplus(u[..., 1:]).sum(-1)).mean(1).sum()
 
 # %% ../nbs/02b_features.ipynb #8baaada2
-METHODS = {
-    "ce":   lambda: (1., 0., None, None),
-    "kd":   lambda alpha=.9, T=4.: (1 - _share(alpha=alpha), alpha, None, lambda s, t, y, i: kd_loss(s["logits"], t["logits"], T)),
-    "mse":  lambda alpha=.5, tau=1.: (0., 1., None, lambda s, t, y, i: logit_mse(s["logits"], t["logits"], y, alpha, tau)),
-    "dkd":  lambda alpha=1., beta=8., T=4.: (1., 1., None, lambda s, t, y, i: dkd_loss(s["logits"], t["logits"], y, alpha, beta, T)),
-    "dist": lambda beta=1., gamma=1., T=1.: (1., 1., None, lambda s, t, y, i: dist_loss(s["logits"], t["logits"], beta, gamma, T)),
-    "hint": lambda weight=100., on="maps", **k: _with(Hint(**k), 1., weight, lambda m, s, t, y, i: m(s[on], t[on])),
-    "at":   lambda weight=1000., on="maps": (1., weight, None, lambda s, t, y, i: at_loss(s[on], t[on])),
-    "rkd":  lambda distance=25., angle=50., on="features": (1., 1., None, lambda s, t, y, i: RKD(distance, angle)(s[on], t[on])),
-    "lpd":  lambda weight=1., on="features", **k: (1., weight, None, lambda s, t, y, i: lpd_loss(s[on], t[on], **k)),
-    "crd":  lambda weight=.8, on="features", **k: _with(CRD(**k), 1., weight, lambda m, s, t, y, i: m(s[on], t[on], i)),
-}
 def _with(part, ce, weight, term): return ce, weight, part, lambda *a: term(part, *a)
+
+def _logits_term(loss, *hyper):
+    "A loss of logits; the settings are tried at once, on two samples, so that bad ones show before training."
+    z, y = torch.zeros(2, 2), torch.zeros(2, dtype=torch.long)
+    term = lambda s, t, y, i: loss(s["logits"], t["logits"], y, *hyper)
+    term(dict(logits=z), dict(logits=z), y, None)
+    return term
+
+def _kd(alpha=.9, T=4.):
+    alpha = number(alpha, "alpha", 0, 1)
+    return 1 - alpha, alpha, None, _logits_term(lambda s, t, y, T: kd_loss(s, t, T), T)
+
+def _mse(alpha=.5, tau=1.): return 0., 1., None, _logits_term(logit_mse, alpha, tau)
+
+def _dkd(alpha=1., beta=8., T=4.): return 1., 1., None, _logits_term(dkd_loss, alpha, beta, T)
+
+def _dist(beta=1., gamma=1., T=1.):
+    return 1., 1., None, _logits_term(lambda s, t, y, *k: dist_loss(s, t, *k), beta, gamma, T)
+
+# %% ../nbs/02b_features.ipynb #adfe4be8
+def _hint(weight=100., on="maps", **k):
+    return _with(Hint(**k), 1., number(weight, "weight", 0), lambda m, s, t, y, i: m(s[on], t[on]))
+
+def _at(weight=1000., on="maps"):
+    return 1., number(weight, "weight", 0), None, lambda s, t, y, i: at_loss(s[on], t[on])
+
+def _rkd(distance=25., angle=50., on="features"):
+    rkd = RKD(distance, angle)
+    return 1., 1., None, lambda s, t, y, i: rkd(s[on], t[on])
+
+def _lpd(weight=1., on="features", **k):
+    lpd_loss(torch.zeros(2, 1), torch.zeros(2, 1), **k)              # bad settings show before training
+    return 1., number(weight, "weight", 0), None, lambda s, t, y, i: lpd_loss(s[on], t[on], **k)
+
+def _crd(weight=.8, on="features", **k):
+    return _with(CRD(**k), 1., number(weight, "weight", 0), lambda m, s, t, y, i: m(s[on], t[on], i))
+
+# %% ../nbs/02b_features.ipynb #53edbc97
+METHODS = dict(ce=lambda: (1., 0., None, None), kd=_kd, mse=_mse, dkd=_dkd, dist=_dist,
+               hint=_hint, at=_at, rkd=_rkd, lpd=_lpd, crd=_crd)
 
 class MethodLoss(nn.Module):
     "Cross-entropy plus a weighted distillation term, as `distill` calls it."
     def __init__(self, name, ce, weight, part, term, kd=0., warmup=0):
         super().__init__()
-        self.name, self.ce, self.weight, self.part, self.term, self.kd, self.warmup, self.steps = name, ce, weight, part, term, kd, warmup, 0
+        self.name, self.ce, self.weight, self.part, self.term = name, ce, weight, part, term
+        self.kd, self.warmup, self.steps = kd, warmup, 0
     def forward(self, s, t, y, idx):
-        self.steps += 1; ramp = min(1., self.steps / self.warmup) if self.warmup else 1.
-        try: loss = ramp * self.weight * self.term(s, t, y, idx) if self.term else 0.
+        self.steps += 1
+        ramp = min(1., self.steps / self.warmup) if self.warmup else 1.
+        try:
+            loss = ramp * self.weight * self.term(s, t, y, idx) if self.term else 0.
         except KeyError as e:
-            raise ValueError(f"method {self.name!r} needs {e} from both networks; name a submodule for it in `layers` and `teacher_layers`") from None
-        if self.kd: loss = loss + self.kd * kd_loss(s["logits"], t["logits"])
+            raise ValueError(f"method {self.name!r} needs {e} from both networks; "
+                             "name a submodule for it in `layers` and `teacher_layers`") from None
+        if self.kd:
+            loss = loss + self.kd * kd_loss(s["logits"], t["logits"])
         return loss + self.ce * F.cross_entropy(_up(s["logits"]), y) if self.ce else loss
 
+# %% ../nbs/02b_features.ipynb #cb534c25
 def method_loss(
     name:str,      # ce, kd, mse, dkd, dist, hint, at, rkd, lpd or crd
     kd:float=0.,   # weight of an additional T^2 KL at T = 4
     warmup:int=0,  # steps over which the method's weight rises from 0
     **hyper        # of the method: weight, on (name of the tap), and what its loss takes
 )->MethodLoss:
-    "The loss of a method with the weights of its authors on CIFAR-100; raises `ValueError` for an unknown name."
-    if name not in METHODS: raise ValueError(f"name={name!r} is no method; choose one of {', '.join(METHODS)}")
-    return MethodLoss(name, *METHODS[name](**hyper), kd, warmup)
+    "The loss of a method with the weights of its authors on CIFAR-100; raises `ValueError` for an unknown name or bad settings."
+    choice(name, "name", METHODS)
+    kd, warmup = number(kd, "kd", 0), whole(warmup, "warmup", 0)
+    try:
+        parts = METHODS[name](**hyper)
+    except TypeError as e:
+        raise ValueError(f"method {name!r} does not take these settings: {', '.join(hyper) or 'none'} ({e})") from None
+    return MethodLoss(name, *parts, kd, warmup)

@@ -6,21 +6,22 @@ Docs: https://darkdistill.github.io/darkdistill_nb/inference.html.md"""
 
 # %% auto #0
 __all__ = ['SCORES', 'SCHEMES', 'confidence', 'Score', 'Confidence', 'Margin', 'Entropy', 'Energy', 'Logit', 'Patience',
-           'Saturation', 'Difference', 'Gate', 'score_by_name', 'anytime', 'exit_outputs', 'take_exit',
-           'evaluate_thresholds', 'budget_thresholds', 'budget_curve', 'shares_for_budget', 'quantile_thresholds',
-           'stopping_thresholds', 'thresholds_for_budget', 'fit_gate', 'static_mixture', 'oracle', 'failure_auroc',
-           'aurc', 'policy_table', 'policy_curve', 'plot_policies', 'plot_auroc', 'reliability', 'ece', 'temperature',
-           'plot_reliability', 'plot_depth', 'picture_grid']
+           'Saturation', 'Difference', 'Gate', 'score_by_name', 'anytime', 'exit_outputs', 'write_thresholds',
+           'read_thresholds', 'take_exit', 'evaluate_thresholds', 'budget_thresholds', 'budget_curve',
+           'shares_for_budget', 'quantile_thresholds', 'stopping_thresholds', 'thresholds_for_budget', 'fit_gate',
+           'static_mixture', 'oracle', 'failure_auroc', 'aurc', 'policy_table', 'policy_curve', 'plot_policies',
+           'plot_auroc', 'reliability', 'ece', 'temperature', 'plot_reliability', 'plot_depth', 'picture_grid']
 
 # %% ../nbs/05_inference.ipynb #dda3e664
 import math
 import numpy as np
 import torch
 import torch.nn.functional as F
+from .checks import check, choice, finite, flag, number, scalar, whole
 from .data import ArrayData, show_pictures
-from .distillation import _up
+from .distillation import _certain, _labels, _up
 from .exit_training import exit_shares
-from .training import Streams, accuracy, by_name, figure, style
+from .training import Streams, accuracy, by_name, evaluating, figure, style
 from torch import nn
 
 # %% ../nbs/05_inference.ipynb #41c6265d
@@ -29,6 +30,16 @@ def confidence(
 )->torch.Tensor:        # (...) in [1/K, 1]
     "Largest softmax probability of every exit."
     return _up(logits).softmax(-1).amax(-1)
+
+# %% ../nbs/05_inference.ipynb #d478f37b
+def _check_logits(logits, name="logits", samples=0):
+    "`logits` is a tensor (E, N, K) with at least one exit and class, and `samples` samples."
+    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    ok = isinstance(logits, torch.Tensor) and logits.ndim == 3 and logits.shape[0] > 0 and logits.shape[2] > 0
+    check(ok, f"{name}'s shape", shape, "(E, N, K): exits, samples, classes")
+    if logits.shape[1] < samples:
+        raise ValueError(f"{name} has no samples; at least one is needed")
+    return logits
 
 # %% ../nbs/05_inference.ipynb #675a6949
 class Score:
@@ -47,12 +58,16 @@ class Score:
         features=None,       # E tensors (N, h), for scores that read features
     )->torch.Tensor:         # (E, N)
         "Scores of all exits, as if nobody left; raises `ValueError` if features are needed and missing."
-        if self.needs_features and features is None: raise ValueError(f"{type(self).__name__} compares features: pass features, one (N, h) tensor per exit")
+        _check_logits(logits)
+        if self.needs_features and features is None:
+            raise ValueError(f"{type(self).__name__} compares features: pass features, one (N, h) tensor per exit")
         features = [None] * len(logits) if features is None else features
-        if len(features) != len(logits): raise ValueError(f"features has {len(features)} entries for {len(logits)} exits: give one per exit")
+        if len(features) != len(logits):
+            raise ValueError(f"features has {len(features)} entries for {len(logits)} exits: give one per exit")
         out, state = [], None
         for f, a in zip(logits, features):
-            s, state = self.step(f, a, state); out.append(s)
+            s, state = self.step(f, a, state)
+            out.append(s)
         return torch.stack(out)
 
 class Confidence(Score):
@@ -62,21 +77,23 @@ class Confidence(Score):
 # %% ../nbs/05_inference.ipynb #25b8e211
 class Margin(Score):
     "Difference of the two largest probabilities, p_(1) - p_(2)."
-    def of(self, F): return -_up(F).softmax(-1).topk(2, -1).values.diff(dim=-1)[..., 0]
+    def of(self, F):
+        check(F.shape[-1] > 1, "number of classes", F.shape[-1], "at least 2: the margin is between two")
+        return -_up(F).softmax(-1).topk(2, -1).values.diff(dim=-1)[..., 0]
 
 class Entropy(Score):
     "Normalised certainty 1 - H(p)/ln K in [0, 1] (EENet, WACV 2024)."
     def of(self, F):
+        check(F.shape[-1] > 1, "number of classes", F.shape[-1], "at least 2: with one there is nothing to be unsure about")
         p = _up(F).softmax(-1)
         return 1 + torch.special.xlogy(p, p).sum(-1) / math.log(F.shape[-1])
 
 class Energy(Score):
-    "Free energy T logsumexp(F / T), in the units of the logits (arXiv 2010.03759)."
+    "Free energy T logsumexp(F / T), in the units of the logits (arXiv 2010.03759); raises `ValueError` for T <= 0."
     def __init__(self,
         T:float=1. # temperature, > 0
     ):
-        if not T > 0: raise ValueError(f"T={T} must be a positive temperature")
-        self.T = T
+        self.T = number(T, "T", above=0)
     def of(self, F): return self.T * (_up(F) / self.T).logsumexp(-1)
 
 class Logit(Score):
@@ -94,8 +111,11 @@ class Patience(Score):
 
 # %% ../nbs/05_inference.ipynb #7dafec1d
 def _cosine(name, a, b):
-    if a is None: raise ValueError(f"{name} compares features: pass a, the (n, h) features of this exit")
-    if a.shape[-1] != b.shape[-1]: raise ValueError(f"{name} needs features of equal length at all exits, not {b.shape[-1]} and {a.shape[-1]}")
+    if a is None:
+        raise ValueError(f"{name} compares features: pass a, the (n, h) features of this exit")
+    check(a.ndim == 2, f"{name}: shape of the features", tuple(a.shape), "(n, h)")
+    if a.shape[-1] != b.shape[-1]:
+        raise ValueError(f"{name} needs features of equal length at all exits, not {b.shape[-1]} and {a.shape[-1]}")
     return F.cosine_similarity(_up(a), _up(b), dim=-1)
 
 # %% ../nbs/05_inference.ipynb #ba4d0afe
@@ -104,7 +124,8 @@ class Saturation(Score):
     needs_features = True
     def step(self, F, a=None, state=None):
         c = _cosine("Saturation", a, a if state is None else state["before"])
-        return (c if state is not None else torch.full_like(c, -math.inf)), dict(before=a)
+        s = torch.full_like(c, -math.inf) if state is None else c
+        return s, dict(before=a.clone())   # a later stage may work in place
 
 class Difference(Score):
     "DistrEE's 1/cos of this exit's features and the first exit's (arXiv 2502.15735); -inf at exit 1."
@@ -112,17 +133,20 @@ class Difference(Score):
     def step(self, F, a=None, state=None):
         first = a if state is None else state["first"]
         d = 1 / _cosine("Difference", a, first).clamp(1e-6, 1)
-        return (d if state is not None else torch.full_like(d, -math.inf)), dict(first=first)
+        if state is None:
+            return torch.full_like(d, -math.inf), dict(first=a.clone())   # a later stage may work in place
+        return d, dict(first=first)
 
 # %% ../nbs/05_inference.ipynb #87c3f61e
 class Gate(Score, nn.Module):
-    "Learned score: per exit a logistic model of 'this exit is right' (EENet, WACV 2024); train it with `fit_gate`."
+    "Learned score: per exit a logistic model of 'this exit is right' (EENet, WACV 2024); train it with `fit_gate`. Raises `ValueError` for other exits or classes than it was made for."
     def __init__(self,
         exits:int,     # E
         n_classes:int, # K
     ):
         super().__init__()
-        self.n_classes, self.layers = n_classes, nn.ModuleList(nn.Linear(n_classes + 3 + e, 1) for e in range(exits))
+        exits, self.n_classes = whole(exits, "exits"), whole(n_classes, "n_classes", 2)
+        self.layers = nn.ModuleList(nn.Linear(n_classes + 3 + e, 1) for e in range(exits))
     @staticmethod
     def inputs(F, before):
         p = _up(F).softmax(-1)
@@ -130,8 +154,10 @@ class Gate(Score, nn.Module):
     def step(self, F, a=None, state=None):
         before = state["before"] if state else _up(F).new_zeros(len(F), 0)
         e = before.shape[1]
-        if e >= len(self.layers): raise ValueError(f"this gate has {len(self.layers)} exits; it was asked for exit {e + 1}")
-        if F.shape[-1] != self.n_classes: raise ValueError(f"this gate was made for {self.n_classes} classes, not {F.shape[-1]}")
+        if e >= len(self.layers):
+            raise ValueError(f"this gate has {len(self.layers)} exits; it was asked for exit {e + 1}")
+        if F.shape[-1] != self.n_classes:
+            raise ValueError(f"this gate was made for {self.n_classes} classes, not {F.shape[-1]}")
         s = self.layers[e](self.inputs(F, before)).sigmoid()
         return s[:, 0], dict(before=torch.cat([before, s], -1))
 
@@ -150,8 +176,9 @@ def anytime(
     logits:torch.Tensor, # (E, N, K) logits that decide
     y:torch.Tensor,      # (N,) labels
 )->dict:                 # exits: E accuracies in [0, 1]; mean and std_across_exits (n-1) of them
-    "Accuracy of every exit on all samples; the spread is across exits, not across seeds."
-    if logits.shape[1] == 0: raise ValueError("logits has no samples; accuracy needs at least one")
+    "Accuracy of every exit on all samples; the spread is across exits, not across seeds. Raises `ValueError` for NaN and labels that do not fit."
+    _certain(_check_logits(logits, samples=1), "logits")
+    _labels(y, logits)
     acc = accuracy(logits, y)
     return dict(exits=acc.tolist(), mean=float(acc.mean()), std_across_exits=float(acc.std()) if len(acc) > 1 else 0.)
 
@@ -163,47 +190,99 @@ def exit_outputs(
     policy=None,        # how the exits were trained, e.g. `BoostNet()`: turns raw logits into deciding ones; None: raw logits decide
     batch_size:int=512, # pictures a forward pass
 )->tuple:               # logits (E, N, K) and a list of E tensors (N, h) of features, on the CPU
-    "Deciding logits and features of all exits for a whole data set."
-    if len(data) == 0: raise ValueError("data has no pictures")
-    was, device = net.training, next(net.parameters()).device
-    net.eval(); logits, features = [], []
-    for xb, _ in data.batches(batch_size):
-        a = net.features(net.stem(xb.to(device))); raw = net.classify(a)
-        logits.append(torch.stack(list(policy.predict(raw)) if policy else raw).cpu()); features.append([v.cpu() for v in a])
-    net.train(was)
+    "Deciding logits and features of all exits for a whole data set; raises `ValueError` for an empty one."
+    if len(data) == 0:
+        raise ValueError("data has no images")
+    batch_size, device, logits, features = whole(batch_size, "batch_size"), next(net.parameters()).device, [], []
+    with evaluating(net):
+        for xb, _ in data.batches(batch_size):
+            a = net.features(net.stem(xb.to(device)))
+            features.append([v.clone().cpu() for v in a])           # the classifiers may work in place
+            raw = net.classify(a)
+            logits.append(torch.stack(list(policy.predict(raw)) if policy else raw).cpu())
     return torch.cat(logits, 1), [torch.cat(v) for v in zip(*features)]
+
+# %% ../nbs/05_inference.ipynb #0e27fa9e
+def _read_threshold(t, name, last):
+    "One threshold as a float."
+    if t is None:
+        return -math.inf if last else math.inf
+    if isinstance(t, str) and t in ("inf", "-inf"):
+        return float(t)
+    t = scalar(t)
+    if isinstance(t, float) and math.isnan(t):
+        raise ValueError(f"{name} contains NaN: a threshold must be a number, 'inf' or '-inf'")
+    ok = isinstance(t, (int, float)) and not isinstance(t, bool)
+    check(ok, f"{name}'s entry", t, "a number, 'inf' or '-inf', one per exit")
+    return float(t)
+
+# %% ../nbs/05_inference.ipynb #531e8567
+def write_thresholds(
+    T, # E numbers
+)->list: # as JSON can hold them: numbers, and "inf" or "-inf"
+    "Thresholds in the form in which they are stored; raises `ValueError` for NaN."
+    T = read_thresholds(T)
+    return [t if math.isfinite(t) else str(t) for t in T]
+
+def read_thresholds(
+    T,            # E thresholds: numbers, "inf" or "-inf"; None (in old records) at the last exit: -inf, before it: +inf
+    exits=None,   # E, if it is known
+    name:str="T", # of the argument, for messages
+)->list:          # E floats
+    "Thresholds as numbers, from a list, array, tensor or record; raises `ValueError` for NaN, words, another shape or number."
+    T = T.tolist() if hasattr(T, "tolist") else T
+    if isinstance(T, str) or not hasattr(T, "__len__") or not hasattr(T, "__iter__"):
+        raise ValueError(f"{name}={T!r} must be a list of thresholds, one per exit")
+    T = list(T)
+    if exits is not None and len(T) != exits:
+        raise ValueError(f"{len(T)} thresholds for {exits} exits: give one per exit ({name})")
+    return [_read_threshold(t, name, last=e == len(T) - 1) for e, t in enumerate(T)]
 
 # %% ../nbs/05_inference.ipynb #c17dbf8c
 def _check_scores(scores, name="scores"):
     "`scores` as a tensor (E, N), or a `ValueError` that says what is wrong with it."
     s = torch.as_tensor(scores)
-    if s.ndim != 2: raise ValueError(f"{name} must have shape (E, N), exits and samples, not {tuple(s.shape)}")
-    if s.shape[1] == 0: raise ValueError(f"{name} is an empty batch: it needs at least one sample")
-    if torch.isnan(s).any(): raise ValueError(f"{name} contains NaN at exit {int(torch.isnan(s).any(1).int().argmax()) + 1}")
+    if s.ndim != 2 or s.shape[0] == 0:
+        raise ValueError(f"{name} must have shape (E, N), exits and samples, not {tuple(s.shape)}")
+    if s.shape[1] == 0:
+        raise ValueError(f"{name} is an empty batch: it needs at least one sample")
+    if torch.isnan(s).any():
+        raise ValueError(f"{name} contains NaN at exit {int(torch.isnan(s).any(1).int().argmax()) + 1}")
     return s
 
+def _fractional(scores):
+    "The type in which scores are compared: whole numbers (patience) must not round a threshold."
+    return scores.dtype if scores.is_floating_point() else torch.float64
+
 def _check_right(right, scores):
-    r = torch.as_tensor(right).bool()
-    if r.shape != scores.shape: raise ValueError(f"right has shape {tuple(r.shape)}, not {tuple(scores.shape)} like the scores")
-    return r
+    "`right` as bool, of the shape of the scores; 0 and 1 are as good, NaN and other numbers are not."
+    if right is None:
+        raise ValueError("right=None must be (E, N) bool: is exit e right about sample n?")
+    r = torch.as_tensor(right)
+    if r.shape != scores.shape:
+        raise ValueError(f"right has shape {tuple(r.shape)}, not {tuple(scores.shape)} like the scores")
+    bad = int(((r != 0) & (r != 1)).sum())
+    if bad:
+        raise ValueError(f"right must be True or False (or 1 and 0), but {bad} of its {r.numel()} values are neither")
+    return r.bool()
 
 def _check_costs(costs, E):
-    c = np.asarray([float(v) for v in costs])
-    if len(c) != E: raise ValueError(f"{len(c)} costs for {E} exits: give one per exit")
-    if not (c[0] > 0 and (np.diff(c) > 0).all()): raise ValueError(f"costs={c.tolist()} must be positive and rise from exit to exit")
+    c = np.asarray([number(v, "costs", inf=True) for v in costs])
+    if len(c) != E or E == 0:
+        raise ValueError(f"{len(c)} costs for {E} exits: give one per exit")
+    ok = np.isfinite(c).all() and c[0] > 0 and (np.diff(c) > 0).all()
+    check(ok, "costs", c.tolist(), "positive and rise from exit to exit")
     return c
 
 # %% ../nbs/05_inference.ipynb #f52830a6
 def take_exit(
     conf:torch.Tensor, # (E, N) scores, larger means leave
-    T,                 # E thresholds; the last is -inf
+    T,                 # E thresholds, as numbers or as written in records; the last is -inf
 )->torch.Tensor:       # (N,) index of the exit taken, 0..E-1
     "First exit whose score reaches its threshold; the last exit takes the rest. Raises `ValueError` for a wrong number of thresholds, NaN, or no samples."
     conf = _check_scores(conf, "conf")
-    if len(T) != len(conf): raise ValueError(f"{len(T)} thresholds for {len(conf)} exits: give one per exit")
-    t = torch.as_tensor(T, dtype=conf.dtype, device=conf.device)
-    if torch.isnan(t).any(): raise ValueError(f"T={list(T)} contains NaN")
-    leave = conf >= t[:, None]
+    t = torch.as_tensor(read_thresholds(T, len(conf)), dtype=_fractional(conf), device=conf.device)
+    leave = conf.to(t.dtype) >= t[:, None]
     leave[-1] = True
     return leave.int().argmax(0)
 
@@ -212,10 +291,11 @@ def evaluate_thresholds(
     scores, # (E, N)
     right,  # (E, N) bool: is exit e right about sample n?
     costs,  # E costs of leaving at each exit, rising, e.g. MACs
-    T,      # E thresholds; the last is -inf
+    T,      # E thresholds, as `take_exit` takes them; the last is -inf
 )->dict:    # accuracy, cost (mean), shares (E), exit (N,)
-    "Accuracy and mean cost when every sample leaves at the first exit whose score reaches its threshold."
-    scores = _check_scores(scores); right, c = _check_right(right, scores), _check_costs(costs, len(scores))
+    "Accuracy and mean cost when every sample leaves at the first exit whose score reaches its threshold; raises `ValueError` for NaN and what does not fit."
+    scores = _check_scores(scores)
+    right, c = _check_right(right, scores), _check_costs(costs, len(scores))
     e = take_exit(scores, T).cpu()
     shares = torch.bincount(e, minlength=len(c)).double().numpy() / len(e)
     return dict(accuracy=float(right.cpu().gather(0, e[None]).double().mean()), cost=float(shares @ c), shares=shares.tolist(), exit=e)
@@ -226,10 +306,12 @@ def budget_thresholds(
     shares,            # E target shares q_k, adding to 1
     ties:str="in",     # samples that share the threshold's score: all leave ("in", MSDNet), or whichever is "nearest" to the share
 )->list:               # E thresholds; the last is -inf
-    "MSDNet's thresholds: about |V| q_k of the validation samples leave at exit k (arXiv 1703.09844)."
-    conf = _check_scores(conf, "conf"); E, N = conf.shape
-    if len(shares) != E or abs(sum(shares) - 1) > 1e-6 or min(shares) < 0: raise ValueError(f"shares={list(shares)} must be {E} numbers >= 0 that add to 1")
-    if ties not in ("in", "nearest"): raise ValueError(f"ties={ties!r} must be in or nearest")
+    "MSDNet's thresholds: about |V| q_k of the validation samples leave at exit k (arXiv 1703.09844); raises `ValueError` for shares that do not add to 1."
+    conf = _check_scores(conf, "conf")
+    E, N = conf.shape
+    shares, ties = [number(q, "shares") for q in shares], choice(ties, "ties", ("in", "nearest"))
+    ok = len(shares) == E and abs(sum(shares) - 1) <= 1e-6 and min(shares) >= 0
+    check(ok, "shares", shares, f"{E} numbers >= 0 that add to 1")
     here, T = torch.ones(N, dtype=torch.bool, device=conf.device), []
     for k in range(E - 1):
         v, n, t = conf[k][here].sort(descending=True).values, int(N * shares[k] + 1e-9), math.inf
@@ -241,6 +323,11 @@ def budget_thresholds(
     return T + [-math.inf]
 
 # %% ../nbs/05_inference.ipynb #def7404b
+def _plain_number(p, name):
+    "A positive number of Python, whole if it was whole."
+    number(p, name, above=0)
+    return scalar(p)
+
 def budget_curve(
     valid:torch.Tensor,      # (E, N_v, K) logits on validation data
     test:torch.Tensor,       # (E, N_t, K) logits on test data
@@ -251,23 +338,35 @@ def budget_curve(
     exponent:int=1,          # q_k ~ (P/20)^(exponent k); DarkDistill's code has 4
     flat:bool=False,         # keep earlier thresholds when later ones are worse on validation data
     valid_y:torch.Tensor=None, # (N_v,) validation labels, for `flat`
-)->list:                     # one dict per P: P, thresholds, cost (mean on test data), accuracy, shares taken
-    "Accuracy against mean cost; thresholds are set on validation data and applied to test data."
-    if flat and valid_y is None: raise ValueError("flat=True compares accuracies on validation data: pass valid_y")
-    score = score_by_name(score); sv, st = score.score(valid), score.score(test)
+)->list:                     # one dict per P: P, thresholds (see `write_thresholds`), cost (mean on test data), accuracy, shares taken
+    "Accuracy against mean cost; thresholds are set on validation data and applied to test data. Raises `ValueError` for what does not fit."
+    if flag(flat, "flat") and valid_y is None:
+        raise ValueError("flat=True compares accuracies on validation data: pass valid_y")
+    _certain(_check_logits(valid, "valid", 1), "valid")
+    _certain(_check_logits(test, "test", 1), "test")
+    _labels(y, test)
+    P, exponent = [_plain_number(p, "P") for p in P], number(exponent, "exponent", 0)
+    score = score_by_name(score)
+    sv, st = score.score(valid), score.score(test)
     right, out, best = test.argmax(-1).cpu() == y.cpu(), [], (-1., None)
     for p in P:
         T = budget_thresholds(sv, exit_shares(len(sv), 20 * (p / 20) ** exponent))
-        if flat: best = max(best, (evaluate_thresholds(sv, valid.argmax(-1) == valid_y, costs, T)["accuracy"], T), key=lambda b: b[0]); T = best[1]
+        if flat:
+            here = evaluate_thresholds(sv, valid.argmax(-1) == valid_y, costs, T)["accuracy"]
+            best = max(best, (here, T), key=lambda b: b[0])
+            T = best[1]
         r = evaluate_thresholds(st.cpu(), right, costs, T)
-        out.append(dict(P=p, thresholds=[None if math.isinf(t) else t for t in T], cost=r["cost"], accuracy=r["accuracy"], shares=r["shares"]))
+        out.append(dict(P=p, thresholds=write_thresholds(T), cost=r["cost"], accuracy=r["accuracy"], shares=r["shares"]))
     return out
 
 # %% ../nbs/05_inference.ipynb #2237579f
 def _check_budget(costs, budget, floor=None):
     low, high = costs[0] if floor is None else floor, costs[-1]
-    if low * (1 - 1e-9) <= budget <= high * (1 + 1e-9): return
-    raise ValueError(f"budget={budget} must lie between {low:g}, the cheapest exit that can be taken, and {high:g}, the dearest")
+    budget = number(budget, "budget")
+    ok = low * (1 - 1e-9) <= budget <= high * (1 + 1e-9)
+    if not ok:
+        raise ValueError(f"budget={budget:g} must lie between {low:g}, the cheapest exit that can be taken, and {high:g}, the dearest")
+    return budget
 
 def _bisect(f, low, high, steps=50):
     "A point of [low, high] where the rising function `f` is still <= 0, as far right as bisection finds; `low` if none is."
@@ -283,8 +382,11 @@ def shares_for_budget(
     budget:float, # mean cost per sample, in the units of `costs`
 )->list:          # q_1..q_E, adding to 1, with sum_k q_k C_k = budget
     "Geometric shares q_k ~ r^k whose mean cost is the budget (MSDNet, arXiv 1703.09844); raises `ValueError` for a budget no exit can meet."
-    c = _check_costs(costs, len(costs)); _check_budget(c, budget)
-    def q(log_r): w = np.exp(log_r * np.arange(len(c)) - max(0, log_r * (len(c) - 1))); return w / w.sum()
+    c = _check_costs(costs, len(costs))
+    budget = _check_budget(c, budget)
+    def q(log_r):
+        w = np.exp(log_r * np.arange(len(c)) - max(0, log_r * (len(c) - 1)))
+        return w / w.sum()
     return q(_bisect(lambda l: q(l) @ c - budget, -45., 45., 60)).tolist()
 
 # %% ../nbs/05_inference.ipynb #fa910845
@@ -292,10 +394,12 @@ def quantile_thresholds(
     scores,    # (E, N) on validation data
     fractions, # of those who arrive at exit k, the fraction that leaves there: a number, or E - 1 of them, in [0, 1]
 )->list:       # E thresholds; the last is -inf
-    "Thresholds that let a fraction of the survivors leave at each exit, as nearly as ties allow."
-    s = _check_scores(scores); E, N = s.shape
-    h = [fractions] * (E - 1) if np.isscalar(fractions) else list(fractions)
-    if len(h) != E - 1 or not all(0 <= v <= 1 for v in h): raise ValueError(f"fractions={fractions} must be {E - 1} numbers in [0, 1], or one for all exits")
+    "Thresholds that let a fraction of the survivors leave at each exit, as nearly as ties allow; raises `ValueError` for fractions outside [0, 1]."
+    s = _check_scores(scores)
+    E, N = s.shape
+    one = np.ndim(fractions) == 0
+    h = [number(v, "fractions", 0, 1) for v in ([fractions] * (E - 1) if one else fractions)]
+    check(len(h) == E - 1, "fractions", fractions, f"{E - 1} numbers in [0, 1], or one for all exits")
     here, T = torch.ones(N, dtype=torch.bool), []
     for k in range(E - 1):
         n = round(h[k] * int(here.sum())); v = s[k].cpu()[here]
@@ -318,9 +422,10 @@ def stopping_thresholds(
     costs,    # E costs of leaving at each exit, rising
     mu:float, # price of one unit of cost, in accuracy, >= 0
 )->list:      # E thresholds; the last is -inf
-    "Thresholds of the optimal stopping problem with price `mu` on cost: backward recursion, isotonic in the score."
-    s = _check_scores(scores); right = _check_right(right, s).cpu().double().numpy(); c = _check_costs(costs, len(s)); s = s.cpu().double().numpy()
-    if not mu >= 0: raise ValueError(f"mu={mu} must not be negative")
+    "Thresholds of the optimal stopping problem with price `mu` on cost: backward recursion, isotonic in the score; raises `ValueError` for a negative price."
+    s, mu = _check_scores(scores), number(mu, "mu", 0)
+    right, c = _check_right(right, s).cpu().double().numpy(), _check_costs(costs, len(s))
+    s = s.cpu().double().numpy()
     T, V = [-math.inf], right[-1] - mu * c[-1]                            # V: reward of each sample from here on
     for k in range(len(c) - 2, -1, -1):
         leave = right[k] - mu * c[k]
@@ -358,10 +463,10 @@ def thresholds_for_budget(
     scheme:str="msdnet", # msdnet | quantile | shared | lagrange
 )->list:                 # E thresholds; the last is -inf
     "Thresholds whose mean cost on validation data meets the budget; raises `ValueError` for a budget below the cheapest or above the dearest exit."
-    s = _check_scores(valid_scores); c = _check_costs(costs, len(s))
-    if scheme not in SCHEMES: raise ValueError(f"scheme={scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
+    s, scheme = _check_scores(valid_scores), choice(scheme, "scheme", SCHEMES)
+    c = _check_costs(costs, len(s))
     can = (s > -math.inf).any(1).tolist()[:-1] + [True]                    # exits that can be taken
-    _check_budget(c, budget, min(c[can]))
+    budget = _check_budget(c, budget, min(c[can]))
     cost_of = lambda T: float(c[take_exit(s, T).cpu().numpy()].mean())
     over = lambda make: lambda t: cost_of(make(t)) - budget * (1 + 1e-9)
     if scheme == "msdnet":
@@ -392,38 +497,59 @@ def fit_gate(
     hidden:int=16,       # units of the assignment network
     seed:int=0,          # of the first weights
 )->tuple:                # trained `Gate`, list of E shares q_k
-    "Train EENet's scores and exit assignment for a budget (WACV 2024)."
-    E, N, K = logits.shape; c = _check_costs(costs, E); _check_budget(c, budget)
-    if N == 0: raise ValueError("logits has no samples; a gate needs some to train on")
+    "Train EENet's scores and exit assignment for a budget (WACV 2024); raises `ValueError` for NaN, labels that do not fit, and bad settings."
+    E, N, K = _certain(_check_logits(logits, samples=1), "logits").shape
+    _labels(y, logits)
+    c = _check_costs(costs, E)
+    budget = _check_budget(c, budget)
+    alpha_ce, alpha_cost, beta = number(alpha_ce, "alpha_ce", 0), number(alpha_cost, "alpha_cost", 0), number(beta, "beta", 0)
+    steps, lr, hidden, seed = whole(steps, "steps"), number(lr, "lr", above=0), whole(hidden, "hidden"), whole(seed, "seed", None)
     right, c = (logits.argmax(-1) == y).float().T, torch.tensor(c, dtype=torch.float)                  # (N, E)
     with Streams(seed).scope("gate"):
-        gate = Gate(E, K); assign = nn.ModuleList(nn.Sequential(nn.Linear(K + 3 + e, hidden), nn.Sigmoid(), nn.Linear(hidden, 1)) for e in range(E))
+        gate = Gate(E, K)
+        assign = nn.ModuleList(nn.Sequential(nn.Linear(K + 3 + e, hidden), nn.Sigmoid(), nn.Linear(hidden, 1)) for e in range(E))
     opt = torch.optim.Adam([*gate.parameters(), *assign.parameters()], lr=lr)
     fall = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
     X = [Gate.inputs(f, f.new_zeros(N, 0)) for f in logits.float()]
     for _ in range(steps):
         before, r, u = X[0][:, :0], [], []
         for x, score, mlp in zip(X, gate.layers, assign):
-            x = torch.cat([x, before], -1); u.append(score(x)); r.append(mlp(x))
+            x = torch.cat([x, before], -1)
+            u.append(score(x))
+            r.append(mlp(x))
             before = torch.cat([before, u[-1].sigmoid().detach()], -1)
-        log_a = torch.cat(r, -1).log_softmax(-1); a = log_a.exp()
-        w = a.detach() / a.detach().sum(0); t = before ** beta / (before ** beta).sum(-1, keepdim=True)
+        log_a = torch.cat(r, -1).log_softmax(-1)
+        a = log_a.exp()
+        w = a.detach() / a.detach().sum(0)
+        t = before ** beta / (before ** beta).sum(-1, keepdim=True)
         bce = (w * F.binary_cross_entropy_with_logits(torch.cat(u, -1), right, reduction="none")).sum() / E
         loss = bce + alpha_ce * F.kl_div(log_a, t, reduction="batchmean") + alpha_cost * ((a @ c).mean() / budget - 1).abs()
-        opt.zero_grad(); loss.backward(); opt.step(); fall.step()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        fall.step()
     return gate.requires_grad_(False), a.detach().mean(0).tolist()
 
 # %% ../nbs/05_inference.ipynb #a8611b90
+def _below(a, b, c):
+    "Is the middle one of three points below the line through the others, or on it?"
+    return (b[1] - a[1]) * (c[0] - a[0]) <= (c[1] - a[1]) * (b[0] - a[0])
+
 def static_mixture(
     costs,    # E costs of leaving at each exit, rising
     accuracy, # E accuracies of the exits
     budget,   # mean cost, a number or an array
 ):            # best accuracy of a coin toss between exits that costs at most the budget
-    "Upper concave hull of the exits' (cost, accuracy) points, never falling: what chance gets for a budget."
-    c = _check_costs(costs, len(costs)); _check_budget(c, np.min(budget)); _check_budget(c, np.max(budget))
+    "Upper concave hull of the exits' (cost, accuracy) points, never falling: what chance gets for a budget. Raises `ValueError` for what does not fit."
+    c = _check_costs(costs, len(costs))
+    for b in np.ravel(budget):
+        _check_budget(c, b)
+    acc = [number(a, "accuracy") for a in accuracy]
+    check(len(acc) == len(c), "number of accuracies", len(acc), f"{len(c)}, one per exit")
     hull = []
-    for x, y in zip(c, np.maximum.accumulate(np.asarray(accuracy, float))):
-        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (x - hull[-2][0]) <= (y - hull[-2][1]) * (hull[-1][0] - hull[-2][0]): hull.pop()
+    for x, y in zip(c, np.maximum.accumulate(acc)):
+        while len(hull) > 1 and _below(hull[-2], hull[-1], (x, y)):
+            hull.pop()
         hull.append((x, y))
     return np.interp(budget, *zip(*hull))
 
@@ -433,12 +559,14 @@ def oracle(
     costs,             # E costs of leaving at each exit, rising
     budget:float=None, # mean cost it may spend; None: as much as it likes
 )->dict:               # accuracy, cost (mean), shares (E), exit (N,)
-    "The earliest right exit for every sample: an upper bound for all policies."
-    right = torch.as_tensor(right).bool()
-    if right.ndim != 2 or right.shape[1] == 0: raise ValueError(f"right must have shape (E, N) with N >= 1, not {tuple(right.shape)}")
-    c = _check_costs(costs, len(right)); e = right.int().argmax(0).cpu()          # 0 where no exit is right
+    "The earliest right exit for every sample: an upper bound for all policies. Raises `ValueError` for what does not fit."
+    right = torch.as_tensor(right)
+    if right.ndim != 2 or right.shape[1] == 0:
+        raise ValueError(f"right must have shape (E, N) with N >= 1, not {tuple(right.shape)}")
+    right, c = _check_right(right, right), _check_costs(costs, len(right))
+    e = right.int().argmax(0).cpu()          # 0 where no exit is right
     if budget is not None:
-        _check_budget(c, budget)
+        budget = _check_budget(c, budget)
         extra, order = c[e] - c[0], e.argsort(stable=True)
         e[order[np.cumsum(extra[order]) > (budget - c[0]) * len(e) + 1e-9]] = 0   # not affordable: leave at once, wrong
     T = torch.arange(len(c))[:, None] == e                                        # a score that is 1 at the exit to take
@@ -450,7 +578,8 @@ def failure_auroc(
     right,  # (E, N) bool
 )->list:    # E numbers in [0, 1], 0.5 for a score that knows nothing; nan where an exit is always right or always wrong
     "AUROC of the score for 'this exit is right', per exit."
-    scores = _check_scores(scores); right, out = _check_right(right, scores).cpu().numpy(), []
+    scores = _check_scores(scores)
+    right, out = _check_right(right, scores).cpu().numpy(), []
     for s, r in zip(scores.cpu().numpy(), right):
         _, same, n = np.unique(s, return_inverse=True, return_counts=True)
         rank, P = (n.cumsum() - (n - 1) / 2)[same], int(r.sum())                  # ties share their mean rank
@@ -463,7 +592,8 @@ def aurc(
     right,  # (E, N) bool
 )->list:    # E numbers in [0, 1], smaller is better
     "Area under the risk-coverage curve, per exit: mean error of the n most confident samples over n = 1..N; ties count with their mean error."
-    scores = _check_scores(scores); right, out = _check_right(right, scores).cpu().numpy(), []
+    scores = _check_scores(scores)
+    right, out = _check_right(right, scores).cpu().numpy(), []
     for s, r in zip(scores.cpu().numpy(), right):
         _, same, n = np.unique(-s, return_inverse=True, return_counts=True)       # group 0: the largest score
         error = np.repeat(np.bincount(same, ~r) / n, n)
@@ -481,7 +611,9 @@ def policy_table(
     scheme:str="lagrange", # see `thresholds_for_budget`
 )->list:                   # one dict per score: name, auroc (E), cost, accuracy, over_mixture, below_oracle
     "Print and return how each score does at one budget: AUROC per exit, test accuracy, distance to the static mixture and to the oracle at the same cost."
-    right_test = torch.as_tensor(right_test).bool(); each = right_test.double().mean(1).tolist(); rows = []
+    check(valid.keys() == test.keys() and len(valid) > 0, "names of scores in valid and test", (sorted(valid), sorted(test)), "the same, at least one")
+    right_test = _check_right(right_test, torch.as_tensor(next(iter(test.values()))))
+    each, rows = right_test.double().mean(1).tolist(), []
     print(f"{'score':12s}{'AUROC, exits 1-' + str(len(each)):>{7*len(each)}s}{'cost':>9s}{'accuracy':>10s}{'over mixture':>14s}{'below oracle':>14s}")
     for name, sv in valid.items():
         r = evaluate_thresholds(test[name], right_test, costs, thresholds_for_budget(sv, right_valid, costs, budget, scheme))
@@ -545,12 +677,16 @@ def reliability(
     right,       # (E, N) bool
     bins:int=15, # of equal width over [0, 1]
 )->list:         # per exit a dict of arrays over the bins that are not empty: confidence, accuracy, count
-    "Mean confidence and accuracy in bins of confidence, per exit."
-    conf = _check_scores(conf, "conf"); right = _check_right(right, conf).cpu().numpy(); out = []
+    "Mean confidence and accuracy in bins of confidence, per exit; raises `ValueError` for scores that are no probabilities."
+    conf, bins, out = _check_scores(conf, "conf"), whole(bins, "bins"), []
+    right = _check_right(right, conf).cpu().numpy()
     low, high = float(conf.min()), float(conf.max())
-    if low < 0 or high > 1: raise ValueError(f"conf must lie in [0, 1], not in [{low:g}, {high:g}]: only probabilities can be calibrated")
+    if low < 0 or high > 1:
+        raise ValueError(f"conf must lie in [0, 1], not in [{low:g}, {high:g}]: only probabilities can be calibrated")
     for c, r in zip(conf.double().cpu().numpy(), right):
-        b = np.minimum((c * bins).astype(int), bins - 1); n = np.bincount(b, minlength=bins); k = n > 0
+        b = np.minimum((c * bins).astype(int), bins - 1)
+        n = np.bincount(b, minlength=bins)
+        k = n > 0
         out.append(dict(confidence=np.bincount(b, c, bins)[k] / n[k], accuracy=np.bincount(b, r, bins)[k] / n[k], count=n[k]))
     return out
 
@@ -569,13 +705,20 @@ def temperature(
     low:float=-3.,       # smallest log T
     high:float=3.,       # largest log T
 )->torch.Tensor:         # (...) temperatures, usually one per exit
-    "Temperatures that minimise the cross-entropy of logits / T, by bisection on log T (arXiv 1706.04599)."
-    if logits.shape[-2] == 0: raise ValueError("logits has no samples; a temperature needs at least one")
-    z = logits.double(); of_y = z.gather(-1, y.to(z.device).expand(z.shape[:-1])[..., None])[..., 0].mean(-1)
+    "Temperatures that minimise the cross-entropy of logits / T, by bisection on log T (arXiv 1706.04599); raises `ValueError` for NaN, labels that do not fit, or labels of impossible classes."
+    check(isinstance(logits, torch.Tensor) and logits.ndim > 1, "logits' shape", tuple(getattr(logits, "shape", ())), "(..., N, K)")
+    if logits.shape[-2] == 0:
+        raise ValueError("logits has no samples; a temperature needs at least one")
+    y, low, high = _labels(y, _certain(logits, "logits")).long(), number(low, "low"), number(high, "high")
+    check(low < high, "low", low, f"below high={high}")
+    z = logits.double()
+    of_y = z.gather(-1, y.to(z.device).expand(z.shape[:-1])[..., None])[..., 0].mean(-1)
+    finite(of_y, "mean logit of the labels' classes")
+    held = z.masked_fill(z == -math.inf, 0.)                     # 0 times a class that cannot occur is 0
     a, b = torch.full_like(of_y, low), torch.full_like(of_y, high)
     for _ in range(50):
         t = (a + b) / 2
-        too_hot = ((z / t.exp()[..., None, None]).softmax(-1) * z).sum(-1).mean(-1) < of_y      # slope in 1/T < 0: sharper is better
+        too_hot = ((z / t.exp()[..., None, None]).softmax(-1) * held).sum(-1).mean(-1) < of_y      # slope in 1/T < 0: sharper is better
         a, b = torch.where(too_hot, a, t), torch.where(too_hot, t, b)
     return ((a + b) / 2).exp().float()
 
@@ -608,10 +751,13 @@ def plot_depth(
     bins:int=12, # of difficulty, with equally many samples each
     title:str="",
 ):               # plotly Figure
-    "Share of the samples that leave at each exit, against their true difficulty."
+    "Share of the samples that leave at each exit, against their true difficulty; raises `ValueError` for what does not fit."
     import plotly.graph_objects as go
-    exit, d = np.asarray(exit), np.asarray(difficulty, float)
-    if len(exit) != len(d) or not len(d): raise ValueError(f"exit and difficulty must be equally long and not empty, not {len(exit)} and {len(d)}")
+    exit, d, n_exits, bins = np.asarray(exit), np.asarray(difficulty, float), whole(n_exits, "n_exits"), whole(bins, "bins")
+    if len(exit) != len(d) or not len(d):
+        raise ValueError(f"exit and difficulty must be equally long and not empty, not {len(exit)} and {len(d)}")
+    finite(d, "difficulty")
+    check(0 <= exit.min() and exit.max() < n_exits, "exit's range", (exit.min().item(), exit.max().item()), f"within 0 to {n_exits - 1}")
     parts = np.array_split(d.argsort(kind="stable"), min(bins, len(d)))
     share = np.array([np.bincount(exit[p], minlength=n_exits) / len(p) for p in parts])
     return figure(*(go.Scatter(x=[d[p].mean() for p in parts], y=share[:, e], name=f"exit {e+1}", mode="lines+markers", **style(e)) for e in range(n_exits)),
@@ -626,7 +772,7 @@ def picture_grid(
     title:str="",
 ):                  # plotly Figure
     "One row of pictures per exit: on the left the highest scores among those that leave there, on the right the lowest."
-    exit, scores = torch.as_tensor(exit), _check_scores(scores).cpu()
+    exit, scores, each = torch.as_tensor(exit), _check_scores(scores).cpu(), whole(each, "each")
     n = len(data), len(exit), scores.shape[1]
     if len(set(n)) > 1: raise ValueError(f"{n[0]} pictures, {n[1]} exits taken and scores for {n[2]} samples: all must be equally many")
     idx, rows = [], []

@@ -395,7 +395,7 @@ def plot_latents(
 ):                    # plotly Figure
     "One panel per network, one colour and symbol per class; `ValueError` if labels do not fit."
     from plotly.subplots import make_subplots
-
+    from darkdistill_nb.data import class_look
     y, height = torch.as_tensor(y), whole(height, "height", 50)
     check(isinstance(maps, dict) and maps, "maps", maps, "a dict of at least one map")
     for k, flat in maps.items():
@@ -432,9 +432,7 @@ def plot_latents(
                 showlegend=j == 0,
                 row=1,
                 col=j + 1,
-                marker=dict(
-                    size=5, color=PALETTE[c % 8], symbol=SYMBOLS[(c + c // 8) % 8], opacity=0.8
-                ),
+                marker={**class_look(c, "dot"), "opacity": 0.8},
             )
     fig.update_xaxes(title="axis 1").update_yaxes(title="axis 2", col=1)
     fig.layout.template = LOOK

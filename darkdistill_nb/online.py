@@ -11,23 +11,37 @@ __all__ = ['DML', 'train_together', 'entropy', 'bidirectional_loss', 'BDKD', 'se
 import math, time
 import torch
 import torch.nn.functional as F
-from .distillation import _kl, _optimizer, _order, _positive, _share, _up, kd_loss
+from .checks import check, flag, number, same_shape, whole
+from .distillation import (_batch, _certain, _check_last_batch, _kd, _kl, _labels, _optimizer, _order, _pair,
+                                         _up)
+from .training import start_training
 from torch import nn
+
+# %% ../nbs/02c_online.ipynb #a24774ce
+def _peers(m, z, y):
+    "Logits of several networks for the same samples, `m` one of them. A NaN goes through: the driver reports it."
+    check(isinstance(z, (list, tuple)) and len(z) > 0, "z", z, "a list of logits, one tensor (B, K) per network")
+    m = whole(m, "m", 0, len(z) - 1)
+    for n, v in enumerate(z):
+        same_shape(**{"the first network's logits": z[0], f"network {n}'s logits": _batch(v, f"z[{n}]", "(B, K)")})
+    return m, _labels(y, z[m]).long()
 
 # %% ../nbs/02c_online.ipynb #ab22da93
 class DML:
-    "Deep mutual learning: cross-entropy plus the mean divergence from the other networks (arXiv 1706.00384, eq. 7)."
+    "Deep mutual learning: cross-entropy plus the mean divergence from the other networks (arXiv 1706.00384, eq. 7); raises `ValueError` for T <= 0."
     def __init__(self,
         T:float=1. # temperature, > 0; the paper's is 1
-    ): _positive(T=T); self.T = T
+    ):
+        self.T = number(T, "T", above=0)
     def __call__(self,
         m:int,          # whose loss
         z:list,         # M tensors (B, K) of logits
         y:torch.Tensor, # (B,) labels
     )->torch.Tensor:    # scalar (nats); no gradient flows into the other networks
-        "The loss of network `m`."
+        "The loss of network `m`; raises `ValueError` for logits or labels that do not fit."
+        m, y = _peers(m, z, y)
         others = [v for n, v in enumerate(z) if n != m]
-        return F.cross_entropy(_up(z[m]), y) + sum(kd_loss(z[m], v, self.T) for v in others) / max(len(others), 1)
+        return F.cross_entropy(_up(z[m]), y) + sum(_kd(z[m], v, self.T) for v in others) / max(len(others), 1)
 
 # %% ../nbs/02c_online.ipynb #47bb9d96
 def _turns(nets, x, alternate):
@@ -57,31 +71,53 @@ def train_together(
     alternate:bool=True,    # True: take turns and answer again after each step; False: all step from the same answers
     on_epoch=None,          # called as on_epoch(row, nets); may add to the row
 )->list:                    # a dict per epoch: epoch, loss (list, one mean per network), seconds
-    "Train several networks that learn from each other's current answers; raises `FloatingPointError` if a loss stops being finite."
-    if len({id(n) for n in nets}) < len(nets) or not nets: raise ValueError("nets must be different objects, at least one")
+    "Train several networks that learn from each other's current answers; raises `ValueError` for bad settings and `FloatingPointError` if a loss stops being finite."
+    epochs, batch_size, alternate = whole(epochs, "epochs", 0), whole(batch_size, "batch_size"), flag(alternate, "alternate")
+    check(len(data) > 0, "data", len(data), "at least one image")
+    if len({id(n) for n in nets}) < len(nets) or not nets:
+        raise ValueError("nets must be different objects, at least one")
+    for n in nets:
+        _check_last_batch(n, data, batch_size)
     opts, rows = [_optimizer(optimizer, [p for p in n.parameters() if p.requires_grad], lr, momentum, weight_decay) for n in nets], []
     for e in range(epochs):
         total, start = [0.] * len(nets), time.perf_counter()
-        for n in nets: n.train()
+        for n in nets:
+            start_training(n)
         for idx in _order(data, generator).split(batch_size):
             x, y = data[idx]
             for m, z in _turns(nets, x, alternate):
-                value = loss(m, z, y); opts[m].zero_grad(set_to_none=True); value.backward(); opts[m].step()
+                value = loss(m, z, y)
+                opts[m].zero_grad(set_to_none=True)
+                value.backward()
+                opts[m].step()
                 total[m] += value.detach() * len(y)
         rows.append(dict(epoch=e, loss=[float(t) / len(data) for t in total], seconds=time.perf_counter() - start))
-        if not all(map(math.isfinite, rows[-1]["loss"])): raise FloatingPointError(f"the losses are {rows[-1]['loss']}; lower lr={lr}")
-        if on_epoch: on_epoch(rows[-1], nets)
+        if not all(map(math.isfinite, rows[-1]["loss"])):
+            raise FloatingPointError(f"the losses are {rows[-1]['loss']}; lower lr={lr}")
+        if on_epoch:
+            on_epoch(rows[-1], nets)
     return rows
+
+# %% ../nbs/02c_online.ipynb #9241c255
+def _entropy(logits, T):
+    log_p = F.log_softmax(_up(logits) / T, -1)
+    return -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.)).sum(-1)
 
 # %% ../nbs/02c_online.ipynb #55575010
 def entropy(
     logits:torch.Tensor, # (B, K)
     T:float=1.,          # temperature, > 0
 )->torch.Tensor:         # (B,) in nats, between 0 and log K
-    "Entropy of each row's softmax at temperature `T`."
-    _positive(T=T)
-    log_p = F.log_softmax(_up(logits) / T, -1)
-    return -(log_p.exp() * log_p).sum(-1)
+    "Entropy of each row's softmax at temperature `T`; a class of probability 0 adds 0. Raises `ValueError` for NaN or T <= 0."
+    T = number(T, "T", above=0)
+    return _entropy(_certain(_batch(logits, "logits", "(B, K)"), "logits"), T)
+
+# %% ../nbs/02c_online.ipynb #f7a323af
+def _both_ways(student, teacher, T, forward, reverse, boost):
+    "`bidirectional_loss` without its checks."
+    s, t = F.log_softmax(_up(student) / T, -1), F.log_softmax(_up(teacher).detach() / T, -1)
+    sure = (_entropy(student.detach(), T) < _entropy(teacher.detach(), T)).to(s.dtype)
+    return T * T * (forward * boost ** sure * _kl(t, s) + reverse * boost ** (1 - sure) * _kl(s, t)).mean()
 
 # %% ../nbs/02c_online.ipynb #8193ac21
 def bidirectional_loss(
@@ -92,31 +128,37 @@ def bidirectional_loss(
     reverse:float=1.,     # weight of KL(student || teacher)
     boost:float=2.,       # factor on forward where the student is the surer one, on reverse elsewhere; 1: none
 )->torch.Tensor:          # scalar (nats)
-    "T^2 times both divergences, weighted for each sample by whose entropy is lower (BD-KD, arXiv 2212.12965; the weights are ours)."
-    _positive(T=T, boost=boost)
-    s, t = F.log_softmax(_up(student) / T, -1), F.log_softmax(_up(teacher).detach() / T, -1)
-    sure = (entropy(student.detach(), T) < entropy(teacher.detach(), T)).to(s.dtype)
-    return T * T * (forward * boost ** sure * _kl(t, s) + reverse * boost ** (1 - sure) * _kl(s, t)).mean()
+    "T^2 times both divergences, weighted for each sample by whose entropy is lower (BD-KD, arXiv 2212.12965; the weights are ours). Raises `ValueError` as `kd_loss` does."
+    T, boost = number(T, "T", above=0), number(boost, "boost", above=0)
+    forward, reverse = number(forward, "forward", 0), number(reverse, "reverse", 0)
+    _pair(student, teacher)
+    return _both_ways(student, teacher, T, forward, reverse, boost)
 
 # %% ../nbs/02c_online.ipynb #290fa4bf
 class BDKD:
-    "BD-KD for `train_together([student, teacher], ...)`: both learn from labels and from each other (arXiv 2212.12965)."
+    "BD-KD for `train_together([student, teacher], ...)`: both learn from labels and from each other (arXiv 2212.12965); raises `ValueError` for bad settings."
     def __init__(self,
         T:float=1.,       # temperature, > 0
         forward:float=1., # weights of the student's two directions, as in `bidirectional_loss`
         reverse:float=1.,
         boost:float=2.,
         teacher:float=1., # lambda_T, weight of the teacher's divergence
-    ): _positive(T=T, boost=boost); self.T, self.forward, self.reverse, self.boost, self.teacher = T, forward, reverse, boost, teacher
+    ):
+        self.T, self.boost = number(T, "T", above=0), number(boost, "boost", above=0)
+        self.forward, self.reverse = number(forward, "forward", 0), number(reverse, "reverse", 0)
+        self.teacher = number(teacher, "teacher", 0)
     def __call__(self,
         m:int,          # 0: the student, 1: the teacher
         z:list,         # logits of student and teacher, (B, K) each
         y:torch.Tensor, # (B,) labels
     )->torch.Tensor:    # scalar (nats)
-        "The loss of network `m`."
-        if len(z) != 2: raise ValueError(f"BD-KD trains two networks, a student and a teacher, not {len(z)}")
+        "The loss of network `m`; raises `ValueError` for other than two networks, and for what does not fit."
+        if len(z) != 2:
+            raise ValueError(f"BD-KD trains two networks, a student and a teacher, not {len(z)}")
+        m, y = _peers(m, z, y)
         ce = F.cross_entropy(_up(z[m]), y)
-        if m == 0: return ce + bidirectional_loss(*z, self.T, self.forward, self.reverse, self.boost)
+        if m == 0:
+            return ce + _both_ways(*z, self.T, self.forward, self.reverse, self.boost)
         log_s, log_t = (F.log_softmax(_up(v) / self.T, -1) for v in (z[0].detach(), z[1]))
         return ce + self.teacher * self.T ** 2 * _kl(log_t, log_s).mean()
 
@@ -129,12 +171,16 @@ def self_distillation(
     T:float=3.,          # temperature, > 0
     weight:float=.03,    # lambda, of the features' squared distance
 )->torch.Tensor:         # scalar (nats), the mean over exits
-    "The deepest exit teaches the others (arXiv 1905.08094)."
-    _share(alpha=alpha); _positive(T=T)
+    "The deepest exit teaches the others (arXiv 1905.08094); raises `ValueError` for what does not fit."
+    alpha, T, weight = number(alpha, "alpha", 0, 1), number(T, "T", above=0), number(weight, "weight", 0)
+    logits = list(logits)
+    _, y = _peers(-1 + len(logits), logits, y)
     if features is not None and (len(features) != len(logits) or len({f.shape for f in features}) > 1):
         raise ValueError(f"features have shapes {[tuple(f.shape) for f in features]}; {len(logits)} tensors of one shape are needed")
     total = F.cross_entropy(_up(logits[-1]), y)
     for i, z in enumerate(logits[:-1]):
-        total = total + (1 - alpha) * F.cross_entropy(_up(z), y) + alpha * kd_loss(z, logits[-1], T)
-        if features is not None: total = total + weight * (_up(features[i]) - _up(features[-1]).detach()).flatten(1).pow(2).sum(1).mean()
+        total = total + (1 - alpha) * F.cross_entropy(_up(z), y) + alpha * _kd(z, logits[-1], T)
+        if features is not None:
+            gap = _up(features[i]) - _up(features[-1]).detach()
+            total = total + weight * gap.flatten(1).pow(2).sum(1).mean()
     return total / len(logits)

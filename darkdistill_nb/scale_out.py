@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from .distributed import DistrEE, SystemAnswers
+from .inference import read_thresholds
 from .simulator import Aggregator, Answer, Outcomes, Policy, _check, confidence_of
 from .system_policies import LastExit, PartialLogits, RandomExit, policy_by_name
 
@@ -67,7 +68,9 @@ def live_policy(
     **kw          # patience, need of `Policy`
 )->Policy:
     "A rule that students and aggregator can follow while they compute; raises `ValueError` for rules that need more than partial logits."
-    policy, table = policy_by_name(policy), None if T is None else np.asarray(T, dtype=float)
+    policy, table = policy_by_name(policy), None
+    if T is not None:
+        table = np.asarray([read_thresholds(t) for t in T] if np.ndim(T) == 2 else read_thresholds(T))
     ok = isinstance(policy, (PartialLogits, LastExit)) or not (policy.together or isinstance(policy, RandomExit))
     _check(ok, "policy", type(policy).__name__, "LastExit, PartialLogits or a rule by which each student decides alone, to be run live")
     _check(T is None or (table.ndim in (1, 2) and table.shape[-1] == n_exits), "T", T, f"{n_exits} thresholds, or as many for each student")

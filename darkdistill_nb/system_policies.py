@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from .distributed import SystemAnswers
 from .guarantees import RiskControl, last_of_prefix, passes, sample_losses
 from .inference import (_bisect, _lagrange, confidence, failure_auroc, oracle, score_by_name, static_mixture, take_exit,
-                                      thresholds_for_budget)
+                                      read_thresholds, thresholds_for_budget)
 from .training import Streams, by_name
 
 # %% ../nbs/11b_system_policies.ipynb #8bc35dc7
@@ -76,7 +76,9 @@ def depth(self:SystemPolicy,
 )->torch.Tensor:  # (N, S) exit of each student, counted from 0
     "First exit whose score reaches its threshold, for every student and picture."
     s = self.scores(answers) if scores is None else scores
-    t = torch.as_tensor(self.default(answers.n_exits) if T is None else T, dtype=torch.float64)
+    T = self.default(answers.n_exits) if T is None else T
+    rows = [read_thresholds(t) for t in T] if np.ndim(T) == 2 else read_thresholds(T)      # as records hold them, too
+    t = torch.as_tensor(rows, dtype=torch.float64)
     if t.shape not in ((s.shape[1],), tuple(s.shape[:2])):
         raise ValueError(f"T of shape {tuple(t.shape)} must be ({s.shape[1]},), one threshold per exit, or {tuple(s.shape[:2])}")
     t = t.clamp(min=-1e300).expand(s.shape[:2])                # above -inf: an exit that cannot be taken stays closed

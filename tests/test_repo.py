@@ -141,7 +141,7 @@ def test_readme_follows_index():
 def test_notebook_numbers_and_modules_are_one_to_one():
     modules = [default_exp(p) for p in MODULE_NBS]
     assert len(set(modules)) == len(modules)
-    for p, m in zip(MODULE_NBS, modules): assert re.fullmatch(rf"\d\d[a-z]?_{m}\.ipynb", p.name), f"{p.name} exports {m}"
+    for p, m in zip(MODULE_NBS, modules): assert re.fullmatch(rf"\d\d[a-z]?_{m.strip('_')}\.ipynb", p.name), f"{p.name} exports {m}"
     files = {p.stem for p in (ROOT / LIB).glob("*.py")} - {"__init__", "_modidx"}
     assert files == set(modules), "modules without a notebook, or notebooks that were not exported"
 

@@ -290,7 +290,7 @@ def test_simpy_is_asked_for_in_one_sentence(monkeypatch):
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: simulate(A, Policy(), unit(3), [0.]), "3 devices must be as many as students, 2"), (lambda: simulate(A, Policy(), unit(2), []), "rising list"),
+    (lambda: simulate(A, Policy(), unit(3), [0.]), r"len\(cluster\)=3 must be as many devices as students, 2"), (lambda: simulate(A, Policy(), unit(2), []), "rising list"),
     (lambda: simulate(A, Policy(), unit(2), [2., 1.]), "rising list"), (lambda: simulate(A, Policy(), unit(2), [0.], sample=[4]), "in 0..3"),
     (lambda: simulate(A, Policy(), unit(2), [0.], fallback="some"), "fallback='some'"),
     (lambda: simulate(A, Policy(), unit(2), [0.], fallback="last"), "finite deadline"),
@@ -298,9 +298,9 @@ def test_simpy_is_asked_for_in_one_sentence(monkeypatch):
     (lambda: simulate(A, Policy(), unit(2), [0.], payload="picture"), "payload='picture'"),
     (lambda: simulate(A, Policy(points=(2,)), unit(2), [0.]), "before the last"),
     (lambda: simulate(A, Policy(patience=math.inf), unit(2), [0.]), "patience=inf"), (lambda: simulate(A, Policy(), unit(2), [0.], deadline=-1), "deadline=-1"),
-    (lambda: simulate(A, Policy(), unit(2), [0.], mean=np.zeros((2, 4))), r"mean=\(2, 4\) must be of shape \(2, 3\)"),
+    (lambda: simulate(A, Policy(), unit(2), [0.], mean=np.zeros((2, 4))), r"mean.shape=\(2, 4\) must be \(2, 3\)"),
     (lambda: simulate(A, Policy(), unit(2), [0.], suspect=0), "suspect=0"), (lambda: simulate(A, Policy(need=3), unit(2), [0.]), "need=3"),
-    (lambda: Device(jitter=-1), "jitter=-1"), (lambda: Device(active=-1), "at least 0 W"), (lambda: Link(bandwidth=0), "bandwidth=0"),
+    (lambda: Device(jitter=-1), "jitter=-1"), (lambda: Device(active=-1), "active=-1"), (lambda: Link(bandwidth=0), "bandwidth=0"),
     (lambda: Link(retries=-1), "retries"),
     (lambda: Cluster((), ()), "as many as devices"), (lambda: arrivals(3, -1.), "rate=-1.0"), (lambda: arrivals(3, 1., kind="burst"), "kind='burst'"),
     (lambda: joint_policy(()), "one or more exits"), (lambda: fixed_policy([1]), "students, samples"), (lambda: plot_latency({}), "one or more named")])
@@ -315,3 +315,87 @@ def test_go_reaches_a_student_that_waits_deeper_than_the_message_that_releases_i
     cluster = Cluster.equal(2, Device(speed=float(a.costs.max())), Link(latency=0., bandwidth=1e12)).with_device(0, speed=float(a.costs.max()) / 3)
     o = simulate(a, policy, cluster, [0.])
     assert o.exits.tolist() == [[0, 4]] and o.latency[0] < 3
+
+
+# ---------------------------------------------------------------- energy
+
+def test_energy_of_a_dead_device():
+    "A device that dies in the middle of a stage has paid for half of it, and idles no longer; the other idles until the last answer."
+    power = Cluster((Device(speed=1., active=5., idle=3., dies=1.5), Device(speed=1., active=5., idle=2.)), (FREE, FREE))
+    o = simulate(A, Policy(), power, [.5], deadline=6.)
+    assert o.latency.tolist() == [6.] and o.exits.tolist() == [[-1, 2]]
+    assert o.energy[0] == pytest.approx(5 * (1. + 3.)) and o.macs.tolist() == [[1., 3.]] and o.wasted[0] == pytest.approx(1.)
+    assert o.idle == pytest.approx(3 * .5 + 2 * (6.5 - 3.))                # until 1.5 s, of which 1 s at work; until 6.5 s
+
+
+def test_a_device_that_dies_after_the_last_answer_idles_until_that():
+    o = simulate(A, Policy(), unit(2).with_devices(idle=1., dies=100.), [0.])
+    assert o.latency.tolist() == [3.] and o.idle == 0. and o.energy[0] == pytest.approx(6.)
+    o = simulate(A, Policy(), unit(2).with_devices(idle=1., dies=100.).with_device(1, speed=.5), [0.])
+    assert o.latency.tolist() == [6.] and o.idle == pytest.approx(3.)
+    dead = simulate(A, Policy(), unit(2).with_devices(active=7., idle=1.).with_device(0, dies=0.), [0.], deadline=4.)
+    assert dead.energy[0] == pytest.approx(21.) and dead.idle == pytest.approx(1.)      # the dead one costs nothing at all
+
+
+def test_energy_bytes_and_radio_of_retries(monkeypatch):
+    "Two tries are lost and the third arrives: three times the bytes and joules, and the radio is busy for three messages."
+    def luck(*a):
+        f = noise(*a)
+        f["up"][:] = .005                                                  # .1 ** 3 < .005 < .1 ** 2: two lost tries
+        return f
+    monkeypatch.setattr(simulator, "noise", luck)
+    link = Link(bandwidth=10., latency=.5, joule=2., loss=.1, retries=3, timeout=.25)
+    a = table([0., 1.], N=1)
+    o = simulate(a, Policy(), Cluster((Device(speed=1., active=0., idle=0.),), (link,)), [0.], fallback="every")
+    assert o.bytes[0] == 2 * 3 * 20 and o.energy[0] == pytest.approx(2 * o.bytes[0])
+    assert o.latency[0] == pytest.approx(2 * 3 * 2. + 2 * .25 + .5)        # the second message waits for three tries of the first
+    lost = simulate(a, Policy(), Cluster((Device(speed=1., active=0.),), (dataclasses.replace(link, retries=1),)), [0.], deadline=9.)
+    assert lost.bytes[0] == 2 * 20 and lost.energy[0] == pytest.approx(80.) and lost.missing[0, 0]
+
+
+# ---------------------------------------------------------------- arguments
+
+nan, inf = math.nan, math.inf
+BAD = {
+    "dies": (lambda: Device(dies=nan), "dies=nan"), "jitter": (lambda: Device(jitter=inf), "jitter=inf"), "idle": (lambda: Device(idle=nan), "idle=nan"),
+    "speed": (lambda: Device(speed=inf), "speed=inf"), "p": (lambda: Device(p_dead=1.1), "p_dead=1.1"), "death": (lambda: Device(dies=-1), "dies=-1"),
+    "no speed": (lambda: Device(speed=lambda t: 0).seconds(1), "speed=0"), "MACs": (lambda: Device().seconds(-1), "macs, z"),
+    "joule": (lambda: Link(joule=-1), "joule=-1"), "latency": (lambda: Link(latency=nan), "latency=nan"), "delay": (lambda: Link(jitter=nan), "jitter=nan"),
+    "retries": (lambda: Link(retries=1.5), "retries=1.5"), "loss": (lambda: Link(loss=nan), "loss=nan"), "timeout": (lambda: Link(timeout=inf), "timeout=inf"),
+    "bandwidth": (lambda: Link(bandwidth=nan), "bandwidth=nan"), "u": (lambda: Link(loss=.5).fate(8, u=0), "nbytes, u, x"),
+    "links": (lambda: Cluster((Device(),), (3,)), "a tuple of Links"), "devices": (lambda: Cluster(3, ()), "a tuple of Devices"),
+    "equal": (lambda: Cluster.equal(0), "n=0"), "factor": (lambda: unit(2).straggler(0, 0), "factor=0"), "device": (lambda: unit(2).with_device(2, dies=1.), "i=2"),
+    "n": (lambda: arrivals(-1, 2.), "n=-1"), "half": (lambda: arrivals(1.5, 2.), "n=1.5"), "rate": (lambda: arrivals(3, nan), "rate must be finite"),
+    "rate inf": (lambda: arrivals(3, inf), "rate must be finite"), "rates": (lambda: arrivals(3, [1., 2.]), "rate.shape"), "seed": (lambda: arrivals(3, 1., 1.5), "seed=1.5"),
+    "noise": (lambda: noise(0, 0, 1, 1), "n_devices=0"), "bias": (lambda: Aggregator([nan, 0], 1), "bias must be finite"), "students": (lambda: Aggregator([0.], 0), "n_students=0"),
+    "deadline": (lambda: Aggregator([0.], 1, deadline=nan), "deadline=nan"), "mean": (lambda: Aggregator([0.], 1, mean=[[nan]]), "mean must be finite"),
+    "suspect": (lambda: Aggregator([0.], 1, suspect=nan), "suspect=nan"), "stop": (lambda: Aggregator([0.], 1, stop=3), "stop=3"),
+    "open": (lambda: Aggregator([0.], 1).close("x", 0.), "open request"), "whom": (lambda: Aggregator([0.], 1).receive("x", -1, 0, [0.], True, 0.), "student=-1"),
+    "point": (lambda: Policy(points=(1.5,)), "a point=1.5"), "patience": (lambda: Policy(patience=0), "patience=0"), "need": (lambda: Policy(need=0), "need=0"),
+    "speculative": (lambda: Policy(speculative="no"), "speculative='no'"), "leave": (lambda: Policy(leave=1), "leave=1"),
+    "exits": (lambda: fixed_policy([[.5]]), "whole numbers"), "an exit": (lambda: fixed_policy([[-1]]), "whole numbers"),
+    "scores": (lambda: local_policy([[[nan]]], .5), "scores must be free of NaN"), "shape": (lambda: local_policy([[.5]], .5), "scores.shape"),
+    "threshold": (lambda: local_policy([[[.5]]], nan), "threshold=nan"), "thresholds": (lambda: local_policy([[[.5]]], [.5, .5]), "2 thresholds for 1 exits"),
+    "joint": (lambda: joint_policy((1,), nan), "threshold=nan"), "joint point": (lambda: joint_policy((-1,)), "a point=-1"),
+    "logits": (lambda: confidence_of([nan, 1.]), "without NaN"), "arrival": (lambda: simulate(A, Policy(), unit(2), [nan]), "arrival must be finite"),
+    "a deadline": (lambda: simulate(A, Policy(), unit(2), [0.], deadline=nan), "deadline=nan"), "header": (lambda: simulate(A, Policy(), unit(2), [0.], header=-1), "header=-1"),
+    "sample": (lambda: simulate(A, Policy(), unit(2), [0.], sample=[.5]), "one whole number"), "trace": (lambda: simulate(A, Policy(), unit(2), [0.], trace="x"), "trace='x'"),
+    "policy": (lambda: simulate(A, None, unit(2), [0.]), "a Policy and a Cluster"), "knob": (lambda: simulate(A, Policy(), unit(2), [0.], knob=3), "knob=3"),
+    "margin": (lambda: simulate(A, Policy(), unit(2), [0.], deadline=1., margin=nan), "margin=nan"), "runs": (lambda: summary_table({}), "one or more"),
+}
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_told_in_one_sentence(name):
+    call, words = BAD[name]
+    with pytest.raises(ValueError, match=words) as e:
+        call()
+    assert "\n" not in str(e.value)
+
+
+def test_numbers_of_numpy_and_thresholds_of_records():
+    d, l = Device(speed=np.float32(2), jitter=np.int64(0), dies=torch.tensor(3.)), Link(retries=np.int32(2), loss=np.float64(.5))
+    assert (d.speed, d.dies, l.retries, l.loss) == (2., 3., 2, .5) and Cluster.equal(np.int64(2)).straggler(np.int64(1), np.float32(2))
+    scores = torch.tensor([[[.2], [.6], [.9]]])
+    exits = lambda T: [local_policy(scores, T).leave(0, e, 0, None) for e in range(3)]
+    assert exits(["inf", .5, None]) == exits([inf, .5, -inf]) == exits(np.array([inf, .5, -inf])) == [False, True, True]
+    assert exits([[.1, .1, .1]]) == exits(np.float32(.1)) == [True] * 3

@@ -887,13 +887,20 @@ def _run(args, say, command):
     _show(record, folder, say)
     return 0
 
+# %% ../nbs/14_cli.ipynb #66c581a0
+def _reportable(record, path):
+    "A record of `darkdistill run`, which has all that a report shows; other experiments have records of another kind."
+    from darkdistill_nb.training import check_record
+    return check_record(record, path, config=("data", "seeds", "gamma", "tiers"), runs=("method", "seed", "rounds", "final"),
+                        info=("macs", "parameters", "classes", "clients"))
+
 # %% ../nbs/14_cli.ipynb #7d12a32a
 def _load(folder):
     from darkdistill_nb.training import load_record
     config, record = (os.path.isfile(Path(folder)/f"{name}.json") for name in ("config", "record"))
     if config and not record:
         raise ValueError(f"run={shown(str(folder))} is not finished; continue it with: darkdistill run --resume {folder}")
-    return load_record(folder)
+    return _reportable(load_record(folder), folder)
 
 def _names(folders):
     "Shortest ends of the paths that tell the folders apart."
@@ -932,20 +939,19 @@ def _report(args, say, command):
 
 # %% ../nbs/14_cli.ipynb #c4f2fef8
 def tutorials(
-    folder=None,   # copies go here; None: work in the checkout, or copy to ./darkdistill_tutorials
-    here=None,     # folder of the package
-    prefix=None,   # where a wheel puts shared files
-)->Path:           # folder to open
+    folder=None, # copies go here; None: work in the checkout, or copy to ./darkdistill_tutorials
+    here=None,   # folder of the package; None: of the one that is imported
+)->Path:         # folder to open
     "The folder with the tutorials; copies never replace a file. Raises `FileNotFoundError` when none are installed."
-    here, prefix = Path(here or __file__).resolve().parent, Path(prefix or sys.prefix)
-    root = here.parent
-    checkout = [root/d for d in ("tutorials", "nbs") if (root/"settings.ini").exists() and list((root/d).glob("*.ipynb"))]
-    source = (checkout + [p for p in [prefix/"share"/"darkdistill_nb"/"tutorials"] if list(p.glob("*.ipynb"))] + [None])[0]
-    if source is None: raise FileNotFoundError(f"no tutorials are installed below {prefix}; clone the repository to get them")
-    if checkout and folder is None: return source
+    from darkdistill_nb.training import shipped
+    source = shipped("tutorials", here)
+    if folder is None and source.name == "tutorials":  # a checkout
+        return source
     folder = Path(folder or "darkdistill_tutorials")
-    shutil.copytree(source, folder, dirs_exist_ok=True, copy_function=lambda a, b: b if os.path.exists(b) else shutil.copy2(a, b),
-                    ignore=shutil.ignore_patterns(".*", "__pycache__", "instructor"))
+    folder.mkdir(parents=True, exist_ok=True)
+    for notebook in source.glob("*.ipynb"):            # and nothing of the instructor's
+        if not (folder/notebook.name).exists():
+            shutil.copy2(notebook, folder)
     return folder
 
 # %% ../nbs/14_cli.ipynb #2d3d77aa

@@ -296,7 +296,7 @@ def test_killed_experiment_continues_and_leaves_no_process(tmp_path):
 
 
 @pytest.mark.parametrize("args, word", [
-    (["--set", "n=100000"], "n=100000 exceeds"), (["--set", "speed=1"], "unknown setting 'speed'"), (["--set", "student=huge"], "net 'huge' is unknown"),
+    (["--set", "n=100000"], "n=100000 exceeds"), (["--set", "speed=1"], "unknown setting 'speed'"), (["--set", "student=huge"], "student='huge': that net is unknown"),
     (["--set", "gamma=-1"], "gamma=-1.0 must be")])
 def test_bad_settings_are_one_sentence(args, word, tmp_path, capsys):
     assert main(["compare", "--data", "shapes16", "--out", str(tmp_path), "--seeds", "1", "--workers", "1",

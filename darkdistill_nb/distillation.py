@@ -31,7 +31,7 @@ def _share(**values): # likewise
         check(0 <= number(v, name, inf=True) <= 1, name, v, "lie in [0, 1]")
     return v
 
-# %% ../nbs/02_distillation.ipynb #2b352134
+# %% ../nbs/02_distillation.ipynb #97ade071
 def _batch(x, name, axes):
     "`x` is a tensor of floating-point numbers with the named axes, none of them empty."
     words = axes if isinstance(axes, str) else "one of " + ", ".join(axes)
@@ -69,7 +69,7 @@ def _labels(y, logits, name="y"):
     check(0 <= low and high < K, f"{name}'s labels", (low, high), f"between 0 and {K - 1}: there are {K} classes")
     return y
 
-# %% ../nbs/02_distillation.ipynb #73994138
+# %% ../nbs/02_distillation.ipynb #1f0894a4
 def _terms(log_p, log_q, reduction):
     "p (log p - log q) of every class; one of probability 0 under p adds 0, and has no gradient."
     gone = log_p == -math.inf
@@ -90,7 +90,7 @@ def kd_loss(
     teacher:torch.Tensor, # (B, K) logits; no gradient flows into them
     T:float=4.,           # temperature, > 0
 )->torch.Tensor:          # scalar (nats)
-    "Hinton's distillation loss T^2 KL(teacher || student), averaged over the batch (arXiv 1503.02531); raises `ValueError` for shapes that differ, NaN in `teacher`, or T <= 0."
+    "Hinton's distillation loss T^2 KL(teacher || student), averaged over the batch (arXiv 1503.02531); raises `ValueError` for what does not fit."
     T = number(T, "T", above=0)
     _pair(student, teacher)
     return _kd(student, teacher, T)
@@ -103,7 +103,7 @@ def logit_mse(
     alpha:float=.5,       # share of the MSE, in [0, 1]
     tau:float=1.,         # both logits are divided by it, > 0; the cross-entropy's are not
 )->torch.Tensor:          # scalar
-    "(1-alpha) CE + alpha MSE of the logits, the form used for latent-space distillation; raises `ValueError` for shapes that differ, NaN in `teacher`, alpha outside [0, 1] or tau <= 0."
+    "(1-alpha) CE + alpha MSE of the logits, as in latent-space distillation; raises `ValueError` for what does not fit or is out of range."
     alpha, tau = number(alpha, "alpha", 0, 1), number(tau, "tau", above=0)
     _pair(student, teacher)
     y, student, teacher = _labels(y, student).long(), _up(student), _up(teacher).detach()
@@ -138,9 +138,9 @@ def _places(net, layers):
         found[name] = known[p], end == "input"
     return found
 
-# %% ../nbs/02_distillation.ipynb #7151ec59
+# %% ../nbs/02_distillation.ipynb #8a82d058
 class Taps:
-    "Run a network and keep outputs of named submodules: `Taps(net, {'latent': 'fc1'})(x)` -> {'logits': ..., 'latent': ...}; raises `ValueError` for an unknown path."
+    "Run a network and keep outputs of named submodules: `Taps(net, {'latent': 'fc1'})(x)` has 'logits' and 'latent'. Raises `ValueError` for an unknown path."
     def __init__(self,
         net:nn.Module,    # called with the images
         layers:dict=None, # name -> path of a submodule, as in `net.named_modules()`; path + ':input': what enters it
@@ -212,7 +212,7 @@ class Views:
         if self.whole: return self.augment.apply(x, drawn), y
         return torch.cat([self.augment(p[None], torch.Generator().manual_seed(k)) for p, k in zip(x, drawn.tolist())]), y
 
-# %% ../nbs/02_distillation.ipynb #83e10488
+# %% ../nbs/02_distillation.ipynb #2d02f186
 def _fits_half(x):
     "Do all finite numbers of `x` stay finite in 16 bits (up to 65504)?"
     return bool((x.half().isinf() == x.isinf()).all())
@@ -255,15 +255,7 @@ def teacher_table(
                     table[k][v, at] = o.to(table[k].dtype)
     return table
 
-# %% ../nbs/02_distillation.ipynb #e25ca833
-def _optimizer(name, params, lr, momentum, weight_decay):
-    choice(name, "optimizer", ("sgd", "adam"))
-    lr, weight_decay = number(lr, "lr", 0), number(weight_decay, "weight_decay", 0)
-    momentum = number(momentum, "momentum", 0)
-    if name == "sgd":
-        return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
-    return torch.optim.Adam(params, lr=lr, weight_decay=weight_decay)
-
+# %% ../nbs/02_distillation.ipynb #941ff0fc
 def _check_last_batch(net, data, batch_size):
     "Refuse a last batch of one image where batch normalisation would see one value per channel."
     if len(data) % batch_size != 1 and batch_size > 1 or not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()):
@@ -277,17 +269,37 @@ def _check_last_batch(net, data, batch_size):
             raise ValueError(f"batch_size={batch_size} leaves a last batch of one of {len(data)} images, in which batch "
                              "normalisation has no spread to divide by; choose another batch_size") from None
 
-def _stream(generator, name):
-    "A generator that follows from `generator` without drawing from it, so that the order of batches stays the same with and without its use."
-    return torch.Generator().manual_seed(seed_for(generator.initial_seed() if generator else 0, name))
+def _check_run(nets, data, epochs, batch_size):
+    "What every way to train networks refuses before it starts."
+    epochs, batch_size = whole(epochs, "epochs", 0), whole(batch_size, "batch_size")
+    check(len(data) > 0, "data", len(data), "at least one image")
+    if len({id(n) for n in nets}) < len(nets) or not nets:
+        raise ValueError("nets must be different objects, at least one")
+    for net in nets:
+        _check_last_batch(net, data, batch_size)
+    return epochs, batch_size
 
 def _order(data, generator):
     "The samples' places in the order of one epoch; the same numbers as `data.batches` draws."
     device = data.x.device
     return torch.arange(len(data), device=device) if generator is None else torch.randperm(len(data), generator=generator, device=generator.device).to(device)
 
+# %% ../nbs/02_distillation.ipynb #e25ca833
+def _optimizer(name, params, lr, momentum, weight_decay):
+    choice(name, "optimizer", ("sgd", "adam"))
+    lr, weight_decay = number(lr, "lr", 0), number(weight_decay, "weight_decay", 0)
+    momentum = number(momentum, "momentum", 0)
+    if name == "sgd":
+        return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    return torch.optim.Adam(params, lr=lr, weight_decay=weight_decay)
+
+def _stream(generator, name):
+    "A generator that follows from `generator` without drawing from it, so that the order of batches stays the same with and without its use."
+    return torch.Generator().manual_seed(seed_for(generator.initial_seed() if generator else 0, name))
+
 def _prepare(teacher, data, layers, augment, cache, views, generator):
     "The views, the teacher's table or None, and the augmentation of uncached batches or None."
+    check(isinstance(cache, (bool, dict)), "cache", cache, "True, False or a `teacher_table`")
     if not cache and augment and not isinstance(augment, Views):
         g = _stream(generator, "augment")
         return Views(data), None, lambda x: augment(x, g)
@@ -311,15 +323,36 @@ def _answers(teacher, layers, table):
             yield lambda x, idx, view: torch.no_grad()(taps)(x)
 
 # %% ../nbs/02_distillation.ipynb #8bdc1b70
+def _trained(student, loss, data):
+    "The parameters that learn: the student's, and those of a loss that has some."
+    own = start_training(loss.to(data.x.device)).parameters() if isinstance(loss, nn.Module) else ()
+    return [p for p in (*student.parameters(), *own) if p.requires_grad]
+
+def _set_rate(opt, lr):
+    for group in opt.param_groups:
+        group["lr"] = number(lr, "lr", 0)
+
+def _row(epoch, mean, start, lr):
+    "An epoch's row, or `FloatingPointError` for a loss that is no number."
+    if not math.isfinite(mean):
+        raise FloatingPointError(f"the distillation loss is {mean}; lower lr={lr} or the weight of the loss")
+    return dict(epoch=epoch, loss=mean, seconds=time.perf_counter() - start)
+
+def _step(opt, value):
+    opt.zero_grad(set_to_none=True)
+    value.backward()
+    opt.step()
+
 def _epoch(batches, view, source, fresh, inside, answers, loss, opt):
     "One pass; returns the loss summed over pictures."
     total = 0.
     for idx in batches:
         x, y = source(idx, view)
-        if fresh: x = fresh(x)
+        if fresh:
+            x = fresh(x)
         t = answers(x, idx, view)     # before the student's pass fills the memory: measurably cheaper on a CPU
         value = loss(inside(x), t, y, idx)
-        opt.zero_grad(set_to_none=True); value.backward(); opt.step()
+        _step(opt, value)
         total += value.detach() * len(y)
     return total
 
@@ -344,25 +377,18 @@ def distill(
     views:int=4,            # stored crops per picture, with `augment` and `cache`
 )->list:                    # a dict per epoch: epoch, loss (mean per picture), seconds (without building the table)
     "Train a student with a finished teacher; raises `ValueError` for bad settings and `FloatingPointError` if the loss stops being finite."
-    epochs, batch_size, views = whole(epochs, "epochs", 0), whole(batch_size, "batch_size"), whole(views, "views")
-    check(isinstance(cache, (bool, dict)), "cache", cache, "True, False or a `teacher_table`")
-    check(len(data) > 0, "data", len(data), "at least one image")
-    _check_last_batch(student, data, batch_size)
-    rate, rows, teacher_layers = lr if callable(lr) else lambda e: lr, [], layers if teacher_layers is None else teacher_layers
-    own = list(start_training(loss.to(data.x.device)).parameters()) if isinstance(loss, nn.Module) else []
-    opt = _optimizer(optimizer, [p for p in (*student.parameters(), *own) if p.requires_grad], rate(0), momentum, weight_decay)
+    epochs, batch_size = _check_run([student], data, epochs, batch_size)
+    rate, rows = lr if callable(lr) else lambda e: lr, []
+    teacher_layers = layers if teacher_layers is None else teacher_layers
+    opt = _optimizer(optimizer, _trained(student, loss, data), rate(0), momentum, weight_decay)
     source, table, fresh = _prepare(teacher, data, teacher_layers, augment, cache, views, generator)
     with Taps(student, layers) as inside, _answers(teacher, teacher_layers, table) as answers:
         for e in range(epochs):
-            start_training(student)
             start = time.perf_counter()
-            for group in opt.param_groups:
-                group["lr"] = number(rate(e), "lr", 0)
-            batches = _order(data, generator).split(batch_size)
-            mean = float(_epoch(batches, e % source.n, source, fresh, inside, answers, loss, opt)) / len(data)
-            if not math.isfinite(mean):
-                raise FloatingPointError(f"the distillation loss is {mean}; lower lr={rate(e)} or the weight of the loss")
-            rows.append(dict(epoch=e, loss=mean, seconds=time.perf_counter() - start))
+            start_training(student)
+            _set_rate(opt, rate(e))
+            total = _epoch(_order(data, generator).split(batch_size), e % source.n, source, fresh, inside, answers, loss, opt)
+            rows.append(_row(e, float(total) / len(data), start, rate(e)))
             if on_epoch:
                 on_epoch(rows[-1], student)
     return rows
@@ -450,7 +476,7 @@ def rkd_distance(
     student:torch.Tensor, # (n, h_S) features; maps and tokens are flattened
     teacher:torch.Tensor, # (n, h_T) features; no gradient flows into them
 )->torch.Tensor:          # scalar; 0 for n < 2
-    "Distance-wise relational loss: Huber between distance matrices scaled to mean 1 (arXiv 1904.05068, eq. 5); raises `ValueError` for other samples or NaN in `teacher`."
+    "Distance-wise relational loss: Huber of distances scaled to mean 1 (arXiv 1904.05068, eq. 5); raises `ValueError` for what does not fit."
     _two_sets(student, teacher)
     if len(student) < 2:
         return student.sum() * 0.
@@ -469,7 +495,7 @@ def rkd_angle(
     student:torch.Tensor, # (n, h_S) features
     teacher:torch.Tensor, # (n, h_T) features; no gradient flows into them
 )->torch.Tensor:          # scalar; 0 for n < 2
-    "Angle-wise relational loss: Huber between the cosines of all angles (arXiv 1904.05068, eq. 7); raises `ValueError` for other samples or NaN in `teacher`."
+    "Angle-wise relational loss: Huber between the cosines of all angles (arXiv 1904.05068, eq. 7); raises `ValueError` for what does not fit."
     _two_sets(student, teacher)
     if len(student) < 2:
         return student.sum() * 0.

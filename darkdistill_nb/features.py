@@ -39,7 +39,7 @@ def _same_size(a, b):
 
 # %% ../nbs/02b_features.ipynb #1ddf777c
 class Hint(nn.Module):
-    "FitNets' hint: squared distance between a teacher's layer and a student's, widened by a trained regressor (arXiv 1412.6550, eq. 3); raises `ValueError` for other widths."
+    "FitNets' hint: squared distance to a teacher's layer after a trained regressor (arXiv 1412.6550, eq. 3); raises `ValueError` for other widths."
     def __init__(self,
         student_width:int, # channels or features of the student's layer
         teacher_width:int, # of the teacher's
@@ -68,7 +68,7 @@ def at_loss(
     student:torch.Tensor, # (B, C_S, H, W), the larger map is averaged down; or tokens (B, T, h_S)
     teacher:torch.Tensor, # (B, C_T, H', W') or (B, T, h_T); no gradient flows into it
 )->torch.Tensor:          # scalar
-    "Attention transfer: mean squared difference of the attention maps (arXiv 1612.03928); raises `ValueError` for other samples, kinds of layers or numbers of tokens."
+    "Attention transfer: mean squared difference of the attention maps (arXiv 1612.03928); raises `ValueError` for layers that do not fit."
     a, b = _two_layers(student, teacher, LAYERS[1:])
     return F.mse_loss(attention_map(a), attention_map(b))
 
@@ -80,7 +80,7 @@ def lpd_loss(
     sigma:float=None,       # width of the weights; None: from the median neighbour distance of the batch (ours)
     reduction:str="mean",   # mean: divided by B*k (ours); sum: the equation as printed
 )->torch.Tensor:            # scalar; 0 for B < 2
-    "Locality preserving loss: the student's distances between the teacher's neighbours (arXiv 1812.06597); raises `ValueError` for other samples, NaN in `teacher` or bad settings."
+    "Locality preserving loss: the student's distances between the teacher's neighbours (arXiv 1812.06597); raises `ValueError` for what does not fit."
     k, reduction = whole(k, "k"), choice(reduction, "reduction", ("mean", "sum"))
     sigma = sigma if sigma is None else number(sigma, "sigma", above=0)
     _two_sets(student, teacher)
@@ -93,7 +93,7 @@ def lpd_loss(
     total = .5 * (weight * (hs.unsqueeze(1) - hs[near]).pow(2).sum(-1)).sum()
     return total / near.numel() if reduction == "mean" else total
 
-# %% ../nbs/02b_features.ipynb #bf4cbb1b
+# %% ../nbs/02b_features.ipynb #690d7e04
 def _class_counts(labels):
     "Samples per class, of at least two classes."
     ok = isinstance(labels, torch.Tensor) and labels.ndim == 1 and len(labels) and labels.dtype == torch.long
@@ -198,7 +198,7 @@ def _dkd(alpha=1., beta=8., T=4.): return 1., 1., None, _logits_term(dkd_loss, a
 def _dist(beta=1., gamma=1., T=1.):
     return 1., 1., None, _logits_term(lambda s, t, y, *k: dist_loss(s, t, *k), beta, gamma, T)
 
-# %% ../nbs/02b_features.ipynb #adfe4be8
+# %% ../nbs/02b_features.ipynb #e9297050
 def _hint(weight=100., on="maps", **k):
     return _with(Hint(**k), 1., number(weight, "weight", 0), lambda m, s, t, y, i: m(s[on], t[on]))
 
@@ -216,7 +216,7 @@ def _lpd(weight=1., on="features", **k):
 def _crd(weight=.8, on="features", **k):
     return _with(CRD(**k), 1., number(weight, "weight", 0), lambda m, s, t, y, i: m(s[on], t[on], i))
 
-# %% ../nbs/02b_features.ipynb #53edbc97
+# %% ../nbs/02b_features.ipynb #41426b59
 METHODS = dict(ce=lambda: (1., 0., None, None), kd=_kd, mse=_mse, dkd=_dkd, dist=_dist,
                hint=_hint, at=_at, rkd=_rkd, lpd=_lpd, crd=_crd)
 
@@ -238,7 +238,7 @@ class MethodLoss(nn.Module):
             loss = loss + self.kd * kd_loss(s["logits"], t["logits"])
         return loss + self.ce * F.cross_entropy(_up(s["logits"]), y) if self.ce else loss
 
-# %% ../nbs/02b_features.ipynb #cb534c25
+# %% ../nbs/02b_features.ipynb #e6374bf0
 def method_loss(
     name:str,      # ce, kd, mse, dkd, dist, hint, at, rkd, lpd or crd
     kd:float=0.,   # weight of an additional T^2 KL at T = 4

@@ -117,7 +117,7 @@ def log_wealth(
     R:float,     # the mean that is bet against, in [0, 1]
     delta:float, # the stakes are tuned for this error probability
 )->np.ndarray:   # (...) natural logarithm of the largest capital ever reached
-    "Capital won by betting that the mean is below `R` (Waudby-Smith and Ramdas, arXiv 2010.09686); raises `ValueError` for losses above 1, R outside [0, 1] or delta outside (0, 1)."
+    "Capital won by betting that the mean is below `R` (arXiv 2010.09686); raises `ValueError` for losses, R or delta out of range."
     x, R, delta = _losses(x, "x", 1), number(R, "R", 0, 1), number(delta, "delta", above=0, below=1)
     check(x.ndim > 0, "x's shape", x.shape, "(..., n)")
     n, i = x.shape[-1], np.arange(2, x.shape[-1] + 2)
@@ -135,7 +135,7 @@ def hb_p_value(
     epsilon:float,     # the risk that is tested, in [0, 1]
     binary:bool=False, # losses are 0 or 1: the exact binomial tail
 )->np.ndarray:         # (...) p-values in [0, 1]
-    "Hoeffding-Bentkus p-value of the hypothesis that the true risk is at least `epsilon` (arXiv 2110.01052); raises `ValueError` for a risk or epsilon outside [0, 1]."
+    "Hoeffding-Bentkus p-value of the hypothesis that the true risk is at least `epsilon` (arXiv 2110.01052); raises `ValueError` outside [0, 1]."
     from scipy.special import rel_entr
     from scipy.stats import binom
     risk, n, epsilon, binary = _array(risk), whole(n, "n"), number(epsilon, "epsilon", 0, 1), flag(binary, "binary")
@@ -286,7 +286,7 @@ def update(self:LatencyController,
 
 # %% ../nbs/05b_guarantees.ipynb #255535b8
 class ShadowMonitor:
-    "Keeps lambda_safe current from shadow runs: `ucb` on a sliding window, or `aci` (arXiv 2106.00170); raises `ValueError` for bad settings, NaN, and losses above 1."
+    "Keeps lambda_safe current from shadow runs: `ucb` on a window, or `aci` (arXiv 2106.00170); raises `ValueError` for bad settings."
     def __init__(self,
         grid,            # (G,) thresholds from large to small
         epsilon:float,   # promised risk
@@ -304,31 +304,47 @@ class ShadowMonitor:
         self.n, self.errors = 0, []
     @property
     def lam(self): return float(self.grid[self.index]) if self.index >= 0 else math.inf # no threshold is safe: never exit
-    def fill(self, scores, losses):
-        "Start from calibration samples: scores and losses (E, n)."
-        self.rows.extend(self._under_grid(scores, losses).T)
+
+# %% ../nbs/05b_guarantees.ipynb #98284fb1
+@patch
+def _under_grid(self:ShadowMonitor, scores, losses):
+    "Losses (G, n) under every threshold; those of at most 1 that both methods need."
+    return exit_losses(scores, _losses(losses, "losses", 1), self.grid)[0]
+
+@patch
+def _choose(self:ShadowMonitor):
+    L = np.array(self.rows)[::-1].T                     # newest first
+    if self.method == "ucb":
+        ok = passes(L, self.epsilon, self.delta, "ucb")
+    else:
+        ok = (L.mean(-1) <= self.level) & (self.level >= 0)
+    self.index = int(last_of_prefix(ok))
+
+# %% ../nbs/05b_guarantees.ipynb #d17decf7
+@patch
+def fill(self:ShadowMonitor,
+    scores, # (E, n) of calibration samples
+    losses, # (E, n), at most 1
+)->ShadowMonitor: # itself
+    "Start from calibration samples; raises `ValueError` for NaN, losses above 1 and misfits."
+    self.rows.extend(self._under_grid(scores, losses).T)
+    self._choose()
+    return self
+
+@patch
+def add(self:ShadowMonitor,
+    scores, # (E,) of all exits
+    losses, # (E,), at most 1
+)->float:   # lambda_safe; inf: no threshold is safe
+    "Learn one shadow run; raises `ValueError` for NaN, losses above 1 and misfits."
+    row = self._under_grid(_array(scores)[..., None], _array(losses)[..., None])[:, 0]
+    self.errors.append(float(row[self.index]) if self.index >= 0 else 0.)
+    self.rows.append(row)
+    self.n += 1
+    self.level += self.gamma * (self.epsilon - self.errors[-1])
+    if self.method == "aci" or self.n % self.every == 0:
         self._choose()
-        return self
-    def add(self, scores, losses):
-        "Learn one shadow run: scores and losses (E,) of all exits; returns lambda_safe."
-        row = self._under_grid(_array(scores)[..., None], _array(losses)[..., None])[:, 0]
-        self.errors.append(float(row[self.index]) if self.index >= 0 else 0.)
-        self.rows.append(row)
-        self.n += 1
-        self.level += self.gamma * (self.epsilon - self.errors[-1])
-        if self.method == "aci" or self.n % self.every == 0:
-            self._choose()
-        return self.lam
-    def _under_grid(self, scores, losses):
-        "Losses (G, n) under every threshold; those of at most 1 that both methods need."
-        return exit_losses(scores, _losses(losses, "losses", 1), self.grid)[0]
-    def _choose(self):
-        L = np.array(self.rows)[::-1].T                     # newest first
-        if self.method == "ucb":
-            ok = passes(L, self.epsilon, self.delta, "ucb")
-        else:
-            ok = (L.mean(-1) <= self.level) & (self.level >= 0)
-        self.index = int(last_of_prefix(ok))
+    return self.lam
 
 # %% ../nbs/05b_guarantees.ipynb #4ed1cf05
 def simulate_queue(
@@ -340,7 +356,7 @@ def simulate_queue(
     rho:float=0.,  # share of requests that become shadow runs
     seed:int=0,    # of the choice of shadow runs
 )->dict:           # latency, lam, exit, each (T,)
-    "Simulate one first-come-first-served server whose exit threshold is set by a controller after each answer; raises `ValueError` for NaN, negative times and misfits."
+    "Simulate one first-come-first-served server whose exit threshold is set by a controller; raises `ValueError` for NaN, negative times and misfits."
     rho, seed = number(rho, "rho", 0, 1), whole(seed, "seed", 0)
     if rho and losses is None:
         raise ValueError(f"rho={rho} asks for shadow runs, which need losses")
@@ -380,7 +396,7 @@ class BanditController:
     @property
     def lam(self): return self.arms[self.arm]
     def update(self, latency, gain, shadow=None):
-        "Learn the latency and the confidence gained by the last request (latencies above 3 budgets count as 3); returns the next threshold. Raises `ValueError` for NaN or a negative latency."
+        "Learn from a request (latencies above 3 budgets count as 3); returns the next threshold. Raises `ValueError` for NaN."
         latency, gain = number(latency, "latency", 0), number(gain, "gain")
         self.past.append((self.arm, gain - self.kappa * min(latency / self.budget, 3.)))
         arm, reward = map(np.array, zip(*self.past))

@@ -31,7 +31,7 @@ def confidence(
     "Largest softmax probability of every exit."
     return _up(logits).softmax(-1).amax(-1)
 
-# %% ../nbs/05_inference.ipynb #d478f37b
+# %% ../nbs/05_inference.ipynb #c0b90542
 def _check_logits(logits, name="logits", samples=0):
     "`logits` is a tensor (E, N, K) with at least one exit and class, and `samples` samples."
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
@@ -139,7 +139,7 @@ class Difference(Score):
 
 # %% ../nbs/05_inference.ipynb #87c3f61e
 class Gate(Score, nn.Module):
-    "Learned score: per exit a logistic model of 'this exit is right' (EENet, WACV 2024); train it with `fit_gate`. Raises `ValueError` for other exits or classes than it was made for."
+    "Learned score: per exit a logistic model of 'this exit is right' (EENet, WACV 2024); see `fit_gate`. Raises `ValueError` for other exits or classes."
     def __init__(self,
         exits:int,     # E
         n_classes:int, # K
@@ -202,7 +202,7 @@ def exit_outputs(
             logits.append(torch.stack(list(policy.predict(raw)) if policy else raw).cpu())
     return torch.cat(logits, 1), [torch.cat(v) for v in zip(*features)]
 
-# %% ../nbs/05_inference.ipynb #0e27fa9e
+# %% ../nbs/05_inference.ipynb #e17bccc5
 def _read_threshold(t, name, last):
     "One threshold as a float."
     if t is None:
@@ -216,7 +216,7 @@ def _read_threshold(t, name, last):
     check(ok, f"{name}'s entry", t, "a number, 'inf' or '-inf', one per exit")
     return float(t)
 
-# %% ../nbs/05_inference.ipynb #531e8567
+# %% ../nbs/05_inference.ipynb #09ea775b
 def write_thresholds(
     T, # E numbers
 )->list: # as JSON can hold them: numbers, and "inf" or "-inf"
@@ -483,6 +483,22 @@ def thresholds_for_budget(
 
 SCHEMES = ("msdnet", "quantile", "shared", "lagrange")
 
+# %% ../nbs/05_inference.ipynb #31eae88f
+def _gate_loss(X, gate, assign, right, c, budget, alpha_ce, alpha_cost, beta):
+    "EENet's loss and the soft assignment (N, E) of samples to exits."
+    before, r, u = X[0][:, :0], [], []
+    for x, score, mlp in zip(X, gate.layers, assign):
+        x = torch.cat([x, before], -1)
+        u.append(score(x))
+        r.append(mlp(x))
+        before = torch.cat([before, u[-1].sigmoid().detach()], -1)
+    log_a = torch.cat(r, -1).log_softmax(-1)
+    a = log_a.exp()
+    w, t = a.detach() / a.detach().sum(0), before ** beta / (before ** beta).sum(-1, keepdim=True)
+    bce = (w * F.binary_cross_entropy_with_logits(torch.cat(u, -1), right, reduction="none")).sum() / len(X)
+    cost = ((a @ c).mean() / budget - 1).abs()
+    return bce + alpha_ce * F.kl_div(log_a, t, reduction="batchmean") + alpha_cost * cost, a
+
 # %% ../nbs/05_inference.ipynb #5aeedb28
 def fit_gate(
     logits:torch.Tensor, # (E, N, K) logits on data held out from training
@@ -512,18 +528,7 @@ def fit_gate(
     fall = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
     X = [Gate.inputs(f, f.new_zeros(N, 0)) for f in logits.float()]
     for _ in range(steps):
-        before, r, u = X[0][:, :0], [], []
-        for x, score, mlp in zip(X, gate.layers, assign):
-            x = torch.cat([x, before], -1)
-            u.append(score(x))
-            r.append(mlp(x))
-            before = torch.cat([before, u[-1].sigmoid().detach()], -1)
-        log_a = torch.cat(r, -1).log_softmax(-1)
-        a = log_a.exp()
-        w = a.detach() / a.detach().sum(0)
-        t = before ** beta / (before ** beta).sum(-1, keepdim=True)
-        bce = (w * F.binary_cross_entropy_with_logits(torch.cat(u, -1), right, reduction="none")).sum() / E
-        loss = bce + alpha_ce * F.kl_div(log_a, t, reduction="batchmean") + alpha_cost * ((a @ c).mean() / budget - 1).abs()
+        loss, a = _gate_loss(X, gate, assign, right, c, budget, alpha_ce, alpha_cost, beta)
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -705,7 +710,7 @@ def temperature(
     low:float=-3.,       # smallest log T
     high:float=3.,       # largest log T
 )->torch.Tensor:         # (...) temperatures, usually one per exit
-    "Temperatures that minimise the cross-entropy of logits / T, by bisection on log T (arXiv 1706.04599); raises `ValueError` for NaN, labels that do not fit, or labels of impossible classes."
+    "Temperatures that minimise the cross-entropy of logits / T, by bisection on log T (arXiv 1706.04599); raises `ValueError` for what does not fit."
     check(isinstance(logits, torch.Tensor) and logits.ndim > 1, "logits' shape", tuple(getattr(logits, "shape", ())), "(..., N, K)")
     if logits.shape[-2] == 0:
         raise ValueError("logits has no samples; a temperature needs at least one")

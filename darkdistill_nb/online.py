@@ -12,12 +12,12 @@ import math, time
 import torch
 import torch.nn.functional as F
 from .checks import check, flag, number, same_shape, whole
-from .distillation import (_batch, _certain, _check_last_batch, _kd, _kl, _labels, _optimizer, _order, _pair,
-                                         _up)
+from .distillation import (_batch, _certain, _check_run, _kd, _kl, _labels, _optimizer, _order, _pair,
+                                         _step, _up)
 from .training import start_training
 from torch import nn
 
-# %% ../nbs/02c_online.ipynb #a24774ce
+# %% ../nbs/02c_online.ipynb #1d47a87d
 def _peers(m, z, y):
     "Logits of several networks for the same samples, `m` one of them. A NaN goes through: the driver reports it."
     check(isinstance(z, (list, tuple)) and len(z) > 0, "z", z, "a list of logits, one tensor (B, K) per network")
@@ -71,13 +71,9 @@ def train_together(
     alternate:bool=True,    # True: take turns and answer again after each step; False: all step from the same answers
     on_epoch=None,          # called as on_epoch(row, nets); may add to the row
 )->list:                    # a dict per epoch: epoch, loss (list, one mean per network), seconds
-    "Train several networks that learn from each other's current answers; raises `ValueError` for bad settings and `FloatingPointError` if a loss stops being finite."
-    epochs, batch_size, alternate = whole(epochs, "epochs", 0), whole(batch_size, "batch_size"), flag(alternate, "alternate")
-    check(len(data) > 0, "data", len(data), "at least one image")
-    if len({id(n) for n in nets}) < len(nets) or not nets:
-        raise ValueError("nets must be different objects, at least one")
-    for n in nets:
-        _check_last_batch(n, data, batch_size)
+    "Train several networks that learn from each other's answers; raises `ValueError` for bad settings, `FloatingPointError` for a loss that is not finite."
+    epochs, batch_size = _check_run(nets, data, epochs, batch_size)
+    alternate = flag(alternate, "alternate")
     opts, rows = [_optimizer(optimizer, [p for p in n.parameters() if p.requires_grad], lr, momentum, weight_decay) for n in nets], []
     for e in range(epochs):
         total, start = [0.] * len(nets), time.perf_counter()
@@ -87,9 +83,7 @@ def train_together(
             x, y = data[idx]
             for m, z in _turns(nets, x, alternate):
                 value = loss(m, z, y)
-                opts[m].zero_grad(set_to_none=True)
-                value.backward()
-                opts[m].step()
+                _step(opts[m], value)
                 total[m] += value.detach() * len(y)
         rows.append(dict(epoch=e, loss=[float(t) / len(data) for t in total], seconds=time.perf_counter() - start))
         if not all(map(math.isfinite, rows[-1]["loss"])):
@@ -98,7 +92,7 @@ def train_together(
             on_epoch(rows[-1], nets)
     return rows
 
-# %% ../nbs/02c_online.ipynb #9241c255
+# %% ../nbs/02c_online.ipynb #d643258d
 def _entropy(logits, T):
     log_p = F.log_softmax(_up(logits) / T, -1)
     return -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.)).sum(-1)
@@ -112,7 +106,7 @@ def entropy(
     T = number(T, "T", above=0)
     return _entropy(_certain(_batch(logits, "logits", "(B, K)"), "logits"), T)
 
-# %% ../nbs/02c_online.ipynb #f7a323af
+# %% ../nbs/02c_online.ipynb #9b3dde9c
 def _both_ways(student, teacher, T, forward, reverse, boost):
     "`bidirectional_loss` without its checks."
     s, t = F.log_softmax(_up(student) / T, -1), F.log_softmax(_up(teacher).detach() / T, -1)
@@ -128,7 +122,7 @@ def bidirectional_loss(
     reverse:float=1.,     # weight of KL(student || teacher)
     boost:float=2.,       # factor on forward where the student is the surer one, on reverse elsewhere; 1: none
 )->torch.Tensor:          # scalar (nats)
-    "T^2 times both divergences, weighted for each sample by whose entropy is lower (BD-KD, arXiv 2212.12965; the weights are ours). Raises `ValueError` as `kd_loss` does."
+    "T^2 times both divergences, weighted for each sample by whose entropy is lower (BD-KD, arXiv 2212.12965). Raises `ValueError` as `kd_loss` does."
     T, boost = number(T, "T", above=0), number(boost, "boost", above=0)
     forward, reverse = number(forward, "forward", 0), number(reverse, "reverse", 0)
     _pair(student, teacher)

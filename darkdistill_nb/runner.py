@@ -312,7 +312,7 @@ def _cache_size(stem, r):
 
 # %% ../nbs/05c_runner.ipynb #fc54d44e
 class ExitRunner:
-    "Early exit as the rule says, stage by stage on those who go on. Works on a snapshot of `net`: build a new runner after training. Raises `ValueError` for bad settings."
+    "Early exit by a rule, stage by stage, on a snapshot of `net`: build a new runner after training. Raises `ValueError` for bad settings."
     def __init__(self,
         net:EarlyExitNet,
         thresholds,      # E thresholds on the score, as numbers or as records hold them; the last exit takes everybody
@@ -366,6 +366,7 @@ def stage(self:ExitRunner,
     if a.dtype in (torch.bfloat16, torch.float16): a = a.float()   # an exit is small: classify and decide in fp32
     return a, self.answers[e](a), z
 
+# %% ../nbs/05c_runner.ipynb #5b23aa6c
 @patch
 def advance(self:ExitRunner,
     e:int,   # stage, from 0
@@ -577,7 +578,7 @@ def export_onnx(
     (folder / "manifest.json").write_text(json.dumps(text, indent=1))
     return folder / "manifest.json"
 
-# %% ../nbs/05c_runner.ipynb #cf999cd7
+# %% ../nbs/05c_runner.ipynb #af20ecbb
 _MANIFEST = dict(input_shape=list, n_classes=int, macs=list, files=list, thresholds=list, score=str, policy=str, policy_options=dict)
 
 def _manifest(folder):
@@ -596,7 +597,7 @@ def _manifest(folder):
 
 # %% ../nbs/05c_runner.ipynb #6b8da7af
 class OnnxRunner(ExitRunner):
-    "Early exit over the files of `export_onnx`, run by onnxruntime; no network module is needed. Raises `FileNotFoundError`, or `ValueError` for a damaged manifest or bad settings."
+    "Early exit over the files of `export_onnx`, run by onnxruntime. Raises `FileNotFoundError`, or `ValueError` for a damaged manifest or bad settings."
     def __init__(self,
         folder,          # with manifest.json
         thresholds=None, # None: those of the manifest

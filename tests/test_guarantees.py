@@ -294,7 +294,8 @@ def test_bandit_follows_the_best_arm():
 
 # ---------------------------------------------------------------- the monitor's order, and what mutants could change
 
-LATE = np.r_[np.zeros(400), np.arange(100) % 2]          # harmless for 400 samples, then every second one is wrong
+LATE = np.r_[np.zeros(400),
+    np.arange(100) % 2]          # harmless for 400 samples, then every second one is wrong
 
 def stacked(l): return np.ones((2, len(l))), np.stack([l, 0 * l])
 
@@ -313,7 +314,8 @@ def test_the_monitor_bets_on_the_newest_first(how):
 
 def test_the_window_forgets_the_oldest():
     s, x = stacked(np.r_[np.ones(100), np.zeros(300)])
-    assert [ShadowMonitor([.5], .2, window=w, method="aci").fill(s, x).lam for w in (300, 400)] == [.5, math.inf]      # mean loss 0, and 1/4
+    assert [ShadowMonitor([.5], .2, window=w, method="aci").fill(s, x).lam for w in (300, 400)] == [.5,
+        math.inf]      # mean loss 0, and 1/4
 
 
 def test_the_monitor_recomputes_every_so_many():
@@ -325,11 +327,14 @@ def test_the_monitor_recomputes_every_so_many():
 def test_aci_level_by_hand():
     "eps_{t+1} = eps_t + gamma (eps - err_t); the naive choice at that level; never exits below 0."
     m = ShadowMonitor([.5], .1, window=10, method="aci", gamma=.2)
-    assert m.lam == math.inf and m.add([1., 1.], [1., 0.]) == math.inf and m.errors == [0.] and m.level == pytest.approx(.12)
-    assert m.add([.1, 1.], [1., 0.]) == math.inf and m.level == pytest.approx(.14)              # mean loss 1/2 > .14
+    assert m.lam == math.inf and m.add([1., 1.],
+        [1., 0.]) == math.inf and m.errors == [0.] and m.level == pytest.approx(.12)
+    assert m.add([.1, 1.],
+        [1., 0.]) == math.inf and m.level == pytest.approx(.14)              # mean loss 1/2 > .14
     for _ in range(8): m.add([1., 1.], [0., 0.])
     assert m.lam == .5 and m.level == pytest.approx(.30)
-    m.add([1., 1.], [1., 0.])                                                                  # now it counts: err = 1
+    m.add([1., 1.],
+        [1., 0.])                                                                  # now it counts: err = 1
     assert m.errors[-1] == 1. and m.level == pytest.approx(.30 + .2 * (.1 - 1))
     m.level = -1e-9; m._choose(); assert m.lam == math.inf
     m.level = 0.; m.rows.clear(); m.rows.append(np.zeros(1)); m._choose(); assert m.lam == .5   # level 0 and no loss: allowed
@@ -360,11 +365,14 @@ def test_bandit_by_hand():
     "Arms in turn, then the largest mean + bonus sqrt(ln n / n_a); latency beyond three budgets counts as three."
     b = BanditController([.9, .5], 2., kappa=.5, window=3, bonus=.1)
     b.update(100., .8); assert b.past[-1] == (0, .8 - 1.5) and b.arm == 1
-    b.update(2., .1); assert b.past[-1] == (1, pytest.approx(-.4)) and b.arm == 1                 # -.7 and -.4, one try each
-    b.update(2., .9); b.update(2., .9); assert len(b.past) == 3 and b.arm == 0                    # arm 0 has left the window: try it
+    b.update(2., .1); assert b.past[-1] == (1,
+        pytest.approx(-.4)) and b.arm == 1                 # -.7 and -.4, one try each
+    b.update(2., .9); b.update(2.,
+        .9); assert len(b.past) == 3 and b.arm == 0                    # arm 0 has left the window: try it
     far = BanditController([.9, .5], 1., kappa=0., window=50, bonus=1.)
     for _ in range(50): far.update(0., .5)
-    n = np.bincount([a for a, _ in far.past]); assert abs(int(n[0]) - int(n[1])) <= 2             # equal rewards: the bonus shares them out
+    n = np.bincount([a for a,
+        _ in far.past]); assert abs(int(n[0]) - int(n[1])) <= 2             # equal rewards: the bonus shares them out
 
 
 def test_queue_with_shadow_runs_by_hand():
@@ -372,7 +380,9 @@ def test_queue_with_shadow_runs_by_hand():
     got = []
     class Fixed:
         lam = .5
-        def update(self, latency, shadow=None, gain=None): got.append((latency, None if shadow is None else [v.tolist() for v in shadow], round(gain, 6)))
+        def update(self, latency, shadow=None,
+            gain=None): got.append((latency, None if shadow is None else [v.tolist() for v in shadow],
+                round(gain, 6)))
     out = simulate_queue(Fixed(), [1., 1.], [[.9, .2], [1., .7]], [1, 4], losses=[[1., 0.], [0., 0.]], rho=1.)
     assert out["latency"].tolist() == [1, 3 + 4] and out["exit"].tolist() == [0, 1]
     assert got == [(1., [[.9, 1.], [1., 0.]], 0.), (7., [[.2, .7], [0., 0.]], .5)]
@@ -382,30 +392,40 @@ def test_hb_by_hand():
     "Both parts of the bound, e times the tail included, and the ceiling of n R-hat."
     from scipy.stats import binom
     h = lambda a, b: a * math.log(a / b) + (1 - a) * math.log((1 - a) / (1 - b))
-    for r, n, eps in ((.02, 500, .05), (.004, 500, .05), (.1, 30, .3), (.001, 900, .02), (.0113, 100, .05), (.0301, 100, .2)):
+    for r, n, eps in ((.02, 500, .05), (.004, 500, .05), (.1, 30, .3), (.001, 900, .02), (.0113, 100, .05),
+        (.0301, 100, .2)):
         tail = binom.cdf(math.ceil(n * r), n, eps)
-        assert hb_p_value(r, n, eps) == pytest.approx(min(1, math.exp(-n * h(min(r, eps), eps)), math.e * tail))
+        assert hb_p_value(r, n,
+            eps) == pytest.approx(min(1, math.exp(-n * h(min(r, eps), eps)), math.e * tail))
         assert hb_p_value(r, n, eps, binary=True) == pytest.approx(tail)
     assert hb_p_value(.3, 100, .1) == 1 and hb_p_value(1. + 1e-12, 10, .5) == 1
-    assert any(math.e * binom.cdf(math.ceil(n * r), n, e) < math.exp(-n * h(r, e)) for r, n, e in ((.004, 500, .05), (.001, 900, .02)))
+    assert any(math.e * binom.cdf(math.ceil(n * r), n, e) < math.exp(-n * h(r, e)) for r, n,
+        e in ((.004, 500, .05), (.001, 900, .02)))
 
 
 def test_bound_of_a_rule_by_hand():
     "control_risk returns the row of the grid, its mean loss and cost, and thresholds that end in -inf."
     s = np.array([[.9, .6, .3, .1], [.8, .7, .2, .9], [1.] * 4]); l = np.zeros((3, 4)); l[0, 2] = 1
     r = control_risk(s, l, .25, method="naive", grid=[.95, .5, .2], costs=[1, 3, 4])
-    assert (r.index, r.lam, r.thresholds) == (2, .2, [.2, .2, -math.inf]) and r.risk == .25 and r.bound == pytest.approx(.25, abs=2e-6) and r.cost == pytest.approx((1 + 1 + 1 + 3) / 4)
-    r = control_risk(s, l, .2, method="naive", grid=[[.95, .95, .95], [.5, .75, -math.inf], [.2, .2, 0]], costs=[1, 3, 4])
-    assert r.index == 1 and r.lam == [.5, .75, -math.inf] and r.thresholds == [.5, .75, -math.inf] and r.cost == pytest.approx((1 + 1 + 4 + 3) / 4)
+    assert (r.index, r.lam, r.thresholds) == (2, .2,
+        [.2, .2, -math.inf]) and r.risk == .25 and r.bound == pytest.approx(.25,
+        abs=2e-6) and r.cost == pytest.approx((1 + 1 + 1 + 3) / 4)
+    r = control_risk(s, l, .2, method="naive", grid=[[.95, .95, .95], [.5, .75, -math.inf], [.2, .2, 0]],
+        costs=[1, 3, 4])
+    assert r.index == 1 and r.lam == [.5, .75, -math.inf] and r.thresholds == [.5, .75,
+        -math.inf] and r.cost == pytest.approx((1 + 1 + 4 + 3) / 4)
     a, b = (control_risk(s, 3 * l, 3 * e, method="naive", grid=[.2], bound=3.) for e in (.25, .2))
     assert a.index == 0 and a.bound == pytest.approx(.75, abs=6e-6) and b.index == -1 and b.cost == 3
-    assert control_risk(s, l, 7., grid=[.2]).bound <= 1 and control_risk(s, l, 1e300, grid=[.2], bound=1e12).index == 0
+    assert control_risk(s, l, 7., grid=[.2]).bound <= 1 and control_risk(s, l, 1e300, grid=[.2],
+        bound=1e12).index == 0
 
 
 def test_masked_classes_in_losses():
     z = torch.randn(3, 20, 4, generator=torch.Generator().manual_seed(0)).double(); y = torch.arange(20) % 4
     wide = torch.cat([torch.full_like(z[..., :1], -math.inf), z], -1)
-    for kind in ("consistency", "gap", "brier", "hellinger"): np.testing.assert_allclose(sample_losses(wide, kind, y + 1), sample_losses(z, kind, y), atol=1e-12)
+    for kind in ("consistency", "gap", "brier",
+        "hellinger"): np.testing.assert_allclose(sample_losses(wide, kind, y + 1), sample_losses(z, kind, y),
+        atol=1e-12)
 
 
 # ---------------------------------------------------------------- hostile settings
@@ -414,34 +434,74 @@ NAN, INF = math.nan, math.inf
 NUMBERS, COUNTS = (NAN, INF, -1, "1", 1j), (0, -1, 1.5, NAN, "3", True)
 S2, L2 = np.random.default_rng(0).random((2, 30)), np.vstack([np.zeros(30), np.zeros(30)])
 queue = lambda gaps=(1.,), s=S2, c=(1, 2), **k: simulate_queue(LatencyController(1.), gaps, s, c, **k)
-HOSTILE = [(NUMBERS, lambda v: control_risk(S2, L2, v)), (NUMBERS + (0, 1), lambda v: control_risk(S2, L2, .1, v)), (("hb", 1, None), lambda v: control_risk(S2, L2, .1, method=v)),
-    (NUMBERS + (0,), lambda v: control_risk(S2, L2, .1, bound=v)), ((1.5, -1, NAN, "0"), lambda v: control_risk(S2, L2, .1, seed=v)), (NUMBERS, lambda v: control_risk(S2, L2, .1, costs=[1, v])),
-    ((NAN, INF, -INF, 2.), lambda v: control_risk(S2, L2 + np.r_[v, np.zeros(29)], .1, method="ucb")), ((NAN,), lambda v: control_risk(S2 + v, L2, .1)), ((NAN, [.1, .5], [], [[[.5]]], .5, [[.5, .5, .5]], [[.5, "x"]]), lambda v: control_risk(S2, L2, .1, grid=v)),
-    (NUMBERS, lambda v: passes(L2, v)), (NUMBERS + (0,), lambda v: passes(L2, .1, bound=v)), ((NAN, INF, -INF), lambda v: passes(L2 + v, .1, method="crc")),
-    ((NAN, -1, 1.1, INF, "1"), lambda v: log_wealth(L2, v, .1)), ((NAN, 0, 1, -1, INF), lambda v: log_wealth(L2, .1, v)), ((NAN, 5., INF, -INF), lambda v: log_wealth([0., v], .1, .1)), (([], 1.), lambda v: log_wealth(v, .1, .1)),
-    ((NAN, -1, 1.01, INF, -INF, [.1, -.1], [.1, NAN]), lambda v: hb_p_value(v, 100, .1)), (COUNTS, lambda v: hb_p_value(.1, v, .1)), ((NAN, -1, 1.1, INF, "1"), lambda v: hb_p_value(.1, 100, v)), (("no", 1, None), lambda v: hb_p_value(.1, 9, .1, v)),
-    (NUMBERS + (0,), LatencyController), (NUMBERS + (0, 1.1), lambda v: LatencyController(1, v)), ((NAN, "1"), lambda v: LatencyController(1, lam=v)), ((NAN, INF, "1", 1.), lambda v: LatencyController(1, floor=v)),
-    ((NAN, INF, "1", 0.), lambda v: LatencyController(1, ceiling=v)), ((NAN, "1"), lambda v: LatencyController(1, safe=v)), (("both", None, 1), lambda v: LatencyController(1, priority=v)), ((NAN, INF, -1, "1"), lambda v: LatencyController(1, half_life=v)),
-    ((NAN, INF, -1, "1"), lambda v: LatencyController(1).update(v)), ((NAN, -1, 1.1, INF, "1"), lambda v: ShadowMonitor([1, 0], v)), ((NAN, -1, 0, 1, INF), lambda v: ShadowMonitor([1, 0], .1, v)), (COUNTS, lambda v: ShadowMonitor([1, 0], .1, window=v)),
-    (COUNTS, lambda v: ShadowMonitor([1, 0], .1, every=v)), (NUMBERS + (0,), lambda v: ShadowMonitor([1, 0], .1, gamma=v)), (("ltt", None), lambda v: ShadowMonitor([1, 0], .1, method=v)), (([], [0, 1], [1, NAN], .5, [[.5], [.4]]), lambda v: ShadowMonitor(v, .1)),
-    ((NAN, INF, 2.), lambda v: ShadowMonitor([1, 0], .1).add([.5, .5], [v, 0.])), ((NAN,), lambda v: ShadowMonitor([1, 0], .1).add([v, .5], [0., 0.])), (([.5], [[.5, .5]], .5), lambda v: ShadowMonitor([1, 0], .1).add(v, [0., 0.])),
-    (NUMBERS + (0,), lambda v: BanditController([1, 0], v)), (([NAN, 1], [.5], [], ["a", "b"]), lambda v: BanditController(v, 1.)), ((NAN, INF, -1), lambda v: BanditController([1, 0], 1., v)), (COUNTS, lambda v: BanditController([1, 0], 1., window=v)),
-    ((NAN, INF, -1), lambda v: BanditController([1, 0], 1., bonus=v)), ((NAN, INF, -1, None), lambda v: BanditController([1, 0], 1.).update(v, .1)), ((NAN, INF, None), lambda v: BanditController([1, 0], 1.).update(1., v)),
-    (NUMBERS, lambda v: queue(gaps=[1., v])), (([],), lambda v: queue(gaps=v)), ((S2[0], S2[:, :0], S2 * NAN), lambda v: queue(s=v)), (([1], [1, NAN], [1, -1], [1, INF]), lambda v: queue(c=v)), ((NAN, -1, 2, INF), lambda v: queue(rho=v, losses=L2)),
-    ((L2[:1], L2[:, :3], L2 * NAN), lambda v: queue(losses=v, rho=.1)), ((1.5, -1, NAN), lambda v: queue(seed=v)), ((1., [], np.zeros((2, 0))), last_of_prefix), ((torch.full((2, 5), 3), torch.zeros(3)), lambda v: sample_losses(torch.zeros(2, 3, 4), "gap", v)),
-    ((torch.full((2, 3, 4), -INF), torch.full((2, 3, 4), INF), torch.zeros(2, 3, 0), torch.zeros(0, 3, 4)), sample_losses)]
+HOSTILE = [(NUMBERS, lambda v: control_risk(S2, L2, v)),
+    (NUMBERS + (0, 1), lambda v: control_risk(S2, L2, .1, v)),
+    (("hb", 1, None), lambda v: control_risk(S2, L2, .1, method=v)),
+    (NUMBERS + (0,), lambda v: control_risk(S2, L2, .1, bound=v)),
+    ((1.5, -1, NAN, "0"), lambda v: control_risk(S2, L2, .1, seed=v)),
+    (NUMBERS, lambda v: control_risk(S2, L2, .1, costs=[1, v])),
+    ((NAN, INF, -INF, 2.), lambda v: control_risk(S2, L2 + np.r_[v, np.zeros(29)], .1, method="ucb")),
+    ((NAN,), lambda v: control_risk(S2 + v, L2, .1)),
+    ((NAN, [.1, .5], [], [[[.5]]], .5, [[.5, .5, .5]], [[.5, "x"]]),
+    lambda v: control_risk(S2, L2, .1, grid=v)),
+    (NUMBERS, lambda v: passes(L2, v)), (NUMBERS + (0,), lambda v: passes(L2, .1, bound=v)),
+    ((NAN, INF, -INF), lambda v: passes(L2 + v, .1, method="crc")),
+    ((NAN, -1, 1.1, INF, "1"), lambda v: log_wealth(L2, v, .1)),
+    ((NAN, 0, 1, -1, INF), lambda v: log_wealth(L2, .1, v)),
+    ((NAN, 5., INF, -INF), lambda v: log_wealth([0., v], .1, .1)),
+    (([], 1.), lambda v: log_wealth(v, .1, .1)),
+    ((NAN, -1, 1.01, INF, -INF, [.1, -.1], [.1, NAN]), lambda v: hb_p_value(v, 100, .1)),
+    (COUNTS, lambda v: hb_p_value(.1, v, .1)), ((NAN, -1, 1.1, INF, "1"), lambda v: hb_p_value(.1, 100, v)),
+    (("no", 1, None), lambda v: hb_p_value(.1, 9, .1, v)),
+    (NUMBERS + (0,), LatencyController), (NUMBERS + (0, 1.1), lambda v: LatencyController(1, v)),
+    ((NAN, "1"), lambda v: LatencyController(1, lam=v)),
+    ((NAN, INF, "1", 1.), lambda v: LatencyController(1, floor=v)),
+    ((NAN, INF, "1", 0.), lambda v: LatencyController(1, ceiling=v)),
+    ((NAN, "1"), lambda v: LatencyController(1, safe=v)),
+    (("both", None, 1), lambda v: LatencyController(1, priority=v)),
+    ((NAN, INF, -1, "1"), lambda v: LatencyController(1, half_life=v)),
+    ((NAN, INF, -1, "1"), lambda v: LatencyController(1).update(v)),
+    ((NAN, -1, 1.1, INF, "1"), lambda v: ShadowMonitor([1, 0], v)),
+    ((NAN, -1, 0, 1, INF), lambda v: ShadowMonitor([1, 0], .1, v)),
+    (COUNTS, lambda v: ShadowMonitor([1, 0], .1, window=v)),
+    (COUNTS, lambda v: ShadowMonitor([1, 0], .1, every=v)),
+    (NUMBERS + (0,), lambda v: ShadowMonitor([1, 0], .1, gamma=v)),
+    (("ltt", None), lambda v: ShadowMonitor([1, 0], .1, method=v)),
+    (([], [0, 1], [1, NAN], .5, [[.5], [.4]]), lambda v: ShadowMonitor(v, .1)),
+    ((NAN, INF, 2.), lambda v: ShadowMonitor([1, 0], .1).add([.5, .5], [v, 0.])),
+    ((NAN,), lambda v: ShadowMonitor([1, 0], .1).add([v, .5], [0., 0.])),
+    (([.5], [[.5, .5]], .5), lambda v: ShadowMonitor([1, 0], .1).add(v, [0., 0.])),
+    (NUMBERS + (0,), lambda v: BanditController([1, 0], v)),
+    (([NAN, 1], [.5], [], ["a", "b"]), lambda v: BanditController(v, 1.)),
+    ((NAN, INF, -1), lambda v: BanditController([1, 0], 1., v)),
+    (COUNTS, lambda v: BanditController([1, 0], 1., window=v)),
+    ((NAN, INF, -1), lambda v: BanditController([1, 0], 1., bonus=v)),
+    ((NAN, INF, -1, None), lambda v: BanditController([1, 0], 1.).update(v, .1)),
+    ((NAN, INF, None), lambda v: BanditController([1, 0], 1.).update(1., v)),
+    (NUMBERS, lambda v: queue(gaps=[1., v])), (([],), lambda v: queue(gaps=v)),
+    ((S2[0], S2[:, :0], S2 * NAN), lambda v: queue(s=v)),
+    (([1], [1, NAN], [1, -1], [1, INF]), lambda v: queue(c=v)),
+    ((NAN, -1, 2, INF), lambda v: queue(rho=v, losses=L2)),
+    ((L2[:1], L2[:, :3], L2 * NAN), lambda v: queue(losses=v, rho=.1)),
+    ((1.5, -1, NAN), lambda v: queue(seed=v)), ((1., [], np.zeros((2, 0))), last_of_prefix),
+    ((torch.full((2, 5), 3), torch.zeros(3)), lambda v: sample_losses(torch.zeros(2, 3, 4), "gap", v)),
+    ((torch.full((2, 3, 4), -INF), torch.full((2, 3, 4), INF), torch.zeros(2, 3, 0), torch.zeros(0, 3, 4)),
+    sample_losses)]
 
 @pytest.mark.parametrize("n", range(len(HOSTILE)))
 def test_hostile_settings_get_one_sentence(n):
     values, call = HOSTILE[n]
     for v in values:
         with pytest.raises(ValueError) as e: call(v)
-        assert "\n" not in str(e.value) and any(w in str(e.value) for w in ("must", "contain", "empty", "give one")), str(e.value)
+        assert "\n" not in str(e.value) and any(w in str(e.value) for w in ("must", "contain", "empty",
+            "give one")), str(e.value)
 
 
 def test_a_refused_request_changes_nothing():
-    m = ShadowMonitor([.5], .1).fill(*stacked(np.zeros(200))); c = LatencyController(1., lam=.5, safe=m); before = (c.t, c.lam, c.late, m.n)
-    for call in (lambda: c.update(NAN), lambda: c.update(1., shadow=([NAN, 1.], [0., 0.])), lambda: m.add([1., 1.], [2., 0.])):
+    m = ShadowMonitor([.5], .1).fill(*stacked(np.zeros(200))); c = LatencyController(1., lam=.5,
+        safe=m); before = (c.t, c.lam, c.late, m.n)
+    for call in (lambda: c.update(NAN), lambda: c.update(1., shadow=([NAN, 1.], [0., 0.])),
+        lambda: m.add([1., 1.], [2., 0.])):
         with pytest.raises(ValueError): call()
     assert (c.t, c.lam, c.late, m.n) == before and len(m.rows) == 200 and m.errors == []
 
@@ -449,6 +509,35 @@ def test_a_refused_request_changes_nothing():
 def test_numpy_numbers_are_numbers():
     f, i = np.float32, np.int64
     assert control_risk(S2, L2, f(.25), f(.5)).index == control_risk(S2, L2, .25, .5).index
-    assert LatencyController(f(2), eta=f(.5), half_life=i(0)).update(f(3)) == pytest.approx(0) and hb_p_value(f(0), i(100), f(.5)) == pytest.approx(.5 ** 100)
-    assert ShadowMonitor(np.array([1, 0]), f(.5), window=i(5), every=i(1)).add(np.zeros(2, np.float32), np.zeros(2, np.float32)) == INF
+    assert LatencyController(f(2), eta=f(.5),
+        half_life=i(0)).update(f(3)) == pytest.approx(0) and hb_p_value(f(0), i(100),
+            f(.5)) == pytest.approx(.5 ** 100)
+    assert ShadowMonitor(np.array([1, 0]), f(.5), window=i(5), every=i(1)).add(np.zeros(2, np.float32),
+        np.zeros(2, np.float32)) == INF
     assert BanditController(np.array([1., 0]), f(1), window=i(5)).update(f(1), f(.5)) == 0
+
+
+def test_crc_remembers_losses_that_went_away():
+    "A sample that is wrong under one threshold counts as wrong under all bolder ones, in the test and in the bound."
+    row = np.zeros((3, 30)); row[1, :3] = 1                            # mean losses 0, .1, 0; with memory 0, .1, .1
+    assert passes(row, .08, method="crc").tolist() == [True, False, False]
+    s = np.array([[.6] * 3 + [.2] * 27, [.9] * 30, [1.] * 30]); l = np.zeros((3, 30)); l[1, :3] = 1
+    r = control_risk(s, l, .2, method="crc", grid=[.95, .8, .5])       # exit 2 at .8: 3 wrong; at .5 exit 1 takes them, rightly
+    assert r.index == 2 and r.risk == 0 and r.bound == pytest.approx((3 + 1) / 31, abs=2e-6)
+
+
+def test_losses_between_0_and_1_get_the_bound_for_them():
+    "Hoeffding-Bentkus, not the binomial tail, as soon as one loss is neither 0 nor 1."
+    L = np.full((1, 100), .02)
+    bound, tail = hb_p_value(.02, 100, .08), hb_p_value(.02, 100, .08, binary=True)
+    assert tail < bound
+    for delta in (.99 * bound, (bound + tail) / 2): assert not passes(L, .08, delta, "ltt")[0]
+    assert passes(L, .08, 1.01 * bound, "ltt")[0]
+    whole = row(2, 98); p = hb_p_value(.02, 100, .08, binary=True)
+    assert passes(whole, .08, 1.01 * p, "ltt")[0] and not passes(whole, .08, .99 * p, "ltt")[0]
+
+
+def test_never_exit_ends_in_minus_infinity():
+    from darkdistill_nb.inference import take_exit
+    r = control_risk(S2, L2 + np.array([[1.], [0.]]), .01, grid=[.5])
+    assert r.thresholds == [math.inf, -math.inf] and take_exit(torch.as_tensor(S2), r.thresholds).tolist() == [1] * 30

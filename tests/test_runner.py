@@ -344,7 +344,8 @@ def test_onnx_errors_are_clear(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"onnxruntime is not installed"): OnnxRunner(tmp_path)
 
 
-BROKEN = {"not JSON": "{", "nested": "[" * 100_000, "a list": "[1]", "nothing": "{}", "one field": '{"macs": [1, 2]}', "bytes": "\xff\xfe"}
+BROKEN = {"not JSON": "{", "nested": "[" * 100_000, "a list": "[1]", "nothing": "{}",
+    "one field": '{"macs": [1, 2]}', "bytes": "\xff\xfe"}
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_damaged_manifest_is_named(tmp_path, name):
@@ -365,11 +366,21 @@ def test_a_manifest_holds_both_infinities(tmp_path):
         with pytest.raises(ValueError, match="must be a whole number"): OnnxRunner(tmp_path, **bad)
 
 
-@pytest.mark.parametrize("call, words", [(lambda n: ExitRunner(n, [.5] * 4, micro=1.5), "micro=1.5"), (lambda n: ExitRunner(n, [.5] * 4, dtype=torch.int8), "dtype=torch.int8"),
-    (lambda n: ExitRunner(n, [.5] * 4, dtype="bf16"), "dtype='bf16'"), (lambda n: ExitRunner(nn.Linear(2, 2), [.5] * 4), "net='Linear'"), (lambda n: ExitRunner(n, .5), "must be a list"),
-    (lambda n: ExitRunner(n, [[.5]] * 4), "must be a number"), (lambda n: ExitRunner(n, ["half"] + [.5] * 3), "'half'"), (lambda n: ExitRunner(n, [.5] * 4, policy="boost"), "policy='boost'"),
-    (lambda n: ExitRunner(n, [.5] * 4).stream(2.5), "batch=2.5"), (lambda n: ExitRunner(n, [.5] * 4).stream(4, "yes"), "logits='yes'"), (lambda n: ExitRunner(n, [.5] * 4).latency(pictures(2), 1.5), "repeats=1.5"),
-    (lambda n: ExitRunner(n, [.5] * 4)([1, 2]), "x='list'"), (lambda n: loop_exits(n, pictures(2), [.5] * 3), "3 thresholds for 4 exits"), (lambda n: loop_exits(n, pictures(2)[:0], [.5] * 4), "at least 1")])
+@pytest.mark.parametrize("call, words",
+    [(lambda n: ExitRunner(n, [.5] * 4, micro=1.5), "micro=1.5"),
+    (lambda n: ExitRunner(n, [.5] * 4, dtype=torch.int8), "dtype=torch.int8"),
+    (lambda n: ExitRunner(n, [.5] * 4, dtype="bf16"), "dtype='bf16'"),
+    (lambda n: ExitRunner(nn.Linear(2, 2), [.5] * 4), "net='Linear'"),
+    (lambda n: ExitRunner(n, .5), "must be a list"),
+    (lambda n: ExitRunner(n, [[.5]] * 4), "must be a number"),
+    (lambda n: ExitRunner(n, ["half"] + [.5] * 3), "'half'"),
+    (lambda n: ExitRunner(n, [.5] * 4, policy="boost"), "policy='boost'"),
+    (lambda n: ExitRunner(n, [.5] * 4).stream(2.5), "batch=2.5"),
+    (lambda n: ExitRunner(n, [.5] * 4).stream(4, "yes"), "logits='yes'"),
+    (lambda n: ExitRunner(n, [.5] * 4).latency(pictures(2), 1.5), "repeats=1.5"),
+    (lambda n: ExitRunner(n, [.5] * 4)([1, 2]), "x='list'"),
+    (lambda n: loop_exits(n, pictures(2), [.5] * 3), "3 thresholds for 4 exits"),
+    (lambda n: loop_exits(n, pictures(2)[:0], [.5] * 4), "at least 1")])
 def test_hostile_settings_get_one_sentence(call, words):
     with pytest.raises(ValueError) as e: call(build("cnn"))
     assert words in str(e.value) and "\n" not in str(e.value)
@@ -386,7 +397,8 @@ def test_numpy_numbers_and_arrays():
 def test_bench_exits_command(tmp_path, monkeypatch, capsys):
     toy = vit(n_classes=5, **{**TINY, "exits": (1, 2, 3, 4)}).eval()
     real = bench.bench_exits
-    monkeypatch.setattr(bench, "bench_exits", lambda rounds, device: real(rounds, device, net=toy, batches=(1, 8)))
+    monkeypatch.setattr(bench, "bench_exits",
+        lambda rounds, device: real(rounds, device, net=toy, batches=(1, 8)))
     threads = torch.get_num_threads()
     try: assert bench.main(["exits", "--rounds", "1", "--save", str(tmp_path / "r.json")]) == 0
     finally: torch.set_num_threads(threads)

@@ -68,7 +68,7 @@ def describe(
     return dict(macs=costs or net.macs(), parameters=[size(m + 1) for m in range(len(net))], classes=list(train.classes), input_shape=list(train.shape),
                 clients={str(s): dict(tier=[c.tier for c in cs], classes=hold(cs)) for s, cs in clients.items()})
 
-# %% ../nbs/13a_report.ipynb #d8ae607f
+# %% ../nbs/13a_report.ipynb #dbd722f5
 def _check_records(records, names=None):
     "Raise unless there are `Record`s, and one name for each."
     check(len(records) > 0, "records", records, "at least one `Record`")
@@ -576,7 +576,7 @@ function fit(spec, width) {
   return layout;
 }
 
-function draw(div) {
+async function draw(div) {
   const spec = JSON.parse(div.nextElementSibling.textContent);
   let width = div.clientWidth;
   div.textContent = "";
@@ -589,9 +589,10 @@ function draw(div) {
     else Plotly.react(div, spec.data, layout, spec.config);
   };
   div.style.minHeight = 0;
-  return Plotly.newPlot(div, spec.data, fit(spec, width), spec.config)
-    .then(() => spec.frames && Plotly.addFrames(div, spec.frames))
-    .then(() => { div.dataset.drawn = "yes"; new ResizeObserver(again).observe(div); });
+  await Plotly.newPlot(div, spec.data, fit(spec, width), spec.config);
+  if (spec.frames) await Plotly.addFrames(div, spec.frames);
+  div.dataset.drawn = "yes";
+  new ResizeObserver(again).observe(div);
 }
 """
 
@@ -599,7 +600,10 @@ function draw(div) {
 _JS_ALL = """
 function all() {
   for (const div of document.querySelectorAll(".drawing:not([data-drawn])"))
-    try { draw(div); } catch (e) { div.textContent = "This figure could not be drawn: " + e.message; }
+    draw(div).catch(e => {
+      div.textContent = "This figure could not be drawn: " + e.message;
+      div.dataset.drawn = "no";
+    });
 }
 if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", all); else all();
 """

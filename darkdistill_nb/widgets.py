@@ -251,7 +251,7 @@ def _nice_step(span):
     ten = 10. ** math.floor(math.log10(raw))
     return next(round(k * ten, 12) for k in (1, 2, 5, 10) if k * ten >= raw * .999)
 
-# %% ../nbs/13_widgets.ipynb #ed797509
+# %% ../nbs/13_widgets.ipynb #9e64b946
 _RANGE_JS = """
 export default { render({ model, el }) {
   const input = document.createElement("input"), get = key => model.get(key);
@@ -386,7 +386,7 @@ class Explorer:
         if self.face() == "live": display(self.live())
         else: self.to_frames().show(); display(self.to_table("frames"))
 
-# %% ../nbs/13_widgets.ipynb #a5fcedb1
+# %% ../nbs/13_widgets.ipynb #6673f0cf
 PATIENCE = 10   # seconds until the figure is drawn another way
 _WAIT = ('<div role="note" style="font-size:13px">The live figure is on its way. If its place stays empty, its script was '
          "too slow to start here: <code>.to_frames()</code> shows the figure without it, "
@@ -405,7 +405,7 @@ def _view():
             return super()._repr_mimebundle_(**kwargs)
     return View
 
-# %% ../nbs/13_widgets.ipynb #c43cc781
+# %% ../nbs/13_widgets.ipynb #13c4ec32
 def _reported(self, change):
     "The browser has drawn the live figure."
     if change["new"] is None or self.drawn: return
@@ -488,7 +488,7 @@ class ExitExplorer(Explorer):
         mode:str="auto",     # as in `Explorer`
     ):
         self.model = ExitModel(scores, right, costs, valid)
-        m, N = whole(m, "m"), np.shape(scores)[1]
+        m, N = whole(m, "m", 1, 1000), np.shape(scores)[1]
         for name, text in (("score", score), ("unit", unit)): check(isinstance(text, str), name, text, "text")
         if pictures is not None and len(pictures) != N: raise ValueError(f"pictures must be {N}, one per sample, not {len(pictures)}")
         self.cells = None if pictures is None else as_cells(pictures)[self.model.index]

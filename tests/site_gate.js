@@ -63,7 +63,7 @@
   function holdsData(t) {
     if (["image", "heatmap"].includes(t.type)) return true;
     if (t.type === "bar") return flat(t.orientation === "h" ? t.x : t.y).some(v => Number(v));
-    return flat(t.x).length > 0 && flat(t.y).some(v => v !== null);
+    return [t.x, t.y].every(v => v === undefined || flat(v).some(u => u !== null));
   }
 
   for (const div of figures ? document.querySelectorAll(".drawing, .plotly-graph-div") : []) {
@@ -95,6 +95,8 @@
   const all = document.documentElement;
   if (all.scrollWidth > all.clientWidth) wrong.push(`the page is ${all.scrollWidth} px wide in a window of ${all.clientWidth} px`);
   for (const th of document.querySelectorAll("th")) if (!["col", "row", "colgroup", "rowgroup"].includes(th.scope)) wrong.push(`th without scope: ${th.textContent.slice(0, 40)}`);
+
+  for (const e of document.querySelectorAll(".katex-error")) wrong.push(`an equation that KaTeX cannot read: ${e.textContent.slice(0, 60)}`);
 
   if (text) {
     const ground = new Map();

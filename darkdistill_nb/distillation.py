@@ -31,7 +31,7 @@ def _share(**values): # likewise
         check(0 <= number(v, name, inf=True) <= 1, name, v, "lie in [0, 1]")
     return v
 
-# %% ../nbs/02_distillation.ipynb #4f56afb2
+# %% ../nbs/02_distillation.ipynb #2b352134
 def _batch(x, name, axes):
     "`x` is a tensor of floating-point numbers with the named axes, none of them empty."
     words = axes if isinstance(axes, str) else "one of " + ", ".join(axes)
@@ -69,11 +69,15 @@ def _labels(y, logits, name="y"):
     check(0 <= low and high < K, f"{name}'s labels", (low, high), f"between 0 and {K - 1}: there are {K} classes")
     return y
 
-# %% ../nbs/02_distillation.ipynb #5202c530
+# %% ../nbs/02_distillation.ipynb #73994138
 def _terms(log_p, log_q, reduction):
     "p (log p - log q) of every class; one of probability 0 under p adds 0, and has no gradient."
     gone = log_p == -math.inf
     return F.kl_div(log_q.masked_fill(gone, 0.), log_p.masked_fill(gone, 0.), reduction=reduction, log_target=True)
+
+def _masked(student, teacher):
+    "Where both say that a class cannot occur."
+    return (student == -math.inf) & (teacher == -math.inf)
 
 def _kd(student, teacher, T):
     "`kd_loss` without its checks, for networks that learn together: there the driver looks for NaN."
@@ -104,8 +108,10 @@ def logit_mse(
     _pair(student, teacher)
     y, student, teacher = _labels(y, student).long(), _up(student), _up(teacher).detach()
     ce = F.cross_entropy(student, y) if alpha < 1 else 0.
-    gone = (student == -math.inf) & (teacher == -math.inf)      # a class masked in both: distance 0
-    mse = F.mse_loss(student.masked_fill(gone, 0.) / tau, teacher.masked_fill(gone, 0.) / tau)
+    both = ~_masked(student, teacher)
+    if not both.all():                                           # the mean is over what is possible
+        student, teacher = student[both], teacher[both]
+    mse = F.mse_loss(student / tau, teacher / tau)
     return (1 - alpha) * ce + alpha * mse
 
 # %% ../nbs/02_distillation.ipynb #2a3866be
@@ -132,7 +138,7 @@ def _places(net, layers):
         found[name] = known[p], end == "input"
     return found
 
-# %% ../nbs/02_distillation.ipynb #0fef681d
+# %% ../nbs/02_distillation.ipynb #7151ec59
 class Taps:
     "Run a network and keep outputs of named submodules: `Taps(net, {'latent': 'fc1'})(x)` -> {'logits': ..., 'latent': ...}; raises `ValueError` for an unknown path."
     def __init__(self,
@@ -174,6 +180,7 @@ class CropFlip:
         shift = torch.randint(2 * self.pad + 1, (n, 2), generator=generator)
         return torch.cat([shift, torch.randint(1 + self.flip, (n, 1), generator=generator)], 1)
     def apply(self, x, drawn):
+        check(x.ndim == 4, "x's shape", tuple(x.shape), "(B, C, H, W)")
         (B, C, H, W), drawn = x.shape, drawn.to(x.device)
         rows = drawn[:, :1] + torch.arange(H, device=x.device)
         cols = torch.arange(W, device=x.device).expand(B, W)
@@ -205,7 +212,7 @@ class Views:
         if self.whole: return self.augment.apply(x, drawn), y
         return torch.cat([self.augment(p[None], torch.Generator().manual_seed(k)) for p, k in zip(x, drawn.tolist())]), y
 
-# %% ../nbs/02_distillation.ipynb #1bc7a168
+# %% ../nbs/02_distillation.ipynb #83e10488
 def _fits_half(x):
     "Do all finite numbers of `x` stay finite in 16 bits (up to 65504)?"
     return bool((x.half().isinf() == x.isinf()).all())
@@ -417,6 +424,9 @@ def dist_loss(
     "Correlation of predictions within samples and within classes (DIST, arXiv 2205.10536, eq. 9); raises `ValueError` as `kd_loss` does."
     T, beta, gamma = number(T, "T", above=0), number(beta, "beta", 0), number(gamma, "gamma", 0)
     _pair(student, teacher)
+    never = _masked(student, teacher).all(0)
+    if never.any():                                              # no probability to correlate
+        student, teacher = student[:, ~never], teacher[:, ~never]
     a, b = (_up(student) / T).softmax(1), (_up(teacher).detach() / T).softmax(1)
     return T * T * (beta * pearson_gap(a, b) + (gamma * pearson_gap(a.t(), b.t()) if len(a) > 1 else 0.))
 

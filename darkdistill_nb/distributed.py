@@ -222,7 +222,7 @@ def plot_filters(
     "The graph of filters with its strongest links; colour and symbol tell the student."
     import networkx as nx
     import plotly.graph_objects as go
-    from darkdistill_nb.training import PALETTE, SYMBOLS
+    from darkdistill_nb.data import class_look
     importance = _importance(importance, len(_graph(W, links=True)))
     _check_parts(parts, len(W))
     strong = strongest_links(W, keep)
@@ -235,7 +235,7 @@ def plot_filters(
     size = 6 + 16 * (importance / importance.max()).sqrt()
     for n, p in enumerate(parts):
         p = [i for i in p if i in at]
-        dot = dict(color=PALETTE[n % 8], symbol=SYMBOLS[n % 8], size=[round(float(size[i]), 1) for i in p], line=dict(width=1, color="white"))
+        dot = {**class_look(n, "dot"), "size": [round(float(size[i]), 1) for i in p]}
         traces.append(go.Scatter(x=short(at[i][0] for i in p), y=short(at[i][1] for i in p), mode="markers", name=f"student {n + 1}",
                                  text=[f"filter {i}" for i in p], marker=dot))
     fig = figure(*traces, title=title, height=420)

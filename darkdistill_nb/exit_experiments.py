@@ -14,25 +14,32 @@ import argparse, functools, json, sys
 from pathlib import Path
 import numpy as np
 import torch
-from .cells import cell_key, every_tenth, key_values, publish, run_command, run_grid, stored_record, t_interval
+from .cells import (cell_key, every_tenth, key_values, of_file, publish, run_command, run_grid, short_name, stored_record,
+                                  t_interval, verdict)
+from .checks import check, choice, flag, number, whole
 from .data import load
 from .distillation import CropFlip
 from .early_exit import EarlyExitNet, build_net
-from .exit_training import fit_exits, policy_by_name
+from .exit_training import fit_exits, learning_rates, policy_by_name
 from .inference import confidence, exit_outputs, policy_curve, score_by_name
 from .latent import small_shapes
-from .training import (Record, Streams, accuracy, asset, figure, load_record, load_tensors, mean_std, save_record, save_tensors, style)
+from .training import (Record, Streams, accuracy, asset, figure, load_record, load_tensors, mean_std, pick_device, save_record, save_tensors,
+                                     style)
 
 # %% ../nbs/05d_exit_experiments.ipynb #6ce67769
-@functools.lru_cache(maxsize=2)
 def three_parts(
-    name:str,      # "shapes16" (see `small_shapes`), or a name that `load` knows
-    n_train=None,  # pictures that training and validation share; None: all (shapes: 20,000; shapes16: 4,000)
-    n_test=None,   # test pictures; None: all
+    name:str,      # "shapes16" (see `small_shapes`), a name that `load` knows, or the path of an .npz file
+    n_train=None,  # images that training and validation share; None: all (shapes: 20,000; shapes16: 4,000)
+    n_test=None,   # test images; None: all
 )->tuple:          # (train, validation, test) of `ArrayData`
-    "Training pictures without every tenth of each class, those tenths, and the test pictures."
+    "Training images without every tenth of each class, those tenths, and the test images; raises `ValueError` for a set too small to divide."
+    return _three_parts(str(name), n_train, n_test, *of_file(name).values())
+
+@functools.lru_cache(maxsize=2)
+def _three_parts(name, n_train, n_test, _=None):
     train, test = small_shapes(n_train or 4000, n_test or 2000) if name == "shapes16" else load(name, n_train, n_test)
     val = every_tenth(train.y)
+    check(bool(val.any()), "data", name, "a data set with at least ten training images of a class; every tenth is set aside")
     return train.subset(~val), train.subset(val), test
 
 # %% ../nbs/05d_exit_experiments.ipynb #16312bba
@@ -43,7 +50,7 @@ NETS = {  # arguments of `build_net`, by short name
 }
 
 def make_cell(
-    data:str,          # a name that `load` knows
+    data:str,          # a name that `load` knows, or the path of an .npz file
     net:str="cnn",     # one of `NETS`
     policy:str="joint",# a name that `policy_by_name` knows
     seed:int=0,        # of first weights, order and augmentation
@@ -54,13 +61,20 @@ def make_cell(
     **changes          # n_train, n_test, amp, net_options (e.g. dict(width=8))
 )->dict:
     "Everything that the result of one training depends on, as JSON values; raises `ValueError` for an unknown network or setting."
-    if net not in NETS: raise ValueError(f"net={net!r} must be one of {', '.join(NETS)}")
+    choice(net, "net", NETS)
     known = dict(n_train=None, n_test=None, amp=net == "vit", net_options={})
-    if bad := set(changes) - set(known): raise ValueError(f"unknown setting {min(bad)!r}; choose from {', '.join(known)}")
+    if bad := set(changes) - set(known):
+        raise ValueError(f"unknown setting {min(bad)!r}; choose from {', '.join(known)}")
+    more = {**known, **changes}
+    for k in ("n_train", "n_test"):
+        more[k] = None if more[k] is None else whole(more[k], k)
+    flag(more["amp"], "amp")
+    for k, v in dict(options=options or {}, net_options=more["net_options"]).items():
+        check(isinstance(v, dict), k, v, "a dict of settings")
     policy_by_name(policy, **(options or {}))
-    lr = lr or dict(cnn=.02, wrn=.1, vit=1e-3)[net]
-    return dict(data=data, net=net, policy=policy, options=options or {}, seed=int(seed), epochs=int(epochs), lr=float(lr), batch_size=int(batch_size),
-                **{**known, **changes})
+    lr = dict(cnn=.02, wrn=.1, vit=1e-3)[net] if lr is None else number(lr, "lr", above=0)
+    return dict(data=str(data), net=net, policy=policy, options=options or {}, seed=whole(seed, "seed", None), epochs=whole(epochs, "epochs"),
+                lr=lr, batch_size=whole(batch_size, "batch_size"), **more, **of_file(data))
 
 # %% ../nbs/05d_exit_experiments.ipynb #01cdb82e
 def new_net(
@@ -80,7 +94,7 @@ def train_net(
     train = three_parts(cell["data"], cell["n_train"], cell["n_test"])[0]
     st, policy = Streams(cell["seed"]), policy_by_name(cell["policy"], **cell["options"])
     with st.scope("init"): net = new_net(cell, train).to(device)
-    photo = cell["data"] not in ("digits", "shapes")
+    photo = cell["data"] not in ("digits", "shapes") and min(train.shape[1:]) >= 16    # smaller images lose too much by a crop
     adam = (lambda p: torch.optim.AdamW(p, lr=cell["lr"], weight_decay=.05)) if cell["net"] == "vit" else None
     with st.scope("train"):
         rows = fit_exits(net, train.to(device), policy, cell["epochs"], cell["lr"], weight_decay=5e-4, batch_size=cell["batch_size"],
@@ -103,17 +117,27 @@ def to_16_bits(
     tensors:dict,    # name -> tensor
     head:str="",     # put before the names
 )->dict:
-    "Floating-point tensors as half precision, labels as bytes: half the file, and no prediction that changes."
-    small = lambda v: v.half() if v.is_floating_point() else v.to(torch.uint8) if v.ndim else v
-    return {head + k: small(v) for k, v in tensors.items()}
+    "Floating-point numbers in 16 bits and whole numbers in one byte, in more only where they would not survive."
+    return {head + k: _smallest(v) for k, v in tensors.items()}
+
+def _smallest(v):
+    "The smallest type that keeps whole numbers, and keeps finite numbers finite; single whole numbers stay as they are."
+    if v.is_floating_point():
+        kinds = (torch.float16, torch.float32, v.dtype)
+        return v.to(next(k for k in kinds if (v.to(k).isinf() == v.isinf()).all()))
+    if not v.ndim or not v.numel():
+        return v
+    low, high = int(v.min()), int(v.max())
+    kinds = (torch.uint8, torch.int16, torch.int32, torch.int64)
+    return v.to(next(k for k in kinds if torch.iinfo(k).min <= low and high <= torch.iinfo(k).max))
 
 def from_16_bits(
     tensors:dict,    # of a file
     head:str="",     # of the names that are wanted, cut off
 )->dict:
-    "The tensors in their usual types again."
-    whole = lambda v: v.float() if v.is_floating_point() else v.long()
-    return {k[len(head):]: whole(v) for k, v in tensors.items() if k.startswith(head)}
+    "The tensors in their usual types again: 32 bits, 64 for whole numbers and for what 32 cannot hold."
+    usual = lambda v: v.float() if v.dtype in (torch.float16, torch.bfloat16) else v if v.is_floating_point() else v.long()
+    return {k[len(head):]: usual(v) for k, v in tensors.items() if k.startswith(head)}
 
 # %% ../nbs/05d_exit_experiments.ipynb #bc63fb6a
 def keep_trained(
@@ -143,7 +167,7 @@ def load_trained(
 
 # %% ../nbs/05d_exit_experiments.ipynb #31869486
 def train_trained(
-    data:str,       # a name that `load` knows
+    data:str,       # a name that `load` knows, or the path of an .npz file
     net:str,        # one of `NETS`
     folder,         # for the checkpoint and the result
     assets=None,    # folder that also gets the result
@@ -152,7 +176,7 @@ def train_trained(
     **how           # see `make_cell`
 )->Record:
     "Train one network with a checkpoint per epoch, and store it as exits_DATA_NET (weights and answers, and a record)."
-    cell, name = make_cell(data, net, **how), f"exits_{data}_{net}"
+    cell, name = make_cell(data, net, **how), f"exits_{short_name(data)}_{net}"
     record = Record.begin(cell)
     trained, policy, rows = train_net(cell, Path(folder)/"running"/f"{cell_key(cell)}.safetensors", on_epoch, device)
     trained = trained.to("cpu"); path = Path(folder)/name/f"{name}.safetensors"
@@ -186,7 +210,7 @@ def measure(
 
 # %% ../nbs/05d_exit_experiments.ipynb #256989da
 def pays(
-    data:str,      # a name that `load` knows
+    data:str,      # a name that `load` knows, or the path of an .npz file
     folder,        # of the experiments
     seeds:int=3,   # pairs
     ways=None,     # names of `WAYS`; None: all
@@ -195,7 +219,8 @@ def pays(
     **how          # see `make_cell`
 )->Record:
     "Train the same network in several ways with equal epochs and paired seeds; stored as exits_pays_DATA."
-    cells = [make_cell(data, seed=s, policy=WAYS[w][0], options=WAYS[w][1], **how) for s in range(seeds) for w in ways or WAYS]
+    ways = [choice(w, "way", WAYS) for w in ways or WAYS]
+    cells = [make_cell(data, seed=s, policy=WAYS[w][0], options=WAYS[w][1], **how) for s in range(whole(seeds, "seeds", 2)) for w in ways]
     results = run_grid(measure, cells, folder, workers, on_cell)
     name = {json.dumps(v): k for k, v in WAYS.items()}
     way = lambda c: name[json.dumps((c["policy"], c["options"]))]
@@ -203,7 +228,7 @@ def pays(
     record = Record.begin(fixed | dict(budgets=BUDGETS), costs=results[0]["costs"])
     record.runs = [dict(way=way(r["cell"]), seed=r["cell"]["seed"], **{k: r[k] for k in ("exits", "curve", "loss", "seconds")}) for r in results]
     record.seconds = sum(r["seconds"] for r in results)
-    save_record(record, Path(folder)/f"exits_pays_{data}")
+    save_record(record, Path(folder)/f"exits_pays_{short_name(data)}")
     return record
 
 # %% ../nbs/05d_exit_experiments.ipynb #b3b955a6
@@ -214,19 +239,27 @@ def gains(
     what="curve",  # "curve": mean accuracy over budgets; "exits": mean over exits; a number: one budget of `BUDGETS`
 )->list:           # one difference per seed
     "Paired gain of one way to train over another; raises `ValueError` for ways that the record does not have."
+    if what not in ("curve", "exits"):
+        choice(float(number(what, "what")), "what", map(float, record.config["budgets"]))
     def value(r):
-        if what == "exits": return np.mean(r["exits"])
+        if what == "exits":
+            return np.mean(r["exits"])
         return np.mean(r["curve"][0]) if what == "curve" else r["curve"][0][list(record.config["budgets"]).index(what)]
     by = {w: {r["seed"]: float(value(r)) for r in record.runs if r["way"] == w} for w in (way, base)}
-    if not all(by.values()) or by[way].keys() != by[base].keys(): raise ValueError(f"the record has no pairs of {way!r} and {base!r}")
+    if not all(by.values()) or by[way].keys() != by[base].keys():
+        raise ValueError(f"the record has no pairs of {way!r} and {base!r}")
     return [by[way][s] - by[base][s] for s in sorted(by[way])]
 
 def gain_table(
     record:Record, # from `pays`
 )->str:            # markdown
-    "Mean accuracy over budgets and its paired gain over joint training with and without equilibrium, in points with 95 % intervals."
+    "Mean accuracy over budgets and its paired gain over joint training with and without equilibrium, in points with 95 % intervals and verdict on *better*."
     lines = ["| way | mean over budgets | over Joint | over Joint, equilibrium |", "|---|---|---|---|"]
-    show = lambda w, b: "" if w == b else "%+.2f [%+.2f, %+.2f]" % tuple(100 * v for v in t_interval(gains(record, w, b)))
+    def show(w, b):
+        if w == b:
+            return ""
+        interval = [100 * v for v in t_interval(gains(record, w, b))]
+        return "%+.2f [%+.2f, %+.2f]: " % tuple(interval) + verdict(interval)
     for w in dict.fromkeys(r["way"] for r in record.runs):
         m, sd = mean_std([100 * np.mean(r["curve"][0]) for r in record.runs if r["way"] == w])
         lines.append(f"| {w} | {m:.2f} ± {sd:.2f} | {show(w, 'Joint')} | {show(w, 'Joint, equilibrium')} |")
@@ -252,7 +285,8 @@ def stored(
 ):            # Record, or None if there is none
     "A stored record; without one, print the command that makes it."
     what, *rest = name.split("_")[1:]
-    words = f"pays --data {'_'.join(rest)}" if what == "pays" else f"train --data {'_'.join([what, *rest[:-1]])} --net {rest[-1]}"
+    kept_as = what in ("pays", "rates")
+    words = f"{what} --data {'_'.join(rest)}" if kept_as else f"train --data {'_'.join([what, *rest[:-1]])} --net {rest[-1]}"
     return stored_record(name, f"python -m darkdistill_nb.exit_experiments {words} --out runs/exits --assets assets")
 
 # %% ../nbs/05d_exit_experiments.ipynb #43e72a68
@@ -262,28 +296,43 @@ def main(
     "Train and store one network, or compare ways to train, from the command line."
     p = argparse.ArgumentParser(prog="python -m darkdistill_nb.exit_experiments",
                                 description="Trained early-exit networks. Killed or interrupted, the same command continues.")
-    p.add_argument("experiment", choices=("train", "pays"))
-    p.add_argument("--data", required=True, help="a data set that load() knows: shapes, cifar10, fashion_mnist, ...")
+    p.add_argument("experiment", choices=("train", "pays", "rates"))
+    p.add_argument("--data", required=True, help="a data set that load() knows (shapes, cifar10, fashion_mnist, ...), or the path of an .npz file")
     p.add_argument("--out", required=True, help="folder for results and checkpoints")
     p.add_argument("--net", choices=NETS, default="cnn")
-    p.add_argument("--seeds", type=int, default=3, help="pays: pairs")
-    p.add_argument("--workers", type=int, help="pays: processes, default one per core")
+    p.add_argument("--seeds", type=int, default=3, help="pays, rates: pairs")
+    p.add_argument("--workers", type=int, help="pays, rates: processes, default one per core")
     p.add_argument("--device", default="cpu", help="train: cpu or cuda")
     p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other settings, e.g. epochs=30 lr=0.05 policy=boostnet n_train=5000")
     p.add_argument("--assets", help="folder that also gets the result")
     a = p.parse_args(argv)
-    def work():
-        how = key_values(a.set)
-        if a.experiment == "train": record = train_trained(a.data, a.net, a.out, a.assets, _tell_epoch, a.device, **how)
-        else:
-            record = pays(a.data, a.out, a.seeds, None, a.workers, _tell_cell, net=a.net, **how)
-            publish(f"exits_pays_{a.data}", a.out, a.assets)
-        return f"done: {record.seconds:.0f} s of training"
-    return run_command(work)
+    return run_command(lambda: f"done: {_experiment(a).seconds:.0f} s of training")
 
-def _tell_epoch(row, net): print(f"epoch {row['epoch'] + 1}: loss {row['loss']:.3f} ({row['seconds']:.0f} s)", flush=True)
+def _experiment(a):
+    "The record of what the words of the command line ask for."
+    how = _settings(a)
+    if a.experiment == "train":
+        return train_trained(a.data, a.net, a.out, a.assets, _tell_epoch, str(pick_device(a.device)), **how)
+    if a.experiment == "pays":
+        record = pays(a.data, a.out, a.seeds, None, a.workers, _tell_cell, net=a.net, **how)
+    else:
+        record = learning_rates(a.out, a.data, a.seeds, None, a.workers, _tell_cell, **how)
+    publish(f"exits_{a.experiment}_{short_name(a.data)}", a.out, a.assets)
+    return record
+
+def _settings(a):
+    "What was typed after --set, without what has an option of its own."
+    how = key_values(a.set)
+    for k in ("data", "net", "seeds", "workers", "device", "folder", "assets", "on_cell", "on_epoch"):
+        check(k not in how, "set", f"{k}={how.get(k)}", f"another setting: {k} has an option of its own, or none")
+    return how
+
+def _tell_epoch(row, net):
+    print(f"epoch {row['epoch'] + 1}: loss {row['loss']:.3f} ({row['seconds']:.0f} s)", flush=True)
+
 def _tell_cell(i, n, r):
-    c = r["cell"]; print(f"{i}/{n} {c['policy']} seed {c['seed']}: exits {[round(v, 3) for v in r['exits']]} ({r['seconds']} s)", flush=True)
+    c, exits = r["cell"], [round(v, 3) for v in r.get("exits") or r["accuracy"]]
+    print(f"{i}/{n} {c['policy']} seed {c['seed']}: exits {exits} ({r['seconds']} s)", flush=True)
 
 # %% ../nbs/05d_exit_experiments.ipynb #d2d559d6
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())   # not in a notebook

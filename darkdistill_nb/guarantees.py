@@ -14,30 +14,66 @@ from collections import deque
 from dataclasses import dataclass
 import numpy as np
 import torch
+from .checks import check, choice, finite, flag, number, whole
+from .distillation import _certain, _labels
+from .inference import _check_logits, read_thresholds
 from fastcore.basics import patch
 
 # %% ../nbs/05b_guarantees.ipynb #05cee076
 def _array(x): return np.asarray(x.detach().cpu() if isinstance(x, torch.Tensor) else x, dtype=float)
 
+def _losses(x, name, bound=math.inf):
+    "Losses as an array: finite numbers of at most `bound`."
+    x = _array(x)
+    if x.size == 0:
+        raise ValueError(f"{name} of shape {x.shape} is empty: give at least one sample")
+    finite(x, name)
+    check(x.max() <= bound, f"{name}'s largest value", x.max(), f"at most bound={bound:g}")
+    return x
+
+def _costs(costs, E):
+    "Costs of leaving at each of E exits; None: 1..E, the mean depth."
+    c = np.arange(1., E + 1) if costs is None else np.array([number(v, "costs", 0) for v in costs])
+    if len(c) != E:
+        raise ValueError(f"{c.size} costs for {E} exits: give one per exit")
+    return c
+
+def _grid(grid, E):
+    "Candidate thresholds as an array: (G,) falling, or (G, E), as numbers or as records hold them."
+    vectors = isinstance(grid, (list, tuple)) and len(grid) and isinstance(grid[0], (list, tuple))
+    T = np.array([read_thresholds(row, E, "grid") for row in grid]) if vectors else _array(grid)
+    if T.ndim not in (1, 2) or T.size == 0 or (T.ndim == 2 and T.shape[1] != E):
+        raise ValueError(f"grid of shape {T.shape} must be (G,) or (G, {E}): one threshold per exit")
+    if np.isnan(T).any():
+        raise ValueError("grid contains NaN")
+    if T.ndim == 1 and not (np.diff(T) < 0).all():
+        raise ValueError("grid must fall strictly: the most conservative threshold comes first")
+    return T
+
 # %% ../nbs/05b_guarantees.ipynb #ec3a650a
 KINDS = ("consistency", "gap", "brier", "hellinger")
 
 def sample_losses(
-    logits,             # (E, N, K) deciding logits
+    logits,             # (E, N, K) deciding logits; -inf: a class that cannot occur
     kind="consistency", # one of `KINDS`
     y=None,             # (N,) labels; needed by "gap", optional for "brier", otherwise unused
 )->np.ndarray:          # (E, N) loss of leaving at each exit; the last row is 0
     "Loss of every sample at every exit, compared to the last exit (arXiv 2405.20915); raises `ValueError` for an unknown kind, missing labels or NaN."
     z = torch.as_tensor(logits).detach().cpu().double()
-    if kind not in KINDS: raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
-    if kind == "gap" and y is None: raise ValueError("kind='gap' compares errors and needs the labels y; 'consistency' needs none")
-    if z.ndim != 3 or z.shape[1] == 0: raise ValueError(f"logits of shape {tuple(z.shape)} must be (exits, samples, classes), with at least one sample")
-    if not torch.isfinite(z).all(): raise ValueError("logits must be finite; they contain NaN or infinity")
+    choice(kind, "kind", KINDS)
+    if kind == "gap" and y is None:
+        raise ValueError("kind='gap' compares errors and needs the labels y; 'consistency' needs none")
+    if z.ndim != 3 or 0 in z.shape:
+        raise ValueError(f"logits of shape {tuple(z.shape)} must be (exits, samples, classes), with at least one sample")
+    _certain(z, "logits")
     p, top = z.softmax(-1), z.argmax(-1)
-    y = top[-1] if y is None else torch.as_tensor(y).cpu()
-    if kind == "consistency": loss = (top != top[-1]).double()
-    elif kind == "gap": loss = (top != y).double() - (top[-1] != y).double()
-    elif kind == "hellinger": loss = ((p.sqrt() - p[-1].sqrt()) ** 2).sum(-1).div(2).sqrt()
+    y = top[-1] if y is None else _labels(torch.as_tensor(y).cpu(), z).long()
+    if kind == "consistency":
+        loss = (top != top[-1]).double()
+    elif kind == "gap":
+        loss = (top != y).double() - (top[-1] != y).double()
+    elif kind == "hellinger":
+        loss = ((p.sqrt() - p[-1].sqrt()) ** 2).sum(-1).div(2).sqrt()
     else:
         score = ((p - torch.nn.functional.one_hot(y, z.shape[-1])) ** 2).sum(-1) / 2
         loss = score - score[-1]
@@ -51,16 +87,15 @@ def exit_losses(
     costs=None, # E costs of leaving at each exit; None: 1..E, the mean depth
 )->tuple:       # L (G, N) losses, cost (G,) mean costs
     "Loss of every sample at the exit it takes, and the mean cost, for every threshold of a grid; raises `ValueError` for NaN or misfits."
-    s, l, T = _array(scores), _array(losses), _array(grid)
-    if s.ndim != 2 or s.shape != l.shape: raise ValueError(f"scores {s.shape} and losses {l.shape} must both be (exits, samples)")
-    if s.shape[1] == 0: raise ValueError("scores and losses are empty: give at least one sample")
-    E = len(s)
-    if np.isnan(s).any() or np.isnan(l).any() or np.isnan(T).any(): raise ValueError("scores, losses or grid contain NaN")
-    if T.ndim == 1 and not (len(T) and (np.diff(T) < 0).all()): raise ValueError("grid must fall strictly: the most conservative threshold comes first")
-    if T.ndim == 1: T = np.repeat(T[:, None], E, 1)
-    if T.ndim != 2 or T.shape[1] != E: raise ValueError(f"grid of shape {T.shape} must be (G,) or (G, {E}): one threshold per exit")
-    c = np.arange(1., E + 1) if costs is None else _array(costs)
-    if c.shape != (E,): raise ValueError(f"{c.size} costs for {E} exits: give one per exit")
+    s, l = _array(scores), _array(losses)
+    if s.ndim != 2 or s.shape != l.shape:
+        raise ValueError(f"scores {s.shape} and losses {l.shape} must both be (exits, samples)")
+    E, l = len(s), _losses(l, "losses")
+    if np.isnan(s).any():
+        raise ValueError("scores contain NaN")
+    T, c = _grid(grid, E), _costs(costs, E)
+    if T.ndim == 1:
+        T = np.repeat(T[:, None], E, 1)
     L, C = np.tile(l[-1], (len(T), 1)), np.full((len(T), s.shape[1]), c[-1])
     for e in range(E - 2, -1, -1):
         leave = s[e] >= T[:, e:e+1]
@@ -71,7 +106,9 @@ def exit_losses(
 def last_of_prefix(
     ok, # (..., G) answers of a test, most conservative threshold first
 )->np.ndarray: # (...) last index k such that all of 0..k are yes; -1 if the first is no
-    "Index of the last threshold of the unbroken run of passed tests at the beginning."
+    "Index of the last threshold of the unbroken run of passed tests at the beginning; raises `ValueError` for none."
+    if np.ndim(ok) == 0 or np.size(ok) == 0:
+        raise ValueError(f"ok of shape {np.shape(ok)} must hold at least one answer")
     return np.cumprod(np.asarray(ok, bool), -1).sum(-1) - 1
 
 # %% ../nbs/05b_guarantees.ipynb #edac5e1b
@@ -80,13 +117,16 @@ def log_wealth(
     R:float,     # the mean that is bet against, in [0, 1]
     delta:float, # the stakes are tuned for this error probability
 )->np.ndarray:   # (...) natural logarithm of the largest capital ever reached
-    "Capital won by betting that the mean is below `R` (Waudby-Smith and Ramdas, arXiv 2010.09686)."
-    x = _array(x); n, i = x.shape[-1], np.arange(2, x.shape[-1] + 2)
+    "Capital won by betting that the mean is below `R` (Waudby-Smith and Ramdas, arXiv 2010.09686); raises `ValueError` for losses above 1, R outside [0, 1] or delta outside (0, 1)."
+    x, R, delta = _losses(x, "x", 1), number(R, "R", 0, 1), number(delta, "delta", above=0, below=1)
+    check(x.ndim > 0, "x's shape", x.shape, "(..., n)")
+    n, i = x.shape[-1], np.arange(2, x.shape[-1] + 2)
     mean = (.5 + x.cumsum(-1)) / i
     var = (.25 + ((x - mean) ** 2).cumsum(-1)) / i
     before = np.concatenate([np.full_like(var[..., :1], .25), var[..., :-1]], -1)   # each stake knows earlier samples only
     stake = np.minimum(np.sqrt(2 * math.log(1 / delta) / (n * before)), 1)
-    with np.errstate(divide="ignore"): return np.log1p(-stake * (x - R)).cumsum(-1).max(-1)
+    with np.errstate(divide="ignore"):
+        return np.log1p(-stake * (x - R)).cumsum(-1).max(-1)
 
 # %% ../nbs/05b_guarantees.ipynb #94733e62
 def hb_p_value(
@@ -95,18 +135,26 @@ def hb_p_value(
     epsilon:float,     # the risk that is tested, in [0, 1]
     binary:bool=False, # losses are 0 or 1: the exact binomial tail
 )->np.ndarray:         # (...) p-values in [0, 1]
-    "Hoeffding-Bentkus p-value of the hypothesis that the true risk is at least `epsilon` (arXiv 2110.01052); raises `ValueError` for epsilon outside [0, 1]."
+    "Hoeffding-Bentkus p-value of the hypothesis that the true risk is at least `epsilon` (arXiv 2110.01052); raises `ValueError` for a risk or epsilon outside [0, 1]."
     from scipy.special import rel_entr
     from scipy.stats import binom
-    risk = _array(risk)
-    if n < 1 or not 0 <= epsilon <= 1: raise ValueError(f"n={n} must be at least 1 and epsilon={epsilon} lie in [0, 1]")
+    risk, n, epsilon, binary = _array(risk), whole(n, "n"), number(epsilon, "epsilon", 0, 1), flag(binary, "binary")
+    ok = bool((abs(risk - .5) <= .5 + 1e-9).all())                # not for NaN
+    check(ok, "risk", risk.item() if risk.ndim == 0 else risk.tolist(), "from 0 to 1: mean losses in [0, 1]")
+    risk = risk.clip(0, 1)                                        # a mean may miss 1 by a rounding error
     tail = binom.cdf(np.ceil(n * risk - 1e-9), n, epsilon)      # 1e-9: 0.29 * 100 is 28.999999999999996, 0.07 * 100 is 7.000000000000001
-    if binary: return tail
+    if binary:
+        return tail
     a = np.minimum(risk, epsilon)
     return np.minimum(1, np.minimum(np.exp(-n * (rel_entr(a, epsilon) + rel_entr(1 - a, 1 - epsilon))), math.e * tail))
 
 # %% ../nbs/05b_guarantees.ipynb #94601109
 METHODS = ("naive", "crc", "ucb", "ltt")
+
+def _promise(method, epsilon, delta, bound):
+    "The terms of a promise, checked."
+    return (choice(method, "method", METHODS), number(epsilon, "epsilon", 0), number(delta, "delta", above=0, below=1),
+            number(bound, "bound", above=0))
 
 def passes(
     L,              # (..., G, n) losses under every threshold, most conservative first; for "ucb" samples in random order
@@ -115,19 +163,23 @@ def passes(
     method="ltt",   # one of `METHODS`
     bound:float=1., # B, the largest possible loss
 )->np.ndarray:      # (..., G) bool: may the promise be given for this threshold?
-    "Test of every threshold at level `epsilon`; raises `ValueError` for losses outside the range of the method."
+    "Test of every threshold at level `epsilon`; raises `ValueError` for bad terms and losses outside the range of the method."
+    method, epsilon, delta, bound = _promise(method, epsilon, delta, bound)
     L = _array(L)
-    if method not in METHODS: raise ValueError(f"method={method!r} must be one of {', '.join(METHODS)}")
-    if not 0 < delta < 1: raise ValueError(f"delta={delta} must lie strictly between 0 and 1")
-    if not (epsilon >= 0 and bound > 0): raise ValueError(f"epsilon={epsilon} must be at least 0 and bound={bound} positive")
-    if L.ndim < 2 or L.size == 0: raise ValueError(f"L of shape {L.shape} must be (thresholds, samples) with at least one of each")
-    if not L.max() <= bound: raise ValueError(f"L contains {L.max():.4g}; losses must be numbers of at most bound={bound}")
-    if method == "ltt" and L.min() < 0: raise ValueError(f"L contains {L.min():.4g}; 'ltt' needs losses of at least 0: clip them at 0, or use 'ucb'")
+    if L.ndim < 2 or L.size == 0:
+        raise ValueError(f"L of shape {L.shape} must be (thresholds, samples) with at least one of each")
+    L = _losses(L, "L", bound)
+    if method == "ltt" and L.min() < 0:
+        raise ValueError(f"L contains {L.min():.4g}; 'ltt' needs losses of at least 0: clip them at 0, or use 'ucb'")
     L, e, n = L / bound, epsilon / bound, L.shape[-1]
-    if e >= 1: return np.ones(L.shape[:-1], bool)
-    if method == "naive": return L.mean(-1) <= e
-    if method == "crc": return np.maximum.accumulate(L, -2).mean(-1) <= ((n + 1) * e - 1) / n + 1e-12
-    if method == "ucb": return log_wealth(L, e, delta) >= -math.log(delta)
+    if e >= 1:
+        return np.ones(L.shape[:-1], bool)
+    if method == "naive":
+        return L.mean(-1) <= e
+    if method == "crc":
+        return np.maximum.accumulate(L, -2).mean(-1) <= ((n + 1) * e - 1) / n + 1e-12
+    if method == "ucb":
+        return log_wealth(L, e, delta) >= -math.log(delta)
     return hb_p_value(L.mean(-1), n, e, binary=bool(((L == 0) | (L == 1)).all())) <= delta
 
 # %% ../nbs/05b_guarantees.ipynb #39dc7546
@@ -156,17 +208,20 @@ def control_risk(
     bound:float=1., # largest possible loss
     seed:int=0,     # "ucb" needs the samples in random order: of the shuffle
 )->RiskControl:
-    "The most aggressive threshold whose risk is at most `epsilon`, by the prefix rule (arXiv 2405.20915)."
-    grid = np.linspace(1, 0, 100) if grid is None else _array(grid)
+    "The most aggressive threshold whose risk is at most `epsilon`, by the prefix rule (arXiv 2405.20915); raises `ValueError` for bad terms, NaN or misfits."
+    method, epsilon, delta, bound = _promise(method, epsilon, delta, bound)
+    grid, seed = np.linspace(1, 0, 100) if grid is None else _grid(grid, len(scores)), whole(seed, "seed", 0)
     L, cost = exit_losses(scores, losses, grid, costs)
-    if method == "ucb": L = L[:, np.random.default_rng(seed).permutation(L.shape[1])]
+    if method == "ucb":
+        L = L[:, np.random.default_rng(seed).permutation(L.shape[1])]
     k, E, promise = int(last_of_prefix(passes(L, epsilon, delta, method, bound))), len(losses), (method, epsilon, delta)
     if k < 0:
-        last = float(_array(losses)[-1].mean()), None, float(E if costs is None else costs[-1])
+        last = float(_array(losses)[-1].mean()), None, float(_costs(costs, E)[-1])
         return RiskControl(*promise, -1, math.inf, [math.inf] * (E - 1) + [-math.inf], *last)
-    row, lo, hi = (np.maximum.accumulate(L, 0) if method == "crc" else L)[k:k+1], 0., float(epsilon)
-    if passes(row, lo, delta, method, bound)[0]: hi = lo
-    while hi - lo > 1e-6:
+    row, lo, hi = (np.maximum.accumulate(L, 0) if method == "crc" else L)[k:k+1], 0., min(epsilon, bound)
+    if passes(row, lo, delta, method, bound)[0]:
+        hi = lo
+    while hi - lo > 1e-6 * bound:
         mid = (lo + hi) / 2
         lo, hi = (lo, mid) if passes(row, mid, delta, method, bound)[0] else (mid, hi)
     T = [*np.broadcast_to(grid[k], E)[:-1].tolist(), -math.inf]
@@ -174,7 +229,7 @@ def control_risk(
 
 # %% ../nbs/05b_guarantees.ipynb #eb104223
 class LatencyController:
-    "Integral control of the exit threshold towards a mean latency, never below a safe threshold unless told so."
+    "Integral control of the exit threshold towards a mean latency, never below a safe threshold unless told so; raises `ValueError` for bad settings."
     def __init__(self,
         budget:float,       # mean latency to hold, any unit of time
         eta:float=.02,      # step size
@@ -185,20 +240,23 @@ class LatencyController:
         priority="quality", # when both constraints conflict: "quality" or "deadline" first
         half_life:float=20, # of the average of latencies, in requests; 0: none
     ):
-        if not (budget > 0 and math.isfinite(budget)): raise ValueError(f"budget={budget} must be a positive, finite time")
-        if not 0 < eta <= 1: raise ValueError(f"eta={eta} must lie in (0, 1]")
-        if not floor < ceiling: raise ValueError(f"floor={floor} must be below ceiling={ceiling}")
-        if priority not in ("quality", "deadline"): raise ValueError(f"priority={priority!r} must be quality or deadline")
-        if not 0 <= half_life < math.inf: raise ValueError(f"half_life={half_life} must be at least 0 requests")
-        self.budget, self.eta, self.floor, self.ceiling, self.safe, self.priority = budget, eta, floor, ceiling, safe, priority
+        self.budget, self.eta = number(budget, "budget", above=0), number(eta, "eta", above=0, high=1)
+        self.floor, self.ceiling = number(floor, "floor"), number(ceiling, "ceiling")
+        check(floor < ceiling, "floor", floor, f"below ceiling={ceiling}")
+        self.priority = choice(priority, "priority", ("quality", "deadline"))
+        half_life, lam = number(half_life, "half_life", 0), lam if lam is None else number(lam, "lam", inf=True)
+        moves = safe is None or hasattr(safe, "lam")
+        self.safe = safe if moves else number(safe, "safe", inf=True)
         self.alpha, self.hold = 1 - 2 ** (-1 / half_life) if half_life else 1., max(1, round(half_life))
         self.late, self.t, self.timeouts, self.stuck, self.infeasible, self.log = 0., 0, 0, 0, False, []
         self.lam = self._clip(self.lam_safe if lam is None else lam)
     @property
     def lam_safe(self): # the threshold below which the promise does not hold
-        v = self.floor if self.safe is None else self.safe.lam if hasattr(self.safe, "lam") else self.safe
+        v = self.safe.lam if hasattr(self.safe, "lam") else self.floor if self.safe is None else self.safe
         return min(max(v, self.floor), self.ceiling)
-    def _clip(self, v): return float(min(max(v, self.lam_safe if self.priority == "quality" else self.floor), self.ceiling))
+    def _clip(self, v):
+        low = self.lam_safe if self.priority == "quality" else self.floor
+        return float(min(max(v, low), self.ceiling))
 
 # %% ../nbs/05b_guarantees.ipynb #5c9b15ac
 @patch
@@ -207,11 +265,13 @@ def update(self:LatencyController,
     shadow=None,   # (scores, losses), (E,) each, if the request became a shadow run
     gain=None,     # not used; other controllers want it
 )->float:          # the next threshold
-    "Learn the latency of one request and move the threshold by -eta times the mean relative lateness."
-    if latency is not None and not 0 <= latency < math.inf: raise ValueError(f"latency={latency} must be a finite time of at least 0, or None for a timeout")
+    "Learn the latency of one request and move the threshold by -eta times the mean relative lateness; raises `ValueError` for a latency below 0 or NaN."
+    latency = latency if latency is None else number(latency, "latency", 0)
+    if shadow is not None and hasattr(self.safe, "add"):
+        self.safe.add(*shadow)
     self.t += 1
-    if shadow is not None and hasattr(self.safe, "add"): self.safe.add(*shadow)
-    if latency is None: self.timeouts += 1
+    if latency is None:
+        self.timeouts += 1
     else:
         self.late += self.alpha * (latency / self.budget - 1 - self.late)
         self.lam -= self.eta * self.late
@@ -226,7 +286,7 @@ def update(self:LatencyController,
 
 # %% ../nbs/05b_guarantees.ipynb #255535b8
 class ShadowMonitor:
-    "Keeps lambda_safe current from shadow runs: `ucb` on a sliding window, or `aci` (arXiv 2106.00170)."
+    "Keeps lambda_safe current from shadow runs: `ucb` on a sliding window, or `aci` (arXiv 2106.00170); raises `ValueError` for bad settings, NaN, and losses above 1."
     def __init__(self,
         grid,            # (G,) thresholds from large to small
         epsilon:float,   # promised risk
@@ -236,29 +296,38 @@ class ShadowMonitor:
         method="ucb",    # ucb | aci
         gamma:float=.01, # step of the level of "aci"
     ):
-        if method not in ("ucb", "aci"): raise ValueError(f"method={method!r} must be ucb or aci")
-        if window < 1 or every < 1: raise ValueError(f"window={window} and every={every} must be at least 1")
-        if not 0 <= epsilon <= 1: raise ValueError(f"epsilon={epsilon} must lie in [0, 1]")
-        self.grid, self.epsilon, self.delta, self.every, self.method, self.gamma = _array(grid), epsilon, delta, every, method, gamma
-        self.rows, self.level, self.index, self.n, self.errors = deque(maxlen=window), epsilon, -1, 0, []
+        self.method, self.epsilon = choice(method, "method", ("ucb", "aci")), number(epsilon, "epsilon", 0, 1)
+        self.delta, self.gamma = number(delta, "delta", above=0, below=1), number(gamma, "gamma", above=0)
+        self.grid, self.every = _grid(grid, 1), whole(every, "every")
+        check(self.grid.ndim == 1, "grid's shape", self.grid.shape, "(G,): one threshold for all exits")
+        self.rows, self.level, self.index = deque(maxlen=whole(window, "window")), self.epsilon, -1
+        self.n, self.errors = 0, []
     @property
     def lam(self): return float(self.grid[self.index]) if self.index >= 0 else math.inf # no threshold is safe: never exit
     def fill(self, scores, losses):
         "Start from calibration samples: scores and losses (E, n)."
-        self.rows.extend(exit_losses(scores, losses, self.grid)[0].T); self._choose()
+        self.rows.extend(self._under_grid(scores, losses).T)
+        self._choose()
         return self
     def add(self, scores, losses):
         "Learn one shadow run: scores and losses (E,) of all exits; returns lambda_safe."
-        row = exit_losses(_array(scores)[:, None], _array(losses)[:, None], self.grid)[0][:, 0]
+        row = self._under_grid(_array(scores)[..., None], _array(losses)[..., None])[:, 0]
         self.errors.append(float(row[self.index]) if self.index >= 0 else 0.)
-        self.rows.append(row); self.n += 1
+        self.rows.append(row)
+        self.n += 1
         self.level += self.gamma * (self.epsilon - self.errors[-1])
-        if self.method == "aci" or self.n % self.every == 0: self._choose()
+        if self.method == "aci" or self.n % self.every == 0:
+            self._choose()
         return self.lam
+    def _under_grid(self, scores, losses):
+        "Losses (G, n) under every threshold; those of at most 1 that both methods need."
+        return exit_losses(scores, _losses(losses, "losses", 1), self.grid)[0]
     def _choose(self):
         L = np.array(self.rows)[::-1].T                     # newest first
-        if self.method == "ucb": ok = passes(L, self.epsilon, self.delta, "ucb")
-        else: ok = L.mean(-1) <= self.level if self.level >= 0 else np.zeros(len(L), bool)
+        if self.method == "ucb":
+            ok = passes(L, self.epsilon, self.delta, "ucb")
+        else:
+            ok = (L.mean(-1) <= self.level) & (self.level >= 0)
         self.index = int(last_of_prefix(ok))
 
 # %% ../nbs/05b_guarantees.ipynb #4ed1cf05
@@ -271,13 +340,22 @@ def simulate_queue(
     rho:float=0.,  # share of requests that become shadow runs
     seed:int=0,    # of the choice of shadow runs
 )->dict:           # latency, lam, exit, each (T,)
-    "Simulate one first-come-first-served server whose exit threshold is set by a controller after each answer."
-    if rho and losses is None: raise ValueError(f"rho={rho} asks for shadow runs, which need losses")
-    s, c, coin, wait, out = _array(scores), _array(costs), np.random.default_rng(seed).random(len(gaps)) < rho, 0., []
-    l = None if losses is None else _array(losses)
+    "Simulate one first-come-first-served server whose exit threshold is set by a controller after each answer; raises `ValueError` for NaN, negative times and misfits."
+    rho, seed = number(rho, "rho", 0, 1), whole(seed, "seed", 0)
+    if rho and losses is None:
+        raise ValueError(f"rho={rho} asks for shadow runs, which need losses")
+    gaps, s = [number(g, "gaps", 0) for g in gaps], _array(scores)
+    check(len(gaps) > 0, "number of gaps", 0, "at least 1")
+    if s.ndim != 2 or s.size == 0 or np.isnan(s).any():
+        raise ValueError(f"scores of shape {s.shape} must be (exits, samples), not empty and without NaN")
+    c, l = _costs(costs, len(s)), None if losses is None else _losses(losses, "losses")
+    if l is not None and l.shape != s.shape:
+        raise ValueError(f"losses of shape {l.shape} must have the shape of the scores, {s.shape}")
+    coin, wait, out = np.random.default_rng(seed).random(len(gaps)) < rho, 0., []
     for t, gap in enumerate(gaps):
-        i = t % s.shape[1]; lam = controller.lam
-        leave = s[:, i] >= lam; leave[-1] = True
+        i, lam = t % s.shape[1], controller.lam
+        leave = s[:, i] >= lam
+        leave[-1] = True
         e = int(leave.argmax())
         out.append((wait + c[e], lam, e))
         controller.update(wait + c[e], shadow=(s[:, i], l[:, i]) if coin[t] else None, gain=s[e, i] - s[0, i])
@@ -287,7 +365,7 @@ def simulate_queue(
 
 # %% ../nbs/05b_guarantees.ipynb #b8c66a83
 class BanditController:
-    "Sliding-window UCB1 over a few thresholds, with reward gain - kappa * latency / budget (arXiv 0805.3415)."
+    "Sliding-window UCB1 over a few thresholds, with reward gain - kappa * latency / budget (arXiv 0805.3415); raises `ValueError` for bad settings."
     def __init__(self,
         arms,            # thresholds to choose from, 8 to 12 of them
         budget:float,    # unit of the latency in the reward
@@ -295,13 +373,15 @@ class BanditController:
         window:int=400,  # rewards remembered
         bonus:float=.2,  # weight of the exploration bonus
     ):
-        if len(arms) < 2: raise ValueError(f"arms={list(arms)} must be at least two thresholds")
-        if not budget > 0: raise ValueError(f"budget={budget} must be positive")
-        self.arms, self.budget, self.kappa, self.bonus, self.past, self.arm = list(arms), budget, kappa, bonus, deque(maxlen=window), 0
+        self.arms, self.budget = [number(a, "arms", inf=True) for a in arms], number(budget, "budget", above=0)
+        check(len(self.arms) > 1, "arms", self.arms, "at least two thresholds")
+        self.kappa, self.bonus = number(kappa, "kappa", 0), number(bonus, "bonus", 0)
+        self.past, self.arm = deque(maxlen=whole(window, "window")), 0
     @property
     def lam(self): return self.arms[self.arm]
     def update(self, latency, gain, shadow=None):
-        "Learn the latency and the confidence gained by the last request (latencies above 3 budgets count as 3); returns the next threshold."
+        "Learn the latency and the confidence gained by the last request (latencies above 3 budgets count as 3); returns the next threshold. Raises `ValueError` for NaN or a negative latency."
+        latency, gain = number(latency, "latency", 0), number(gain, "gain")
         self.past.append((self.arm, gain - self.kappa * min(latency / self.budget, 3.)))
         arm, reward = map(np.array, zip(*self.past))
         n = np.bincount(arm, minlength=len(self.arms)); mean = np.bincount(arm, reward, len(self.arms)) / np.maximum(n, 1)

@@ -31,7 +31,7 @@ def confidence(
     "Largest softmax probability of every exit."
     return _up(logits).softmax(-1).amax(-1)
 
-# %% ../nbs/05_inference.ipynb #457e63bf
+# %% ../nbs/05_inference.ipynb #d478f37b
 def _check_logits(logits, name="logits", samples=0):
     "`logits` is a tensor (E, N, K) with at least one exit and class, and `samples` samples."
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
@@ -202,7 +202,7 @@ def exit_outputs(
             logits.append(torch.stack(list(policy.predict(raw)) if policy else raw).cpu())
     return torch.cat(logits, 1), [torch.cat(v) for v in zip(*features)]
 
-# %% ../nbs/05_inference.ipynb #6ed3e422
+# %% ../nbs/05_inference.ipynb #0e27fa9e
 def _read_threshold(t, name, last):
     "One threshold as a float."
     if t is None:
@@ -216,7 +216,7 @@ def _read_threshold(t, name, last):
     check(ok, f"{name}'s entry", t, "a number, 'inf' or '-inf', one per exit")
     return float(t)
 
-# %% ../nbs/05_inference.ipynb #e2bfb2f1
+# %% ../nbs/05_inference.ipynb #531e8567
 def write_thresholds(
     T, # E numbers
 )->list: # as JSON can hold them: numbers, and "inf" or "-inf"
@@ -262,7 +262,8 @@ def _check_right(right, scores):
     if r.shape != scores.shape:
         raise ValueError(f"right has shape {tuple(r.shape)}, not {tuple(scores.shape)} like the scores")
     bad = int(((r != 0) & (r != 1)).sum())
-    check(bad == 0, "number of values in right other than 0 and 1", bad, "0: is exit e right about sample n?")
+    if bad:
+        raise ValueError(f"right must be True or False (or 1 and 0), but {bad} of its {r.numel()} values are neither")
     return r.bool()
 
 def _check_costs(costs, E):

@@ -15,9 +15,10 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
+from .checks import check, choice, flag, whole
 from .early_exit import ClassToken, EarlyExitNet, Exit, TokenStem, take_rows
 from .exit_training import POLICIES, Joint, policy_by_name
-from .inference import SCORES, Confidence, score_by_name
+from .inference import SCORES, Confidence, read_thresholds, score_by_name, write_thresholds
 from fastcore.basics import patch
 from torch import nn
 
@@ -26,12 +27,14 @@ from torch import nn
 def loop_exits(
     net:EarlyExitNet,  # in eval mode
     x:torch.Tensor,    # (n, C, H, W)
-    thresholds,        # E thresholds; the last exit takes everybody
+    thresholds,        # E thresholds, as numbers or as records hold them; the last exit takes everybody
     score=None,        # a `Score`; None: `Confidence()`
     policy=None,       # what decides, see 04b; None: `Joint()`
 )->tuple:              # exit taken (n,), its deciding logits (n, K), all scores asked for: n lists
     "The definition of early exit: one picture after the other, one stage after the other."
     score, policy, exits, out, asked = score or Confidence(), policy or Joint(), [], [], []
+    thresholds = read_thresholds(thresholds, len(net), "thresholds")
+    check(len(x) > 0, "number of images in x", 0, "at least 1")
     for i in range(len(x)):
         z, before, state, seen = net.stem(x[i:i+1]), None, None, []
         for e, (stage, exit) in enumerate(zip(net.stages, net.exits)):
@@ -40,8 +43,11 @@ def loop_exits(
             before = policy.step(exit.classify(a), before)
             s, state = score.step(before, a, state)
             seen.append(float(s))
-            if seen[-1] >= thresholds[e] or e == len(net) - 1: break
-        exits.append(e); out.append(before); asked.append(seen)
+            if seen[-1] >= thresholds[e] or e == len(net) - 1:
+                break
+        exits.append(e)
+        out.append(before)
+        asked.append(seen)
     return torch.tensor(exits), torch.cat(out), asked
 
 # %% ../nbs/05c_runner.ipynb #6f100a68
@@ -242,8 +248,10 @@ def _each(f, *z):
 def merge_groups(
     groups:list # before the same stage
 )->Group:
-    "One group of all pictures, in order."
-    if len(groups) == 1: return groups[0]
+    "One group of all images, in order; raises `ValueError` for none."
+    check(len(groups) > 0, "groups", groups, "at least one group")
+    if len(groups) == 1:
+        return groups[0]
     a, rows = groups[0], [r for g in groups for r in g.rows]
     before = None if a.before is None else torch.cat([g.before for g in groups])
     state = None if a.state is None else {k: torch.cat([g.state[k] for g in groups]) for k in a.state}
@@ -253,8 +261,10 @@ def split_group(
     g:Group,
     size:int # of the pieces; the last may be smaller
 )->list:     # groups
-    "Cut a group into pieces; they share its memory."
-    if len(g) <= size: return [g]
+    "Cut a group into pieces; they share its memory. Raises `ValueError` for a size below 1."
+    size = whole(size, "size")
+    if len(g) <= size:
+        return [g]
     def piece(i):
         cut = lambda t: None if t is None else t[i:i+size]
         return Group(g.rows[i:i+size], _each(cut, g.z), cut(g.before), None if g.state is None else {k: cut(v) for k, v in g.state.items()})
@@ -286,11 +296,10 @@ def _outcome(done, costs, n_classes, logits, ordered=False):
 # %% ../nbs/05c_runner.ipynb #22dce1e1
 def _set_rule(r, costs, thresholds, score, policy):
     "Costs, score, policy and checked thresholds, as attributes of r."
-    r.costs, r.score, r.policy = list(costs), score_by_name(score or "confidence"), policy or Joint()
-    r.thresholds = T = [float(t) for t in thresholds]
-    if len(T) != len(r.costs): raise ValueError(f"thresholds has {len(T)} entries for {len(r.costs)} exits: give one per exit")
-    if any(map(math.isnan, T)): raise ValueError(f"thresholds={T} contains NaN")
-    r.rounded = torch.tensor(T).tolist()   # in fp32, like the scores
+    r.costs, r.score, r.policy = list(costs), score_by_name("confidence" if score is None else score), Joint() if policy is None else policy
+    check(hasattr(r.policy, "step"), "policy", policy, "a policy of 04b (`policy_by_name` makes one), or None")
+    r.thresholds = read_thresholds(thresholds, len(r.costs), "thresholds")
+    r.rounded = torch.tensor(r.thresholds, dtype=torch.float32).tolist()   # like the scores
     return r
 
 @torch.inference_mode()
@@ -303,10 +312,10 @@ def _cache_size(stem, r):
 
 # %% ../nbs/05c_runner.ipynb #fc54d44e
 class ExitRunner:
-    "Early exit as the rule says, stage by stage on those who go on. Works on a snapshot of `net`: build a new runner after training."
+    "Early exit as the rule says, stage by stage on those who go on. Works on a snapshot of `net`: build a new runner after training. Raises `ValueError` for bad settings."
     def __init__(self,
         net:EarlyExitNet,
-        thresholds,      # E thresholds on the score; the last exit takes everybody
+        thresholds,      # E thresholds on the score, as numbers or as records hold them; the last exit takes everybody
         score=None,      # a `Score` or its name; None: `Confidence()`
         policy=None,     # what decides, see 04b; None: `Joint()`
         kernels="auto",  # auto: fused where recognised | modules: as they are | compile: `torch.compile` of every stage
@@ -314,8 +323,11 @@ class ExitRunner:
         device=None,     # None: the net's
         micro=None,      # largest group in one call; None: so many that their latents take about 1 MB on a CPU, all on a GPU
     ):
-        if kernels not in ("auto", "modules", "compile"): raise ValueError(f"kernels={kernels!r} must be auto, modules or compile")
-        if micro is not None and micro < 1: raise ValueError(f"micro={micro} must be at least 1")
+        check(isinstance(net, EarlyExitNet), "net", type(net).__name__, "an `EarlyExitNet`")
+        choice(kernels, "kernels", ("auto", "modules", "compile"))
+        micro = micro if micro is None else whole(micro, "micro")
+        floating = dtype is None or isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        check(floating, "dtype", dtype, "a floating-point type of torch, or None")
         _set_rule(self, net.macs(), thresholds, score, policy)
         self.input_shape, self.n_classes, p = net.input_shape, net.n_classes, next(net.parameters())
         net = copy.deepcopy(net).to(device or p.device).requires_grad_(False).eval()
@@ -364,12 +376,16 @@ def advance(self:ExitRunner,
     F_ = self.policy.step(f, g.before)
     s, state = self.score.step(F_, a, g.state)
     values = s.tolist()
-    if bad := sum(v != v for v in values): raise ValueError(f"{type(self.score).__name__} is NaN for {bad} of {len(values)} pictures at exit {e + 1}")
-    if e == len(self) - 1: return (g.rows, F_, e, values), None
+    if bad := sum(v != v for v in values):
+        raise ValueError(f"{type(self.score).__name__} is NaN for {bad} of {len(values)} pictures at exit {e + 1}")
+    if e == len(self) - 1:
+        return (g.rows, F_, e, values), None
     T = self.thresholds[e] if s.dtype == torch.float64 else self.rounded[e]        # as `take_exit` compares
     keep, gone = [i for i, v in enumerate(values) if v < T], [i for i, v in enumerate(values) if v >= T]
-    if not gone: return None, Group(g.rows, z, F_, state)
-    if not keep: return (g.rows, F_, e, values), None
+    if not gone:
+        return None, Group(g.rows, z, F_, state)
+    if not keep:
+        return (g.rows, F_, e, values), None
     where = lambda rows: torch.tensor(rows, device=F_.device)
     return ([g.rows[i] for i in gone], F_.index_select(0, where(gone)), e, [values[i] for i in gone]), Group(g.rows, z, F_, state).take(keep, where(keep))
 
@@ -396,8 +412,11 @@ def __call__(self:ExitRunner,
 def _check(self:ExitRunner, x):
     "Pictures on the runner's device and in its precision."
     want = ", ".join(map(str, self.input_shape))
-    if tuple(x.shape[1:]) != tuple(self.input_shape): raise ValueError(f"x has shape {tuple(x.shape)}; this network takes (n, {want})")
-    if not len(x): raise ValueError("x has no pictures: a batch needs at least one")
+    check(isinstance(x, torch.Tensor), "x", type(x).__name__, f"a tensor (n, {want})")
+    if tuple(x.shape[1:]) != tuple(self.input_shape):
+        raise ValueError(f"x has shape {tuple(x.shape)}; this network takes (n, {want})")
+    if not len(x):
+        raise ValueError("x has no pictures: a batch needs at least one")
     return x.to(self.device, self.dtype)
 
 # %% ../nbs/05c_runner.ipynb #5f75f67d
@@ -435,26 +454,27 @@ def latency(self:ExitRunner,
     x:torch.Tensor, # (n, C, H, W) pictures, run as one batch
     repeats:int=5,  # timed runs, after one that is not
 )->dict:            # us: median microseconds per picture, best: the fastest, macs: mean per picture, shares: of pictures per exit
-    "Time per picture beside the operations per picture."
-    if repeats < 1: raise ValueError(f"repeats={repeats} must be at least 1")
+    "Time per picture beside the operations per picture; raises `ValueError` for no repeats."
+    repeats = whole(repeats, "repeats")
     o, times = self(x), []
     for _ in range(repeats):
-        start = time.perf_counter(); self(x)
-        if self.device.type == "cuda": torch.cuda.synchronize()
+        start = time.perf_counter()
+        self(x)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
         times.append((time.perf_counter() - start) / len(x) * 1e6)
     shares = torch.bincount(o.exit, minlength=len(self)).div(len(x)).tolist()
     return dict(us=sorted(times)[len(times) // 2], best=min(times), macs=float(o.macs.double().mean()), shares=shares)
 
 # %% ../nbs/05c_runner.ipynb #70127e7a
 class ExitStream:
-    "A queue before each stage; a stage runs when `batch` pictures wait for it."
+    "A queue before each stage; a stage runs when `batch` pictures wait for it. Raises `ValueError` for a batch below 1."
     def __init__(self,
         runner:ExitRunner,
         batch:int=16,      # pictures per run of a stage
         logits:bool=False, # return the deciding logits too
     ):
-        if batch < 1: raise ValueError(f"batch={batch} must be at least 1")
-        self.runner, self.batch, self.logits = runner, batch, logits
+        self.runner, self.batch, self.logits = runner, whole(batch, "batch"), flag(logits, "logits")
         self.queues, self.count = [[] for _ in range(len(runner))], 0
     def waiting(self): return [sum(map(len, q)) for q in self.queues]
     def _run(self, e, done):
@@ -484,10 +504,13 @@ def push(self:ExitStream,
     "Take in pictures, and run every stage that has a full batch, the deepest first."
     x = self.runner._check(x)
     ids = list(range(self.count, self.count + len(x))) if ids is None else list(ids)
-    if len(ids) != len(x): raise ValueError(f"ids has {len(ids)} entries for {len(x)} pictures")
-    self.count += len(x); self.queues[0].append(Group(ids, x))
+    if len(ids) != len(x):
+        raise ValueError(f"ids has {len(ids)} entries for {len(x)} pictures")
+    self.count += len(x)
+    self.queues[0].append(Group(ids, x))
     done = []
-    while full := [e for e, n in enumerate(self.waiting()) if n >= self.batch]: self._run(full[-1], done)
+    while full := [e for e, n in enumerate(self.waiting()) if n >= self.batch]:
+        self._run(full[-1], done)
     return self._outcome(done)
 
 @patch
@@ -539,7 +562,8 @@ def export_onnx(
     "Write one ONNX file per stage and a manifest; raises `ValueError` for a rule that cannot be written down by name."
     _onnx("onnx"); _onnx("onnxscript")
     for kind, name, known in (("score", score, [n for n in SCORES if n != "gate"]), ("policy", policy, list(POLICIES))):
-        if name not in known: raise ValueError(f"{kind}={name!r} cannot be written to a manifest; choose one of {', '.join(known)}")
+        if name not in known:
+            raise ValueError(f"{kind}={name!r} cannot be written to a manifest; choose one of {', '.join(known)}")
     policy_by_name(policy, **(policy_options or {}))
     rule = _set_rule(SimpleNamespace(), net.macs(), thresholds, score, None)
     net, folder, files = copy.deepcopy(net).cpu().float().eval(), Path(folder), []
@@ -548,31 +572,46 @@ def export_onnx(
     for e, (stage, exit) in enumerate(zip(net.stages, net.exits)):
         files.append(f"stage{e + 1}.onnx")
         z = _export_stage(_OnnxStage(net.stem if e == 0 else None, stage, exit), z, folder / files[-1])
-    T = [t if math.isfinite(t) else str(t) for t in rule.thresholds]      # JSON has no infinity
     text = dict(format=1, input_shape=list(net.input_shape), n_classes=net.n_classes, macs=rule.costs, files=files,
-                thresholds=T, score=score, policy=policy, policy_options=policy_options or {})
+                thresholds=write_thresholds(rule.thresholds), score=score, policy=policy, policy_options=policy_options or {})
     (folder / "manifest.json").write_text(json.dumps(text, indent=1))
     return folder / "manifest.json"
 
+# %% ../nbs/05c_runner.ipynb #cf999cd7
+_MANIFEST = dict(input_shape=list, n_classes=int, macs=list, files=list, thresholds=list, score=str, policy=str, policy_options=dict)
+
+def _manifest(folder):
+    "The manifest of `export_onnx`, or a sentence that names the file and what is wrong with it."
+    path = Path(folder) / "manifest.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no manifest.json in {folder}: export_onnx writes it")
+    try:
+        m = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} is not whole JSON: write it again with export_onnx") from None
+    bad = [k for k, kind in _MANIFEST.items() if not isinstance(m, dict) or not isinstance(m.get(k), kind)]
+    if bad:
+        raise ValueError(f"{path} has no {', '.join(bad)} as export_onnx writes it")
+    return m
+
 # %% ../nbs/05c_runner.ipynb #6b8da7af
 class OnnxRunner(ExitRunner):
-    "Early exit over the files of `export_onnx`, run by onnxruntime; no network module is needed."
+    "Early exit over the files of `export_onnx`, run by onnxruntime; no network module is needed. Raises `FileNotFoundError`, or `ValueError` for a damaged manifest or bad settings."
     def __init__(self,
         folder,          # with manifest.json
         thresholds=None, # None: those of the manifest
         micro=None,      # largest group in one call; None: 16
         threads:int=1,   # of onnxruntime
     ):
-        ort, path = _onnx("onnxruntime"), Path(folder) / "manifest.json"
-        if not path.is_file(): raise FileNotFoundError(f"no manifest.json in {folder}: export_onnx writes it")
-        m = json.loads(path.read_text())
+        ort, m = _onnx("onnxruntime"), _manifest(folder)
+        micro, threads = 16 if micro is None else whole(micro, "micro"), whole(threads, "threads")
         policy = policy_by_name(m["policy"], **m["policy_options"])
         _set_rule(self, m["macs"], m["thresholds"] if thresholds is None else thresholds, m["score"], policy)
-        self.input_shape, self.n_classes, self.micro = tuple(m["input_shape"]), m["n_classes"], micro or 16
+        self.input_shape, self.n_classes, self.micro = tuple(m["input_shape"]), m["n_classes"], micro
         self.dtype, self.device = torch.float32, torch.device("cpu")
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
-        self.sessions = [ort.InferenceSession(str(path.parent / f), options, providers=["CPUExecutionProvider"]) for f in m["files"]]
+        self.sessions = [ort.InferenceSession(str(Path(folder) / f), options, providers=["CPUExecutionProvider"]) for f in m["files"]]
     def stage(self, e, z):
         z = [t.contiguous().numpy() for t in (z if isinstance(z, (tuple, list)) else (z,))]
         s = self.sessions[e]

@@ -34,15 +34,15 @@ def test_losses_against_a_loop():
 two = np.zeros((2, 3))
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: sample_losses(torch.zeros(2, 3, 4), "gap"), "needs the labels"), (lambda: sample_losses(torch.zeros(2, 3, 4), "acc"), "must be one of"),
-    (lambda: sample_losses(torch.zeros(2, 0, 4)), "at least one sample"), (lambda: sample_losses(torch.full((2, 3, 4), math.nan)), "finite"),
+    (lambda: sample_losses(torch.zeros(2, 3, 4), "gap"), "needs the labels"), (lambda: sample_losses(torch.zeros(2, 3, 4), "acc"), "one of consistency, gap"),
+    (lambda: sample_losses(torch.zeros(2, 0, 4)), "at least one sample"), (lambda: sample_losses(torch.full((2, 3, 4), math.nan)), "hold NaN"),
     (lambda: exit_losses(np.zeros((2, 0)), np.zeros((2, 0)), [.5]), "at least one sample"), (lambda: exit_losses(two, np.zeros((3, 3)), [.5]), "both be"),
     (lambda: exit_losses([[math.nan], [0]], [[0], [0]], [.5]), "NaN"), (lambda: exit_losses(two, two, [.1, .5]), "fall strictly"),
-    (lambda: exit_losses(two, two, [.5, .5]), "fall strictly"), (lambda: exit_losses(two, two, [[.5] * 3]), "one threshold per exit"),
+    (lambda: exit_losses(two, two, [.5, .5]), "fall strictly"), (lambda: exit_losses(two, two, [[.5] * 3]), "give one per exit"),
     (lambda: exit_losses(two, two, [.5], costs=[1]), "1 costs for 2 exits"), (lambda: passes(row(1, 9), -.1), "epsilon=-0.1"),
     (lambda: passes(row(1, 9), .1, delta=1), "delta=1"), (lambda: passes(row(1, 9), .1, method="hb"), "method='hb'"),
     (lambda: passes(-row(1, 9), .1), "clip them"), (lambda: passes(2 * row(1, 9), .1), "at most bound"),
-    (lambda: passes(np.full((1, 3), math.nan), .1), "must be numbers"), (lambda: passes(np.zeros(3), .1), "(thresholds, samples)"),
+    (lambda: passes(np.full((1, 3), math.nan), .1), "must be finite"), (lambda: passes(np.zeros(3), .1), "(thresholds, samples)"),
     (lambda: hb_p_value(.1, 0, .1), "n=0"), (lambda: hb_p_value(.1, 10, 1.5), "epsilon=1.5"), (lambda: LatencyController(math.inf), "budget=inf"),
     (lambda: LatencyController(1, eta=0), "eta=0"), (lambda: LatencyController(1, half_life=-1), "half_life=-1"),
     (lambda: LatencyController(1).update(math.nan), "latency=nan"), (lambda: ShadowMonitor([.5], .1, window=0), "window=0"),
@@ -290,3 +290,165 @@ def test_bandit_follows_the_best_arm():
         tried.append(b.arm); arm = b.lam
         b.update(latency=2 * arm if t >= 1000 else .5, gain=arm if t < 1000 else .2 + .5 * (arm == b.arms[5]))
     assert set(tried[:8]) == set(range(8)) and np.mean(np.array(tried[500:1000]) == 0) > .4 and np.mean(np.array(tried[1500:]) == 5) > .4
+
+
+# ---------------------------------------------------------------- the monitor's order, and what mutants could change
+
+LATE = np.r_[np.zeros(400), np.arange(100) % 2]          # harmless for 400 samples, then every second one is wrong
+
+def stacked(l): return np.ones((2, len(l))), np.stack([l, 0 * l])
+
+
+@pytest.mark.parametrize("how", ["fill", "add"])
+def test_the_monitor_bets_on_the_newest_first(how):
+    "The same losses in the other order certify the threshold: order decides, and it is newest first."
+    for l, lam in ((LATE, math.inf), (LATE[::-1], .5)):
+        s, x = stacked(l); m = ShadowMonitor([.5], .05, window=500, every=500)
+        if how == "fill": m.fill(s, x)
+        else:
+            for i in range(500): m.add(s[:, i], x[:, i])
+        assert m.lam == lam
+        assert (m.lam < math.inf) == bool(passes(l[::-1][None], .05, .1, "ucb")[0])
+
+
+def test_the_window_forgets_the_oldest():
+    s, x = stacked(np.r_[np.ones(100), np.zeros(300)])
+    assert [ShadowMonitor([.5], .2, window=w, method="aci").fill(s, x).lam for w in (300, 400)] == [.5, math.inf]      # mean loss 0, and 1/4
+
+
+def test_the_monitor_recomputes_every_so_many():
+    m = ShadowMonitor([.5], .3, window=200, every=50); lams = [m.add([1., 1.], [0., 0.]) for _ in range(120)]
+    assert lams[:49] == [math.inf] * 49 and lams[49:] == [.5] * 71 and m.n == 120
+    assert [i for i in range(120) if i == 0 or lams[i] != lams[i - 1]] == [0, 49]
+
+
+def test_aci_level_by_hand():
+    "eps_{t+1} = eps_t + gamma (eps - err_t); the naive choice at that level; never exits below 0."
+    m = ShadowMonitor([.5], .1, window=10, method="aci", gamma=.2)
+    assert m.lam == math.inf and m.add([1., 1.], [1., 0.]) == math.inf and m.errors == [0.] and m.level == pytest.approx(.12)
+    assert m.add([.1, 1.], [1., 0.]) == math.inf and m.level == pytest.approx(.14)              # mean loss 1/2 > .14
+    for _ in range(8): m.add([1., 1.], [0., 0.])
+    assert m.lam == .5 and m.level == pytest.approx(.30)
+    m.add([1., 1.], [1., 0.])                                                                  # now it counts: err = 1
+    assert m.errors[-1] == 1. and m.level == pytest.approx(.30 + .2 * (.1 - 1))
+    m.level = -1e-9; m._choose(); assert m.lam == math.inf
+    m.level = 0.; m.rows.clear(); m.rows.append(np.zeros(1)); m._choose(); assert m.lam == .5   # level 0 and no loss: allowed
+
+
+def test_log_of_conflicts_by_hand():
+    "A conflict is logged once it has lasted `hold` requests, and once more when it is over; the bound of the counter is twice that."
+    c = LatencyController(1., eta=.5, lam=.5, safe=.5, half_life=4)
+    assert c.hold == 4 and c.alpha == pytest.approx(1 - 2 ** -.25)
+    for t in range(1, 12):
+        c.update(3.)
+        assert c.stuck == min(t, 8) and c.infeasible == (t >= 4) and len(c.log) == (t >= 4)
+    e = c.log[0]; assert e["t"] == 4 and e["event"] == "infeasible" and e["lam"] == e["lam_safe"] == .5 and e["latency"] > 1
+    late = c.late; n = 0
+    while c.infeasible: c.update(0.); n += 1
+    assert c.log[1]["event"] == "feasible" and c.stuck == 0 and n >= 8
+    first = LatencyController(1., lam=.9, half_life=4); first.update(2.)
+    assert first.late == pytest.approx(first.alpha) and first.lam == pytest.approx(.9 - .02 * first.alpha)
+
+
+def test_a_threshold_below_the_safe_one_is_a_conflict_only_when_late():
+    c = LatencyController(1., lam=.2, safe=.5, priority="deadline", half_life=0)
+    c.update(.5); assert c.stuck == 0
+    c.update(2.); assert c.stuck == 1 and c.log[0]["lam"] < c.log[0]["lam_safe"]
+
+
+def test_bandit_by_hand():
+    "Arms in turn, then the largest mean + bonus sqrt(ln n / n_a); latency beyond three budgets counts as three."
+    b = BanditController([.9, .5], 2., kappa=.5, window=3, bonus=.1)
+    b.update(100., .8); assert b.past[-1] == (0, .8 - 1.5) and b.arm == 1
+    b.update(2., .1); assert b.past[-1] == (1, pytest.approx(-.4)) and b.arm == 1                 # -.7 and -.4, one try each
+    b.update(2., .9); b.update(2., .9); assert len(b.past) == 3 and b.arm == 0                    # arm 0 has left the window: try it
+    far = BanditController([.9, .5], 1., kappa=0., window=50, bonus=1.)
+    for _ in range(50): far.update(0., .5)
+    n = np.bincount([a for a, _ in far.past]); assert abs(int(n[0]) - int(n[1])) <= 2             # equal rewards: the bonus shares them out
+
+
+def test_queue_with_shadow_runs_by_hand():
+    "A shadow run keeps the server busy for a full pass, and its scores and losses go to the controller."
+    got = []
+    class Fixed:
+        lam = .5
+        def update(self, latency, shadow=None, gain=None): got.append((latency, None if shadow is None else [v.tolist() for v in shadow], round(gain, 6)))
+    out = simulate_queue(Fixed(), [1., 1.], [[.9, .2], [1., .7]], [1, 4], losses=[[1., 0.], [0., 0.]], rho=1.)
+    assert out["latency"].tolist() == [1, 3 + 4] and out["exit"].tolist() == [0, 1]
+    assert got == [(1., [[.9, 1.], [1., 0.]], 0.), (7., [[.2, .7], [0., 0.]], .5)]
+
+
+def test_hb_by_hand():
+    "Both parts of the bound, e times the tail included, and the ceiling of n R-hat."
+    from scipy.stats import binom
+    h = lambda a, b: a * math.log(a / b) + (1 - a) * math.log((1 - a) / (1 - b))
+    for r, n, eps in ((.02, 500, .05), (.004, 500, .05), (.1, 30, .3), (.001, 900, .02), (.0113, 100, .05), (.0301, 100, .2)):
+        tail = binom.cdf(math.ceil(n * r), n, eps)
+        assert hb_p_value(r, n, eps) == pytest.approx(min(1, math.exp(-n * h(min(r, eps), eps)), math.e * tail))
+        assert hb_p_value(r, n, eps, binary=True) == pytest.approx(tail)
+    assert hb_p_value(.3, 100, .1) == 1 and hb_p_value(1. + 1e-12, 10, .5) == 1
+    assert any(math.e * binom.cdf(math.ceil(n * r), n, e) < math.exp(-n * h(r, e)) for r, n, e in ((.004, 500, .05), (.001, 900, .02)))
+
+
+def test_bound_of_a_rule_by_hand():
+    "control_risk returns the row of the grid, its mean loss and cost, and thresholds that end in -inf."
+    s = np.array([[.9, .6, .3, .1], [.8, .7, .2, .9], [1.] * 4]); l = np.zeros((3, 4)); l[0, 2] = 1
+    r = control_risk(s, l, .25, method="naive", grid=[.95, .5, .2], costs=[1, 3, 4])
+    assert (r.index, r.lam, r.thresholds) == (2, .2, [.2, .2, -math.inf]) and r.risk == .25 and r.bound == pytest.approx(.25, abs=2e-6) and r.cost == pytest.approx((1 + 1 + 1 + 3) / 4)
+    r = control_risk(s, l, .2, method="naive", grid=[[.95, .95, .95], [.5, .75, -math.inf], [.2, .2, 0]], costs=[1, 3, 4])
+    assert r.index == 1 and r.lam == [.5, .75, -math.inf] and r.thresholds == [.5, .75, -math.inf] and r.cost == pytest.approx((1 + 1 + 4 + 3) / 4)
+    a, b = (control_risk(s, 3 * l, 3 * e, method="naive", grid=[.2], bound=3.) for e in (.25, .2))
+    assert a.index == 0 and a.bound == pytest.approx(.75, abs=6e-6) and b.index == -1 and b.cost == 3
+    assert control_risk(s, l, 7., grid=[.2]).bound <= 1 and control_risk(s, l, 1e300, grid=[.2], bound=1e12).index == 0
+
+
+def test_masked_classes_in_losses():
+    z = torch.randn(3, 20, 4, generator=torch.Generator().manual_seed(0)).double(); y = torch.arange(20) % 4
+    wide = torch.cat([torch.full_like(z[..., :1], -math.inf), z], -1)
+    for kind in ("consistency", "gap", "brier", "hellinger"): np.testing.assert_allclose(sample_losses(wide, kind, y + 1), sample_losses(z, kind, y), atol=1e-12)
+
+
+# ---------------------------------------------------------------- hostile settings
+
+NAN, INF = math.nan, math.inf
+NUMBERS, COUNTS = (NAN, INF, -1, "1", 1j), (0, -1, 1.5, NAN, "3", True)
+S2, L2 = np.random.default_rng(0).random((2, 30)), np.vstack([np.zeros(30), np.zeros(30)])
+queue = lambda gaps=(1.,), s=S2, c=(1, 2), **k: simulate_queue(LatencyController(1.), gaps, s, c, **k)
+HOSTILE = [(NUMBERS, lambda v: control_risk(S2, L2, v)), (NUMBERS + (0, 1), lambda v: control_risk(S2, L2, .1, v)), (("hb", 1, None), lambda v: control_risk(S2, L2, .1, method=v)),
+    (NUMBERS + (0,), lambda v: control_risk(S2, L2, .1, bound=v)), ((1.5, -1, NAN, "0"), lambda v: control_risk(S2, L2, .1, seed=v)), (NUMBERS, lambda v: control_risk(S2, L2, .1, costs=[1, v])),
+    ((NAN, INF, -INF, 2.), lambda v: control_risk(S2, L2 + np.r_[v, np.zeros(29)], .1, method="ucb")), ((NAN,), lambda v: control_risk(S2 + v, L2, .1)), ((NAN, [.1, .5], [], [[[.5]]], .5, [[.5, .5, .5]], [[.5, "x"]]), lambda v: control_risk(S2, L2, .1, grid=v)),
+    (NUMBERS, lambda v: passes(L2, v)), (NUMBERS + (0,), lambda v: passes(L2, .1, bound=v)), ((NAN, INF, -INF), lambda v: passes(L2 + v, .1, method="crc")),
+    ((NAN, -1, 1.1, INF, "1"), lambda v: log_wealth(L2, v, .1)), ((NAN, 0, 1, -1, INF), lambda v: log_wealth(L2, .1, v)), ((NAN, 5., INF, -INF), lambda v: log_wealth([0., v], .1, .1)), (([], 1.), lambda v: log_wealth(v, .1, .1)),
+    ((NAN, -1, 1.01, INF, -INF, [.1, -.1], [.1, NAN]), lambda v: hb_p_value(v, 100, .1)), (COUNTS, lambda v: hb_p_value(.1, v, .1)), ((NAN, -1, 1.1, INF, "1"), lambda v: hb_p_value(.1, 100, v)), (("no", 1, None), lambda v: hb_p_value(.1, 9, .1, v)),
+    (NUMBERS + (0,), LatencyController), (NUMBERS + (0, 1.1), lambda v: LatencyController(1, v)), ((NAN, "1"), lambda v: LatencyController(1, lam=v)), ((NAN, INF, "1", 1.), lambda v: LatencyController(1, floor=v)),
+    ((NAN, INF, "1", 0.), lambda v: LatencyController(1, ceiling=v)), ((NAN, "1"), lambda v: LatencyController(1, safe=v)), (("both", None, 1), lambda v: LatencyController(1, priority=v)), ((NAN, INF, -1, "1"), lambda v: LatencyController(1, half_life=v)),
+    ((NAN, INF, -1, "1"), lambda v: LatencyController(1).update(v)), ((NAN, -1, 1.1, INF, "1"), lambda v: ShadowMonitor([1, 0], v)), ((NAN, -1, 0, 1, INF), lambda v: ShadowMonitor([1, 0], .1, v)), (COUNTS, lambda v: ShadowMonitor([1, 0], .1, window=v)),
+    (COUNTS, lambda v: ShadowMonitor([1, 0], .1, every=v)), (NUMBERS + (0,), lambda v: ShadowMonitor([1, 0], .1, gamma=v)), (("ltt", None), lambda v: ShadowMonitor([1, 0], .1, method=v)), (([], [0, 1], [1, NAN], .5, [[.5], [.4]]), lambda v: ShadowMonitor(v, .1)),
+    ((NAN, INF, 2.), lambda v: ShadowMonitor([1, 0], .1).add([.5, .5], [v, 0.])), ((NAN,), lambda v: ShadowMonitor([1, 0], .1).add([v, .5], [0., 0.])), (([.5], [[.5, .5]], .5), lambda v: ShadowMonitor([1, 0], .1).add(v, [0., 0.])),
+    (NUMBERS + (0,), lambda v: BanditController([1, 0], v)), (([NAN, 1], [.5], [], ["a", "b"]), lambda v: BanditController(v, 1.)), ((NAN, INF, -1), lambda v: BanditController([1, 0], 1., v)), (COUNTS, lambda v: BanditController([1, 0], 1., window=v)),
+    ((NAN, INF, -1), lambda v: BanditController([1, 0], 1., bonus=v)), ((NAN, INF, -1, None), lambda v: BanditController([1, 0], 1.).update(v, .1)), ((NAN, INF, None), lambda v: BanditController([1, 0], 1.).update(1., v)),
+    (NUMBERS, lambda v: queue(gaps=[1., v])), (([],), lambda v: queue(gaps=v)), ((S2[0], S2[:, :0], S2 * NAN), lambda v: queue(s=v)), (([1], [1, NAN], [1, -1], [1, INF]), lambda v: queue(c=v)), ((NAN, -1, 2, INF), lambda v: queue(rho=v, losses=L2)),
+    ((L2[:1], L2[:, :3], L2 * NAN), lambda v: queue(losses=v, rho=.1)), ((1.5, -1, NAN), lambda v: queue(seed=v)), ((1., [], np.zeros((2, 0))), last_of_prefix), ((torch.full((2, 5), 3), torch.zeros(3)), lambda v: sample_losses(torch.zeros(2, 3, 4), "gap", v)),
+    ((torch.full((2, 3, 4), -INF), torch.full((2, 3, 4), INF), torch.zeros(2, 3, 0), torch.zeros(0, 3, 4)), sample_losses)]
+
+@pytest.mark.parametrize("n", range(len(HOSTILE)))
+def test_hostile_settings_get_one_sentence(n):
+    values, call = HOSTILE[n]
+    for v in values:
+        with pytest.raises(ValueError) as e: call(v)
+        assert "\n" not in str(e.value) and any(w in str(e.value) for w in ("must", "contain", "empty", "give one")), str(e.value)
+
+
+def test_a_refused_request_changes_nothing():
+    m = ShadowMonitor([.5], .1).fill(*stacked(np.zeros(200))); c = LatencyController(1., lam=.5, safe=m); before = (c.t, c.lam, c.late, m.n)
+    for call in (lambda: c.update(NAN), lambda: c.update(1., shadow=([NAN, 1.], [0., 0.])), lambda: m.add([1., 1.], [2., 0.])):
+        with pytest.raises(ValueError): call()
+    assert (c.t, c.lam, c.late, m.n) == before and len(m.rows) == 200 and m.errors == []
+
+
+def test_numpy_numbers_are_numbers():
+    f, i = np.float32, np.int64
+    assert control_risk(S2, L2, f(.25), f(.5)).index == control_risk(S2, L2, .25, .5).index
+    assert LatencyController(f(2), eta=f(.5), half_life=i(0)).update(f(3)) == pytest.approx(0) and hb_p_value(f(0), i(100), f(.5)) == pytest.approx(.5 ** 100)
+    assert ShadowMonitor(np.array([1, 0]), f(.5), window=i(5), every=i(1)).add(np.zeros(2, np.float32), np.zeros(2, np.float32)) == INF
+    assert BanditController(np.array([1., 0]), f(1), window=i(5)).update(f(1), f(.5)) == 0

@@ -393,3 +393,170 @@ def test_figures_take_plain_arrays(data):
     grid = inf.picture_grid(pics, torch.arange(40) % 3, torch.rand(4, 40), each=3)
     assert list(grid.layout.yaxis.ticktext) == ["exit 1", "exit 2", "exit 3", "exit 4"]
     with pytest.raises(ValueError, match="equally many"): inf.picture_grid(pics, torch.zeros(3), torch.rand(4, 40))
+
+
+def test_the_gate_is_trained_along_a_cosine(monkeypatch):
+    "The learning rate of every step, from the first to the last: lr (1 + cos(pi t / steps)) / 2."
+    seen, step = [], torch.optim.Adam.step
+    def watched(self, *a, **k):
+        seen.append(self.param_groups[0]["lr"])
+        return step(self, *a, **k)
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    z, y = cascade(100, E=2)
+    inf.fit_gate(z, y, [1, 2], 1.5, steps=20, lr=.04)
+    assert seen == pytest.approx([.02 * (1 + math.cos(math.pi * t / 20)) for t in range(20)], rel=1e-6)
+
+
+@pytest.mark.parametrize("name, other", [("alpha_ce", 0.), ("alpha_cost", 0.), ("beta", 0.), ("steps", 3), ("hidden", 3), ("seed", 1)])
+def test_every_setting_of_the_gate_matters(name, other):
+    z, y = cascade(200, E=3)
+    a, b = (inf.fit_gate(z, y, [1, 2, 3], 1.5, **{"steps": 10, **k}) for k in ({}, {name: other}))
+    assert a[1] != b[1]
+
+
+# ---------------------------------------------------------------- thresholds in writing
+
+def test_infinities_stay_apart_in_json():
+    import json
+    T = [math.inf, LAST, .25, LAST]
+    stored = json.loads(json.dumps(inf.write_thresholds(T), allow_nan=False))
+    assert stored == ["inf", "-inf", .25, "-inf"] and inf.read_thresholds(stored) == T == inf.read_thresholds(np.array(T)) == inf.read_thresholds(torch.tensor(T))
+    assert inf.write_thresholds(stored) == stored                        # writing twice changes nothing
+
+
+def test_old_records_stay_readable():
+    "None at the last exit is -inf; before it the writer of those records only meant +inf."
+    assert inf.read_thresholds([None, .5, None]) == [math.inf, .5, LAST]
+    from darkdistill_nb.training import asset, load_record
+    r = load_record(asset("digits_default.json"))
+    for run in r.runs:
+        for p in run["final"]["budget"]:
+            T = inf.read_thresholds(p["thresholds"], len(r.info["macs"]))
+            assert T[-1] == LAST and not any(map(math.isnan, T))
+
+
+@pytest.mark.parametrize("T, words", [([.5, "0.5", 1, 1], "entry='0.5'"), ([.5, "nan", 1, 1], "entry='nan'"), ([[.5]] * 4, "must be a number"), (.5, "must be a list"), ("inf", "must be a list"),
+    ([.5, math.nan, 1, 1], "contains NaN"), ([True] * 4, "entry=True"), ([.5] * 5, "5 thresholds for 4 exits"), ([], "0 thresholds for 4 exits"), (None, "must be a list"), ([1j] * 4, "must be a number"),
+    (torch.full((4, 1), .5), "must be a number"), (np.full((4, 1), .5), "must be a number"), ({.5}, "1 thresholds"), (iter([.5] * 4), "must be a list")])
+def test_what_is_no_list_of_thresholds(data, T, words):
+    for call in (lambda: inf.take_exit(data["sv"], T), lambda: inf.evaluate_thresholds(data["sv"], data["rv"], data["costs"], T)):
+        with pytest.raises(ValueError, match=words): call()
+
+
+def test_every_reader_takes_thresholds_as_they_are_written():
+    "take_exit, evaluate_thresholds, ExitRunner, loop_exits, streams, risk control, system rules and the explorer's model: the same exits and the same cost."
+    from darkdistill_nb.guarantees import exit_losses
+    from darkdistill_nb.runner import ExitRunner, loop_exits
+    from darkdistill_nb.widgets import ExitModel
+    torch.manual_seed(0); net, x, y = cnn((1, 8, 8), 4, stages=3, width=8).eval(), torch.randn(40, 1, 8, 8), torch.arange(40) % 4
+    with torch.no_grad(): z = torch.stack(net(x))
+    costs, conf, right = net.macs(), inf.confidence(z), z.argmax(-1) == y
+    for r in inf.budget_curve(z, z, y, costs, P=(1, 4, 20, 39)):
+        old = [None if isinstance(t, str) else t for t in r["thresholds"]]
+        for T in (r["thresholds"], old, inf.read_thresholds(r["thresholds"])):
+            exits = inf.take_exit(conf, T)
+            assert np.asarray(costs)[exits].mean() == pytest.approx(r["cost"])
+            assert inf.evaluate_thresholds(conf, right, costs, T)["cost"] == pytest.approx(r["cost"])
+            assert exit_losses(conf, (~right).double(), [T], costs)[1][0] == pytest.approx(r["cost"])
+            runner = ExitRunner(net, T)
+            same = lambda e: (torch.as_tensor(e) == exits).float().mean() >= .9      # a threshold is a score, and a last bit decides
+            assert same(runner(x).exit) and same(loop_exits(net, x, T)[0])
+            s = runner.stream(batch=7); got = dict(zip(*[[*a, *b] for a, b in zip(*((o.ids, o.exit.tolist()) for o in (s.push(x), s.flush())))]))
+            assert same([got[i] for i in range(40)])
+            m = ExitModel(conf.double().numpy(), right.numpy(), costs, valid=conf.double().numpy())
+            assert m.at(T)["cost"] == pytest.approx(r["cost"])
+
+
+# ---------------------------------------------------------------- values that hide
+
+@pytest.mark.parametrize("bad", [math.nan, .5, 2., -1.])
+def test_right_is_true_or_false(data, bad):
+    right = data["rv"].float(); right[1, 3] = bad; s, c = data["sv"], data["costs"]
+    for call in (lambda: inf.evaluate_thresholds(s, right, c, [.5] * 4), lambda: inf.failure_auroc(s, right), lambda: inf.aurc(s, right), lambda: inf.ece(s, right), lambda: inf.oracle(right, c),
+                 lambda: inf.thresholds_for_budget(s, right, c, 2., "lagrange"), lambda: inf.policy_table({"a": s}, {"a": s}, data["rv"], right, c, 2.), lambda: inf.stopping_thresholds(s, right, c, .1)):
+        with pytest.raises(ValueError, match="right must be True or False"): call()
+    assert inf.evaluate_thresholds(s, data["rv"].int(), c, [.5] * 4)["accuracy"] == inf.evaluate_thresholds(s, data["rv"], c, [.5] * 4)["accuracy"]
+
+
+@pytest.mark.parametrize("costs", [[1, 2, 3, math.inf], [1, 2, 3, math.nan], [], [0, 1, 2, 3], [1, 1, 2, 3], ["1", 2, 3, 4], [[1], [2], [3], [4]]])
+def test_costs_are_finite_and_rise(data, costs):
+    for call in (lambda: inf.shares_for_budget(costs, 2), lambda: inf.evaluate_thresholds(data["sv"], data["rv"], costs, [.5] * 4), lambda: inf.static_mixture(costs, [.5] * 4, 2.),
+                 lambda: inf.oracle(data["rv"], costs), lambda: inf.fit_gate(data["v"], data["yv"], costs, 2.)):
+        with pytest.raises(ValueError, match="cost"): call()
+
+
+def test_whole_scores_do_not_round_thresholds():
+    counts = torch.tensor([[0, 1, 2], [0, 1, 2]])
+    assert inf.take_exit(counts, [.5, LAST]).tolist() == [1, 0, 0] and inf.take_exit(counts, ["inf", None]).tolist() == [1] * 3
+
+
+def test_masked_classes_play_no_part(data):
+    "Scores, temperature and anytime accuracy with a class that cannot occur are those without it."
+    z, y = data["v"], data["yv"]; wide = torch.cat([torch.full_like(z[..., :1], LAST), z], -1)
+    assert torch.equal(inf.temperature(wide, y + 1), inf.temperature(z, y)) and inf.anytime(wide, y + 1) == inf.anytime(z, y)
+    for name in ("confidence", "margin", "energy", "logit", "patience"): assert torch.allclose(inf.score_by_name(name).score(wide), inf.score_by_name(name).score(z)), name
+    with pytest.raises(ValueError, match="mean logit of the labels' classes must be finite"): inf.temperature(wide, 0 * y)
+    for bad in (z * math.nan, torch.full_like(z, LAST), z.index_fill(2, torch.tensor([1]), math.inf)):
+        with pytest.raises(ValueError, match="hold NaN"): inf.temperature(bad, y)
+        with pytest.raises(ValueError, match="hold NaN"): inf.anytime(bad, y)
+        with pytest.raises(ValueError, match="hold NaN"): inf.fit_gate(bad, y, data["costs"], 2.)
+        with pytest.raises(ValueError, match="hold NaN"): inf.budget_curve(bad, z, y, data["costs"])
+
+
+# ---------------------------------------------------------------- modes and references
+
+def test_exit_outputs_leaves_every_mode_as_it_was():
+    net = cnn((1, 8, 8), 3, width=4).train(); net.stages[1].eval(); before = [m.training for m in net.modules()]
+    inf.exit_outputs(net, ArrayData(torch.randn(6, 1, 8, 8), torch.arange(6) % 3))
+    assert [m.training for m in net.modules()] == before and True in before and False in before
+
+
+def test_features_are_those_before_the_classifier_works_in_place():
+    from torch import nn
+    net = cnn((1, 8, 8), 3, width=4).eval(); d = ArrayData(torch.randn(6, 1, 8, 8), torch.arange(6) % 3)
+    want = inf.exit_outputs(net, d)[1]
+    for e in net.exits: e.norm = nn.Threshold(1e9, -7., inplace=True)
+    for k, w in zip(inf.exit_outputs(net, d)[1], want): assert torch.equal(k, w)
+
+
+def test_a_score_remembers_values():
+    "A later stage that works in place on a view of the features does not change what the score compares with."
+    for score in (inf.Saturation(), inf.Difference()):
+        a = torch.tensor([[1., 0]]); _, state = score.step(torch.zeros(1, 2), a); a.mul_(0).add_(1)
+        s, _ = score.step(torch.zeros(1, 2), torch.tensor([[1., 1]]), state)
+        assert s.item() == pytest.approx(.5 ** .5 if isinstance(score, inf.Saturation) else 2 ** .5)
+
+
+# ---------------------------------------------------------------- hostile settings
+
+NUMBERS = (math.nan, math.inf, -1, "1", None)
+COUNTS = (0, -1, 1.5, math.nan, "3", None, True)
+
+def settings(d):
+    z, y, s, r, c = d["v"], d["yv"], d["sv"], d["rv"], d["costs"]
+    return [(NUMBERS + (0,), inf.Energy), (COUNTS, lambda v: inf.Gate(v, 3)), (COUNTS + (1,), lambda v: inf.Gate(2, v)), (NUMBERS, lambda v: inf.budget_thresholds(s, [v, .5, .25, .25])),
+        (NUMBERS, lambda v: inf.budget_curve(z, z, y, c, exponent=v)), (NUMBERS + (0,), lambda v: inf.budget_curve(z, z, y, c, P=[v])), (("no", 1, None), lambda v: inf.budget_curve(z, z, y, c, flat=v)),
+        (NUMBERS, lambda v: inf.shares_for_budget(c, v)), (NUMBERS + (1.1,), lambda v: inf.quantile_thresholds(s, v)), (NUMBERS, lambda v: inf.quantile_thresholds(s, [v] * 3)), (NUMBERS, lambda v: inf.stopping_thresholds(s, r, c, v)),
+        (NUMBERS, lambda v: inf.thresholds_for_budget(s, r, c, v)), (("greedy", None, 1, ["msdnet"]), lambda v: inf.thresholds_for_budget(s, r, c, 2, v)), (("out", None, 1), lambda v: inf.budget_thresholds(s, [.25] * 4, v)),
+        (NUMBERS, lambda v: inf.fit_gate(z, y, c, v)), (NUMBERS, lambda v: inf.fit_gate(z, y, c, 2, alpha_ce=v)), (NUMBERS, lambda v: inf.fit_gate(z, y, c, 2, beta=v)), (COUNTS, lambda v: inf.fit_gate(z, y, c, 2, steps=v)),
+        (NUMBERS + (0,), lambda v: inf.fit_gate(z, y, c, 2, lr=v)), (COUNTS, lambda v: inf.fit_gate(z, y, c, 2, hidden=v)), ((1.5, math.nan, "1"), lambda v: inf.fit_gate(z, y, c, 2, seed=v)), (NUMBERS, lambda v: inf.static_mixture(c, [.5] * 4, v)),
+        (("1", None, math.nan, math.inf), lambda v: inf.static_mixture(c, [v, .5, .5, .5], 2)), ((math.nan, math.inf, -1, "1"), lambda v: inf.oracle(r, c, v)), (COUNTS, lambda v: inf.ece(s, r, v)), (COUNTS, lambda v: inf.reliability(s, r, v)),
+        ((math.nan, math.inf, "1", 5), lambda v: inf.temperature(z, y, v)), ((math.nan, math.inf, "1", -5), lambda v: inf.temperature(z, y, high=v)), (COUNTS, lambda v: inf.plot_depth([0, 1], [.1, .2], v)),
+        (COUNTS, lambda v: inf.plot_depth([0, 1], [.1, .2], 2, v)), ((math.nan, math.inf), lambda v: inf.plot_depth([0, 1], [.1, v], 2)), ((5, -1), lambda v: inf.plot_depth([0, v], [.1, .2], 2)),
+        ((y[:5], y.float(), y + 5, -1 - y), lambda v: inf.anytime(z, v)), ((y[:5], y.float(), y + 5), lambda v: inf.temperature(z, v)), ((z[0], z[:, :0], z[..., :0], None), lambda v: inf.anytime(v, y))]
+
+@pytest.mark.parametrize("n", range(35))
+def test_hostile_settings_get_one_sentence(data, n):
+    values, call = settings(data)[n]
+    for v in values:
+        with pytest.raises(ValueError) as e: call(v)
+        assert "\n" not in str(e.value) and any(w in str(e.value) for w in ("must", "give one", "at least one")), str(e.value)
+
+
+def test_numpy_numbers_are_numbers(data):
+    d = data; f, i = np.float32, np.int64
+    assert inf.shares_for_budget(np.array([1, 2, 3, 4]), f(2.5)) == pytest.approx([.25] * 4)
+    assert inf.Energy(f(2)).T == 2 and len(inf.Gate(i(2), i(3)).layers) == 2
+    assert inf.ece(d["sv"], d["rv"], i(10)) == inf.ece(d["sv"], d["rv"], 10)
+    assert inf.quantile_thresholds(d["sv"], torch.tensor(.5)) == inf.quantile_thresholds(d["sv"], .5) == inf.quantile_thresholds(d["sv"], f(.5))
+    assert inf.budget_curve(d["v"], d["t"], d["yt"], d["costs"], P=np.arange(3, 5))[0]["P"] == 3

@@ -237,12 +237,12 @@ def test_a_runner_is_a_snapshot_in_eval_mode():
 def test_errors_are_clear():
     net, x = build("cnn"), pictures(4)
     for T in ([.5] * 3, [.5] * 5, []):
-        with pytest.raises(ValueError, match=f"thresholds has {len(T)} entries for 4 exits"): ExitRunner(net, T)
+        with pytest.raises(ValueError, match=f"{len(T)} thresholds for 4 exits: give one per exit"): ExitRunner(net, T)
     with pytest.raises(ValueError, match="contains NaN"): ExitRunner(net, [.5, math.nan, .5, 0])
     with pytest.raises(ValueError, match="score='sure' is unknown"): ExitRunner(net, [.5] * 4, "sure")
-    with pytest.raises(ValueError, match="kernels='quick' must be"): ExitRunner(net, [.5] * 4, kernels="quick")
+    with pytest.raises(ValueError, match="kernels='quick' must be one of auto"): ExitRunner(net, [.5] * 4, kernels="quick")
     for m in (0, -3):
-        with pytest.raises(ValueError, match=f"micro={m} must be at least 1"): ExitRunner(net, [.5] * 4, micro=m)
+        with pytest.raises(ValueError, match=f"micro={m} must be a whole number of at least 1"): ExitRunner(net, [.5] * 4, micro=m)
     r = ExitRunner(net, [.9, .9, .9, 0])
     with pytest.raises(ValueError, match="no pictures"): r(x[:0])
     with pytest.raises(ValueError, match=r"shape \(4, 3, 8, 8\); this network takes \(n, 3, 16, 16\)"): r(x[:, :, :8, :8])
@@ -342,6 +342,43 @@ def test_onnx_errors_are_clear(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(ImportError, match=r"pip install darkdistill_nb\[onnx\]"): export_onnx(net, tmp_path, [.5] * 4)
     with pytest.raises(ImportError, match=r"onnxruntime is not installed"): OnnxRunner(tmp_path)
+
+
+BROKEN = {"not JSON": "{", "nested": "[" * 100_000, "a list": "[1]", "nothing": "{}", "one field": '{"macs": [1, 2]}', "bytes": "\xff\xfe"}
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_damaged_manifest_is_named(tmp_path, name):
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "manifest.json").write_bytes(BROKEN[name].encode("latin-1"))
+    with pytest.raises(ValueError, match="manifest.json") as e: OnnxRunner(tmp_path)
+    assert "export_onnx" in str(e.value) and len(str(e.value)) < 500
+
+
+def test_a_manifest_holds_both_infinities(tmp_path):
+    import json
+    for package in ("onnx", "onnxscript", "onnxruntime"): pytest.importorskip(package)
+    net, T = build("cnn"), [math.inf, .5, -math.inf, -math.inf]
+    path = export_onnx(net, tmp_path, T)
+    assert json.loads(path.read_text())["thresholds"] == ["inf", .5, "-inf", "-inf"]
+    assert OnnxRunner(tmp_path).thresholds == T == OnnxRunner(tmp_path, ["inf", .5, "-inf", None]).thresholds
+    for bad in (dict(micro=0), dict(micro=1.5), dict(threads=0)):
+        with pytest.raises(ValueError, match="must be a whole number"): OnnxRunner(tmp_path, **bad)
+
+
+@pytest.mark.parametrize("call, words", [(lambda n: ExitRunner(n, [.5] * 4, micro=1.5), "micro=1.5"), (lambda n: ExitRunner(n, [.5] * 4, dtype=torch.int8), "dtype=torch.int8"),
+    (lambda n: ExitRunner(n, [.5] * 4, dtype="bf16"), "dtype='bf16'"), (lambda n: ExitRunner(nn.Linear(2, 2), [.5] * 4), "net='Linear'"), (lambda n: ExitRunner(n, .5), "must be a list"),
+    (lambda n: ExitRunner(n, [[.5]] * 4), "must be a number"), (lambda n: ExitRunner(n, ["half"] + [.5] * 3), "'half'"), (lambda n: ExitRunner(n, [.5] * 4, policy="boost"), "policy='boost'"),
+    (lambda n: ExitRunner(n, [.5] * 4).stream(2.5), "batch=2.5"), (lambda n: ExitRunner(n, [.5] * 4).stream(4, "yes"), "logits='yes'"), (lambda n: ExitRunner(n, [.5] * 4).latency(pictures(2), 1.5), "repeats=1.5"),
+    (lambda n: ExitRunner(n, [.5] * 4)([1, 2]), "x='list'"), (lambda n: loop_exits(n, pictures(2), [.5] * 3), "3 thresholds for 4 exits"), (lambda n: loop_exits(n, pictures(2)[:0], [.5] * 4), "at least 1")])
+def test_hostile_settings_get_one_sentence(call, words):
+    with pytest.raises(ValueError) as e: call(build("cnn"))
+    assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_numpy_numbers_and_arrays():
+    import numpy as np
+    r = ExitRunner(build("cnn"), np.array([.5, math.inf, .5, -math.inf], np.float32), micro=np.int64(3))
+    assert r.thresholds == [.5, math.inf, .5, -math.inf] and len(r(pictures(5))) == 5
 
 
 # ---------------------------------------------------------------- the benchmark

@@ -48,7 +48,7 @@ def _settings(s):
         check(named, k, s[k], "a dict with 'arch' and what `build_net` takes" + (", or with 'stored'" if k == "teacher" else ""))
     return out
 
-# %% ../nbs/11d_distree_experiments.ipynb #a90570e9
+# %% ../nbs/11d_distree_experiments.ipynb #17a579d9
 SEVEN, VIT = dict(arch="wrn", depth=16, widen=1, exits=(0, 1, 2, 3, 4, 5, 6)), "vit_tiny_patch16_224"
 
 SETUPS = {  # teacher and student: arguments of `build_net`; crops: stored augmented views per picture (0: the pictures themselves)
@@ -93,7 +93,7 @@ def make_cell(
         cell["apart"] = True                        # validation images that the teacher has not seen either, see `image_parts`
     return json.loads(json.dumps(cell))
 
-# %% ../nbs/11d_distree_experiments.ipynb #5ee1bbb4
+# %% ../nbs/11d_distree_experiments.ipynb #105dfd81
 def image_parts(
     cell:dict,   # from `make_cell`
 )->tuple:        # (the teacher's, the students', validation, test) of `ArrayData`
@@ -127,7 +127,7 @@ def _train_teacher(t, train, test, checkpoint):
                optimizer=_optimizer(t["teacher"], lr), augment=CropFlip(4) if t["crops"] else None)
     return train_exits(lambda: teacher_net(t["teacher"], train), train, test, Joint(), checkpoint=checkpoint, **how)
 
-# %% ../nbs/11d_distree_experiments.ipynb #472036ac
+# %% ../nbs/11d_distree_experiments.ipynb #9744944f
 def is_vit(part)->bool:
     "Is this part of a cell, its teacher or student, a transformer?"
     return part["arch"].startswith("vit")
@@ -169,7 +169,7 @@ def image_digests(
     "Which images a result came from: data of the same name may be other data."
     return dict(zip(("teacher_images", "images", "valid", "test"), map(data_digest, image_parts(cell))))
 
-# %% ../nbs/11d_distree_experiments.ipynb #c23d9c99
+# %% ../nbs/11d_distree_experiments.ipynb #b183a315
 @functools.lru_cache(maxsize=1)
 def _table(folder, text):
     part = json.loads(text)
@@ -456,7 +456,7 @@ def way_gain(
     if not by[way] or by[way].keys() != by[base].keys(): raise ValueError(f"the record has no pairs of {way!r} and {base!r}")
     return t_interval([by[way][s] - by[base][s] for s in sorted(by[way])])
 
-# %% ../nbs/11d_distree_experiments.ipynb #9e8f29f4
+# %% ../nbs/11d_distree_experiments.ipynb #b7597405
 def over_mixture(
     run:dict,       # one of the runs of a record of "systems" or "vit"
     rule:str,       # of `RULES`, or one of the variants in `rule_pairs`
@@ -472,7 +472,7 @@ def over_mixture(
 
 def _mixture(run, cost): return float(static_mixture(run["costs"], run["joint"], min(max(cost, run["costs"][0]), run["costs"][-1])))
 
-# %% ../nbs/11d_distree_experiments.ipynb #a35c4502
+# %% ../nbs/11d_distree_experiments.ipynb #1b9aae4e
 CHANCE = ("static mixture", "random", "random, shared")
 
 def compare_rules(
@@ -502,7 +502,7 @@ def _strongest(runs, budget):
     levels = {n: [_level(r, n, budget) for r in runs] for n in CHANCE}
     return max((n for n, v in levels.items() if None not in v), key=lambda n: np.mean(levels[n]))
 
-# %% ../nbs/11d_distree_experiments.ipynb #e94da89e
+# %% ../nbs/11d_distree_experiments.ipynb #0418f0f9
 def comparison_table(
     runs:list,      # runs of one way of a record
     pairs,          # (rule, other) pairs, see `compare_rules`
@@ -669,7 +669,7 @@ def made_on(
     return (f"{seeds} seeds, {record.created[:10] or 'date not recorded'}, {model}, {h.get('cpus', '?')} CPUs{threads}, "
             f"torch {record.versions.get('torch', 'not recorded')}")
 
-# %% ../nbs/11d_distree_experiments.ipynb #e0e1ad3f
+# %% ../nbs/11d_distree_experiments.ipynb #9a301211
 def failure_cost(
     record:Record,       # of "failures"
     way:str,             # of the record

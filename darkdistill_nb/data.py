@@ -176,6 +176,7 @@ def _check_difficulty(difficulty, n, dtype=None):
         raise ValueError("difficulty must lie in [0, 1], without NaN")
     return d
 
+# %% ../nbs/00_data.ipynb #e4aa63b0
 def _check_index(idx, n, name):
     "Which of `n` samples: a slice, a LongTensor, or a BoolTensor (n,)"
     if isinstance(idx, slice):
@@ -196,12 +197,21 @@ def _check_index(idx, n, name):
         )
     return i if mask else i.long()
 
+# %% ../nbs/00_data.ipynb #d6821ad9
+def _scale_and_shift(mean, std, x):
+    "What x is multiplied with, and what is added: float32 tensors (C, 1, 1) on the device of x"
+    unit = 255 if x.dtype == torch.uint8 else 1
+    t = torch.tensor([mean, std], dtype=torch.float64, device=x.device)[..., None, None]
+    scale, shift = (1/(unit*t[1])).float(), (-t[0]/t[1]).float()
+    usable = bool((scale.isfinite() & shift.isfinite()).all())
+    check(usable, "std", std, "large enough to divide by")
+    return scale, shift
+
 # %% ../nbs/00_data.ipynb #cf5cc2f0
 class ArrayData:
     "Images and labels of one split; indexing gives a normalised batch; `ValueError` if wrong"
-
     def __init__(self,
-        x: Tensor, # pictures (N, C, H, W): uint8 in 0..255, or float32 in any unit
+        x: Tensor, # images (N, C, H, W): uint8 in 0..255, or float32 in any unit
         y: Tensor, # labels (N,): int64 in 0..K-1
         classes=None, # K different names; default "0".."K-1"
         mean=None, # C numbers: of `x/255` for uint8, of `x` for floats; default: from `x`
@@ -214,37 +224,21 @@ class ArrayData:
         self.classes = [str(c) for c in range(int(y.max()) + 1)] if names is None else names
         given = mean is not None and std is not None
         m, s = (mean, std) if given else pixel_stats(x)
-        self.mean, self.std = _check_stats(
-            m if mean is None else mean, s if std is None else std, x
-        )
-        unit = 255 if x.dtype == torch.uint8 else 1
-        t = torch.tensor([self.mean, self.std], dtype=torch.float64, device=x.device)[
-            ..., None, None
-        ]  # (2, C, 1, 1)
-        self._scale, self._shift = (1 / (unit * t[1])).float(), (-t[0] / t[1]).float()
-        check(
-            bool((self._scale.isfinite() & self._shift.isfinite()).all()),
-            "std",
-            self.std,
-            "large enough to divide by",
-        )
+        m, s = m if mean is None else mean, s if std is None else std
+        self.mean, self.std = _check_stats(m, s, x)
+        self._scale, self._shift = _scale_and_shift(self.mean, self.std, x)
         if given:
             _warn_of_units(self)
 
     def __len__(self): return len(self.y)
-
     n_classes = property(lambda self: len(self.classes), doc="Number of classes K")
-    shape = property(lambda self: tuple(self.x.shape[1:]), doc="Shape of one picture, (C, H, W)")
+    shape = property(lambda self: tuple(self.x.shape[1:]), doc="Shape of one image, (C, H, W)")
 
-    def __getitem__(
-        self, idx
-    ):  # LongTensor, slice, list -> (B, C, H, W) float32, (B,) int64; int -> one sample
+    def __getitem__(self, idx): # LongTensor, slice, list -> batch; int -> one sample
         return self.x[idx].float() * self._scale + self._shift, self.y[idx]
 
     def __repr__(self):
-        kind = (
-            f"{len(self)} pictures {self.shape} {str(self.x.dtype)[6:]}, {self.n_classes} classes"
-        )
+        kind = f"{len(self)} pictures {self.shape} {str(self.x.dtype)[6:]}, {self.n_classes} classes"
         return f"ArrayData({kind}{', difficulty known' if self.difficulty is not None else ''})"
 
 # %% ../nbs/00_data.ipynb #d6a03434
@@ -314,18 +308,8 @@ def _digits():
     return train, ArrayData(x[test], y[test], range(10), train.mean, train.std)
 
 # %% ../nbs/00_data.ipynb #a36de6a3
-SHAPES = [
-    "disc",
-    "ring",
-    "crescent",
-    "half disc",
-    "triangle",
-    "square",
-    "bar",
-    "cross",
-    "star",
-    "trefoil",
-]
+SHAPES = ["disc", "ring", "crescent", "half disc", "triangle",
+          "square", "bar", "cross", "star", "trefoil"]
 
 @functools.cache
 def outlines(
@@ -333,32 +317,22 @@ def outlines(
 ) -> tuple: # outer and inner radius, two float32 tensors (10, steps)
     "Outer and inner radius of the ten `SHAPES` by angle; `ValueError` for less than one step"
     steps = whole(steps, "steps", high=2**20)
-    t = torch.arange(steps, dtype=torch.float64) * (2 * math.pi / steps)
+    t = torch.arange(steps, dtype=torch.float64) * (2*math.pi/steps)
     c, s, one, eps = t.cos(), t.sin(), torch.ones(steps, dtype=torch.float64), 1e-9
-    box = lambda a, b: torch.minimum(a / (c.abs() + eps), b / (s.abs() + eps))  # half-widths a, b
-    third, fifth = math.pi / 3, math.pi / 5
-    x = (t % (2 * fifth) - fifth).abs()  # angle from the nearest inner corner of the star
-    tip, dent = 1.1, 0.42
-    half = torch.where(s < 0, (0.25 / (-s).clamp_min(eps)).clamp_max(1.05), 1.05 * one)
-    cross = torch.maximum(box(1.0, 0.3), box(0.3, 1.0))
-    star = dent * tip * math.sin(fifth) / (dent * torch.sin(x) + tip * torch.sin(fifth - x))
-    outer = [
-        0.9 * one,
-        one,
-        one,
-        half,
-        1.15 * math.cos(third) / torch.cos(t % (2 * third) - third),
-        box(0.78, 0.78),
-        box(1.15, 0.36).clamp_max(1.15),
-        cross,
-        star,
-        0.68 + 0.42 * torch.cos(3 * t),
-    ]
-    inner = [-one] * 10
-    inner[1] = 0.58 * one
-    inner[2] = (0.5 * c + (0.75**2 - (0.5 * s) ** 2).sqrt()).clamp_max(
-        1
-    )  # edge of a disc of radius 0.75 around (0.5, 0)
+    box = lambda a, b: torch.minimum(a/(c.abs() + eps), b/(s.abs() + eps)) # half-widths a, b
+    third, fifth = math.pi/3, math.pi/5
+    x = (t % (2*fifth) - fifth).abs() # angle from the nearest inner corner of the star
+    tip, dent = 1.1, .42
+    half = torch.where(s < 0, (.25/(-s).clamp_min(eps)).clamp_max(1.05), 1.05*one)
+    triangle = 1.15*math.cos(third)/torch.cos(t % (2*third) - third)
+    bar, cross = box(1.15, .36).clamp_max(1.15), torch.maximum(box(1., .3), box(.3, 1.))
+    star = dent*tip*math.sin(fifth)/(dent*torch.sin(x) + tip*torch.sin(fifth - x))
+    trefoil = .68 + .42*torch.cos(3*t)
+    outer = [.9*one, one, one, half, triangle, box(.78, .78), bar, cross, star, trefoil]
+    inner = [-one]*10
+    inner[1] = .58*one
+    bite = .5*c + (.75**2 - (.5*s)**2).sqrt() # edge of a disc of radius 0.75 around (0.5, 0)
+    inner[2] = bite.clamp_max(1)
     return torch.stack(outer).float(), torch.stack(inner).float()
 
 # %% ../nbs/00_data.ipynb #89cf8d56
@@ -576,57 +550,50 @@ def shapes(
             )
     return ArrayData(x, y, SHAPES, difficulty=true)
 
+# %% ../nbs/00_data.ipynb #b4fcc0b3
+def _contact_sheet(x, lines, columns):
+    "Images (N, C, H, W) in rows, with a white pixel between, as the address of a PNG"
+    import base64
+    from PIL import Image
+    if x.is_floating_point():
+        x = ((x - x.min())/(x.max() - x.min()).clamp_min(1e-9)*255).to(torch.uint8)
+    N, C, H, W = x.shape
+    x = x[:, :3] if C >= 3 else x[:, :1].expand(-1, 3, -1, -1)
+    x = torch.cat([x, x.new_full((lines*columns - N, 3, H, W), 255)])
+    x = torch.nn.functional.pad(x, (0, 1, 0, 1), value=255)
+    x = x.view(lines, columns, 3, H + 1, W + 1).permute(0, 3, 1, 4, 2)
+    sheet = Image.fromarray(x.reshape(lines*(H + 1), columns*(W + 1), 3).numpy()).quantize(256)
+    png = io.BytesIO()
+    sheet.save(png, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+
 # %% ../nbs/00_data.ipynb #5789c50f
 def show_pictures(
     data: ArrayData,
     idx=None, # which samples, row by row; default: the first 5 rows
-    columns: int = 10, # pictures in a row
+    columns: int = 10, # images in a row
     rows=None, # a label for each row
     title="", zoom: int = 2, # screen pixels per pixel
 ): # plotly Figure
     "Images side by side in one small PNG (256 colours); `ValueError` if there is nothing to show"
-    import base64, plotly.graph_objects as go
-    from PIL import Image
-
+    import plotly.graph_objects as go
     check(isinstance(data, ArrayData), "data", data, "an ArrayData")
     columns, zoom = whole(columns, "columns", 1, 1000), whole(zoom, "zoom", 1, 100)
-    x = data.subset(slice(0, 5 * columns) if idx is None else idx).x.cpu()
+    x = data.subset(slice(0, 5*columns) if idx is None else idx).x.cpu()
     check(len(x), "idx", idx, "at least one sample")
-    lines = -(-len(x) // columns)
+    lines = -(-len(x)//columns)
     check(rows is None or len(rows) == lines, "rows", rows, f"{lines} labels, one for each row")
-    C, H, W = data.shape
-    if x.is_floating_point():
-        x = ((x - x.min()) / (x.max() - x.min()).clamp_min(1e-9) * 255).to(torch.uint8)
-    x = x[:, :3] if C >= 3 else x[:, :1].expand(-1, 3, -1, -1)
-    x = torch.nn.functional.pad(
-        torch.cat([x, x.new_full((lines * columns - len(x), 3, H, W), 255)]),
-        (0, 1, 0, 1),
-        value=255,
-    )
-    H, W = H + 1, W + 1  # one white pixel between pictures
-    sheet = Image.fromarray(
-        x.view(lines, columns, 3, H, W)
-        .permute(0, 3, 1, 4, 2)
-        .reshape(lines * H, columns * W, 3)
-        .numpy()
-    ).quantize(256)
-    png = io.BytesIO()
-    sheet.save(png, "PNG", optimize=True)
-    source = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-    fig = go.Figure(go.Image(source=source, hoverinfo="skip"), dict(template=STYLE))
-    ticks = (
-        dict(tickvals=[H * (i + 0.5) for i in range(lines)], ticktext=[str(r) for r in rows])
-        if rows
-        else dict(visible=False)
-    )
+    sheet = go.Image(source=_contact_sheet(x, lines, columns), hoverinfo="skip")
+    fig = go.Figure(sheet, dict(template=STYLE))
+    H, W = data.shape[1] + 1, data.shape[2] + 1
+    ticks = dict(visible=False)
+    if rows:
+        ticks = dict(tickvals=[H*(i + .5) for i in range(lines)], ticktext=[str(r) for r in rows])
     fig.update_yaxes(showgrid=False, zeroline=False, **ticks)
     fig.update_xaxes(visible=False)
-    return fig.update_layout(
-        title=title,
-        margin=dict(l=70, r=5, t=40 if title else 5, b=5),
-        width=zoom * columns * W + 75,
-        height=zoom * lines * H + (45 if title else 10),
-    )
+    margin = dict(l=70, r=5, t=40 if title else 5, b=5)
+    height = zoom*lines*H + (45 if title else 10)
+    return fig.update_layout(title=title, margin=margin, width=zoom*columns*W + 75, height=height)
 
 # %% ../nbs/00_data.ipynb #5963db65
 def _check_member(archive, info):
@@ -715,43 +682,40 @@ def _as_pictures(a, name):
     return torch.from_numpy(np.ascontiguousarray(a, dtype=np.uint8 if a.dtype == np.uint8 else np.float32))
 
 # %% ../nbs/00_data.ipynb #f301b0d4
-def _as_labels(got):
-    "Labels of both splits and class names; `ValueError` unless 0..K-1, known, and of two classes"
-    y = {}
-    for s in ("train", "test"):
-        a = got[f"y_{s}"]
-        if a.ndim != 1 or a.dtype.kind not in "iu":
-            raise ValueError(
-                f"y_{s} must be a vector of integers, not {a.dtype} of shape {a.shape}"
-            )
-        if len(a) != len(got[f"x_{s}"]):
-            raise ValueError(f"y_{s} has {len(a)} labels for {len(got[f'x_{s}'])} pictures")
-        if len(a) == 0:
-            raise ValueError(f"the {s} split is empty")
-        y[s] = a.astype(np.int64)
-    seen, names = np.unique(y["train"]), got.get("classes")
+def _labels_of(got, split):
+    "Labels of one split as an int64 vector; `ValueError` unless one integer per picture"
+    a, n = got[f"y_{split}"], len(got[f"x_{split}"])
+    if a.ndim != 1 or a.dtype.kind not in "iu":
+        raise ValueError(f"y_{split} must be a vector of integers, not {a.dtype} of shape {a.shape}")
+    if len(a) != n:
+        raise ValueError(f"y_{split} has {len(a)} labels for {n} pictures")
+    if n == 0:
+        raise ValueError(f"the {split} split is empty")
+    return a.astype(np.int64)
+
+def _class_names(names, seen):
+    "Names of the classes; without `names`, the labels `seen` must be 0..K-1"
     if names is None:
         if seen[0] != 0 or seen[-1] != len(seen) - 1:
-            raise ValueError(
-                "the labels of y_train must be 0..K-1, each at least once; "
-                f"here they are {seen[:8].tolist()}{'...' if len(seen) > 8 else ''} "
-                "(renumber them, or name every class in an array classes)"
-            )
+            raise ValueError(f"the labels of y_train must be 0..K-1, each at least once; here they are "
+                             f"{seen[:8].tolist()}{'...' if len(seen) > 8 else ''} "
+                             "(renumber them, or name every class in an array classes)")
         names = np.arange(len(seen))
     if names.ndim != 1 or names.dtype.kind not in "USiu":
-        raise ValueError(
-            f"classes must be a vector of names, not {names.dtype} of shape {names.shape}"
-        )
-    names = [
-        n.decode("utf-8", "replace") if isinstance(n, bytes) else str(n) for n in names.tolist()
-    ]
-    names = _check_classes(names)
+        raise ValueError(f"classes must be a vector of names, not {names.dtype} of shape {names.shape}")
+    text = lambda n: n.decode("utf-8", "replace") if isinstance(n, bytes) else str(n)
+    return _check_classes([text(n) for n in names.tolist()])
+
+# %% ../nbs/00_data.ipynb #cc1d1aca
+def _as_labels(got):
+    "Labels of both splits and class names; `ValueError` unless 0..K-1, known, and of two classes"
+    y = {s: _labels_of(got, s) for s in ("train", "test")}
+    seen = np.unique(y["train"])
+    names = _class_names(got.get("classes"), seen)
     for s in y:
         if bad := [int(v) for v in (y[s].min(), y[s].max()) if not 0 <= v < len(names)]:
-            raise ValueError(
-                f"y_{s} holds the label {bad[0]}, "
-                f"but with {len(names)} classes labels must be 0..{len(names) - 1}"
-            )
+            raise ValueError(f"y_{s} holds the label {bad[0]}, "
+                             f"but with {len(names)} classes labels must be 0..{len(names)-1}")
     if len(unseen := np.setdiff1d(y["test"], seen)):
         raise ValueError(f"y_test holds the label {unseen[0]}, which no training sample has")
     _check_two_classes(seen, "y_train")
@@ -879,48 +843,7 @@ def _public(name):
     if path := _stored(name, cache): return read_npz(path)
     raise OSError(f"{name} could not be kept in the cache folder {cache}")
 
-# %% ../nbs/00_data.ipynb #6236e5e6
-DATASETS = ("digits", "shapes", *_PUBLIC)
-
-def load(
-    name, # of DATASETS, NAME of a NAME.npz in the folder DARKDISTILL_DATA, or path of an .npz
-    n_train=None, # training samples; default: all (shapes: 20,000); fewer: chosen by `seed`
-    n_test=None, # test samples; default: all (shapes: 4,000)
-    seed: int = 0, # for shapes, and for the choice of samples
-) -> tuple: # (train, test) of ArrayData; both normalised with mean and std of the training split
-    "Load a data set; `ValueError`, `FileNotFoundError` or `DownloadError` say what to do"
-    check(
-        isinstance(name, (str, os.PathLike)),
-        "name",
-        name,
-        "the name of a data set or the path of an .npz file",
-    )
-    name = os.fspath(name)
-    n_train = None if n_train is None else whole(n_train, "n_train")
-    n_test = None if n_test is None else whole(n_test, "n_test")
-    seed = whole(seed, "seed", 0, 2**32 - 1)
-    if name == "shapes":
-        train, test = (
-            shapes(n_train or 20_000, seed),
-            shapes(n_test or 4_000, seed + 2**32),
-        )  # no training seed reaches 2**32
-        _check_two_classes(train.y.unique(), f"n_train={n_train}")
-        return train, ArrayData(test.x, test.y, SHAPES, train.mean, train.std, test.difficulty)
-    both = _load_all(name)
-    for d, n in zip(both, (n_train, n_test)):
-        if n is not None and n > len(d):
-            raise ValueError(f"{name} has {len(d)} samples in this split, not {n}")
-    some = lambda d, n, i: (
-        d
-        if n is None
-        else d.subset(
-            torch.randperm(len(d), generator=torch.Generator().manual_seed(2 * seed + i))[:n]
-        )
-    )
-    train = some(both[0], n_train, 0)
-    _check_two_classes(train.y.unique(), f"n_train={n_train}")
-    return train, some(both[1], n_test, 1)
-
+# %% ../nbs/00_data.ipynb #f18817ac
 def _load_all(name):
     "All samples of the data set `name`, but for shapes; raises `ValueError` for an unknown name"
     if name.lower().endswith(".npz"):
@@ -938,6 +861,39 @@ def _load_all(name):
         f"unknown data set {shown(name)}{f', did you mean {near[0]!r}?' if near else ';'} "
         f"choose from {', '.join([*DATASETS, *own])}, or give the path of an .npz file"
     )
+
+def _some(data, n, seed, name):
+    "`n` samples of a split, chosen by `seed`; all for None; `ValueError` if there are fewer"
+    if n is None:
+        return data
+    if n > len(data):
+        raise ValueError(f"{name} has {len(data)} samples in this split, not {n}")
+    return data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:n])
+
+# %% ../nbs/00_data.ipynb #6236e5e6
+DATASETS = ("digits", "shapes", *_PUBLIC)
+
+def load(
+    name, # of DATASETS, NAME of a NAME.npz in the folder DARKDISTILL_DATA, or path of an .npz
+    n_train=None, # training samples; default: all (shapes: 20,000); fewer: chosen by `seed`
+    n_test=None, # test samples; default: all (shapes: 4,000)
+    seed: int = 0, # for shapes, and for the choice of samples
+) -> tuple: # (train, test) of ArrayData; both normalised with mean and std of the training split
+    "Load a data set; `ValueError`, `FileNotFoundError` or `DownloadError` say what to do"
+    is_name = isinstance(name, (str, os.PathLike))
+    check(is_name, "name", name, "the name of a data set or the path of an .npz file")
+    name, seed = os.fspath(name), whole(seed, "seed", 0, 2**32 - 1)
+    n_train = None if n_train is None else whole(n_train, "n_train")
+    n_test = None if n_test is None else whole(n_test, "n_test")
+    if name == "shapes":
+        train = shapes(n_train or 20_000, seed)
+        test = shapes(n_test or 4_000, seed + 2**32) # no training seed reaches 2**32
+        test = ArrayData(test.x, test.y, SHAPES, train.mean, train.std, test.difficulty)
+    else:
+        train, test = _load_all(name)
+        train, test = _some(train, n_train, 2*seed, name), _some(test, n_test, 2*seed + 1, name)
+    _check_two_classes(train.y.unique(), f"n_train={n_train}")
+    return train, test
 
 # %% ../nbs/00_data.ipynb #90c7494a
 def _check_gamma(gamma):
@@ -1025,41 +981,33 @@ def _deal_by_class(y, clients, gamma, seed, attempt=0):
 
 # %% ../nbs/00_data.ipynb #795ec5b2
 def dirichlet_split(
-    y,  # labels (N,), integers >= 0
-    clients: int,  # number of clients, 1..N
-    gamma: float,  # concentration, > 0; small: few classes per client
-    family="client",  # "client": equal sizes (Hsu et al.); "class": sizes vary (Yurochkin et al.)
-    seed: int = 0,  # same seed, same split
-    min_size=None,  # fewest samples of a client, >= 0; default 1, or for "class" up to 10
-    tries: int = 20,  # how often "class" deals before it gives up, >= 1
-) -> list:  # of LongTensor, one per client; together every index exactly once
+    y, # labels (N,), integers >= 0
+    clients: int, # number of clients, 1..N
+    gamma: float, # concentration, > 0; small: few classes per client
+    family="client", # "client": equal sizes (Hsu et al.); "class": they vary (Yurochkin et al.)
+    seed: int = 0, # same seed, same split
+    min_size=None, # fewest samples of a client, >= 0; default 1, or for "class" up to 10
+    tries: int = 20, # how often "class" deals before it gives up, >= 1
+) -> list: # of LongTensor, one per client; together every index exactly once
     "Split samples over clients with label skew; `ValueError` when `min_size` cannot be kept"
     y, gamma, seed = _check_labels(y), _check_gamma(gamma), whole(seed, "seed", 0)
     clients, tries = _check_clients(clients, len(y)), whole(tries, "tries")
-    family = choice(family, "family", ("client", "class"))
-    default = 1 if family == "client" else max(1, min(10, len(y) // (2 * clients)))
+    by_class = choice(family, "family", ("client", "class")) == "class"
+    default = max(1, min(10, len(y)//(2*clients))) if by_class else 1
     min_size = default if min_size is None else whole(min_size, "min_size", 0)
-    if min_size * clients > len(y):
-        raise ValueError(
-            f"min_size={min_size} for {clients} clients needs {min_size * clients} samples, "
-            f"there are {len(y)}"
-        )
+    if min_size*clients > len(y):
+        raise ValueError(f"min_size={min_size} for {clients} clients "
+                         f"needs {min_size*clients} samples, there are {len(y)}")
     smallest = 0
-    for attempt in range(1 if family == "client" else tries):
-        parts = (
-            _deal_by_client(y, clients, gamma, seed)
-            if family == "client"
-            else _deal_by_class(y, clients, gamma, seed, attempt)
-        )
+    for attempt in range(tries if by_class else 1):
+        deal = _deal_by_class if by_class else _deal_by_client
+        parts = deal(y, clients, gamma, seed, *[attempt]*by_class)
         smallest = max(smallest, min(map(len, parts)))
         if min(map(len, parts)) >= min_size:
             break
     else:
-        raise ValueError(
-            f"no split in {tries} tries gave each of {clients} clients {min_size} samples "
-            f"(best: {smallest}); "
-            "raise gamma, or lower clients or min_size"
-        )
+        raise ValueError(f"no split in {tries} tries gave each of {clients} clients {min_size} "
+                         f"samples (best: {smallest}); raise gamma, or lower clients or min_size")
     rng = np.random.default_rng([3, seed])
     return [torch.from_numpy(rng.permutation(parts[k])) for k in rng.permutation(clients)]
 

@@ -19,6 +19,31 @@ from .data import ArrayData, dirichlet_draw, pixel_unit, resample_test, shapes
 from .distillation import distill
 from .training import LOOK, PALETTE, SYMBOLS, evaluating
 
+# %% ../nbs/03_latent.ipynb #640c678d
+def _wholes(values, name, n=None):
+    "`values` as a list of `n` (None: at least one) whole numbers of at least 1."
+    check(
+        isinstance(values, (list, tuple)) and len(values) == (n or max(1, len(values))),
+        name,
+        values,
+        f"a list of {n or 'at least one'} whole numbers",
+    )
+    return [whole(v, name) for v in values]
+
+def _pooling(pool, hw):
+    "Window, stride and padding of a pooling, and the size of the map behind it."
+    if pool is None:
+        return tuple(hw), tuple(hw), 0, [1, 1]
+    pair = (pool, pool) if isinstance(scalar(pool), int) else pool
+    k, s = _wholes(pair, "pool", 2)
+    pad = max(0, k - s) // 2
+    out = [(n + 2 * pad - k) // s + 1 for n in hw]
+    if min(out) < 1:
+        raise ValueError(
+            f"pool={pool} does not fit a map of {tuple(hw)} pixels; use a smaller one or None"
+        )
+    return k, s, pad, out
+
 # %% ../nbs/03_latent.ipynb #4d29a2a3
 ORDERS = ("conv-bn-relu", "conv-relu-bn")
 
@@ -46,30 +71,6 @@ def conv_group(
     layers += act if order == "conv-bn-relu" else act[::-1]
     layers += [nn.Dropout(dropout), nn.MaxPool2d(k, s, pad)]
     return nn.Sequential(*layers), (c, *hw)
-
-def _wholes(values, name, n=None):
-    "`values` as a list of `n` (None: at least one) whole numbers of at least 1."
-    check(
-        isinstance(values, (list, tuple)) and len(values) == (n or max(1, len(values))),
-        name,
-        values,
-        f"a list of {n or 'at least one'} whole numbers",
-    )
-    return [whole(v, name) for v in values]
-
-def _pooling(pool, hw):
-    "Window, stride and padding of a pooling, and the size of the map behind it."
-    if pool is None:
-        return tuple(hw), tuple(hw), 0, [1, 1]
-    pair = (pool, pool) if isinstance(scalar(pool), int) else pool
-    k, s = _wholes(pair, "pool", 2)
-    pad = max(0, k - s) // 2
-    out = [(n + 2 * pad - k) // s + 1 for n in hw]
-    if min(out) < 1:
-        raise ValueError(
-            f"pool={pool} does not fit a map of {tuple(hw)} pixels; use a smaller one or None"
-        )
-    return k, s, pad, out
 
 # %% ../nbs/03_latent.ipynb #a549504e
 class LatentNet(nn.Module):
@@ -132,6 +133,17 @@ def latent_net(
         raise ValueError(f"net {shown(name)} is unknown; choose from {', '.join(NETS)}")
     return LatentNet(*NETS[name], l, n_classes, in_shape, **options)
 
+# %% ../nbs/03_latent.ipynb #ff69b5ca
+def _weights(alpha, tau, scale, l=None):
+    "The settings of `lkd_loss`; raises `ValueError` for those out of range."
+    alpha, tau, scale = number(alpha, "alpha", 0, 1), number(tau, "tau", above=0), scalar(scale)
+    if isinstance(scale, torch.Tensor):
+        ok = bool((finite(scale, "scale") > 0).all()) and (l is None or tuple(scale.shape) == (l,))
+        check(ok, "scale", scale, "a number above 0, or l of them")
+    elif scale is not None:
+        scale = number(scale, "scale", above=0)
+    return alpha, tau, scale
+
 # %% ../nbs/03_latent.ipynb #d4b11729
 def lkd_loss(
     z_s:torch.Tensor,      # (B, l) latents of the student
@@ -162,16 +174,6 @@ def lkd_loss(
         square = ((z_s - z_t.detach()) / tau).pow(2)
         loss = loss + alpha * (square if scale is None else square / scale).mean()
     return loss
-
-def _weights(alpha, tau, scale, l=None):
-    "The settings of `lkd_loss`; raises `ValueError` for those out of range."
-    alpha, tau, scale = number(alpha, "alpha", 0, 1), number(tau, "tau", above=0), scalar(scale)
-    if isinstance(scale, torch.Tensor):
-        ok = bool((finite(scale, "scale") > 0).all()) and (l is None or tuple(scale.shape) == (l,))
-        check(ok, "scale", scale, "a number above 0, or l of them")
-    elif scale is not None:
-        scale = number(scale, "scale", above=0)
-    return alpha, tau, scale
 
 # %% ../nbs/03_latent.ipynb #70c52b84
 @torch.no_grad()
@@ -212,7 +214,6 @@ def lkd(
 @dataclass
 class ClientTask:
     "What one client holds, its class mix, and the two sets it is tested on."
-
     data:ArrayData  # n pictures
     p:torch.Tensor  # (K,) class mix
     priv:ArrayData  # T_priv: test pictures in the mix p
@@ -231,21 +232,16 @@ def client_task(
     if n > len(pool):
         raise ValueError(f"n={n} exceeds the {len(pool)} pictures of the pool")
     if (pool.shape, pool.n_classes) != (test.shape, test.n_classes):
-        raise ValueError(
-            f"test has {test.n_classes} classes of pictures {test.shape}, "
-            f"but the pool {pool.n_classes} of {pool.shape}"
-        )
+        raise ValueError(f"test has {test.n_classes} classes of pictures {test.shape}, "
+                         f"but the pool {pool.n_classes} of {pool.shape}")
     for name, data in (("pool", pool), ("test set", test)):
         have = torch.bincount(data.y.cpu(), minlength=pool.n_classes)
         if (have == 0).any():
             raise ValueError(f"the {name} holds no picture of class {int(have.argmin())}")
     (idx,), p = dirichlet_draw(pool.y, n, gamma, seed=seed)
-    n_priv = min(1000, int(have.min())) if n_priv is None else n_priv  # `have` of the test set
+    n_priv = min(1000, int(have.min())) if n_priv is None else n_priv # `have` of the test set
     priv = resample_test(test.y, p[0], n_priv, seed)
-    if len(priv) == 0:
-        raise ValueError(
-            f"n_priv={n_priv} leaves T_priv without a picture; the test set is too small"
-        )
+    check(len(priv), "n_priv", n_priv, "enough for one picture")
     return ClientTask(pool.subset(idx), p[0], test.subset(priv), test)
 
 # %% ../nbs/03_latent.ipynb #426a382c
@@ -266,6 +262,18 @@ def small_shapes(
 
     train, test = draw(n_train, seed), draw(n_test, 1000)
     return train, ArrayData(test.x, test.y, test.classes, train.mean, train.std, test.difficulty)
+
+# %% ../nbs/03_latent.ipynb #ad4f5916
+def _known_unit(data, name):
+    "(black, white) of the pictures; raises `ValueError` where it cannot be told."
+    unit = pixel_unit(data.x)
+    if unit is None:
+        low, high = float(data.x.min()), float(data.x.max())
+        raise ValueError(
+            f"{name} holds floats from {low:.3g} to {high:.3g}, a unit that is not known here; "
+            "give pictures as uint8 or as floats in 0..1, 0..255 or -1..1"
+        )
+    return unit
 
 # %% ../nbs/03_latent.ipynb #1896fab2
 def match_shape(
@@ -290,17 +298,6 @@ def match_shape(
         mean, std = [(m - low) / (high - low) for m in mean], [s / (high - low) for s in std]
     return ArrayData(x.round().clamp(0, 255).to(torch.uint8), data.y, data.classes, mean, std)
 
-def _known_unit(data, name):
-    "(black, white) of the pictures; raises `ValueError` where it cannot be told."
-    unit = pixel_unit(data.x)
-    if unit is None:
-        low, high = float(data.x.min()), float(data.x.max())
-        raise ValueError(
-            f"{name} holds floats from {low:.3g} to {high:.3g}, a unit that is not known here; "
-            "give pictures as uint8 or as floats in 0..1, 0..255 or -1..1"
-        )
-    return unit
-
 # %% ../nbs/03_latent.ipynb #f7c0144f
 def match_transfer(
     student:LatentNet,      # trained in place
@@ -314,31 +311,33 @@ def match_transfer(
     generator=None,         # torch.Generator of the order
 )->list:                    # one dict per epoch, from `distill`
     "Let the student follow the teacher on unlabelled pictures; `ValueError` for unequal l."
-    target, epochs, batch_size = (
-        choice(target, "target", ("latent", "logits")),
-        whole(epochs, "epochs", 0),
-        whole(batch_size, "batch_size"),
-    )
-    lr, scale = number(lr, "lr", 0), 1.0 if scale is None else number(scale, "scale", above=0)
+    target, epochs = choice(target, "target", ("latent", "logits")), whole(epochs, "epochs", 0)
+    lr, batch_size = number(lr, "lr", 0), whole(batch_size, "batch_size")
+    scale = 1. if scale is None else number(scale, "scale", above=0)
     if target == "latent" and student.l != teacher.l:
-        raise ValueError(
-            f"the student has l={student.l}, the teacher l={teacher.l}; "
-            "matching latents needs the same l"
-        )
+        raise ValueError(f"the student has l={student.l}, the teacher l={teacher.l}; "
+                         "matching latents needs the same l")
     loss = lambda s, t, y, idx: F.mse_loss(s[target], t[target]) / scale
-    return distill(
-        student,
-        teacher,
-        transfer,
-        loss,
-        epochs,
-        lr=lr,
-        batch_size=batch_size,
-        optimizer="adam",
-        weight_decay=0.0,
-        layers={"latent": "representation"},
-        generator=generator,
+    how = dict(lr=lr, batch_size=batch_size, optimizer="adam", weight_decay=0.)
+    taps = {"latent": "representation"}
+    return distill(student, teacher, transfer, loss, epochs, layers=taps, generator=generator, **how)
+
+# %% ../nbs/03_latent.ipynb #7b49e0af
+def _stacked(spaces):
+    "All latents one below the other (numpy); `ValueError` unless finite and of one shape."
+    shapes = {tuple(z.shape) for z in spaces.values()}
+    if len(shapes) != 1:
+        raise ValueError(
+            f"spaces have the shapes {sorted(shapes)}; all need the same pictures and the same l"
+        )
+    (shape,) = shapes
+    check(
+        len(shape) == 2 and shape[0] >= 8 and shape[1] >= 2,
+        "spaces",
+        shape,
+        "of shape (N, l) with N >= 8 and l >= 2",
     )
+    return torch.cat([finite(v, f"spaces[{k!r}]").float().cpu() for k, v in spaces.items()]).numpy()
 
 # %% ../nbs/03_latent.ipynb #f5ea9dd9
 def map_latents(
@@ -369,22 +368,6 @@ def map_latents(
         flat = UMAP(2, random_state=seed).fit_transform(z)
     return {k: torch.from_numpy(flat[i * n : (i + 1) * n]) for i, k in enumerate(spaces)}
 
-def _stacked(spaces):
-    "All latents one below the other (numpy); `ValueError` unless finite and of one shape."
-    shapes = {tuple(z.shape) for z in spaces.values()}
-    if len(shapes) != 1:
-        raise ValueError(
-            f"spaces have the shapes {sorted(shapes)}; all need the same pictures and the same l"
-        )
-    (shape,) = shapes
-    check(
-        len(shape) == 2 and shape[0] >= 8 and shape[1] >= 2,
-        "spaces",
-        shape,
-        "of shape (N, l) with N >= 8 and l >= 2",
-    )
-    return torch.cat([finite(v, f"spaces[{k!r}]").float().cpu() for k, v in spaces.items()]).numpy()
-
 # %% ../nbs/03_latent.ipynb #2f9aeb22
 def plot_latents(
     maps:dict,        # name -> (N, 2), from `map_latents`
@@ -398,46 +381,22 @@ def plot_latents(
     from darkdistill_nb.data import class_look
     y, height = torch.as_tensor(y), whole(height, "height", 50)
     check(isinstance(maps, dict) and maps, "maps", maps, "a dict of at least one map")
+    maps = {k: torch.as_tensor(v) for k, v in maps.items()}
     for k, flat in maps.items():
-        check(
-            tuple(torch.as_tensor(flat).shape) == (len(y), 2),
-            f"maps[{k!r}]",
-            flat,
-            f"of shape ({len(y)}, 2), one point per label",
-        )
-    check(
-        classes is None or len(classes) > int(y.max()),
-        "classes",
-        classes,
-        f"names of all labels up to {int(y.max())}",
-    )
-    fig = make_subplots(
-        1,
-        len(maps),
-        subplot_titles=list(maps),
-        shared_xaxes="all",
-        shared_yaxes="all",
-        horizontal_spacing=0.02,
-    )
+        fits = tuple(flat.shape) == (len(y), 2)
+        check(fits, f"maps[{k!r}]", flat, f"of shape ({len(y)}, 2), one point per label")
+    last = int(y.max())
+    names = [str(c) for c in (range(last + 1) if classes is None else classes)]
+    check(len(names) > last, "classes", classes, f"names of all labels up to {last}")
+    shared = dict(shared_xaxes="all", shared_yaxes="all", horizontal_spacing=.02)
+    fig = make_subplots(1, len(maps), subplot_titles=list(maps), **shared)
     for j, flat in enumerate(maps.values()):
-        flat = torch.as_tensor(flat)
         for c in y.unique().tolist():
             xy = flat[y == c].double().numpy().round(2).tolist()
-            fig.add_scatter(
-                x=[p[0] for p in xy],
-                y=[p[1] for p in xy],
-                mode="markers",
-                name=str(classes[c] if classes is not None else c),
-                legendgroup=str(c),
-                showlegend=j == 0,
-                row=1,
-                col=j + 1,
-                marker={**class_look(c, "dot"), "opacity": 0.8},
-            )
+            mark = {**class_look(c, "dot"), "opacity": .8}
+            fig.add_scatter(x=[p[0] for p in xy], y=[p[1] for p in xy], mode="markers", marker=mark,
+                            name=names[c], legendgroup=str(c), showlegend=j == 0, row=1, col=j + 1)
     fig.update_xaxes(title="axis 1").update_yaxes(title="axis 2", col=1)
-    fig.layout.template = LOOK
-    return fig.update_layout(
-        title=dict(text=title, font=dict(size=15)),
-        height=height,
-        margin=dict(l=50, r=10, t=70 if title else 40, b=40),
-    )
+    margin = dict(l=50, r=10, t=70 if title else 40, b=40)
+    fig.update_layout(template=LOOK, title=dict(text=title, font=dict(size=15)))
+    return fig.update_layout(height=height, margin=margin)

@@ -19,54 +19,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from darkdistill_nb.cells import (
-    cell_file,
-    cell_key,
-    each,
-    every_tenth,
-    json_or_text,
-    kept,
-    key_values,
-    publish,
-    run_command,
-    run_grid,
-    run_stored,
-    t_interval,
-    verdict,
-)
+from .cells import cell_file, cell_key, each, every_tenth, json_or_text, kept
+from .cells import key_values, publish, run_command, run_grid, run_stored
+from .cells import t_interval, verdict
 from .checks import check, choice, number, shown, whole
 from .data import ArrayData, _one_thread, load
 from .distillation import distill
 from .features import method_loss
-from darkdistill_nb.latent import (
-    NETS,
-    LatentNet,
-    client_task,
-    latent_net,
-    latent_variance,
-    latents,
-    lkd,
-    map_latents,
-    match_shape,
-    match_transfer,
-    plot_latents,
-    small_shapes,
-)
-from darkdistill_nb.training import (
-    LOOK,
-    Record,
-    Streams,
-    accuracy,
-    asset,
-    data_digest,
-    load_record,
-    load_tensors,
-    mean_std,
-    plus_minus,
-    predict,
-    save_record,
-    style,
-)
+from .latent import NETS, LatentNet, client_task, latent_net, latent_variance
+from .latent import latents, lkd, map_latents, match_shape, match_transfer
+from .latent import plot_latents, small_shapes
+from .training import LOOK, Record, Streams, accuracy, asset, data_digest
+from .training import load_record, load_tensors, mean_std, plus_minus, predict
+from .training import save_record, style
 
 # %% ../nbs/03b_latent_experiments.ipynb #1747465e
 SETUPS = {  # networks of `latent_net`; l is the width d of the teacher's perception, or half of it on shapes16; lr and batch_size of Adam
@@ -131,95 +96,34 @@ def data_name(
     "The name of a data set: for an npz file that of the file."
     return Path(data).stem if str(data).lower().endswith(".npz") else str(data)
 
-# %% ../nbs/03b_latent_experiments.ipynb #e1558730
-HYPER = {
-    "CE": dict(),
-    "KD": dict(alpha=0.5, tau=1.0),
-    "CRD": dict(weight=0.8, tau=0.07),
-    "LPD": dict(weight=0.1, k=5, sigma=None),  # sigma None: median neighbour distance of the batch
-    "LKD": dict(alpha=0.5, tau=1.0, scale="variance"),  # scale None: as published
-}
-
-def make_cell(
-    data: str,  # one of `SETUPS`, a name that `load` knows, or the path of an npz
-    method: str,  # one of `METHODS`
-    seed: int = 0,  # of the client, the first weights and the order
-    gamma: float = 0.5,  # concentration of the client's class mix
-    hyper=None,  # settings of the method; default: `HYPER`
-    l: int = None,  # size of the latent; if given, the teacher gets new layers for it
-    match=None,  # None, "latent" or "logits": what to match on the transfer set first
-    split="test",  # "test", or "val": a tenth of the training pictures
-    keep: int = 0,  # latents of so many test pictures are kept
-    **changes,  # other values for the setup: n, epochs, lr, student, ...
-) -> dict:
-    "Everything that the result of one training depends on, as JSON values; `ValueError` if wrong."
-    s = setup(data)
-    data, method, split = (
-        os.fspath(data),
-        choice(method, "method", METHODS),
-        choice(split, "split", ("test", "val")),
-    )
-    match = choice(match, "match", (None, "latent", "logits"))
-    if bad := set(changes) - set(s):
-        raise ValueError(f"unknown setting {min(bad)!r}; a setup has {', '.join(s)}")
-    s = _settings({**s, **changes})
-    s.pop("ls")
-    base = s.pop("l")
-    base_l, l = (None, base) if l is None else (base, whole(l, "l"))
-    own = {} if data in SETUPS else dict(digest=_digest(data, _stamp(data)))
-    teacher = dict(
-        data=data,
-        net=s.pop("teacher"),
-        l=l,
-        base_l=base_l,
-        epochs=s.pop("teacher_epochs"),
-        lr=s.pop("teacher_lr"),
-        batch_size=64,
-        seed=0,
-        **own,
-    )
-    if match is None:
-        s["transfer"] = None
-    elif s["transfer"].lower().endswith(".npz"):
-        own["transfer_digest"] = _digest(s["transfer"], _stamp(s["transfer"]))
-    hyper = _hyper(method, hyper)
-    return dict(
-        data=data,
-        split=split,
-        method=method,
-        hyper=hyper,
-        seed=whole(seed, "seed", 0),
-        gamma=number(gamma, "gamma", above=0),
-        l=l,
-        match=match,
-        keep=whole(keep, "keep", 0),
-        teacher=teacher,
-        **s,
-        **own,
-    )
-
+# %% ../nbs/03b_latent_experiments.ipynb #529e9236
 @functools.lru_cache(maxsize=8)
 def _digest(data, stamp):
     "What the pictures of a data set are, in 16 hexadecimal digits each for pool and test."
     return "-".join(data_digest(d) for d in pictures(data))
 
-def _settings(s):
-    "The settings of a setup as JSON values; raises `ValueError` for those out of range."
+def _settings(s, changes):
+    "A setup with changes, as JSON values; raises `ValueError` for those out of range."
+    if bad := set(changes) - set(s):
+        raise ValueError(f"unknown setting {min(bad)!r}; a setup has {', '.join(s)}")
+    s = {**s, **changes}
     for k in ("teacher", "student"):
         if not isinstance(s[k], str) or s[k] not in NETS:
-            raise ValueError(
-                f"{k}={shown(s[k])}: that net is unknown; choose from {', '.join(NETS)}"
-            )
+            raise ValueError(f"{k}={shown(s[k])}: that net is unknown; choose from {', '.join(NETS)}")
     low = dict(teacher_epochs=0, epochs=0, n=1, batch_size=1)
     counts = {k: whole(s[k], k, v) for k, v in low.items()}
     rates = {k: number(s[k], k, 0) for k in ("lr", "teacher_lr")}
-    check(
-        isinstance(s["transfer"], (str, os.PathLike)),
-        "transfer",
-        s["transfer"],
-        "the name of a data set or the path of an npz file",
-    )
+    is_name = isinstance(s["transfer"], (str, os.PathLike))
+    check(is_name, "transfer", s["transfer"], "the name of a data set or the path of an npz file")
     return {**s, **counts, **rates, "transfer": os.fspath(s["transfer"])}
+
+def _teacher_spec(data, s, l, own):
+    "The entry \"teacher\" of a cell; takes what is the teacher's out of the settings `s`."
+    s.pop("ls")
+    base = s.pop("l")
+    base_l, l = (None, base) if l is None else (base, whole(l, "l"))
+    net, epochs, lr = (s.pop(k) for k in ("teacher", "teacher_epochs", "teacher_lr"))
+    return dict(data=data, net=net, l=l, base_l=base_l, epochs=epochs, lr=lr, batch_size=64, seed=0, **own)
 
 def _hyper(method, hyper):
     "All settings of a method; raises `ValueError` for unknown ones."
@@ -231,6 +135,40 @@ def _hyper(method, hyper):
             f"unknown setting {min(bad)!r} of {method}; it has {', '.join(HYPER[method]) or 'none'}"
         )
     return {**HYPER[method], **hyper}
+
+# %% ../nbs/03b_latent_experiments.ipynb #e1558730
+HYPER = {
+    "CE":  dict(),
+    "KD":  dict(alpha=.5, tau=1.),
+    "CRD": dict(weight=.8, tau=.07),
+    "LPD": dict(weight=.1, k=5, sigma=None),              # sigma None: median neighbour distance of the batch
+    "LKD": dict(alpha=.5, tau=1., scale="variance"),      # scale None: as published
+}
+
+def make_cell(
+    data:str,        # one of `SETUPS`, a name that `load` knows, or the path of an npz
+    method:str,      # one of `METHODS`
+    seed:int=0,      # of the client, the first weights and the order
+    gamma:float=.5,  # concentration of the client's class mix
+    hyper=None,      # settings of the method; default: `HYPER`
+    l:int=None,      # size of the latent; if given, the teacher gets new layers for it
+    match=None,      # None, "latent" or "logits": what to match on the transfer set first
+    split="test",    # "test", or "val": a tenth of the training pictures
+    keep:int=0,      # latents of so many test pictures are kept
+    **changes        # other values for the setup: n, epochs, lr, student, ...
+)->dict:
+    "Everything that the result of one training depends on, as JSON values; `ValueError` if wrong."
+    method, split = choice(method, "method", METHODS), choice(split, "split", ("test", "val"))
+    match = choice(match, "match", (None, "latent", "logits"))
+    s, data = _settings(setup(data), changes), os.fspath(data)
+    own = {} if data in SETUPS else dict(digest=_digest(data, _stamp(data)))
+    teacher = _teacher_spec(data, s, l, own)
+    if match is not None and s["transfer"].lower().endswith(".npz"):
+        own["transfer_digest"] = _digest(s["transfer"], _stamp(s["transfer"]))
+    s["transfer"] = None if match is None else s["transfer"]
+    return dict(data=data, split=split, method=method, hyper=_hyper(method, hyper),
+                seed=whole(seed, "seed", 0), gamma=number(gamma, "gamma", above=0),
+                l=teacher["l"], match=match, keep=whole(keep, "keep", 0), teacher=teacher, **s, **own)
 
 # %% ../nbs/03b_latent_experiments.ipynb #740fa096
 def train_teacher(
@@ -561,40 +499,32 @@ def latent_space(
     folder,           # of the experiments
     methods=("CE", "KD", "LKD"),
     keep:int=300,     # test pictures, at least 8
-    **how             # see `sweep_gamma`
+    workers=None, on_cell=None, # see `run_cells`
+    hyper=None,       # method -> settings
+    **how             # changes to the setup
 )->Record:
     "Latents of the first test pictures in two dimensions; stored as latent_space_DATA."
     keep, test = whole(keep, "keep", 8), pictures(os.fspath(data))[1]
     check(len(test) >= 8, "data", data, "a data set of at least 8 test pictures")
-    workers, on_cell, hyper = (
-        how.pop("workers", None),
-        how.pop("on_cell", None),
-        {**chosen_hyper(data, folder), **(how.pop("hyper", None) or {})},
-    )
-    cells = [
-        make_cell(data, m, keep=keep, hyper=hyper[choice(m, "methods", METHODS)], **how)
-        for m in methods
-    ]
+    hyper = {**chosen_hyper(data, folder), **(hyper or {})}
+    methods = [choice(m, "methods", METHODS) for m in methods]
+    cells = [make_cell(data, m, keep=keep, hyper=hyper[m], **how) for m in methods]
     results = run_cells(cells, folder, workers, on_cell)
     teacher = get_teacher(results[0]["cell"]["teacher"], folder)[0]
     z = latents(teacher, test.subset(slice(0, keep)))
-    spaces = {
-        "teacher": z,
-        **{f"{m} student": torch.tensor(r["latents"]) for m, r in zip(methods, results)},
-    }
+    spaces = {"teacher": z}
+    for m, r in zip(methods, results):
+        spaces[f"{m} student"] = torch.tensor(r["latents"])
+    plain = lambda v: v.double().numpy().round(2).tolist()
     maps = {}
     for kind in ("pca", "tsne", "umap"):
         try:
-            maps[kind] = {
-                k: v.double().numpy().round(2).tolist()
-                for k, v in map_latents(spaces, kind).items()
-            }
+            maps[kind] = {k: plain(v) for k, v in map_latents(spaces, kind).items()}
         except ImportError:
             pass
     gap = {k: float((v - z).pow(2).mean()) / latent_variance(z) for k, v in spaces.items()}
-    return save_experiment(
-        "space", data, results, folder, maps=maps, gap=gap, y=test.y[:keep], classes=test.classes
-    )
+    info = dict(maps=maps, gap=gap, y=test.y[:keep], classes=test.classes)
+    return save_experiment("space", data, results, folder, **info)
 
 # %% ../nbs/03b_latent_experiments.ipynb #592eed00
 METRICS = ("priv", "uni", "present", "absent")
@@ -632,46 +562,27 @@ AXES = dict(
 
 # %% ../nbs/03b_latent_experiments.ipynb #688930c7
 def _panels(record, axis, measure, title, y, height, skip=None):
-    "Two panels of a curve per method; `measure(method, metric, x)`: (mean, half length of the bar)."
+    "Two panels of a curve per method; `measure(method, metric, x)`: (mean, half the bar's length)."
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
-
-    fig = make_subplots(1, 2, subplot_titles=("T_priv", "T_uni"), horizontal_spacing=0.08)
-    methods, xs = (
-        list(dict.fromkeys(r[k] for r in record.runs))
-        for k in ("method", choice(axis, "axis", AXES))
-    )
+    fig = make_subplots(1, 2, subplot_titles=("T_priv", "T_uni"), horizontal_spacing=.08)
+    kinds = ("method", choice(axis, "axis", AXES))
+    methods, xs = (list(dict.fromkeys(r[k] for r in record.runs)) for k in kinds)
     for j, metric in enumerate(("priv", "uni")):
         for i, m in enumerate(methods):
             if m == skip:
                 continue
-            at = [k + 0.01 * len(xs) * (i - (len(methods) - 1) / 2) for k in range(len(xs))]
+            # set apart, so that bars do not cover each other
+            at = [k + .01 * len(xs) * (i - (len(methods) - 1) / 2) for k in range(len(xs))]
             mean, bar = zip(*(measure(m, metric, x) for x in xs))
-            fig.add_trace(
-                go.Scatter(
-                    x=at,
-                    y=[round(v, 4) for v in mean],
-                    error_y=dict(array=[round(v, 4) for v in bar], thickness=1, width=2),
-                    name=m,
-                    legendgroup=m,
-                    showlegend=j == 0,
-                    **style(METHODS.index(m)),
-                ),
-                1,
-                j + 1,
-            )
-    fig.update_xaxes(
-        tickvals=list(range(len(xs))),
-        ticktext=[f"{x:g}" if isinstance(x, (int, float)) else str(x or "nothing") for x in xs],
-        title=AXES[axis],
-    ).update_yaxes(title=y, col=1)
-    fig.layout.template = LOOK
-    return fig.update_layout(
-        title=dict(text=title, font=dict(size=15)),
-        height=height,
-        margin=dict(l=60, r=10, t=70, b=50),
-        legend=dict(font=dict(size=12)),
-    )
+            error = dict(array=[round(v, 4) for v in bar], thickness=1, width=2)
+            fig.add_scatter(x=at, y=[round(v, 4) for v in mean], error_y=error, name=m, legendgroup=m,
+                            showlegend=j == 0, row=1, col=j + 1, **style(METHODS.index(m)))
+    text = lambda x: f"{x:g}" if isinstance(x, (int, float)) else str(x or "nothing")
+    ticks = dict(tickvals=list(range(len(xs))), ticktext=[text(x) for x in xs])
+    fig.update_xaxes(title=AXES[axis], **ticks).update_yaxes(title=y, col=1)
+    fig.update_layout(template=LOOK, title=dict(text=title, font=dict(size=15)), height=height)
+    return fig.update_layout(margin=dict(l=60, r=10, t=70, b=50), legend=dict(font=dict(size=12)))
 
 # %% ../nbs/03b_latent_experiments.ipynb #bb6b7a46
 def plot_sweep(
@@ -795,53 +706,7 @@ def slopes(
     )  # (values, seeds)
     return np.polyfit(np.arange(len(xs)), per_seed, 1)[0].tolist()
 
-# %% ../nbs/03b_latent_experiments.ipynb #f501ee55
-EXPERIMENTS = dict(
-    tune=tune,
-    sweep_gamma=sweep_gamma,
-    sweep_n=sweep_n,
-    sweep_l=sweep_l,
-    sweep_transfer=sweep_transfer,
-    compare=compare,
-    latent_space=latent_space,
-)
-
-def main(
-    argv=None, # words of the command line; default: those of this process
-)->int:        # exit code: 0, 2 for bad input, 130 when interrupted
-    "Run one experiment from the command line."
-    a = _parser().parse_args(argv)
-    how = {
-        k: v
-        for k, v in (
-            ("seeds", a.seeds),
-            ("methods", a.methods),
-            ("values", a.values),
-            ("workers", a.workers),
-        )
-        if v is not None
-    }
-    start = time.perf_counter()
-
-    def tell(i, n, r):
-        c, spent = r["cell"], time.perf_counter() - start
-        tell.first = getattr(tell, "first", i - 1)
-        left = spent / (i - tell.first) * (n - i) / 60
-        what = f"{c['method']} gamma={c['gamma']:g} n={c['n']} l={c['l']} match={c['match']}"
-        found = f"T_priv {r['priv']:.3f} T_uni {r['uni']:.3f}"
-        print(
-            f"{i}/{n} {what} seed={c['seed']}: {found} ({r['seconds']} s; about {left:.0f} min left)",
-            flush=True,
-        )
-
-    def work():
-        record = EXPERIMENTS[a.experiment](a.data, a.out, on_cell=tell, **how, **key_values(a.set))
-        name = f"latent_{record.config['experiment']}_{data_name(a.data)}"
-        publish(name, a.out, a.assets)
-        return f"{name}: {len(record.runs)} results in {Path(a.out) / name}; {record.seconds:.0f} s of one core"
-
-    return run_command(work)
-
+# %% ../nbs/03b_latent_experiments.ipynb #78720727
 def _parser():
     p = argparse.ArgumentParser(
         prog="python -m darkdistill_nb.latent_experiments",
@@ -876,6 +741,33 @@ def _parser():
     )
     p.add_argument("--assets", help="folder that also gets the record as latent_NAME_DATA.json")
     return p
+
+# %% ../nbs/03b_latent_experiments.ipynb #f501ee55
+EXPERIMENTS = dict(tune=tune, sweep_gamma=sweep_gamma, sweep_n=sweep_n, sweep_l=sweep_l,
+                   sweep_transfer=sweep_transfer, compare=compare, latent_space=latent_space)
+
+def main(
+    argv=None, # words of the command line; default: those of this process
+)->int:        # exit code: 0, 2 for bad input, 130 when interrupted
+    "Run one experiment from the command line."
+    a = _parser().parse_args(argv)
+    given = {k: getattr(a, k) for k in ("seeds", "methods", "values", "workers")}
+    how = {k: v for k, v in given.items() if v is not None}
+    start = time.perf_counter()
+    def tell(i, n, r):
+        c, spent = r["cell"], time.perf_counter() - start
+        tell.first = getattr(tell, "first", i - 1)
+        left = f"{spent / (i - tell.first) * (n - i) / 60:.0f} min left"
+        what = f"{c['method']} gamma={c['gamma']:g} n={c['n']} l={c['l']} match={c['match']}"
+        found = f"T_priv {r['priv']:.3f} T_uni {r['uni']:.3f}"
+        print(f"{i}/{n} {what} seed={c['seed']}: {found} ({r['seconds']} s; about {left})", flush=True)
+    def work():
+        record = EXPERIMENTS[a.experiment](a.data, a.out, on_cell=tell, **how, **key_values(a.set))
+        name = f"latent_{record.config['experiment']}_{data_name(a.data)}"
+        publish(name, a.out, a.assets)
+        place = Path(a.out)/name
+        return f"{name}: {len(record.runs)} results in {place}; {record.seconds:.0f} s of one core"
+    return run_command(work)
 
 # %% ../nbs/03b_latent_experiments.ipynb #d2d559d6
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())   # not in a notebook

@@ -20,7 +20,7 @@ from .training import asset, check_json, load_record, load_tensors, mean_std, re
 def cell_key(
     cell:dict, # JSON values; numpy's numbers count as the numbers they are
 )->str:        # 16 hexadecimal digits
-    "Name of a cell: a hash of its content, whatever the order of its entries; raises `ValueError` for what JSON cannot hold."
+    "Hash of a cell's content, whatever the order; raises `ValueError` for what JSON cannot hold."
     check(isinstance(cell, dict), "cell", cell, "a dict of JSON values")
     text = check_json(cell, indent=None, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
@@ -38,7 +38,7 @@ def run_stored(
     cell:dict, # JSON values
     folder,    # of the experiments
 )->dict:       # {"cell", whatever the job returned, "seconds", "cpu_seconds"}
-    "Run a cell on one thread and keep its result; a result that is there is read; raises `ValueError` if that is damaged or has a NaN."
+    "Result of a cell, run on one thread or read; raises `ValueError` if it is damaged or has a NaN."
     path = cell_file(cell, folder)
     if path.is_file():
         return _stored(path, cell)
@@ -82,7 +82,7 @@ def of_file(
 def short_name(
     data, # a name that `load` knows, or the path of an .npz file
 )->str:   # what results are called after
-    "The name of a data set in names of files: `digits`, or `mine` for /home/me/mine.npz."
+    "The name of a data set in names of files: `digits`, or `mine` for data/mine.npz."
     return Path(data).stem if str(data).lower().endswith(".npz") else str(data)
 
 # %% ../nbs/01b_cells.ipynb #b019cfca
@@ -159,7 +159,7 @@ def run_grid(
     workers=None,  # processes; default: one per core; 1: this process (in a notebook, where new processes cannot import what is defined here)
     on_cell=None,  # called after each new cell with (number done, number of all, result)
 )->list:           # results, in the order of `cells`
-    "Run the cells that are not there yet; may be killed at any moment and started again; raises `ValueError` before the first cell for bad ones."
+    "Run the cells that are not there yet, killed and started again as often as it happens; raises `ValueError` for bad ones."
     cells, workers = list(cells), None if workers is None else whole(workers, "workers")
     missing = [c for c in {cell_key(c): c for c in cells}.values() if not cell_file(c, folder).is_file()]
     done = len(cells) - len(missing)
@@ -174,7 +174,7 @@ def t_interval(
     values,            # paired differences, one per seed
     level:float=.95,   # confidence
 )->tuple:              # (mean, low, high)
-    "Mean and its confidence interval by Student's t; raises `ValueError` for fewer than two values, NaN, or a level outside (0, 1)."
+    "Mean and its interval by Student's t; raises `ValueError` for fewer than two values or NaN."
     from scipy import stats
     values = [number(v, f"values[{i}]") for i, v in enumerate(values)]
     level = number(level, "level", above=0, below=1)

@@ -618,8 +618,8 @@ def _run(args, say, command):
 def _reportable(record, path):
     "A record of `darkdistill run`, which has all that a report shows; other experiments have records of another kind."
     from darkdistill_nb.training import check_record
-    return check_record(record, path, config=("data", "seeds", "gamma", "tiers"), runs=("method", "seed", "rounds", "final"),
-                        info=("macs", "parameters", "classes", "clients"))
+    return check_record(record, path, config=("data", "seeds", "gamma", "tiers"),
+                        runs=("method", "seed", "rounds", "final"), info=("macs", "parameters", "classes", "clients"))
 
 # %% ../nbs/14_cli.ipynb #7d12a32a
 def _load(folder):

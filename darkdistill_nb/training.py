@@ -157,9 +157,10 @@ def fit(
     forward=None,             # called on the pictures in place of `net`
     before=None,              # called as before(x, y, optimizer) ahead of each step
 )->float:                     # mean loss per picture over the last epoch (nats)
-    "Train `net` on `data` with SGD; raises `ValueError` for bad settings, `FloatingPointError` if the loss stops being finite."
+    "Train with SGD; raises `ValueError` for bad settings, `FloatingPointError` for a loss of NaN."
     epochs, batch_size = whole(epochs, "epochs", 0), whole(batch_size, "batch_size")
-    lr, momentum, weight_decay = (number(v, k, low=0) for v, k in ((lr, "lr"), (momentum, "momentum"), (weight_decay, "weight_decay")))
+    named = dict(lr=lr, momentum=momentum, weight_decay=weight_decay)
+    lr, momentum, weight_decay = (number(v, k, low=0) for k, v in named.items())
     params = [p for p in net.parameters() if p.requires_grad] if params is None else list(params)
     opt = torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
     forward = forward or net
@@ -201,7 +202,8 @@ def accuracy(
 )->torch.Tensor:         # (...) share of right answers in [0, 1]
     "Share of samples whose largest logit is the label's; raises `ValueError` for NaN, no samples, or other shapes."
     if y.ndim != 1 or logits.ndim < 2 or logits.shape[-2] != len(y) or not len(y):
-        raise ValueError(f"logits must have shape (..., N, K) and y (N,) with N > 0, not {tuple(logits.shape)} and {tuple(y.shape)}")
+        raise ValueError("logits must have shape (..., N, K) and y (N,) with N > 0, "
+                         f"not {tuple(logits.shape)} and {tuple(y.shape)}")
     finite(logits, "logits", inf=True)
     return (logits.argmax(-1) == y.to(logits.device)).double().mean(-1)
 
@@ -346,7 +348,7 @@ def load_tensors(
             raise ValueError("its numbers do not have the checksum they were written with")
         return tensors, json.loads(text)
     except (SafetensorError, ValueError, AttributeError, KeyError, RecursionError) as e:
-        raise ValueError(f"{path} is not a whole safetensors file: {e}") from None
+        raise ValueError(f"{path} is not a whole safetensors file: {e}; delete it, or get it again") from None
 
 # %% ../nbs/01_training.ipynb #aeaa28bf
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
@@ -386,8 +388,9 @@ def processor()->dict: # model, instructions (list, None: unknown), threads, tor
     except Exception:                  # an unusual system: a record without the name is better than none
         model, flags = None, None
     kernels = getattr(torch.backends.cpu, "get_cpu_capability", lambda: None)()
-    return dict(model=model or platform.processor() or platform.machine(), threads=torch.get_num_threads(), torch=kernels,
-                instructions=None if flags is None else [f for f in _INSTRUCTIONS if f in flags])
+    known = None if flags is None else [f for f in _INSTRUCTIONS if f in flags]
+    return dict(model=model or platform.processor() or platform.machine(), instructions=known,
+                threads=torch.get_num_threads(), torch=kernels)
 
 # %% ../nbs/01_training.ipynb #5ca00e62
 def environment()->dict: # versions, hardware and the command line
@@ -423,7 +426,7 @@ class Record:
         config:dict, # what was asked for
         **info       # numbers shared by all runs
     ):
-        "A new record that knows this machine, these versions and the time; raises `ValueError` for what JSON cannot hold."
+        "A new record that knows machine, versions and time; raises `ValueError` for what JSON cannot hold."
         check_json(dict(config=config, info=info))
         return cls(config=config, info=info, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **environment())
 
@@ -433,7 +436,7 @@ def save_record(
     folder,              # becomes the run folder; made if needed
     weights:dict=None,   # file name without suffix -> dict of tensors
 )->Path:                 # the record's path
-    "Write the weights, then `record.json` that names them with their sha256; raises `ValueError` for what JSON cannot hold."
+    "Write weights, then `record.json` with their sha256; raises `ValueError` for what JSON cannot hold."
     folder, d = Path(folder), asdict(record)
     check_json(d)                            # before anything is written
     files = {f"weights/{n}.safetensors": save_tensors(folder/"weights"/f"{n}.safetensors", t) for n, t in (weights or {}).items()}
@@ -457,7 +460,8 @@ def read_json(
         raise ValueError(f"{path} is not JSON of this package: its brackets are nested too deeply") from None
 
 # %% ../nbs/01_training.ipynb #bac64df0
-_RECORD = dict(config=dict, runs=list, info=dict, versions=dict, hardware=dict, command=str, created=str, seconds=(int, float), files=dict)
+_RECORD = dict(config=dict, runs=list, info=dict, versions=dict, hardware=dict, command=str, created=str,
+               seconds=(int, float), files=dict)
 _KINDS = {dict: "an object", list: "a list", str: "a text", (int, float): "a number"}
 
 def _record_parts(d, path):
@@ -466,12 +470,14 @@ def _record_parts(d, path):
         if not ok:
             raise ValueError(f"{path} is not a record of this package: {what}")
     need(isinstance(d, dict), "it is not a JSON object")
-    need(type(d.get("format")) is int and d["format"] == 1, f"its format is {shown(d.get('format'))}, and this version reads 1")
+    form = d.get("format")
+    need(type(form) is int and form == 1, f"its format is {shown(form)}, and this version reads 1")
     for k in ("config", "runs", "info"):
         need(k in d, f"it has no {k!r}")
     d = {k: v for k, v in d.items() if k in _RECORD}
     for k, v in d.items():
-        need(isinstance(v, _RECORD[k]) and not isinstance(v, bool), f"{k!r} must be {_KINDS[_RECORD[k]]}, not {shown(v)}")
+        ok = isinstance(v, _RECORD[k]) and not isinstance(v, bool)
+        need(ok, f"{k!r} must be {_KINDS[_RECORD[k]]}, not {shown(v)}")
     for i, run in enumerate(d["runs"]):
         need(isinstance(run, dict) and run, f"runs[{i}] must be an object with a run's numbers, not {shown(run)}")
     return d
@@ -546,7 +552,8 @@ def _function(f):
             held.append(None)
     kinds = (bool, int, float, str, tuple, torch.Tensor, types.FunctionType, type)
     around = {n: f.__globals__.get(n) for n in _global_names(f.__code__)} if _is_own(f) else {}
-    return [f.__code__, held, f.__defaults__, f.__kwdefaults__, {n: v for n, v in around.items() if isinstance(v, kinds)}]
+    read = {n: v for n, v in around.items() if isinstance(v, kinds)}
+    return [f.__code__, held, f.__defaults__, f.__kwdefaults__, read]
 
 def _class(c):
     "Its name; of a class of the user's own also what is written in it."

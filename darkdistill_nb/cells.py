@@ -9,20 +9,18 @@ __all__ = ['cell_key', 'cell_file', 'run_stored', 'every_tenth', 'of_file', 'sho
            'run_command', 'each', 'run_grid', 't_interval', 'verdict', 'kept', 'publish', 'stored_record']
 
 # %% ../nbs/01b_cells.ipynb #86dd3c95
-import functools, hashlib, json, math, os, sys, time
-from concurrent.futures import as_completed
+import functools, hashlib, json, math, os, sys, threading, time
 from pathlib import Path
 import torch
 from .checks import check, number, whole
 from .data import _one_thread
-from .process import WorkerPool, forgiving_console, leave_with_parent, only_from_main
 from .training import asset, check_json, load_record, load_tensors, mean_std, read_json, save_tensors, write_atomic
 
 # %% ../nbs/01b_cells.ipynb #9a7c4bec
 def cell_key(
     cell:dict, # JSON values; numpy's numbers count as the numbers they are
 )->str:        # 16 hexadecimal digits
-    "Name of a cell: a hash of its content, whatever the order of its entries; raises `ValueError` for what JSON cannot hold."
+    "Hash of a cell's content, whatever the order; raises `ValueError` for what JSON cannot hold."
     check(isinstance(cell, dict), "cell", cell, "a dict of JSON values")
     text = check_json(cell, indent=None, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
@@ -40,7 +38,7 @@ def run_stored(
     cell:dict, # JSON values
     folder,    # of the experiments
 )->dict:       # {"cell", whatever the job returned, "seconds", "cpu_seconds"}
-    "Run a cell on one thread and keep its result; a result that is there is read; raises `ValueError` if that is damaged or has a NaN."
+    "Result of a cell, run on one thread or read; raises `ValueError` if it is damaged or has a NaN."
     path = cell_file(cell, folder)
     if path.is_file():
         return _stored(path, cell)
@@ -84,7 +82,7 @@ def of_file(
 def short_name(
     data, # a name that `load` knows, or the path of an .npz file
 )->str:   # what results are called after
-    "The name of a data set in names of files: `digits`, or `mine` for /home/me/mine.npz."
+    "The name of a data set in names of files: `digits`, or `mine` for data/mine.npz."
     return Path(data).stem if str(data).lower().endswith(".npz") else str(data)
 
 # %% ../nbs/01b_cells.ipynb #b019cfca
@@ -115,44 +113,43 @@ def key_values(
 # %% ../nbs/01b_cells.ipynb #80c64465
 def run_command(
     work, # work() does it, and returns the line to print at its end
-)->int:   # exit code: 0; 1 if a worker died; 2 for bad input; 130 when interrupted
-    "The end of every experiment's command line: errors are one line each."
-    forgiving_console()
+)->int:   # exit code: 0; 2 for bad input, told in one line; 130 when interrupted
+    "The end of every experiment's command line."
     try:
         print(work())
         return 0
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130
-    except (RuntimeError, ValueError, TypeError, OSError, FloatingPointError) as e:
-        print("error: " + " ".join(str(e).split()), file=sys.stderr)
-        return 1 if isinstance(e, RuntimeError) else 2
+    except (ValueError, TypeError, OSError, FloatingPointError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
 
 # %% ../nbs/01b_cells.ipynb #16fca78b
 def _worker_start():
     "One thread; leave when the parent has gone."
-    leave_with_parent()
     torch.set_num_threads(1)
+    parent = os.getppid()
+    def watch():
+        while os.getppid() == parent: time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/01b_cells.ipynb #13751c08
-def _each_in_pool(job, items, workers):
-    with WorkerPool(workers, _worker_start) as pool, pool.explained():
-        for future in as_completed([pool.submit(job, i) for i in items]):
-            yield future.result()
-
-# %% ../nbs/01b_cells.ipynb #337afcc8
 def each(
     job,         # job(item) -> result; with several workers a function of an importable module
     items:list,
     workers:int, # processes; 1: this one
 ):               # iterator over the results
-    "Results as they come, here or from workers; `ValueError` for workers < 1, `RuntimeError` if one dies."
-    whole(workers, "workers")
-    items = list(items)
-    if workers == 1 or len(items) < 2:
-        return map(job, items)
-    only_from_main()
-    return _each_in_pool(job, items, min(workers, len(items)))
+    "Results of `job(item)` as they come: from this process, or from several new ones."
+    if workers == 1 or len(items) < 2: yield from map(job, items); return
+    import multiprocessing as mp
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    with ProcessPoolExecutor(min(workers, len(items)), mp.get_context("spawn"), _worker_start) as pool:
+        futures = [pool.submit(job, i) for i in items]
+        try:
+            for f in as_completed(futures): yield f.result()
+        finally: pool.shutdown(wait=False, cancel_futures=True)
 
 # %% ../nbs/01b_cells.ipynb #8c9541ca
 def run_grid(
@@ -162,7 +159,7 @@ def run_grid(
     workers=None,  # processes; default: one per core; 1: this process (in a notebook, where new processes cannot import what is defined here)
     on_cell=None,  # called after each new cell with (number done, number of all, result)
 )->list:           # results, in the order of `cells`
-    "Run the cells that are not there yet; may be killed at any moment and started again; raises `ValueError` before the first cell for bad ones."
+    "Run the cells that are not there yet, killed and started again as often as it happens; raises `ValueError` for bad ones."
     cells, workers = list(cells), None if workers is None else whole(workers, "workers")
     missing = [c for c in {cell_key(c): c for c in cells}.values() if not cell_file(c, folder).is_file()]
     done = len(cells) - len(missing)
@@ -177,7 +174,7 @@ def t_interval(
     values,            # paired differences, one per seed
     level:float=.95,   # confidence
 )->tuple:              # (mean, low, high)
-    "Mean and its confidence interval by Student's t; raises `ValueError` for fewer than two values, NaN, or a level outside (0, 1)."
+    "Mean and its interval by Student's t; raises `ValueError` for fewer than two values or NaN."
     from scipy import stats
     values = [number(v, f"values[{i}]") for i, v in enumerate(values)]
     level = number(level, "level", above=0, below=1)

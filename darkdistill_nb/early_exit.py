@@ -126,7 +126,7 @@ def take_rows(
 def prefix(self:EarlyExitNet,
     m:int # stages to keep, 1..len(self)
 )->EarlyExitNet:
-    "The network of the first `m` blocks, sharing parameters and their names with this one; raises `ValueError` if there are fewer."
+    "The first `m` blocks, sharing parameters and their names; raises `ValueError` if there are fewer."
     m = whole(m, "m", 1, len(self))
     return EarlyExitNet(self.stem, list(self.stages[:m]), list(self.exits[:m]), self.input_shape, self.n_classes)
 
@@ -144,7 +144,8 @@ def block_of(
 def _count(f, *args):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as c, sdpa_kernel(SDPBackend.MATH):   # attention as plain matrix products, which the counter sees
+    # attention as plain matrix products, which the counter sees
+    with FlopCounterMode(display=False) as c, sdpa_kernel(SDPBackend.MATH):
         out = f(*args)
     return c.get_total_flops() // 2, out
 
@@ -262,7 +263,8 @@ def wrn(
     depth, input_shape = whole(depth, "depth", None), _shape(input_shape)
     check(10 <= depth <= 10_000 and depth % 6 == 4, "depth", depth, "6n+4: 10, 16, 22, 28, 40, ...")
     n = (depth - 4) // 6
-    exits = _exits_at((n, 2 * n, 3 * n) if exits is None else exits, 0, 3 * n, "after the stem and after the last block")
+    exits = (n, 2 * n, 3 * n) if exits is None else exits
+    exits = _exits_at(exits, 0, 3 * n, "after the stem and after the last block")
     widen, n_classes, pool = _sizes(widen=widen, n_classes=n_classes, pool=pool)
     features = None if features is None else whole(features, "features", 1, 100_000)
     widths, blocks, c = [16, *(16 * widen * 2 ** (i // n) for i in range(3 * n))], [], 16   # widths[b]: channels after block b
@@ -410,7 +412,8 @@ def msdnet(
     choice(norm, "norm", ("batch", "group"))
     check(growth % 2 == 0, "growth", growth, "even: half of the new channels come from the finer scale")
     if size >> S - 1 < 2:
-        raise ValueError(f"scales={S} is too many for input_shape={input_shape}: the coarsest map would be smaller than 2x2")
+        raise ValueError(f"scales={S} is too many for input_shape={input_shape}: "
+                         "the coarsest map would be smaller than 2x2")
     plan = _Plan(S, first + step * (exits - 1), channels, growth, input_shape[1:], norm)
     ends = [first + step * i for i in range(exits)]
     stages = [ScaleStage(plan.layers(a, b), plan.alive(a) if a else {}, plan.alive(b), None if a else plan.start()) for a, b in zip((0, *ends), ends)]
@@ -464,7 +467,8 @@ def _timm_vit(name, pretrained, kwargs):
     if pretrained and file and not Path(file).is_file(): raise FileNotFoundError(f"pretrained_cfg_overlay names the file {file}, which is not there")
     on = "use pretrained=False, or give a file of weights: pretrained_cfg_overlay=dict(file=...)"
     try: m = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
-    except (TypeError, AssertionError, ZeroDivisionError) as e: raise ValueError(f"name={name!r} cannot be built with {kwargs}: {e}") from None
+    except (TypeError, AssertionError, ZeroDivisionError) as e:
+        raise ValueError(f"name={name!r} cannot be built with {kwargs}: {e}") from None
     except OSError as e: raise ConnectionError(f"the weights of {name!r} could not be fetched (no connection?): {on} [{type(e).__name__}]") from e
     except RuntimeError as e:
         if not pretrained:
@@ -473,6 +477,7 @@ def _timm_vit(name, pretrained, kwargs):
     if not isinstance(m, VisionTransformer): raise ValueError(f"name={name!r} is not a plain ViT but a {type(m).__name__}")
     return m
 
+# %% ../nbs/04_early_exit.ipynb #07c7be2a
 def vit(
     name:str="deit_tiny_patch16_224", # a plain ViT of timm
     exits:tuple=None,                 # after which blocks (1-based); None: after each quarter of them

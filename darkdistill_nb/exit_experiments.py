@@ -14,8 +14,8 @@ import argparse, functools, json, sys
 from pathlib import Path
 import numpy as np
 import torch
-from .cells import (cell_key, every_tenth, key_values, of_file, publish, run_command, run_grid, short_name, stored_record,
-                                  t_interval, verdict)
+from .cells import (cell_key, every_tenth, key_values, of_file, publish, run_command, run_grid,
+                                  short_name, stored_record, t_interval, verdict)
 from .checks import check, choice, flag, number, whole
 from .data import load
 from .distillation import CropFlip
@@ -23,8 +23,8 @@ from .early_exit import EarlyExitNet, build_net
 from .exit_training import fit_exits, learning_rates, policy_by_name
 from .inference import confidence, exit_outputs, policy_curve, score_by_name
 from .latent import small_shapes
-from .training import (Record, Streams, accuracy, asset, figure, load_record, load_tensors, mean_std, pick_device, save_record, save_tensors,
-                                     style)
+from .training import (Record, Streams, accuracy, asset, figure, load_record, load_tensors, mean_std,
+                                     pick_device, save_record, save_tensors, style)
 
 # %% ../nbs/05d_exit_experiments.ipynb #6ce67769
 def three_parts(
@@ -32,14 +32,14 @@ def three_parts(
     n_train=None,  # images that training and validation share; None: all (shapes: 20,000; shapes16: 4,000)
     n_test=None,   # test images; None: all
 )->tuple:          # (train, validation, test) of `ArrayData`
-    "Training images without every tenth of each class, those tenths, and the test images; raises `ValueError` for a set too small to divide."
+    "Training images, every tenth of each class apart, and test images; raises `ValueError` for too few."
     return _three_parts(str(name), n_train, n_test, *of_file(name).values())
 
 @functools.lru_cache(maxsize=2)
 def _three_parts(name, n_train, n_test, _=None):
     train, test = small_shapes(n_train or 4000, n_test or 2000) if name == "shapes16" else load(name, n_train, n_test)
     val = every_tenth(train.y)
-    check(bool(val.any()), "data", name, "a data set with at least ten training images of a class; every tenth is set aside")
+    check(bool(val.any()), "data", name, "a data set with ten training images of a class; every tenth is set aside")
     return train.subset(~val), train.subset(val), test
 
 # %% ../nbs/05d_exit_experiments.ipynb #16312bba
@@ -73,8 +73,8 @@ def make_cell(
         check(isinstance(v, dict), k, v, "a dict of settings")
     policy_by_name(policy, **(options or {}))
     lr = dict(cnn=.02, wrn=.1, vit=1e-3)[net] if lr is None else number(lr, "lr", above=0)
-    return dict(data=str(data), net=net, policy=policy, options=options or {}, seed=whole(seed, "seed", None), epochs=whole(epochs, "epochs"),
-                lr=lr, batch_size=whole(batch_size, "batch_size"), **more, **of_file(data))
+    return dict(data=str(data), net=net, policy=policy, options=options or {}, seed=whole(seed, "seed", None),
+                epochs=whole(epochs, "epochs"), lr=lr, batch_size=whole(batch_size, "batch_size"), **more, **of_file(data))
 
 # %% ../nbs/05d_exit_experiments.ipynb #01cdb82e
 def new_net(
@@ -94,7 +94,8 @@ def train_net(
     train = three_parts(cell["data"], cell["n_train"], cell["n_test"])[0]
     st, policy = Streams(cell["seed"]), policy_by_name(cell["policy"], **cell["options"])
     with st.scope("init"): net = new_net(cell, train).to(device)
-    photo = cell["data"] not in ("digits", "shapes") and min(train.shape[1:]) >= 16    # smaller images lose too much by a crop
+    large = min(train.shape[1:]) >= 16                           # smaller images lose too much by a crop
+    photo = large and cell["data"] not in ("digits", "shapes")
     adam = (lambda p: torch.optim.AdamW(p, lr=cell["lr"], weight_decay=.05)) if cell["net"] == "vit" else None
     with st.scope("train"):
         rows = fit_exits(net, train.to(device), policy, cell["epochs"], cell["lr"], weight_decay=5e-4, batch_size=cell["batch_size"],
@@ -117,27 +118,17 @@ def to_16_bits(
     tensors:dict,    # name -> tensor
     head:str="",     # put before the names
 )->dict:
-    "Floating-point numbers in 16 bits and whole numbers in one byte, in more only where they would not survive."
-    return {head + k: _smallest(v) for k, v in tensors.items()}
-
-def _smallest(v):
-    "The smallest type that keeps whole numbers, and keeps finite numbers finite; single whole numbers stay as they are."
-    if v.is_floating_point():
-        kinds = (torch.float16, torch.float32, v.dtype)
-        return v.to(next(k for k in kinds if (v.to(k).isinf() == v.isinf()).all()))
-    if not v.ndim or not v.numel():
-        return v
-    low, high = int(v.min()), int(v.max())
-    kinds = (torch.uint8, torch.int16, torch.int32, torch.int64)
-    return v.to(next(k for k in kinds if torch.iinfo(k).min <= low and high <= torch.iinfo(k).max))
+    "Floating-point tensors as half precision, labels as bytes: half the file, and no prediction that changes."
+    small = lambda v: v.half() if v.is_floating_point() else v.to(torch.uint8) if v.ndim else v
+    return {head + k: small(v) for k, v in tensors.items()}
 
 def from_16_bits(
     tensors:dict,    # of a file
     head:str="",     # of the names that are wanted, cut off
 )->dict:
-    "The tensors in their usual types again: 32 bits, 64 for whole numbers and for what 32 cannot hold."
-    usual = lambda v: v.float() if v.dtype in (torch.float16, torch.bfloat16) else v if v.is_floating_point() else v.long()
-    return {k[len(head):]: usual(v) for k, v in tensors.items() if k.startswith(head)}
+    "The tensors in their usual types again."
+    whole = lambda v: v.float() if v.is_floating_point() else v.long()
+    return {k[len(head):]: whole(v) for k, v in tensors.items() if k.startswith(head)}
 
 # %% ../nbs/05d_exit_experiments.ipynb #bc63fb6a
 def keep_trained(
@@ -220,7 +211,8 @@ def pays(
 )->Record:
     "Train the same network in several ways with equal epochs and paired seeds; stored as exits_pays_DATA."
     ways = [choice(w, "way", WAYS) for w in ways or WAYS]
-    cells = [make_cell(data, seed=s, policy=WAYS[w][0], options=WAYS[w][1], **how) for s in range(whole(seeds, "seeds", 2)) for w in ways]
+    cells = [make_cell(data, seed=s, policy=WAYS[w][0], options=WAYS[w][1], **how)
+             for s in range(whole(seeds, "seeds", 2)) for w in ways]
     results = run_grid(measure, cells, folder, workers, on_cell)
     name = {json.dumps(v): k for k, v in WAYS.items()}
     way = lambda c: name[json.dumps((c["policy"], c["options"]))]
@@ -253,7 +245,7 @@ def gains(
 def gain_table(
     record:Record, # from `pays`
 )->str:            # markdown
-    "Mean accuracy over budgets and its paired gain over joint training with and without equilibrium, in points with 95 % intervals and verdict on *better*."
+    "Mean accuracy over budgets, its paired gain over both joint trainings (points, 95 %), and the verdict."
     lines = ["| way | mean over budgets | over Joint | over Joint, equilibrium |", "|---|---|---|---|"]
     def show(w, b):
         if w == b:
@@ -286,28 +278,11 @@ def stored(
     "A stored record; without one, print the command that makes it."
     what, *rest = name.split("_")[1:]
     kept_as = what in ("pays", "rates")
-    words = f"{what} --data {'_'.join(rest)}" if kept_as else f"train --data {'_'.join([what, *rest[:-1]])} --net {rest[-1]}"
+    train = f"train --data {'_'.join([what, *rest[:-1]])} --net {(rest or [what])[-1]}"
+    words = f"{what} --data {'_'.join(rest)}" if kept_as else train
     return stored_record(name, f"python -m darkdistill_nb.exit_experiments {words} --out runs/exits --assets assets")
 
-# %% ../nbs/05d_exit_experiments.ipynb #43e72a68
-def main(
-    argv=None, # words of the command line; default: those of this process
-)->int:        # exit code: 0, 2 for bad input, 130 when interrupted
-    "Train and store one network, or compare ways to train, from the command line."
-    p = argparse.ArgumentParser(prog="python -m darkdistill_nb.exit_experiments",
-                                description="Trained early-exit networks. Killed or interrupted, the same command continues.")
-    p.add_argument("experiment", choices=("train", "pays", "rates"))
-    p.add_argument("--data", required=True, help="a data set that load() knows (shapes, cifar10, fashion_mnist, ...), or the path of an .npz file")
-    p.add_argument("--out", required=True, help="folder for results and checkpoints")
-    p.add_argument("--net", choices=NETS, default="cnn")
-    p.add_argument("--seeds", type=int, default=3, help="pays, rates: pairs")
-    p.add_argument("--workers", type=int, help="pays, rates: processes, default one per core")
-    p.add_argument("--device", default="cpu", help="train: cpu or cuda")
-    p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other settings, e.g. epochs=30 lr=0.05 policy=boostnet n_train=5000")
-    p.add_argument("--assets", help="folder that also gets the result")
-    a = p.parse_args(argv)
-    return run_command(lambda: f"done: {_experiment(a).seconds:.0f} s of training")
-
+# %% ../nbs/05d_exit_experiments.ipynb #70efa25e
 def _experiment(a):
     "The record of what the words of the command line ask for."
     how = _settings(a)
@@ -333,6 +308,26 @@ def _tell_epoch(row, net):
 def _tell_cell(i, n, r):
     c, exits = r["cell"], [round(v, 3) for v in r.get("exits") or r["accuracy"]]
     print(f"{i}/{n} {c['policy']} seed {c['seed']}: exits {exits} ({r['seconds']} s)", flush=True)
+
+# %% ../nbs/05d_exit_experiments.ipynb #43e72a68
+def main(
+    argv=None, # words of the command line; default: those of this process
+)->int:        # exit code: 0, 2 for bad input, 130 when interrupted
+    "Train and store one network, or compare ways to train, from the command line."
+    p = argparse.ArgumentParser(prog="python -m darkdistill_nb.exit_experiments",
+                                description="Trained early-exit networks. Killed or interrupted, the same command continues.")
+    p.add_argument("experiment", choices=("train", "pays", "rates"))
+    p.add_argument("--data", required=True,
+                   help="a data set that load() knows (shapes, cifar10, fashion_mnist, ...), or the path of an .npz file")
+    p.add_argument("--out", required=True, help="folder for results and checkpoints")
+    p.add_argument("--net", choices=NETS, default="cnn")
+    p.add_argument("--seeds", type=int, default=3, help="pays, rates: pairs")
+    p.add_argument("--workers", type=int, help="pays, rates: processes, default one per core")
+    p.add_argument("--device", default="cpu", help="train: cpu or cuda")
+    p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other settings, e.g. epochs=30 lr=0.05 policy=boostnet n_train=5000")
+    p.add_argument("--assets", help="folder that also gets the result")
+    a = p.parse_args(argv)
+    return run_command(lambda: f"done: {_experiment(a).seconds:.0f} s of training")
 
 # %% ../nbs/05d_exit_experiments.ipynb #d2d559d6
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())   # not in a notebook

@@ -102,7 +102,7 @@ def loss(self:Joint,
     raw:list,       # E tensors (B, K)
     y:torch.Tensor, # (B,) labels
 )->tuple:           # scalar (nats), list of E deciding logits
-    "Weighted sum of the exits' cross-entropies, and the logits they were taken on; raises `ValueError` for unequal shapes."
+    "Weighted sum of the exits' cross-entropies, and their logits; raises `ValueError` for unequal shapes."
     _check_raw(raw, y)
     F_ = self.predict(raw)
     total = sum(w * F.cross_entropy(_up(f), y) for w, f in zip(exit_weights(self.weights, len(F_)), F_) if w)
@@ -116,7 +116,8 @@ def _check_raw(raw, y=None):
     check(ok, "logits", raw, "a list with a tensor (B, K) of every exit")
     shape = same_shape(**{f"logits of exit {e}": f for e, f in enumerate(raw, 1)})
     if y is not None and tuple(y.shape) != shape[:1]:
-        raise ValueError(f"y has shape {tuple(y.shape)}, but the logits are {shape}: there must be one label per sample")
+        raise ValueError(f"y has shape {tuple(y.shape)}, but the logits are {shape}: "
+                         "there must be one label per sample")
 
 # %% ../nbs/04b_exit_training.ipynb #bc4dc43d
 class BoostNet(Joint):
@@ -140,7 +141,7 @@ def exit_shares(
     E:int,        # exits
     P:float=30,   # r = P/20; below 20 shallow exits get more
 )->list:          # q_1..q_E, adding to 1
-    "Geometric target shares q_e ~ (P/20)^e of MSDNet's budget procedure (arXiv 1703.09844); raises `ValueError` for P <= 0."
+    "Target shares q_e ~ (P/20)^e of MSDNet (arXiv 1703.09844); raises `ValueError` for P <= 0."
     E, P = whole(E, "E"), number(P, "P", above=0)
     try:
         q = [(P / 20) ** e for e in range(1, E + 1)]
@@ -154,7 +155,7 @@ def exit_partition(
     logits:list,   # E tensors (B, K)
     P:float=30,    # as in `exit_shares`
 )->list:           # E LongTensors of sample indices; disjoint, together the whole batch; may be empty
-    "Which samples of a batch would leave at each exit when the shares follow `exit_shares`; raises `ValueError` for NaN."
+    "Which samples of a batch would leave at each exit, by `exit_shares`; raises `ValueError` for NaN."
     _check_raw(logits)
     for e, f in enumerate(logits, 1):
         finite(f, f"logits of exit {e}", inf=True)
@@ -401,7 +402,8 @@ def _save_progress(path, net, opt, generators, rows, marks=None):
     "Weights, optimiser, random generators and the rows so far in one file, replaced as a whole."
     state = {f"opt.{i}.{k}": torch.as_tensor(v) for i, s in opt.state_dict()["state"].items() for k, v in s.items() if v is not None}
     state |= {f"net.{k}": v for k, v in net.state_dict().items()} | {"rng": torch.get_rng_state()}
-    save_tensors(path, state | {f"rng.{i}": g.get_state() for i, g in enumerate(generators)}, dict(rows=rows, training=marks))
+    state |= {f"rng.{i}": g.get_state() for i, g in enumerate(generators)}
+    save_tensors(path, state, dict(rows=rows, training=marks))
 
 def _load_progress(path, net, opt, generators, policy, marks=None):
     "Put back what `_save_progress` wrote, if it did and for this training; returns the rows."
@@ -430,9 +432,20 @@ def _check_exits(net, data, policy, batch_size):
     if isinstance(data, ArrayData):      # a meta step learns from halves of a batch
         check_batches(net, len(data), batch_size, data[:1][0], parts=2 if hasattr(policy, "weight_net") else 1)
 
-def _epoch(net, batches, policy, opt, rate, augment, amp):
-    "One pass over the batches; returns the sum of the losses."
-    total = 0.
+def _sgd(**settings):
+    "The settings of SGD as numbers."
+    return {k: number(v, k, low=0) for k, v in settings.items()}
+
+def _begin_epoch(modes, policy, e, epochs):
+    "Modules in the modes they had, whatever `on_epoch` did to them; the policy knows how far training is."
+    for m, mode in modes:
+        m.training = mode
+    policy.at(e, epochs)
+
+# %% ../nbs/04b_exit_training.ipynb #82676771
+def _epoch(net, batches, policy, opt, rate, augment, amp, e):
+    "One pass over the batches; returns its row."
+    total, n, start = 0., 0, time.perf_counter()
     for i, (x, y) in enumerate(batches):
         if rate:
             opt.param_groups[0]["lr"] = rate(i)
@@ -443,8 +456,11 @@ def _epoch(net, batches, policy, opt, rate, augment, amp):
         opt.zero_grad(set_to_none=True)
         value.backward()
         opt.step()
-        total += value.detach() * len(y)
-    return float(total)
+        total, n = total + value.detach() * len(y), n + len(y)
+    loss = float(total) / n
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the training loss is {loss}; lower lr={opt.defaults['lr']}")
+    return dict(epoch=e, loss=loss, seconds=time.perf_counter() - start)
 
 def _falling(lr, e, epochs, n):
     "Learning rate of step i of epoch e: half a cosine from `lr` to 0."
@@ -457,8 +473,7 @@ def fit_exits(
     policy,                   # `Joint()`, `BoostNet()`, ...
     epochs:int=1,             # passes over `data`
     lr:float=.05,             # learning rate in the first step
-    momentum:float=.9,        # of SGD
-    weight_decay:float=1e-4,  # of SGD
+    momentum:float=.9, weight_decay:float=1e-4, # of SGD
     batch_size:int=64,        # pictures a step
     cosine:bool=True,         # let the learning rate fall to 0 along half a cosine
     augment=None,             # augment(x, generator) -> x
@@ -468,26 +483,20 @@ def fit_exits(
     optimizer=None,           # optimizer(parameters) -> torch optimiser, e.g. AdamW for a ViT; None: SGD
     checkpoint=None,          # file that is written after each epoch, and read first if it is there
 )->list:                      # a dict per epoch: epoch, loss (nats, mean per picture), seconds
-    "Train the exits of a network; raises `ValueError` for bad settings or another training's checkpoint, `FloatingPointError` if the loss is not finite."
-    epochs, batch_size, lr = whole(epochs, "epochs", 0), whole(batch_size, "batch_size"), number(lr, "lr", low=0)
-    sgd = dict(lr=lr, momentum=number(momentum, "momentum", low=0), weight_decay=number(weight_decay, "weight_decay", low=0))
+    "Train all exits; raises `ValueError` for another training's checkpoint, `FloatingPointError` for a loss of NaN."
+    epochs, batch_size = whole(epochs, "epochs", 0), whole(batch_size, "batch_size")
     _check_exits(net, data, policy, batch_size)
+    sgd = _sgd(lr=lr, momentum=momentum, weight_decay=weight_decay)
     opt = (optimizer or partial(torch.optim.SGD, **sgd))([p for p in net.parameters() if p.requires_grad])
-    g, n, rows, marks = _stream(generator, "augment"), math.ceil(len(data) / batch_size), [], None
+    g, modes = _stream(generator, "augment"), [(m, m.training) for m in start_training(net).modules()]
     drawn, changed = [x for x in (generator, g if augment else None) if x], augment and (lambda x: augment(x, g))
-    if checkpoint:
-        marks = _training_of(net, data, policy, opt, generator, epochs=epochs, batch_size=batch_size, cosine=cosine, amp=amp, augment=augment, **sgd)
-        rows = _load_progress(checkpoint, net, opt, drawn, policy, marks)
-    modes = [(m, m.training) for m in start_training(net).modules()]
+    how = dict(epochs=epochs, batch_size=batch_size, cosine=cosine, amp=amp, augment=augment, **sgd)
+    marks = _training_of(net, data, policy, opt, generator, **how) if checkpoint else None
+    rows = _load_progress(checkpoint, net, opt, drawn, policy, marks) if checkpoint else []
     for e in range(len(rows), epochs):
-        for m, mode in modes:                          # whatever `on_epoch` did to them
-            m.training = mode
-        start, rate = time.perf_counter(), _falling(lr, e, epochs, n) if cosine else None
-        policy.at(e, epochs)
-        loss = _epoch(net, data.batches(batch_size, generator), policy, opt, rate, changed, amp) / len(data)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the training loss is {loss}; lower lr={lr}")
-        rows.append(dict(epoch=e, loss=loss, seconds=time.perf_counter() - start))
+        _begin_epoch(modes, policy, e, epochs)
+        rate = _falling(sgd["lr"], e, epochs, math.ceil(len(data) / batch_size)) if cosine else None
+        rows.append(_epoch(net, data.batches(batch_size, generator), policy, opt, rate, changed, amp, e))
         if checkpoint:
             _save_progress(checkpoint, net, opt, drawn, rows, marks)
         if on_epoch:
@@ -522,7 +531,8 @@ def compare_exits(
     **kwargs            # passed to `train_exits`
 )->dict:                # name -> list of the results of `train_exits`, one per seed
     "Train every way with every seed; raises `ValueError` without ways, or for seeds that are not whole numbers."
-    check(isinstance(ways, dict) and ways and all(map(callable, ways.values())), "ways", ways, "a dict: name -> () -> fresh policy")
+    known = isinstance(ways, dict) and ways and all(map(callable, ways.values()))
+    check(known, "ways", ways, "a dict: name -> () -> fresh policy")
     seeds = _seeds(seeds)
     out = {name: [] for name in ways}
     for seed in seeds:
@@ -617,7 +627,8 @@ def learning_rates(
     cells = [{**fixed, **{k: v for k, v in c.items() if k != "way"}} for c in planned]
     record = Record.begin(fixed)
     results = run_grid(difficulty_cell, cells, folder, workers, on_cell)
-    record.runs = [{k: c[k] for k in ("way", "lr", "seed")} | {k: r[k] for k in ("accuracy", "seconds")} for c, r in zip(planned, results)]
+    record.runs = [dict(way=c["way"], lr=c["lr"], seed=c["seed"], accuracy=r["accuracy"], seconds=r["seconds"])
+                   for c, r in zip(planned, results)]
     record.seconds = sum(r["seconds"] for r in results)
     save_record(record, Path(folder)/f"exits_rates_{short_name(data)}")
     return record
@@ -632,10 +643,11 @@ def by_rate(
         out.setdefault((r["way"], r["lr"]), []).append(sum(r["accuracy"]) / len(r["accuracy"]))
     return out
 
+# %% ../nbs/04b_exit_training.ipynb #fbaf6b79
 def rate_table(
     record:Record # of `learning_rates`
 )->str:           # markdown
-    "Mean accuracy over exits and seeds in percent, a row per way and a column per learning rate; the best of each row is bold."
+    "Mean accuracy over exits and seeds (%), a row per way, a column per learning rate, the best bold."
     acc = by_rate(record)
     ways, rates = (list(dict.fromkeys(k[i] for k in acc)) for i in (0, 1))
     lines = ["| | " + " | ".join(f"lr {lr:g}" for lr in sorted(rates)) + " |", "|---" * (len(rates) + 1) + "|"]
@@ -646,13 +658,14 @@ def rate_table(
         lines.append(f"| {w} | " + " | ".join(show(mean[lr]) if lr in mean else "" for lr in sorted(rates)) + " |")
     return "\n".join(lines)
 
+# %% ../nbs/04b_exit_training.ipynb #bc2310b5
 def rate_claim(
     record:Record, # of `learning_rates`
     way:str,       # that is said to be better
     base:str,      # than this one
     lr=None,       # at this learning rate; None: each at its best
 )->tuple:          # ((mean, low, high) in points, verdict)
-    "Is one way better than another? Judged by the paired differences of the seeds; raises `ValueError` for ways that were not trained."
+    "Is one way better, judged seed by seed? Raises `ValueError` for ways that were not trained."
     acc = by_rate(record)
     def values(w):
         found = {k[1]: v for k, v in acc.items() if k[0] == w and lr in (None, k[1])}
@@ -669,7 +682,7 @@ def gradient_share(
     difficulty:torch.Tensor, # (N,) in [0, 1]
     bins:int=5,              # equal ranges of difficulty
 )->torch.Tensor:             # (E, bins); each row adds to 1
-    "Share of the gradient at each exit's logits that comes from each range of difficulty; raises `ValueError` for other shapes or ranges."
+    "Share of each exit's gradient that comes from each range of difficulty; raises `ValueError` for NaN."
     bins = whole(bins, "bins")
     same_shape(y=y, difficulty=difficulty)
     check(bool(((difficulty >= 0) & (difficulty <= 1)).all()), "difficulty", "a tensor", "from 0 to 1 and without NaN")

@@ -48,9 +48,10 @@ def consensus(
     scores:list,  # one (N, C) tensor per party
     weights=None, # one number per party; None: all equal
 )->torch.Tensor:  # (N, C)
-    "Weighted mean of what the parties say about the same images; raises `ValueError` for unequal shapes, NaN and infinity."
+    "Weighted mean of what the parties say; raises `ValueError` for unequal shapes, NaN and infinity."
     if len({tuple(t.shape) for t in scores}) != 1:
-        raise ValueError(f"scores have shapes {[tuple(t.shape) for t in scores]}; all parties must answer about the same images in the same size")
+        raise ValueError(f"scores have shapes {[tuple(t.shape) for t in scores]}; "
+                         "all parties must answer about the same images in the same size")
     for i, t in enumerate(scores):
         finite(t, f"scores[{i}]")
     w = [1.] * len(scores) if weights is None else [number(v, f"weights[{i}]", low=0) for i, v in enumerate(weights)]
@@ -112,7 +113,7 @@ def digest(self:FedMD,
     epochs:int,
     generator:torch.Generator,
 )->float:                      # mean loss of the last epoch
-    "Train a party to say `targets`, the shared layers only; raises `ValueError` unless there is one finite target per image."
+    "Train a party to say `targets`, shared layers only; raises `ValueError` for targets that do not fit."
     check(len(targets) == len(data), "targets", targets, f"a tensor with {len(data)} rows, one per image")
     finite(targets, "targets")
     epochs = whole(epochs, "epochs", 0)
@@ -159,7 +160,7 @@ def score_bytes(
     pictures:int, # N_align
     width:int,    # K logits, or l numbers of a latent
 )->int:
-    "Bytes of the scores of one party in one direction, 32 bit a number; raises `ValueError` for fractions and negative numbers."
+    "Bytes of one party's scores in one direction, 32 bit a number; raises `ValueError` for fractions."
     return whole(pictures, "pictures", 0) * whole(width, "width", 0) * 4
 
 # %% ../nbs/06b_fedmd.ipynb #2ac1c1f6
@@ -175,7 +176,8 @@ def _check_parties(method, parties, public, teacher):
     if method.mode == "teacher" or method.what == "latent":
         check(teacher is not None, "teacher", teacher, f"a network for what={method.what!r}, mode={method.mode!r}")
     for p in parties:
-        check(len(p.train) and len(p.test), f"parties[{p.id!r}]", (len(p.train), len(p.test)), "one with training and test images")
+        sizes = len(p.train), len(p.test)
+        check(all(sizes), f"parties[{p.id!r}]", sizes, "one with training and test images")
         for data in [p.train] if method.what == "latent" else [p.train, public]:
             check_batches(p.net, len(data), method.batch_size, data[:1][0])
 

@@ -29,7 +29,8 @@ class LoRALinear(nn.Linear):
         nn.Module.__init__(self)   # not Linear's, which would make and initialise a weight
         of, rank = whole(of, "of"), whole(rank, "rank")
         alpha, dropout = number(alpha, "alpha"), number(dropout, "dropout", low=0, below=1)
-        check(parts and all(whole(i, f"parts[{k!r}]", 0, of - 1) >= 0 for k, i in parts.items()), "parts", parts, "a dict: name -> part, from 0")
+        check(isinstance(parts, dict) and parts, "parts", parts, "a dict: name -> part, from 0")
+        parts = {k: whole(i, f"parts[{k!r}]", 0, of - 1) for k, i in parts.items()}
         check(base.out_features % of == 0, "of", of, f"a divisor of the {base.out_features} outputs")
         self.in_features, self.out_features, width = base.in_features, base.out_features, base.out_features // of
         self.weight, self.bias, self.dropout = base.weight, base.bias, nn.Dropout(dropout)

@@ -9,11 +9,13 @@ __all__ = ['cell_key', 'cell_file', 'run_stored', 'every_tenth', 'of_file', 'sho
            'run_command', 'each', 'run_grid', 't_interval', 'verdict', 'kept', 'publish', 'stored_record']
 
 # %% ../nbs/01b_cells.ipynb #86dd3c95
-import functools, hashlib, json, math, os, sys, threading, time
+import functools, hashlib, json, math, os, sys, time
+from concurrent.futures import as_completed
 from pathlib import Path
 import torch
 from .checks import check, number, whole
 from .data import _one_thread
+from .process import WorkerPool, forgiving_console, leave_with_parent, only_from_main
 from .training import asset, check_json, load_record, load_tensors, mean_std, read_json, save_tensors, write_atomic
 
 # %% ../nbs/01b_cells.ipynb #9a7c4bec
@@ -113,43 +115,44 @@ def key_values(
 # %% ../nbs/01b_cells.ipynb #80c64465
 def run_command(
     work, # work() does it, and returns the line to print at its end
-)->int:   # exit code: 0; 2 for bad input, told in one line; 130 when interrupted
-    "The end of every experiment's command line."
+)->int:   # exit code: 0; 1 if a worker died; 2 for bad input; 130 when interrupted
+    "The end of every experiment's command line: errors are one line each."
+    forgiving_console()
     try:
         print(work())
         return 0
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, FloatingPointError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    except (RuntimeError, ValueError, TypeError, OSError, FloatingPointError) as e:
+        print("error: " + " ".join(str(e).split()), file=sys.stderr)
+        return 1 if isinstance(e, RuntimeError) else 2
 
 # %% ../nbs/01b_cells.ipynb #16fca78b
 def _worker_start():
     "One thread; leave when the parent has gone."
+    leave_with_parent()
     torch.set_num_threads(1)
-    parent = os.getppid()
-    def watch():
-        while os.getppid() == parent: time.sleep(1)
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/01b_cells.ipynb #13751c08
+def _each_in_pool(job, items, workers):
+    with WorkerPool(workers, _worker_start) as pool, pool.explained():
+        for future in as_completed([pool.submit(job, i) for i in items]):
+            yield future.result()
+
+# %% ../nbs/01b_cells.ipynb #337afcc8
 def each(
     job,         # job(item) -> result; with several workers a function of an importable module
     items:list,
     workers:int, # processes; 1: this one
 ):               # iterator over the results
-    "Results of `job(item)` as they come: from this process, or from several new ones."
-    if workers == 1 or len(items) < 2: yield from map(job, items); return
-    import multiprocessing as mp
-    from concurrent.futures import ProcessPoolExecutor, as_completed
-    with ProcessPoolExecutor(min(workers, len(items)), mp.get_context("spawn"), _worker_start) as pool:
-        futures = [pool.submit(job, i) for i in items]
-        try:
-            for f in as_completed(futures): yield f.result()
-        finally: pool.shutdown(wait=False, cancel_futures=True)
+    "Results as they come, here or from workers; `ValueError` for workers < 1, `RuntimeError` if one dies."
+    whole(workers, "workers")
+    items = list(items)
+    if workers == 1 or len(items) < 2:
+        return map(job, items)
+    only_from_main()
+    return _each_in_pool(job, items, min(workers, len(items)))
 
 # %% ../nbs/01b_cells.ipynb #8c9541ca
 def run_grid(

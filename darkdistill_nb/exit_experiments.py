@@ -118,17 +118,27 @@ def to_16_bits(
     tensors:dict,    # name -> tensor
     head:str="",     # put before the names
 )->dict:
-    "Floating-point tensors as half precision, labels as bytes: half the file, and no prediction that changes."
-    small = lambda v: v.half() if v.is_floating_point() else v.to(torch.uint8) if v.ndim else v
-    return {head + k: small(v) for k, v in tensors.items()}
+    "Floating-point numbers in 16 bits and whole numbers in one byte, in more only where they would not survive."
+    return {head + k: _smallest(v) for k, v in tensors.items()}
+
+def _smallest(v):
+    "The smallest type that keeps whole numbers, and keeps finite numbers finite; single whole numbers stay as they are."
+    if v.is_floating_point():
+        kinds = (torch.float16, torch.float32, v.dtype)
+        return v.to(next(k for k in kinds if (v.to(k).isinf() == v.isinf()).all()))
+    if not v.ndim or not v.numel():
+        return v
+    low, high = int(v.min()), int(v.max())
+    kinds = (torch.uint8, torch.int16, torch.int32, torch.int64)
+    return v.to(next(k for k in kinds if torch.iinfo(k).min <= low and high <= torch.iinfo(k).max))
 
 def from_16_bits(
     tensors:dict,    # of a file
     head:str="",     # of the names that are wanted, cut off
 )->dict:
-    "The tensors in their usual types again."
-    whole = lambda v: v.float() if v.is_floating_point() else v.long()
-    return {k[len(head):]: whole(v) for k, v in tensors.items() if k.startswith(head)}
+    "The tensors in their usual types again: 32 bits, 64 for whole numbers and for what 32 cannot hold."
+    usual = lambda v: v.float() if v.dtype in (torch.float16, torch.bfloat16) else v if v.is_floating_point() else v.long()
+    return {k[len(head):]: usual(v) for k, v in tensors.items() if k.startswith(head)}
 
 # %% ../nbs/05d_exit_experiments.ipynb #bc63fb6a
 def keep_trained(

@@ -298,10 +298,10 @@ def method(self:Experiment, name):
     "A fresh method object by name; raises `ValueError` for keywords of DarkDistill that do not fit."
     import inspect
     from darkdistill_nb.darkdistill import DarkDistill
-    from darkdistill_nb.exit_training import policy_by_name
+    from darkdistill_nb.exit_training import objective_by_name
     from darkdistill_nb.federated import EEFL
     c, keys = self.config, ("lr", "decay", "momentum", "weight_decay", "batch_size", "epochs", "participation")
-    common = dict(policy=policy_by_name(c["policy"]), **{k: c[k] for k in keys})
+    common = dict(policy=objective_by_name(c["policy"]), **{k: c[k] for k in keys})
     if name == "eefl":
         return EEFL(**common)
     known = inspect.signature(DarkDistill.__init__).parameters

@@ -7,7 +7,7 @@ Docs: https://darkdistill.github.io/darkdistill_nb/exit_training.html.md"""
 # %% auto #0
 __all__ = ['WEIGHTINGS', 'CENTRES', 'POLICIES', 'RATES', 'RATE_WAYS', 'exit_weights', 'Joint', 'BoostNet', 'exit_shares',
            'exit_partition', 'exit_losses', 'sample_weights', 'WeightNet', 'sgd_step', 'L2W', 'SelfDistillation',
-           'Mutual', 'policy_by_name', 'fit_exits', 'train_exits', 'compare_exits', 'paired_gain',
+           'Mutual', 'objective_by_name', 'fit_exits', 'train_exits', 'compare_exits', 'paired_gain',
            'difficulty_experiment', 'difficulty_cell', 'learning_rates', 'by_rate', 'rate_table', 'rate_claim',
            'gradient_share']
 
@@ -379,7 +379,7 @@ class Mutual(Joint):
 
 # %% ../nbs/04b_exit_training.ipynb #d3e7423f
 POLICIES = {"joint": Joint, "boostnet": BoostNet, "l2w": L2W, "self_distillation": SelfDistillation, "mutual": Mutual}
-def policy_by_name(
+def objective_by_name(
     name:str, # joint | boostnet | l2w | self_distillation | mutual
     **kwargs  # passed on
 ):
@@ -601,7 +601,7 @@ def difficulty_cell(
     folder,    # unused; jobs of `run_grid` take one
 )->dict:       # accuracy: one number per exit
     "One training of `difficulty_experiment`, as a cell."
-    ways = {"way": lambda: policy_by_name(cell["policy"], **cell["options"])}
+    ways = {"way": lambda: objective_by_name(cell["policy"], **cell["options"])}
     fixed = {k: cell[k] for k in ("n_train", "n_test", "width", "lr", "epochs", "batch_size")}
     results = difficulty_experiment(cell["data"], ways=ways, seeds=(cell["seed"],), **fixed)[0]
     return dict(accuracy=results["way"][0]["accuracy"])

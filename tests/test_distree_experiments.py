@@ -23,9 +23,9 @@ def folder(tmp_path_factory): return tmp_path_factory.mktemp("distree")
 
 
 def test_cells_are_json_and_differ_in_every_setting():
-    cell = X.make_cell("cifar10", 4, seed=1, drop=.2)
+    cell = X.distree_cell("cifar10", 4, seed=1, drop=.2)
     assert json.loads(json.dumps(cell)) == cell
-    others = [X.make_cell("cifar10", **k) for k in (dict(n_students=1), dict(seed=3), dict(rule="random"), dict(w="last"), dict(drop=.1), dict(epochs=3))]
+    others = [X.distree_cell("cifar10", **k) for k in (dict(n_students=1), dict(seed=3), dict(rule="random"), dict(w="last"), dict(drop=.1), dict(epochs=3))]
     assert len({X.cell_key(c) for c in [cell, *others]}) == 7
     for bad, words in ((dict(speed=1), "unknown setting"), (dict(rule="fair"), "rule='fair'"), (dict(n_students=0), "n_students=0"),
                        (dict(seed=.5), "seed=0.5"), (dict(w="best"), "w='best'"), (dict(w=[float("nan")]), "a weight of w=nan"),
@@ -33,12 +33,12 @@ def test_cells_are_json_and_differ_in_every_setting():
                        (dict(crops=-1), "crops=-1"), (dict(n_train=3), "n_train=3"), (dict(amp="no"), "amp='no'"), (dict(teacher={}), "teacher={}"),
                        (dict(student="wrn"), "student='wrn'"), (dict(batch_size=0), "batch_size=0")):
         with pytest.raises(ValueError, match=words):
-            X.make_cell("digits", **bad)
-    assert X.make_cell("digits", np.int64(2), drop=np.float32(.5)) == X.make_cell("digits", 2, drop=.5)
+            X.distree_cell("digits", **bad)
+    assert X.distree_cell("digits", np.int64(2), drop=np.float32(.5)) == X.distree_cell("digits", 2, drop=.5)
 
 
 def test_a_killed_system_is_finished_with_the_same_answers(folder, tmp_path, monkeypatch):
-    cell = X.make_cell("digits", seed=5, **{**QUICK, "epochs": 2})
+    cell = X.distree_cell("digits", seed=5, **{**QUICK, "epochs": 2})
     X.run_system(cell, folder)
     whole = X.load_answers(X.answers_file(cell, folder))["test"]
     class Killed(Exception): pass
@@ -56,10 +56,10 @@ def test_a_killed_system_is_finished_with_the_same_answers(folder, tmp_path, mon
 
 
 def test_pairs_share_the_division_and_what_is_random(folder):
-    a, b = (X.train_system(X.make_cell("digits", seed=1, w=w, **QUICK), folder) for w in ("rising", "uniform"))
+    a, b = (X.train_system(X.distree_cell("digits", seed=1, w=w, **QUICK), folder) for w in ("rising", "uniform"))
     assert a[2] == b[2] and a[0].sizes == b[0].sizes
-    table = X.teacher_answers(X.make_cell("digits", **QUICK), folder)[1]
-    r = [X.split_filters(X.make_cell("digits", seed=s, rule="random", **QUICK), table)[0] for s in (0, 0, 1)]
+    table = X.teacher_answers(X.distree_cell("digits", **QUICK), folder)[1]
+    r = [X.split_filters(X.distree_cell("digits", seed=s, rule="random", **QUICK), table)[0] for s in (0, 0, 1)]
     assert r[0] == r[1] != r[2]
 
 
@@ -129,7 +129,7 @@ def test_budgets_out_of_reach_are_shown():
     assert rows["over the static mixture at every cost below 0.8 that it can have"]["verdict"] == "holds"
     runs = fake(.01, budgets=(.724,)).runs
     assert X.compare_rules(runs, "partial logits", budget=.5)["verdict"] == "out of reach"
-    table = X.comparison_table(runs, [("partial logits", "chance"), ("partial logits", "feature difference")], (.5, .724)).splitlines()
+    table = X.rule_table(runs, [("partial logits", "chance"), ("partial logits", "feature difference")], (.5, .724)).splitlines()
     assert table[2] == "| 0.5 | out of reach (static mixture) | out of reach |" and "holds (random, shared)" in table[3]
 
 
@@ -186,19 +186,19 @@ FAST = dict(epochs=4, teacher_epochs=2, batch_size=20)
 
 def test_experiments_take_any_file(tmp_path):
     data = tiny_file(tmp_path/"mine.npz")
-    record = X.run_experiment("partition", data, tmp_path/"runs", 2, ["random"], 1, **FAST)
+    record = X.run_distree("partition", data, tmp_path/"runs", 2, ["random"], 1, **FAST)
     assert (tmp_path/"runs"/"distree_partition_mine"/"record.json").is_file() and len(record.runs) == 2
     assert record.config["data"] == data and record.runs[0]["joint"][-1] > .5 and "curves" in record.runs[0]
-    vit = X.make_cell(data, **{**X.SMALL_VIT, **FAST})
+    vit = X.distree_cell(data, **{**X.SMALL_VIT, **FAST})
     assert X.run_system(vit, tmp_path/"runs")["joint"][-1] > .3
-    kept = X.keep_system(X.make_cell(data, **FAST), tmp_path/"runs", tmp_path/"assets")
+    kept = X.keep_system(X.distree_cell(data, **FAST), tmp_path/"runs", tmp_path/"assets")
     assert X.load_system(tmp_path/"assets"/"distree_mine_2.safetensors")[1]["shape"] == [3, 10, 10] and kept.runs
 
 
 def test_make_cell_takes_every_name():
-    assert X.make_cell("mnist")["data"] == "mnist" and X.make_cell("mnist")["student"] == X.make_cell("shapes16")["student"]
+    assert X.distree_cell("mnist")["data"] == "mnist" and X.distree_cell("mnist")["student"] == X.distree_cell("shapes16")["student"]
     with pytest.raises(FileNotFoundError, match="is not there"):
-        X.make_cell("nowhere.npz")
+        X.distree_cell("nowhere.npz")
 
 
 def test_other_images_under_the_same_name_are_not_taken_for_these(tmp_path, monkeypatch):
@@ -211,11 +211,11 @@ def test_other_images_under_the_same_name_are_not_taken_for_these(tmp_path, monk
         monkeypatch.setenv("DARKDISTILL_DATA", str(folder))
         X._table.cache_clear()
         X.image_parts.__globals__["three_parts"].__globals__["_three_parts"].cache_clear()
-        return X.run_experiment("partition", "mine", tmp_path/"runs", 1, ["random"], 1, **FAST)
+        return X.run_distree("partition", "mine", tmp_path/"runs", 1, ["random"], 1, **FAST)
     go(folders[0])
     with pytest.raises(ValueError, match=r"delete"):
         go(folders[1])
-    cell = X.make_cell("mine", rule="random", **FAST)
+    cell = X.distree_cell("mine", rule="random", **FAST)
     cell_file(cell, tmp_path/"runs").unlink()                       # the result is gone, the checkpoint of the training is not
     with pytest.raises(ValueError, match=r"another (data|table).*delete"):
         go(folders[1])
@@ -224,12 +224,12 @@ def test_other_images_under_the_same_name_are_not_taken_for_these(tmp_path, monk
 @pytest.mark.parametrize("what", ["teachers", "answers"])
 def test_damaged_and_exchanged_files_are_named(what, folder, tmp_path):
     for i, seed in enumerate((11, 12)):
-        X.run_system(X.make_cell("digits", seed=seed, teacher_epochs=1 + i, **{k: v for k, v in QUICK.items() if k != "teacher_epochs"}), tmp_path)
-    cell = X.make_cell("digits", seed=11, **QUICK)
+        X.run_system(X.distree_cell("digits", seed=seed, teacher_epochs=1 + i, **{k: v for k, v in QUICK.items() if k != "teacher_epochs"}), tmp_path)
+    cell = X.distree_cell("digits", seed=11, **QUICK)
     files = sorted((tmp_path/what).glob("*.safetensors"))
     X._table.cache_clear()
     def read():
-        X.get_teacher(cell, tmp_path), X.teacher_answers(cell, tmp_path)
+        X.distree_teacher(cell, tmp_path), X.teacher_answers(cell, tmp_path)
         return X.load_answers(X.answers_file(cell, tmp_path), dict(cell=cell, **X.image_digests(cell)))
     whole = [f.read_bytes() for f in files]
     read()
@@ -260,12 +260,12 @@ def _is_read(file, read):
 
 def test_validation_images_trained_nobody():
     for how in (dict(), dict(n_train=300)):
-        teacher, students, valid, test = X.image_parts(X.make_cell("digits", **how))
+        teacher, students, valid, test = X.image_parts(X.distree_cell("digits", **how))
         seen = [{x.numpy().tobytes() for x in d.x} for d in (teacher, students, valid)]
         assert seen[1] <= seen[0] and not seen[2] & seen[0] and len(valid) == (30 if how else 139) and len(students) == (270 if how else 1299)
     with pytest.raises(ValueError, match="n_train=3000 must be at most 1438"):
-        X.image_parts(X.make_cell("digits", n_train=3000))
-    teacher, students, valid, _ = X.image_parts(X.make_cell("shapes16", n_train=400))
+        X.image_parts(X.distree_cell("digits", n_train=3000))
+    teacher, students, valid, _ = X.image_parts(X.distree_cell("shapes16", n_train=400))
     assert len(teacher) == len(students) == 400 - len(valid) and 20 < len(valid) < 41
 
 
@@ -279,7 +279,7 @@ def test_a_teacher_trains_on_one_thread(tmp_path, monkeypatch):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        X.get_teacher(X.make_cell("digits", **QUICK), tmp_path)
+        X.distree_teacher(X.distree_cell("digits", **QUICK), tmp_path)
         assert threads == [1] and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -304,7 +304,7 @@ def test_command(folder, tmp_path):
 
 
 def test_a_kept_system_is_the_trained_one(folder, tmp_path):
-    cell = X.make_cell("digits", 3, seed=2, drop=.1, **QUICK)
+    cell = X.distree_cell("digits", 3, seed=2, drop=.1, **QUICK)
     record = X.keep_system(cell, folder, tmp_path)
     trained = X.train_system(cell, folder)[0].eval(); kept, head = X.load_system(tmp_path/"distree_digits_3.safetensors")
     assert head["cell"] == cell and load_record(tmp_path/"distree_digits_3.json").runs == record.runs

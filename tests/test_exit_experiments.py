@@ -56,7 +56,7 @@ def test_a_file_that_was_written_anew_is_other_data(tmp_path):
 
 def test_names_find_their_cells_as_before():
     "A field more in the description of a named data set would orphan all stored cells."
-    assert set(X.make_cell("digits")) == {
+    assert set(X.exit_cell("digits")) == {
         "data",
         "net",
         "policy",
@@ -70,7 +70,7 @@ def test_names_find_their_cells_as_before():
         "amp",
         "net_options",
     }
-    assert X.make_cell("digits", seed=np.int64(1), lr=np.float32(0.5)) == X.make_cell(
+    assert X.exit_cell("digits", seed=np.int64(1), lr=np.float32(0.5)) == X.exit_cell(
         "digits", seed=1, lr=0.5
     )
 
@@ -96,7 +96,7 @@ def test_names_find_their_cells_as_before():
 )
 def test_bad_settings_get_one_sentence(how, text):
     with pytest.raises(ValueError, match=text):
-        X.make_cell("digits", **how)
+        X.exit_cell("digits", **how)
 
 
 @pytest.mark.parametrize(

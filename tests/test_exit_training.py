@@ -9,7 +9,7 @@ from darkdistill_nb.distillation import CropFlip, kd_loss
 from darkdistill_nb.early_exit import EarlyExitNet, Exit, cnn, vit, wrn
 from darkdistill_nb.exit_training import (POLICIES, BoostNet, Joint, L2W, Mutual, SelfDistillation, WeightNet, compare_exits, difficulty_experiment,
                                           exit_losses, exit_partition, exit_shares, exit_weights, fit_exits, gradient_share, paired_gain,
-                                          policy_by_name, sample_weights, sgd_step, train_exits)
+                                          objective_by_name, sample_weights, sgd_step, train_exits)
 from darkdistill_nb.training import Streams, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -79,8 +79,8 @@ def test_prefix_uses_its_own_exits():
     raw, y = logits(4), labels()
     for name in POLICIES:
         if name == "l2w": continue                      # its weights depend on all losses it sees
-        assert all(map(torch.equal, policy_by_name(name).predict(raw)[:2], policy_by_name(name).predict(raw[:2])))
-        assert torch.equal(policy_by_name(name).loss(raw[:1], y)[0], F.cross_entropy(raw[0], y)), "one exit: plain cross-entropy"
+        assert all(map(torch.equal, objective_by_name(name).predict(raw)[:2], objective_by_name(name).predict(raw[:2])))
+        assert torch.equal(objective_by_name(name).loss(raw[:1], y)[0], F.cross_entropy(raw[0], y)), "one exit: plain cross-entropy"
 
 
 @pytest.mark.parametrize("ge, expected", [
@@ -310,7 +310,7 @@ def test_last_exit_learns_from_labels_alone():
     (8, 3, torch.float32, 1e4),
 ])
 def test_edges(name, n, E, dtype, scale):
-    p, raw = policy_by_name(name), [(scale * f.detach()).to(dtype).requires_grad_() for f in logits(E, n)]
+    p, raw = objective_by_name(name), [(scale * f.detach()).to(dtype).requires_grad_() for f in logits(E, n)]
     value, out = p.loss(raw, labels(n)); value.backward()
     assert torch.isfinite(value) and value.dtype == torch.float32 and len(out) == E
     assert all(torch.isfinite(f.grad).all() for f in raw) and all(map(torch.equal, out, p.predict(raw)))
@@ -321,7 +321,7 @@ def test_policies_train_and_travel(name):
     "Every policy drives `fit_exits` on float32 and bfloat16 networks, and can be sent to another process."
     data = load("digits", 200)[0]
     for amp in (False, True):
-        net, p = small(), policy_by_name(name)
+        net, p = small(), objective_by_name(name)
         rows = fit_exits(net, data, p, 2, lr=.05, batch_size=40, amp=amp, augment=CropFlip(1, flip=False))
         assert [r["epoch"] for r in rows] == [0, 1] and rows[1]["loss"] < rows[0]["loss"] and all(torch.isfinite(v).all() for v in net.parameters())
     raw, y = logits(3), labels()
@@ -331,9 +331,9 @@ def test_policies_train_and_travel(name):
 
 def test_names_and_options():
     assert set(POLICIES) == {"joint", "boostnet", "l2w", "self_distillation", "mutual"}
-    assert policy_by_name("l2w", eps=.3, mode="mat").eps == .3 and policy_by_name("joint", weights="eenet").weights == "eenet"
-    with pytest.raises(ValueError, match="policy='boost' is unknown; choose one of joint, boostnet, l2w, self_distillation, mutual"): policy_by_name("boost")
-    with pytest.raises(ValueError, match="policy 'mutual' has no option 'w'; it has ramp, T"): policy_by_name("mutual", w=1)
+    assert objective_by_name("l2w", eps=.3, mode="mat").eps == .3 and objective_by_name("joint", weights="eenet").weights == "eenet"
+    with pytest.raises(ValueError, match="policy='boost' is unknown; choose one of joint, boostnet, l2w, self_distillation, mutual"): objective_by_name("boost")
+    with pytest.raises(ValueError, match="policy 'mutual' has no option 'w'; it has ramp, T"): objective_by_name("mutual", w=1)
 
 
 # ---------------------------------------------------------------- the driver and the comparison
@@ -630,7 +630,7 @@ nan, inf = math.nan, math.inf
         (lambda: sample_weights(torch.rand(3, 2), nan), "eps=nan"),
         (lambda: WeightNet(0), "exits=0"),
         (lambda: WeightNet(2, 1.5), "hidden=1.5"),
-        (lambda: policy_by_name(["joint"]), "policy="),
+        (lambda: objective_by_name(["joint"]), "policy="),
         (lambda: fit_exits(small(), load("digits", 100)[0], "joint"), "policy='joint'"),
         (lambda: fit_exits(small(), load("digits", 100)[0], Joint(), nan), "epochs=nan"),
         (lambda: fit_exits(small(), load("digits", 100)[0], Joint(), lr=-1), "lr=-1"),

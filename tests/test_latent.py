@@ -8,7 +8,7 @@ from darkdistill_nb.distillation import distill
 from darkdistill_nb.latent import (NETS, ORDERS, LatentNet, client_task, conv_group, latent_net, latent_variance, latents, lkd, lkd_loss, map_latents,
                                    match_shape, match_transfer, plot_latents, small_shapes)
 from darkdistill_nb.cells import cell_key
-from darkdistill_nb.latent_experiments import (CLAIMS, METHODS, check_claims, differences, get_teacher, main, make_cell, pictures, run_cells, trend)
+from darkdistill_nb.latent_experiments import (CLAIMS, METHODS, check_claims, differences, latent_teacher, main, latent_cell, pictures, run_cells, trend)
 from darkdistill_nb.training import Record, accuracy, load_record, predict
 
 
@@ -219,7 +219,7 @@ QUICK = dict(n=64, epochs=2, teacher_epochs=1)
 def test_cells_of_all_methods_are_paired(tmp_path):
     "Same client, same test and same first weights for every method; one teacher file."
     from darkdistill_nb import latent_experiments as X
-    cells = [make_cell("shapes16", m, 1, **{**QUICK, "epochs": 0}) for m in METHODS]
+    cells = [latent_cell("shapes16", m, 1, **{**QUICK, "epochs": 0}) for m in METHODS]
     tasks = [X.train_cell(c, tmp_path) for c in cells]
     for net, _, task in tasks[1:]:
         assert torch.equal(task.data.x, tasks[0][2].data.x) and torch.equal(task.priv.x, tasks[0][2].priv.x)
@@ -233,7 +233,7 @@ def test_validation_pictures_are_nobody_elses():
 
 
 def test_workers_do_not_change_results(tmp_path):
-    cells = [make_cell("shapes16", m, 0, **QUICK) for m in ("CE", "LKD", "CRD")]
+    cells = [latent_cell("shapes16", m, 0, **QUICK) for m in ("CE", "LKD", "CRD")]
     one = run_cells(cells, tmp_path/"a", 1)
     (tmp_path/"b").mkdir(); (tmp_path/"a"/"teachers").rename(tmp_path/"b"/"teachers")
     two = run_cells(cells, tmp_path/"b", 2)
@@ -242,12 +242,12 @@ def test_workers_do_not_change_results(tmp_path):
 
 def test_same_transfer_and_new_latent_size(tmp_path):
     "A transfer set changes the result, a new l changes the parameters, and both keep the client."
-    base = make_cell("shapes16", "LKD", 0, **QUICK, transfer="digits")
-    r = run_cells([base, make_cell("shapes16", "LKD", 0, match="latent", **QUICK, transfer="digits"),
-                   make_cell("shapes16", "LKD", 0, l=8, **QUICK)], tmp_path, 1)
+    base = latent_cell("shapes16", "LKD", 0, **QUICK, transfer="digits")
+    r = run_cells([base, latent_cell("shapes16", "LKD", 0, match="latent", **QUICK, transfer="digits"),
+                   latent_cell("shapes16", "LKD", 0, l=8, **QUICK)], tmp_path, 1)
     assert base["transfer"] is None and r[1]["cell"]["transfer"] == "digits" and len({cell_key(x["cell"]) for x in r}) == 3
     assert r[2]["parameters"] < r[0]["parameters"] == r[1]["parameters"] and len({x["classes"] for x in r}) == 1
-    assert get_teacher(r[2]["cell"]["teacher"], tmp_path)[1]["d"] == get_teacher(base["teacher"], tmp_path)[1]["d"]
+    assert latent_teacher(r[2]["cell"]["teacher"], tmp_path)[1]["d"] == latent_teacher(base["teacher"], tmp_path)[1]["d"]
 
 
 def test_verdicts_follow_the_data():

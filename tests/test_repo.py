@@ -323,3 +323,20 @@ def test_readme_first_screen():
     assert len(text.split("\n## ")[0].splitlines()) < 40, "the commands are on the first screen"
     for nb in MODULE_NBS: assert f"(nbs/{nb.name})" in text, f"{nb.name} is not in the README's map of notebooks"
     for target in re.findall(r"\]\(((?!https?:)[^)#]+)", text): assert (ROOT / target).exists(), f"the README links {target}, which is not there"
+
+
+def test_a_name_has_one_meaning():
+    "A function that two modules export under one name would hide the other where a reader writes `from ... import *`."
+    code = f"""
+import importlib
+from types import FunctionType
+found = {{}}
+for m in {[default_exp(nb) for nb in MODULE_NBS]}:
+    mod = importlib.import_module("{LIB}." + m)
+    for n in mod.__all__:
+        if isinstance(o := getattr(mod, n), FunctionType) and n not in ("main", "stored"):
+            found.setdefault(n, {{}}).setdefault(id(o), m)
+print({{n: list(w.values()) for n, w in found.items() if len(w) > 1}})
+"""
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert r.returncode == 0 and r.stdout.strip() == "{}", r.stdout + r.stderr

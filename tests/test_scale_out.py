@@ -12,7 +12,7 @@ from darkdistill_nb import scale_out
 from darkdistill_nb.data import ArrayData
 from darkdistill_nb.distributed import DistrEE, make_answers, student_net, system_answers
 from darkdistill_nb.scale_out import RaySystem, Seen, Student, live_policy, plot_requests, ray_cluster
-from darkdistill_nb.simulator import Cluster, Outcomes, Policy, fixed_policy, joint_policy, local_policy, simulate
+from darkdistill_nb.simulator import Cluster, Outcomes, Policy, fixed_policy, joint_policy, local_policy, simulate_devices
 from darkdistill_nb.system_policies import FeatureDifference, NeighbourSimilarity, PartialLogits, ProxyHead
 
 N, E, K, S, LONG = 2, 3, 10, 24, 60.           # LONG: a deadline that no machine misses
@@ -40,7 +40,7 @@ def live(world, ray):
     with RaySystem(world.system, deadline=LONG) as s: yield s
 
 
-def simulated(world, policy, **kw): return simulate(world.table, policy, Cluster.equal(N), np.arange(S) * 1e3, deadline=LONG, mean=world.mean, **kw)
+def simulated(world, policy, **kw): return simulate_devices(world.table, policy, Cluster.equal(N), np.arange(S) * 1e3, deadline=LONG, mean=world.mean, **kw)
 
 
 def says(world, o):

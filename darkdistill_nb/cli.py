@@ -11,10 +11,14 @@ __all__ = ['METHODS', 'POLICIES', 'FAMILIES', 'DATA_OPTIONS', 'METHOD_OPTIONS', 
            'main']
 
 # %% ../nbs/14_cli.ipynb #fda1368e
-import argparse, contextlib, difflib, hashlib, json, math, os, re, shlex, shutil, signal, subprocess, sys, threading, time
+import argparse, contextlib, difflib, hashlib, json, math, os, re, shlex, shutil, signal, subprocess, sys
+import threading, time
 from dataclasses import dataclass
 from pathlib import Path
 from fastcore.basics import patch
+from .checks import check, flag, number, shown, whole
+from .process import (UNGUARDED, Spawn, forgiving_console, leave_with_parent, only_from_main,
+                                    why_ended)
 
 # %% ../nbs/14_cli.ipynb #6a348163
 def near(
@@ -26,46 +30,81 @@ def near(
     return f", did you mean {found[0]!r}?" if found else f"; choose from {', '.join(choices)}"
 
 # %% ../nbs/14_cli.ipynb #7d2ea704
+def _own(v):
+    "Numbers and arrays of numpy as Python's own."
+    return v.tolist() if hasattr(v, "tolist") else v
+
 def _int(v):
-    if isinstance(v, bool) or not isinstance(v, (int, str)): raise ValueError
-    return int(v)
+    return int(v) if isinstance(v, str) else whole(v, "value", None)
 
 def _float(v):
-    if isinstance(v, bool) or not isinstance(v, (int, float, str)): raise ValueError
-    return float(v)
-
-def _text(v):
-    if not isinstance(v, (str, os.PathLike)) or not str(v): raise ValueError
-    return str(v)
+    return float(v) if isinstance(v, str) else number(v, "value", inf=True)
 
 def _flag(v):
-    if not isinstance(v, bool): raise ValueError
-    return v
+    return flag(v, "value")
 
-def _words(v): return [w.strip() for w in v.split(",") if w.strip()] if isinstance(v, str) else [_text(w) for w in v]
+def _text(v):
+    if not isinstance(v, (str, os.PathLike)) or not str(v) or "\0" in str(v):
+        raise ValueError
+    str(v).encode()            # raises for half a character, as odd names of files may hold
+    return str(v)
+
+def _words(v):
+    if isinstance(v, str):
+        return [w.strip() for w in v.split(",") if w.strip()]
+    return [_text(w) for w in v]
+
+# %% ../nbs/14_cli.ipynb #bc94ca57
+MOST = 10_000    # seeds, tiers: more of them is a slip of the pen
 
 def _seeds(v):
     "3 -> [0, 1, 2];  '4,5' -> [4, 5];  '4,' -> [4]"
-    if isinstance(v, str): v = [int(w) for w in v.split(",") if w.strip()] if "," in v else int(v)
-    return list(range(_int(v))) if isinstance(v, int) else [_int(s) for s in v]
+    v = _own(v)
+    if isinstance(v, str):
+        v = [int(w) for w in v.split(",") if w.strip()] if "," in v else int(v)
+    if isinstance(v, int):
+        return list(range(whole(v, "value", 1, MOST)))
+    return [_int(s) for s in v]
 
 def _tiers(v):
     "4 -> four equal shares;  '0.5,0.25,0.25' -> as given;  None: one tier per exit"
-    if isinstance(v, str): v = [float(w) for w in v.split(",")] if "," in v or "." in v else int(v)
-    if isinstance(v, int): return [1 / _int(v)] * v if v > 0 else []
+    v = _own(v)
+    if isinstance(v, str):
+        v = [float(w) for w in v.split(",")] if "," in v or "." in v else int(v)
+    if isinstance(v, int):
+        return [1 / v] * whole(v, "value", 1, MOST)
     return v if v is None else [_float(s) for s in v]
 
 # %% ../nbs/14_cli.ipynb #a1c44bbc
-def _table(v):
-    "{'width': 16} or ['width=16', ...] -> dict; values are read as TOML (16, 0.5, true, [1, 2]), else as text"
+def _value(text):
+    "TOML where it is TOML (16, 0.5, true, [1, 2]), else the text itself."
     import tomllib
-    if isinstance(v, dict): return dict(v)
-    def value(s):
-        try: return tomllib.loads(f"v = {s}")["v"]
-        except tomllib.TOMLDecodeError: return s
-    pairs = [w.partition("=") for w in ([v] if isinstance(v, str) else v)]
-    if not all(name and eq for name, eq, _ in pairs): raise ValueError
-    return {name: value(s) for name, _, s in pairs}
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except (ValueError, RecursionError):
+        return text
+
+def _jsonable(v):
+    "A keyword's value as JSON keeps it; dates become text; raises `ValueError` for anything else."
+    v = _own(v)
+    if isinstance(v, dict):
+        return {_text(k): _jsonable(x) for k, x in v.items()}
+    if isinstance(v, (list, tuple)):
+        return [_jsonable(x) for x in v]
+    if hasattr(v, "isoformat"):
+        return v.isoformat()
+    if v is not None and not isinstance(v, (bool, int, float, str)):
+        raise ValueError
+    return v
+
+def _table(v):
+    "{'width': 16} or ['width=16', ...] -> dict"
+    if isinstance(v, dict):
+        return _jsonable(v)
+    pairs = [_text(w).partition("=") for w in ([v] if isinstance(v, str) else v)]
+    if not all(name and eq for name, eq, _ in pairs):
+        raise ValueError
+    return _jsonable({name: _value(s) for name, _, s in pairs})
 
 # %% ../nbs/14_cli.ipynb #8610bc92
 @dataclass
@@ -79,10 +118,14 @@ class Option:
     ok:object=None     # value -> bool
     def value(self, v):
         "`v` as a checked value; raises `ValueError` naming the setting, the value and what is allowed."
-        if v is None and self.default is None: return None
-        try: x = self.read(v); good = self.ok is None or self.ok(x)
-        except (ValueError, TypeError): good = False
-        if not good: raise ValueError(f"{self.name}={v!r} must be {self.allowed}")
+        if v is None and self.default is None:
+            return None
+        try:
+            x = self.read(v)
+            good = self.ok is None or self.ok(x)
+        except (ValueError, TypeError, OverflowError, RecursionError):
+            good = False
+        check(good, self.name, v, self.allowed)
         return x
 
 # %% ../nbs/14_cli.ipynb #76b7afdd
@@ -133,44 +176,81 @@ TRAIN_OPTIONS = [
 OPTIONS = {o.name: o for o in DATA_OPTIONS + METHOD_OPTIONS + TRAIN_OPTIONS}
 
 # %% ../nbs/14_cli.ipynb #18279c86
+def _npz_path(data):
+    "The whole path of an .npz file; names of data sets stay as they are."
+    if not data.lower().endswith(".npz"):
+        return data
+    try:
+        return str(Path(data).expanduser().resolve())
+    except (RuntimeError, OSError) as e:           # no such user; a circle of links
+        raise ValueError(f"data={shown(data)} is not a path: {e}") from None
+
+# %% ../nbs/14_cli.ipynb #b8b3a193
 def make_config(
     given:dict=None, # settings that differ from the defaults; values or texts
 )->dict:             # every setting
     "All settings of an experiment, checked one by one; raises `ValueError`."
-    given = dict(given or {})
+    given = {} if given is None else given
+    check(isinstance(given, dict), "config", given, "a dict of settings")
     for k in given:
-        if k not in OPTIONS: raise ValueError(f"setting {k!r} is unknown{near(k, OPTIONS)}")
+        if k not in OPTIONS:
+            raise ValueError(f"setting {shown(k)} is unknown{near(k, OPTIONS)}")
     config = {k: o.value(given.get(k, o.default)) for k, o in OPTIONS.items()}
-    for m in config["methods"]:
-        if m not in METHODS: raise ValueError(f"methods={m!r} is unknown{near(m, METHODS)}")
-    if config["policy"] not in POLICIES: raise ValueError(f"policy={config['policy']!r} is unknown{near(config['policy'], POLICIES)}")
-    if config["data"].lower().endswith(".npz"): config["data"] = str(Path(config["data"]).expanduser().resolve())
+    for name, known in (("methods", METHODS), ("policy", POLICIES)):
+        for word in config[name] if name == "methods" else [config[name]]:
+            if word not in known:
+                raise ValueError(f"{name}={shown(word)} is unknown{near(word, known)}")
+    config["data"] = _npz_path(config["data"])
     return config
 
 # %% ../nbs/14_cli.ipynb #8a66f7c1
+def _toml_text(data):
+    "The text of a TOML file; Windows programs begin it with a mark, and some write UTF-16."
+    mark = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    text = data.decode("utf-16" if mark else "utf-8-sig")
+    if "\0" in text:
+        raise ValueError("it is not text in UTF-8; save it with that encoding")
+    return text.replace("\r\n", "\n")
+
+# %% ../nbs/14_cli.ipynb #7af33557
 def read_toml(
     path, # a TOML file of settings; may also hold `out` and `workers`
 )->dict:
     "Settings from a file; raises `ValueError` for broken TOML and unknown keys, `FileNotFoundError` if it is not there."
     import tomllib
-    path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"config={str(path)!r} is not a file")
-    try: given = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise ValueError(f"config={str(path)!r} is not valid TOML: {e}") from None
+    name, keys = f"config={shown(str(path))}", (*OPTIONS, "out", "workers")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{name} is not a file")
+    try:
+        given = tomllib.loads(_toml_text(Path(path).read_bytes()))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{name} is not valid TOML: {e}") from None
     for k in given:
-        if k not in (*OPTIONS, "out", "workers"): raise ValueError(f"config={str(path)!r} has the unknown key {k!r}{near(k, (*OPTIONS, 'out', 'workers'))}")
+        if k not in keys:
+            raise ValueError(f"{name} has the unknown key {shown(k)}{near(k, keys)}")
     return given
 
 # %% ../nbs/14_cli.ipynb #0242250a
 def _keywords(what, given, allowed):
     for k in given:
-        if k not in allowed: raise ValueError(f"{what}={k!r} is unknown{near(k, allowed)}")
+        if k not in allowed:
+            raise ValueError(f"{what}={shown(k)} is unknown{near(k, allowed)}")
 
 def _check_tiers(tiers, E):
-    T, shares = len(tiers), [round(t, 4) for t in tiers]
-    if T > E: raise ValueError(f"tiers={shares} are {T} tiers, but the network has {E} exits; give at most {E}")
-    if T < E: raise ValueError(f"tiers={shares} are {T} tiers, but the network has {E} exits, and nobody would train the last; "
-                               f"give {E} tiers, or a network with {T} exits")
+    T, shares = len(tiers), shown([round(t, 4) for t in tiers])
+    if T > E:
+        raise ValueError(f"tiers={shares} are {T} tiers, but the network has {E} exits; give at most {E}")
+    if T < E:
+        raise ValueError(f"tiers={shares} are {T} tiers, but the network has {E} exits, and nobody would train "
+                         f"the last; give {E} tiers, or a network with {T} exits")
+
+def _check_classes(data, train, test):
+    "Two classes at least to learn from, and no test image of a class that does not exist."
+    n, K = len(train.y.unique()), train.n_classes
+    if n < 2:
+        raise ValueError(f"data={shown(data)}: all training images are of one class; at least two are needed")
+    if len(test.y) == 0 or not 0 <= int(test.y.min()) <= int(test.y.max()) < K:
+        raise ValueError(f"data={shown(data)}: test labels must be from 0 to {K - 1}, and there must be some")
 
 # %% ../nbs/14_cli.ipynb #c96bb6cf
 class Experiment:
@@ -180,13 +260,19 @@ class Experiment:
     ):
         from darkdistill_nb.data import load
         from darkdistill_nb.federated import make_clients
-        from darkdistill_nb.training import Streams, pick_device
+        from darkdistill_nb.training import Streams, check_json, pick_device
         self.config = c = make_config(config)
-        self.device = pick_device(c["device"]); c["device"] = str(self.device)
-        for m in c["methods"]: self.method(m)
+        self.device = pick_device(c["device"])
+        c["device"] = str(self.device)
+        for m in METHODS:
+            self.method(m)
+        check_json(c)
         some = {k: c[k] for k in ("n_train", "n_test") if c[k] is not None}
-        try: self.train, self.test = load(c["data"], **some)
-        except TypeError as e: raise ValueError(f"data={c['data']!r} does not fit: {e}") from None
+        try:
+            self.train, self.test = load(c["data"], **some)
+        except TypeError as e:
+            raise ValueError(f"data={shown(c['data'])} does not fit: {e}") from None
+        _check_classes(c["data"], self.train, self.test)
         with Streams(0).scope("init"): self.net = self.build()
         if c["tiers"] is None: c["tiers"] = [1 / len(self.net)] * len(self.net)
         _check_tiers(c["tiers"], len(self.net))
@@ -194,35 +280,45 @@ class Experiment:
                         for s in c["seeds"]}
         self.costs = self.net.macs()
     def build(self):
-        "A fresh network."
+        "A fresh network; raises `ValueError` for keywords that do not fit."
+        import inspect
         from darkdistill_nb import early_exit
-        c = self.config; known = getattr(early_exit, c["arch"], None) if c["arch"] in ("cnn", "wrn", "msdnet") else None
-        if known: import inspect; _keywords("net", c["net"], [k for k in inspect.signature(known).parameters if k not in ("input_shape", "n_classes")])
-        try: return early_exit.build_net(c["arch"], self.train.shape, self.train.n_classes, **c["net"])
-        except TypeError as e: raise ValueError(f"net={c['net']} does not fit arch={c['arch']!r}: {e}") from None
-        except ValueError as e: raise ValueError(f"arch={c['arch']!r} with net={c['net']} does not fit: {e}") from None
+        c = self.config
+        if c["arch"] in ("cnn", "wrn", "msdnet"):
+            known = inspect.signature(getattr(early_exit, c["arch"])).parameters
+            _keywords("net", c["net"], [k for k in known if k not in ("input_shape", "n_classes")])
+        try:
+            return early_exit.build_net(c["arch"], self.train.shape, self.train.n_classes, **c["net"])
+        except (TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as e:
+            raise ValueError(f"net={shown(c['net'])} with arch={shown(c['arch'])} does not fit: {e}") from None
 
 # %% ../nbs/14_cli.ipynb #5c07129c
 @patch
 def method(self:Experiment, name):
-    "A fresh method object by name."
+    "A fresh method object by name; raises `ValueError` for keywords of DarkDistill that do not fit."
     import inspect
     from darkdistill_nb.darkdistill import DarkDistill
-    from darkdistill_nb.exit_training import policy_by_name
+    from darkdistill_nb.exit_training import objective_by_name
     from darkdistill_nb.federated import EEFL
-    c = self.config
-    common = dict(policy=policy_by_name(c["policy"]), **{k: c[k] for k in ("lr", "decay", "momentum", "weight_decay", "batch_size", "epochs", "participation")})
-    if name == "eefl": return EEFL(**common)
-    _keywords("darkdistill", c["darkdistill"], [k for k in inspect.signature(DarkDistill.__init__).parameters if k not in ("self", "policy", "kwargs")])
-    try: return DarkDistill(**common, **c["darkdistill"])
-    except TypeError as e: raise ValueError(f"darkdistill={c['darkdistill']} does not fit: {e}") from None
+    c, keys = self.config, ("lr", "decay", "momentum", "weight_decay", "batch_size", "epochs", "participation")
+    common = dict(policy=objective_by_name(c["policy"]), **{k: c[k] for k in keys})
+    if name == "eefl":
+        return EEFL(**common)
+    known = inspect.signature(DarkDistill.__init__).parameters
+    _keywords("darkdistill", c["darkdistill"], [k for k in known if k not in ("self", "policy", "kwargs")])
+    try:
+        return DarkDistill(**common, **c["darkdistill"])
+    except (TypeError, ValueError, ArithmeticError) as e:
+        raise ValueError(f"darkdistill={shown(c['darkdistill'])} does not fit: {e}") from None
 
 @patch
 def digest(self:Experiment):
-    "sha256 of all pictures and labels."
+    "sha256 of all images and labels."
     h = hashlib.sha256()
     for d in (self.train, self.test):
-        for t in (d.x, d.y): h.update(str(tuple(t.shape)).encode()); h.update(t.cpu().contiguous().numpy().data)
+        for t in (d.x, d.y):
+            h.update(str(tuple(t.shape)).encode())
+            h.update(t.cpu().contiguous().numpy().data)
     return h.hexdigest()
 
 # %% ../nbs/14_cli.ipynb #95282bdc
@@ -241,14 +337,33 @@ def job_steps(
     return config["clients"] if kind == "alone" else config["rounds"]
 
 # %% ../nbs/14_cli.ipynb #5c1f3d12
+def _alone_so_far(path, clients, mark):
+    "Clients in a checkpoint of `_run_alone`; raises `ValueError` if it is damaged or of other settings."
+    from darkdistill_nb.training import read_json
+    if not path.exists():
+        return []
+    try:
+        saved = read_json(path)
+        check(isinstance(saved, dict) and saved.get("of") == mark, "settings", "others", "those of this run")
+        for c, a in zip(clients, saved["clients"], strict=len(saved["clients"]) > len(clients)):
+            check((a["client"], a["tier"]) == (c.id, c.tier), "client", a["client"], f"{c.id} of tier {c.tier}")
+            number(a["accuracy"], "accuracy", 0, 1)
+        return saved["clients"]
+    except (ValueError, TypeError, KeyError) as e:
+        raise ValueError(f"{path} is damaged or belongs to other settings ({e}); delete {path} to train "
+                         "these clients again") from None
+
 def _run_alone(exp, seed, path, on_step):
     "Every client alone, one after the other; finished ones are kept in a small file."
     from darkdistill_nb.federated import train_alone
-    from darkdistill_nb.training import write_atomic
-    done = json.loads(path.read_text()) if path.exists() else []
-    for c in exp.clients[seed][len(done):]:
-        a = train_alone(exp.method("eefl"), exp.build, exp.train, exp.test, [c], exp.config["rounds"], seed)[0]
-        done.append(dict(client=c.id, tier=c.tier, accuracy=a)); write_atomic(path, json.dumps(done).encode())
+    from darkdistill_nb.training import check_json, write_atomic
+    clients, rounds = exp.clients[seed], exp.config["rounds"]
+    mark = hashlib.sha256(f"{check_json(exp.config)} {exp.digest()} {seed}".encode()).hexdigest()
+    done = _alone_so_far(path, clients, mark)
+    for c in clients[len(done):]:
+        a = train_alone(exp.method("eefl"), exp.build, exp.train, exp.test, [c], rounds, seed, progress=False)[0]
+        done.append(dict(client=c.id, tier=c.tier, accuracy=a))
+        write_atomic(path, json.dumps(dict(of=mark, clients=done)).encode())
         on_step(len(done), f"client {c.id}: accuracy {a:.3f}")
     return done
 
@@ -261,91 +376,136 @@ def run_job(
     on_step=lambda done, text: None, # called after every step
     workers:int=1,   # processes for the clients of a round
 ):                   # entry for the record: a dict, or a list of clients for "alone"
-    "Run one job from its checkpoint, or from the start; raises `FloatingPointError` if training diverges."
+    "Run one job from its checkpoint, or anew; raises `ValueError`, naming a bad checkpoint, `FloatingPointError`."
     from darkdistill_nb.federated import simulate
     from darkdistill_nb.report import measure_run
-    base, c, last = Path(folder)/"jobs"/f"{kind}-seed{seed}", exp.config, ["–"]
-    if kind == "alone": return _run_alone(exp, seed, base.with_suffix(".json"), on_step)
+    base, c, last = Path(folder)/"jobs"/f"{kind}-seed{seed}", exp.config, ["-"]
+    if kind == "alone":
+        return _run_alone(exp, seed, base.with_suffix(".json"), on_step)
     def on_round(row):
-        if "accuracy" in row: last[0] = f"{sum(row['accuracy']) / len(row['accuracy']):.3f}"
-        on_step(row["round"], f"round {row['round']}: loss {row['loss']:.3f}, mean accuracy {last[0]}")
+        if "accuracy" in row:
+            last[0] = f"{sum(row['accuracy']) / len(row['accuracy']):.3f}"
+        loss = "-" if row["loss"] is None else f"{row['loss']:.3f}"
+        on_step(row["round"], f"round {row['round']}: loss {loss}, mean accuracy {last[0]}")
     clients = exp.clients[seed]
     run = simulate(exp.method(kind), exp.build, exp.train, exp.test, clients, c["rounds"], seed, c["eval_every"],
-                   base.with_suffix(".safetensors"), on_round, exp.device, workers)
+                   base.with_suffix(".safetensors"), on_round, exp.device, workers, progress=False)
     if not all(bool(v.isfinite().all()) for v in run.state["net"].values()):
         raise FloatingPointError(f"the weights are not finite after {c['rounds']} rounds; lower lr={c['lr']}")
-    return {**measure_run(run, exp.train, exp.test, clients, exp.costs, exp.device), "weights": f"weights/{kind}-seed{seed}.safetensors"}
+    entry = measure_run(run, exp.train, exp.test, clients, exp.costs, exp.device)
+    return {**entry, "weights": f"weights/{kind}-seed{seed}.safetensors"}
 
 # %% ../nbs/14_cli.ipynb #b9d7b8ea
-class RunError(RuntimeError): "A job failed; the message is for the user."
+class RunError(RuntimeError):
+    "A job failed; the message is for the user."
+    again, begun = False, True      # may resuming help? was anything trained?
 
 def _failed(job, e):
-    kind, seed = job
-    return RunError(f"{kind}, seed {seed} failed: {e if isinstance(e, FloatingPointError) else f'{type(e).__name__}: {e}'}")
+    "The `RunError` for an exception in a job."
+    text = str(e) if isinstance(e, (FloatingPointError, ValueError)) else f"{type(e).__name__}: {e}"
+    failed = RunError(f"{job[0]}, seed {job[1]} failed: {text}")
+    failed.again = isinstance(e, (OSError, MemoryError))
+    return failed
 
-def _worker(conn, config, folder, workers):
+def _lost(job, codes):
+    "The `RunError` for a job whose process is gone."
+    codes = [c for c in codes if c is not None]
+    failed = RunError(f"{job[0]}, seed {job[1]} failed: {why_ended(codes)}")
+    failed.begun = UNGUARDED not in codes
+    failed.again = failed.begun
+    return failed
+
+def _worker(conn, config, folder, workers, lock=None):
     "A process: runs the jobs that come through the pipe, until None comes or the other end is gone."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(1))    # at once: an orderly end in the middle of an import of torch prints a traceback
-    job = None
+    leave_with_parent()
+    job = ("start", "-")
     try:
         import torch
         torch.set_num_threads(1)
         exp = Experiment(config)
+        tell = lambda done, text: conn.send(("step", done, text))
         while (job := conn.recv()) is not None:
-            conn.send(("done", run_job(exp, *job, folder, lambda done, text: conn.send(("step", done, text)), workers)))
-    except (EOFError, BrokenPipeError, ConnectionResetError): pass
+            conn.send(("done", run_job(exp, *job, folder, tell, workers)))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass
     except Exception as e:
-        with contextlib.suppress(OSError): conn.send(("failed", str(_failed(job or ("start", "-"), e))))
+        with contextlib.suppress(OSError):
+            failed = _failed(job, e)
+            conn.send(("failed", str(failed), failed.again))
 
 @contextlib.contextmanager
 def _sigint_ignored():
     "Processes started inside ignore Ctrl-C from their first instruction on."
-    if threading.current_thread() is not threading.main_thread(): yield; return
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     old = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try: yield
-    finally: signal.signal(signal.SIGINT, old)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, old)
 
 # %% ../nbs/14_cli.ipynb #e2375f61
-def _start(n, *args):
-    "Start `n` worker processes: {connection: process}."
-    import multiprocessing as mp
-    ctx, procs = mp.get_context("spawn"), {}
-    with _sigint_ignored():
-        for _ in range(n):
-            mine, theirs = ctx.Pipe()
-            procs[mine] = ctx.Process(target=_worker, args=(theirs, *args)); procs[mine].start(); theirs.close()
-    return procs
+def _hold(file):
+    "Something to send to a process: it keeps `file`, and a lock on it, open as long as it lives."
+    from multiprocessing.connection import Connection
+    return file and Connection(os.dup(file.fileno()))      # a connection, since those can be sent
 
-def _stop(procs):
-    for p in procs.values(): p.terminate()
-    for conn, p in procs.items():
-        p.join(10)
-        if p.is_alive(): p.kill(); p.join()
-        conn.close()
+def _start(n, config, folder, workers, lock=None):
+    "Start `n` worker processes: (what started them, {connection: process})."
+    spawn, procs = Spawn(), {}
+    try:
+        with _sigint_ignored():
+            for _ in range(n):
+                mine, theirs = spawn.Pipe()
+                p = spawn.Process(target=_worker, args=(theirs, config, folder, workers, _hold(lock)))
+                p.start()
+                procs[mine] = p
+                theirs.close()
+    except BaseException:
+        spawn.end()
+        raise
+    return spawn, procs
 
 # %% ../nbs/14_cli.ipynb #a64d7767
-def _parallel(config, folder, todo, cores, on_step):
+def _hear(conn, job, procs):
+    "The next message of a process; raises `RunError` if it says that its job failed, or says nothing any more."
+    try:
+        kind, *what = conn.recv()
+    except (EOFError, OSError):
+        procs[conn].join(5)
+        raise _lost(job, [procs[conn].exitcode]) from None
+    if kind == "failed":
+        failed = RunError(what[0])
+        failed.again = what[1]
+        raise failed
+    return kind, what
+
+def _parallel(config, folder, todo, cores, on_step, lock=None):
     "Run jobs in worker processes: {job: result}; raises `RunError` as soon as one fails."
     from multiprocessing.connection import wait
     todo, results, at = list(todo), {}, {}
-    procs = _start(min(cores, len(todo)), config, str(folder), max(1, cores // len(todo)))
+    spawn, procs = _start(min(cores, len(todo)), config, str(folder), max(1, cores // len(todo)), lock)
     try:
-        for conn in procs: at[conn] = todo.pop(0); conn.send(at[conn])
+        for conn in procs:
+            at[conn] = todo.pop(0)
+            with contextlib.suppress(OSError):      # if it has gone, it is missed below
+                conn.send(at[conn])
         while at:
             for conn in wait(list(at)):
-                try: kind, *what = conn.recv()
-                except (EOFError, OSError):
-                    procs[conn].join(5)
-                    raise RunError(f"{at[conn][0]}, seed {at[conn][1]} failed: its process ended with exit code {procs[conn].exitcode} "
-                                   "(-9 often means: out of memory)") from None
-                if kind == "failed": raise RunError(what[0])
-                if kind == "step": on_step(at[conn], *what); continue
+                kind, what = _hear(conn, at[conn], procs)
+                if kind == "step":
+                    on_step(at[conn], *what)
+                    continue
                 results[at.pop(conn)] = what[0]
-                if todo: at[conn] = todo.pop(0); conn.send(at[conn])
-                else: conn.send(None)
+                if todo:
+                    at[conn] = todo.pop(0)
+                conn.send(at.get(conn))
         return results
-    finally: _stop(procs)
+    finally:
+        spawn.end()
+        for conn in procs:
+            conn.close()
 
 # %% ../nbs/14_cli.ipynb #8d16fbf5
 def run_jobs(
@@ -353,66 +513,119 @@ def run_jobs(
     folder,           # the run folder
     cores:int=1,      # 1: everything in this process
     on_step=lambda job, done, text: None,
+    lock=None,        # open file whose lock worker processes hold, too
 )->dict:              # (kind, seed) -> result
     "Run all jobs of an experiment; on a GPU or with one core one after the other in this process."
-    todo = jobs_of(exp.config)
-    if cores > 1 and exp.device.type == "cpu": return _parallel(exp.config, folder, todo, cores, on_step)
-    results = {}
+    todo, results = jobs_of(exp.config), {}
+    if _in_processes(exp, cores):
+        return _parallel(exp.config, folder, todo, cores, on_step, lock)
     for job in todo:
-        try: results[job] = run_job(exp, *job, folder, lambda done, text: on_step(job, done, text))
-        except Exception as e: raise _failed(job, e) from e
+        try:
+            results[job] = run_job(exp, *job, folder, lambda done, text: on_step(job, done, text))
+        except Exception as e:
+            raise _failed(job, e) from e
     return results
+
+def _in_processes(exp, cores):
+    return cores > 1 and exp.device.type == "cpu"
 
 # %% ../nbs/14_cli.ipynb #76d48b3a
 def _free(data, where):
     "Next free folder: runs/digits-001, runs/digits-002, ..."
-    stem = re.sub(r"[^\w.-]+", "_", Path(data).stem if data.lower().endswith(".npz") else data) or "data"
-    taken = [int(m[1]) for p in Path(where).glob(f"{stem}-*") if (m := re.fullmatch(re.escape(stem) + r"-(\d+)", p.name))]
+    stem = re.sub(r"[^\w.-]+", "_", Path(data).stem if data.lower().endswith(".npz") else data)[:80] or "data"
+    taken = [int(m[1]) for p in Path(where).glob("*") if (m := re.fullmatch(re.escape(stem) + r"-(\d+)", p.name))]
     return Path(where)/f"{stem}-{max(taken, default=0) + 1:03d}"
 
 def _check_new(folder):
     "Raise if `folder` is there already or plainly cannot be made."
-    if os.path.lexists(folder): raise FileExistsError(f"out={str(folder)!r} exists already; choose another folder, or continue a run with --resume {folder}")
-    there = next(p for p in folder.absolute().parents if p.exists())
-    if not there.is_dir(): raise NotADirectoryError(f"out={str(folder)!r} cannot be made: {there} is not a folder")
-    if not os.access(there, os.W_OK | os.X_OK): raise PermissionError(f"out={str(folder)!r} cannot be made: no permission to write in {there}")
+    name = f"out={shown(str(folder))}"
+    check("\0" not in str(folder), "out", str(folder), "a path")
+    if os.path.lexists(folder):
+        raise FileExistsError(f"{name} exists already; choose another folder, or continue a run with "
+                              f"--resume {shown(str(folder))}")
+    there = next(p for p in folder.absolute().parents if os.path.exists(p))
+    if not there.is_dir():
+        raise NotADirectoryError(f"{name} cannot be made: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{name} cannot be made: no permission to write in {there}")
+    return there
 
 def _make_folder(folder, saved):
     "Make the run folder with its config.json in one step; nothing is left if that fails."
-    folder = Path(folder); _check_new(folder)
-    new = [p for p in folder.absolute().parents if not p.exists()]     # innermost first
+    from darkdistill_nb.training import check_json
+    folder = Path(folder)
+    _check_new(folder)
+    new = [p for p in folder.absolute().parents if not os.path.exists(p)]     # innermost first
     tmp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         (tmp/"jobs").mkdir(parents=True)
-        (tmp/"config.json").write_text(json.dumps(saved, indent=1))
+        (tmp/"config.json").write_text(check_json(saved), encoding="utf-8")
         os.rename(tmp, folder)
     except OSError as e:
         shutil.rmtree(tmp, ignore_errors=True)
         for p in new:
-            with contextlib.suppress(OSError): p.rmdir()
-        raise type(e)(f"out={str(folder)!r} cannot be made: {e.strerror or e}") from None
+            with contextlib.suppress(OSError):
+                p.rmdir()
+        raise type(e)(f"out={shown(str(folder))} cannot be made: {e.strerror or e}") from None
     return folder
 
+# %% ../nbs/14_cli.ipynb #9bc3c278
+REPORT = 20_000_000      # bytes, generously: report, record and what else is small
+
+def _check_disk(folder, exp):
+    "Raise `OSError` where the disk has no room for what the run will leave."
+    weights = sum(v.numel() * v.element_size() for v in exp.net.state_dict().values())
+    jobs = len(exp.config["methods"]) * len(exp.config["seeds"])
+    need = REPORT + 3 * weights * jobs                       # checkpoint, its successor, final weights
+    there = _check_new(Path(folder))
+    if shutil.disk_usage(there).free < need:
+        free = shutil.disk_usage(there).free
+        raise OSError(f"out={shown(str(folder))} needs about {need / 1e6:.0f} MB of disk, but {there} has {free / 1e6:.0f} MB")
+
 # %% ../nbs/14_cli.ipynb #0f2bad91
+def _try_lock(file, folder, seconds):
+    "Lock an open file; raises `ValueError` if another process keeps it locked. Windows: no lock."
+    try:
+        import fcntl
+    except ImportError:
+        return
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise ValueError(f"{folder} is in use: another darkdistill process is running there") from None
+            time.sleep(.05)
+        except OSError:                                      # a file system without locks
+            return
+
 @contextlib.contextmanager
-def _locked(folder):
-    "Only one process works in a run folder; the lock goes with the process, however it ends."
+def _locked(
+    folder,
+    seconds=5, # workers of a killed process hold the lock until they have ended, too
+):
+    "Only one process, with its workers, works in a run folder; the lock goes with them, however they end."
     with open(Path(folder)/"config.json", "rb") as f:
-        try: import fcntl
-        except ImportError: yield; return                    # Windows: no lock
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise ValueError(f"{folder} is in use: another darkdistill process is running there") from None
-        except OSError: pass                                 # a file system without locks
-        yield
+        _try_lock(f, folder, seconds)
+        yield f
 
 def _read_config(folder):
     "config.json of a run folder; raises if there is none or it is damaged."
+    from darkdistill_nb.training import read_json
     path = Path(folder)/"config.json"
-    if not path.is_file(): raise FileNotFoundError(f"resume={str(folder)!r} is not a run folder: it has no config.json")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"resume={shown(str(folder))} is not a run folder: it has no config.json")
     try:
-        saved = json.loads(path.read_text())
-        make_config(saved["config"]); return saved
-    except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{path} is not the configuration of a run: {e}") from None
+        saved = read_json(path)
+        check(isinstance(saved, dict), "config.json", saved, "an object")
+        make_config(saved["config"])
+        for k in ("data_sha256", "command", "created"):
+            check(isinstance(saved[k], str), k, saved[k], "text")
+        return saved
+    except (ValueError, KeyError) as e:
+        why = f"it has no {e}" if isinstance(e, KeyError) else e
+        raise ValueError(f"{path} is not the configuration of a run: {why}") from None
 
 # %% ../nbs/14_cli.ipynb #9a511fa1
 class _Bar:
@@ -436,10 +649,14 @@ def _cores():
 @contextlib.contextmanager
 def _saying_where(folder):
     "Errors and Ctrl-C from inside know the folder that can be resumed."
-    try: yield
-    except (KeyboardInterrupt, RunError) as e: e.folder = folder; raise
+    try:
+        yield
+    except (KeyboardInterrupt, RunError) as e:
+        e.folder = folder
+        raise
     except OSError as e:
-        failed = RunError(f"the results cannot be written: {e}"); failed.folder = folder
+        failed = RunError(f"the results cannot be written: {e}")
+        failed.folder, failed.again = folder, True
         raise failed from e
 
 def _execute(exp, folder, saved, workers, progress, resumed):
@@ -448,15 +665,20 @@ def _execute(exp, folder, saved, workers, progress, resumed):
     from darkdistill_nb.report import describe, write_report
     from darkdistill_nb.training import Record, save_record
     start, c, cores = time.perf_counter(), exp.config, workers or _cores()
-    if progress: print(f"{folder}: {len(jobs_of(c))} jobs, {cores} core{'s' * (cores > 1)}", file=sys.stderr)
-    with _locked(folder), _saying_where(folder):
-        for p in folder.rglob(".*.tmp"): p.unlink(missing_ok=True)      # halves that a killed process left
-        with _Bar(c, progress) as bar: results = run_jobs(exp, folder, cores, bar)
-        record = Record.begin(c, **describe(exp.net, exp.train, exp.clients, exp.costs), data_sha256=saved["data_sha256"], resumed=resumed)
+    if progress:
+        print(f"{folder}: {len(jobs_of(c))} jobs, {cores} core{'s' * (cores > 1)}", file=sys.stderr)
+    with _locked(folder) as lock, _saying_where(folder):
+        for p in folder.rglob(".*.tmp"):
+            p.unlink(missing_ok=True)      # halves that a killed process left
+        with _Bar(c, progress) as bar:
+            results = run_jobs(exp, folder, cores, bar, lock)
+        about = describe(exp.net, exp.train, exp.clients, exp.costs)
+        record = Record.begin(c, **about, data_sha256=saved["data_sha256"], resumed=resumed)
         record.command, record.created = saved["command"], saved["created"]
         record.runs = [results[m, s] for m in c["methods"] for s in c["seeds"]]
         record.info["alone"] = {str(s): results["alone", s] for s in c["seeds"]} if c["alone"] else None
-        nets = {f"{m}-seed{s}": load_state(folder/"jobs"/f"{m}-seed{s}.safetensors")[0]["net"] for m in c["methods"] for s in c["seeds"]}
+        names = [f"{m}-seed{s}" for m in c["methods"] for s in c["seeds"]]
+        nets = {n: load_state(folder/"jobs"/f"{n}.safetensors")[0]["net"] for n in names}
         record.seconds = time.perf_counter() - start
         save_record(record, folder, nets)
         write_report(record, folder/"report.html")
@@ -473,15 +695,35 @@ def run_experiment(
 )->tuple:               # (Record, its folder)
     "Run an experiment and leave a run folder; raises `ValueError` or `OSError` before any work, `RuntimeError` when a job fails."
     from darkdistill_nb.training import environment
-    if folder is not None: _check_new(Path(folder))
+    _check_workers(workers)
+    if folder is not None:
+        _check_new(Path(folder))
     exp = Experiment(config)
     saved = dict(format=1, config=exp.config, data_sha256=exp.digest(), command=command or environment()["command"],
                  created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    made = _new_folder(folder, exp, saved)
+    try:
+        return _execute(exp, made, saved, workers, progress, False), made
+    except RunError as e:
+        if not e.begun:
+            shutil.rmtree(made, ignore_errors=True)
+        raise
+
+def _check_workers(workers):
+    if workers is not None:
+        whole(workers, "workers")
+    only_from_main(workers or _cores())
+
+def _new_folder(folder, exp, saved):
+    "Make the folder of a run, if need be with the next number."
     while True:
-        try: made = _make_folder(folder or _free(exp.config["data"], "runs"), saved); break
+        wanted = folder or _free(exp.config["data"], "runs")
+        _check_disk(wanted, exp)
+        try:
+            return _make_folder(wanted, saved)
         except FileExistsError:
-            if folder is not None: raise              # a second process took the same number: take the next
-    return _execute(exp, made, saved, workers, progress, False), made
+            if folder is not None:
+                raise              # else a second process took the same number: take the next
 
 # %% ../nbs/14_cli.ipynb #5fb3e112
 def resume_experiment(
@@ -492,18 +734,33 @@ def resume_experiment(
     "Continue a run from its checkpoints; it ends with the very weights of an uninterrupted one."
     from darkdistill_nb.report import write_report
     from darkdistill_nb.training import load_record
-    folder = Path(folder); saved = _read_config(folder)
+    _check_workers(workers)
+    folder = Path(folder)
+    saved = _read_config(folder)
     if (folder/"record.json").exists():
         record = load_record(folder)
-        if not (folder/"report.html").exists(): write_report(record, folder/"report.html")
+        if not (folder/"report.html").exists():
+            with _shown_from(folder):
+                write_report(record, folder/"report.html")
         shutil.rmtree(folder/"jobs", ignore_errors=True)
         return record, False
     exp = Experiment(saved["config"])
-    if exp.digest() != saved["data_sha256"]: raise ValueError(f"data={exp.config['data']!r} is not the data that the run in {folder} began with")
+    if exp.digest() != saved["data_sha256"]:
+        raise ValueError(f"data={shown(exp.config['data'])} is not the data that the run in {folder} began with")
     return _execute(exp, folder, saved, workers, progress, True), True
 
+@contextlib.contextmanager
+def _shown_from(path):
+    "A record that lacks what is to be shown of it is a `ValueError` that names it."
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
+        raise ValueError(f"the record in {path} lacks what is shown here ({type(e).__name__}: {e}); "
+                         "it was changed, or written by another program") from None
+
 # %% ../nbs/14_cli.ipynb #48f9c5c7
-class UsageError(Exception): "A wrong command line; the message is for the user."
+class UsageError(Exception):
+    "A wrong command line; the message is for the user."
 
 class Parser(argparse.ArgumentParser):
     "An argument parser whose errors are one sentence."
@@ -511,7 +768,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=24), allow_abbrev=False, **kwargs)
     def error(self, message):
         command = re.search(r"argument COMMAND: invalid choice: '(.*?)'", message)
-        raise UsageError(f"unknown command {command[1]!r}{near(command[1], ('run', 'compare', 'report', 'lab'))}" if command else message)
+        if command:
+            commands = ("run", "compare", "report", "lab")
+            message = f"unknown command {shown(command[1])}{near(command[1], commands)}"
+        raise UsageError(message)
 
 # %% ../nbs/14_cli.ipynb #6c5e1c8d
 EXAMPLES = """
@@ -580,46 +840,67 @@ def make_parser()->Parser:
     return p
 
 # %% ../nbs/14_cli.ipynb #521017b1
+WORKERS = Option("workers", _int, None, "", **_whole)
+OUT = Option("out", _text, None, "", "the path of a new folder")
+
+def _either(a, b): return b if a is None else a
+
 def _settings(args):
     "(settings, out, workers) from the parsed arguments and the --config file."
     given = {k: v for k, v in vars(args).items() if k in OPTIONS}
-    file = read_toml(args.config) if args.config else {}
+    file = {} if args.config is None else read_toml(args.config)
+    out = OUT.value(_either(args.out, file.pop("out", None)))
+    workers = WORKERS.value(_either(args.workers, file.pop("workers", None)))
     for k in ("net", "darkdistill"):
-        if k in given and k in file: given[k] = {**OPTIONS[k].value(file[k]), **OPTIONS[k].value(given[k])}
-    out, workers = args.out or file.pop("out", None), args.workers or file.pop("workers", None)
-    file = {k: v for k, v in file.items() if k in OPTIONS}
-    workers = Option("workers", _int, None, "", **_whole).value(workers)
-    return {**file, **given}, Option("out", _text, None, "", "the path of a new folder").value(out), workers
+        if k in given and k in file:
+            given[k] = {**OPTIONS[k].value(file[k]), **OPTIONS[k].value(given[k])}
+    return {**file, **given}, out, workers
 
 # %% ../nbs/14_cli.ipynb #e1b42ce8
 def _show(record, folder, say):
     from darkdistill_nb.report import summary_table
-    say("\n" + summary_table(record)); say(f"\nreport: {folder}/report.html")
+    with _shown_from(folder):
+        table = summary_table(record)
+    say(f"\n{table}\n\nreport: {folder}/report.html")
+
+def _resume(args, say):
+    "The command `run --resume`; returns the exit code."
+    extra = [f"--{k.replace('_', '-')}" for k in vars(args) if k in OPTIONS]
+    extra += [f"--{k}" for k in ("out", "config") if getattr(args, k) is not None]
+    if extra:
+        raise ValueError(f"resume={shown(args.resume)} takes its settings from the folder; leave out {', '.join(extra)}")
+    folder, workers = Path(args.resume), WORKERS.value(args.workers)
+    _read_config(folder)
+    record, worked = resume_experiment(folder, workers)
+    if not worked:
+        say(f"{folder} is finished; nothing to resume")
+    _show(record, folder, say)
+    return 0
 
 def _run(args, say, command):
     "The command `run`; returns the exit code."
-    if args.resume:
-        extra = [f"--{k.replace('_', '-')}" for k in vars(args) if k in OPTIONS] + [f"--{k}" for k in ("out", "config") if getattr(args, k)]
-        if extra: raise ValueError(f"resume={args.resume!r} takes its settings from the folder; leave out {', '.join(extra)}")
-        workers = Option("workers", _int, None, "", **_whole).value(args.workers)
-        folder = Path(args.resume); _read_config(folder)
-        go = lambda: resume_experiment(folder, workers)
-    else:
-        given, out, workers = _settings(args)
-        make_config(given)
-        folder = Path(out) if out else None
-        go = lambda: run_experiment(given, folder, workers, command=command)
-    result, other = go()
-    if args.resume and not other: say(f"{folder} is finished; nothing to resume")
-    _show(result, folder if args.resume else other, say)
+    if args.resume is not None:
+        return _resume(args, say)
+    given, out, workers = _settings(args)
+    make_config(given)
+    record, folder = run_experiment(given, out and Path(out), workers, command=command)
+    _show(record, folder, say)
     return 0
+
+# %% ../nbs/14_cli.ipynb #66c581a0
+def _reportable(record, path):
+    "A record of `darkdistill run`, which has all that a report shows; other experiments have records of another kind."
+    from darkdistill_nb.training import check_record
+    return check_record(record, path, config=("data", "seeds", "gamma", "tiers"),
+                        runs=("method", "seed", "rounds", "final"), info=("macs", "parameters", "classes", "clients"))
 
 # %% ../nbs/14_cli.ipynb #7d12a32a
 def _load(folder):
     from darkdistill_nb.training import load_record
-    if (Path(folder)/"config.json").exists() and not (Path(folder)/"record.json").exists():
-        raise ValueError(f"run={str(folder)!r} is not finished; continue it with: darkdistill run --resume {folder}")
-    return load_record(folder)
+    config, record = (os.path.isfile(Path(folder)/f"{name}.json") for name in ("config", "record"))
+    if config and not record:
+        raise ValueError(f"run={shown(str(folder))} is not finished; continue it with: darkdistill run --resume {folder}")
+    return _reportable(load_record(folder), folder)
 
 def _names(folders):
     "Shortest ends of the paths that tell the folders apart."
@@ -629,43 +910,48 @@ def _names(folders):
 
 def _ours(path):
     "May this HTML file be replaced? Only if it is not there, or was written by this package."
-    path = Path(path)
-    if path.is_dir() or path.exists() and b'content="darkdistill_nb"' not in path.read_bytes()[:400]:
-        raise ValueError(f"html={str(path)!r} exists and is not a page of this program; choose another name")
-    if path.absolute().parent.exists() and not path.absolute().parent.is_dir():
-        raise ValueError(f"html={str(path)!r} cannot be written: {path.parent} is not a folder")
+    name, path = f"html={shown(str(path))}", Path(path)
+    check("\0" not in str(path), "html", str(path), "a path")
+    if os.path.isdir(path) or os.path.exists(path) and b'content="darkdistill_nb"' not in path.read_bytes()[:400]:
+        raise ValueError(f"{name} exists and is not a page of this program; choose another name")
+    if os.path.exists(path.absolute().parent) and not path.absolute().parent.is_dir():
+        raise ValueError(f"{name} cannot be written: {path.parent} is not a folder")
     return path
 
 def _compare(args, say, command):
     from darkdistill_nb.report import compare_table, write_compare
-    path = _ours(args.html) if args.html else None
+    path = None if args.html is None else _ours(args.html)
     records, names = [_load(f) for f in args.runs], _names(args.runs)
-    say(compare_table(*records, names=names))
-    if path: say(f"\npage: {write_compare(*records, names=names, path=path)}")
+    with _shown_from(", ".join(args.runs)):
+        say(compare_table(*records, names=names))
+        if path:
+            say(f"\npage: {write_compare(*records, names=names, path=path)}")
     return 0
 
 def _report(args, say, command):
     from darkdistill_nb.report import write_report
-    folder = Path(args.run); record = _load(folder)
-    say(f"report: {write_report(record, (folder if folder.is_dir() else folder.parent)/'report.html')}")
+    folder = Path(args.run)
+    record = _load(folder)
+    with _shown_from(folder):
+        page = write_report(record, (folder if folder.is_dir() else folder.parent)/"report.html")
+    say(f"report: {page}")
     return 0
 
 # %% ../nbs/14_cli.ipynb #c4f2fef8
 def tutorials(
-    folder=None,   # copies go here; None: work in the checkout, or copy to ./darkdistill_tutorials
-    here=None,     # folder of the package
-    prefix=None,   # where a wheel puts shared files
-)->Path:           # folder to open
+    folder=None, # copies go here; None: work in the checkout, or copy to ./darkdistill_tutorials
+    here=None,   # folder of the package; None: of the one that is imported
+)->Path:         # folder to open
     "The folder with the tutorials; copies never replace a file. Raises `FileNotFoundError` when none are installed."
-    here, prefix = Path(here or __file__).resolve().parent, Path(prefix or sys.prefix)
-    root = here.parent
-    checkout = [root/d for d in ("tutorials", "nbs") if (root/"settings.ini").exists() and list((root/d).glob("*.ipynb"))]
-    source = (checkout + [p for p in [prefix/"share"/"darkdistill_nb"/"tutorials"] if list(p.glob("*.ipynb"))] + [None])[0]
-    if source is None: raise FileNotFoundError(f"no tutorials are installed below {prefix}; clone the repository to get them")
-    if checkout and folder is None: return source
+    from darkdistill_nb.training import shipped
+    source = shipped("tutorials", here)
+    if folder is None and source.name == "tutorials":  # a checkout
+        return source
     folder = Path(folder or "darkdistill_tutorials")
-    shutil.copytree(source, folder, dirs_exist_ok=True, copy_function=lambda a, b: b if os.path.exists(b) else shutil.copy2(a, b),
-                    ignore=shutil.ignore_patterns(".*", "__pycache__", "instructor"))
+    folder.mkdir(parents=True, exist_ok=True)
+    for notebook in source.glob("*.ipynb"):            # and nothing of the instructor's
+        if not (folder/notebook.name).exists():
+            shutil.copy2(notebook, folder)
     return folder
 
 # %% ../nbs/14_cli.ipynb #2d3d77aa
@@ -678,12 +964,24 @@ def _lab(args, say, command):
                             *["--allow-root"] * (getattr(os, "geteuid", lambda: 1)() == 0)])
 
 # %% ../nbs/14_cli.ipynb #82a1ce01
+def _say(text):
+    "Print to standard output; if nobody can read it, that is no reason to fail."
+    try:
+        print(text, flush=True)
+    except OSError:                                   # a closed pipe, a full disk
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
 def _complain(message):
-    print("darkdistill: " + " ".join(str(message).split()), file=sys.stderr)
+    "One line on the error stream, without words of endless length."
+    words = [w if len(w) < 300 else f"{w[:60]}...{w[-20:]}" for w in str(message).split()]
+    with contextlib.suppress(OSError):
+        print("darkdistill: " + " ".join(words), file=sys.stderr, flush=True)
 
 def _go_on(e):
-    "How to continue, if there is something to continue."
-    return f"; finished rounds are kept, continue with: darkdistill run --resume {e.folder}" if getattr(e, "folder", None) else ""
+    "How to continue, if there is something to continue and it can help."
+    if getattr(e, "folder", None) is None or not getattr(e, "again", True):
+        return ""
+    return f"; finished rounds are kept, continue with: darkdistill run --resume {e.folder}"
 
 def _version():
     from darkdistill_nb import __version__
@@ -696,22 +994,63 @@ def _parse(argv):
     if extra:
         actions = parser.commands[args.command]._actions if args.command else parser._actions
         word = extra[0].partition("=")[0]
-        raise UsageError(f"unknown option {word!r}{near(word, [s for a in actions for s in a.option_strings if s.startswith('--')])}"
-                         if word.startswith("-") else f"unexpected argument {extra[0]!r}")
+        known = [s for a in actions for s in a.option_strings if s.startswith("--")]
+        raise UsageError(f"unknown option {shown(word)}{near(word, known)}" if word.startswith("-")
+                         else f"unexpected argument {shown(extra[0])}")
     return parser, args
+
+# %% ../nbs/14_cli.ipynb #12f6705c
+class Terminated(KeyboardInterrupt):
+    "The process was asked to end."
+
+def _raise_terminated(*_): raise Terminated
+
+@contextlib.contextmanager
+def _sigterm_like_ctrl_c():
+    "Inside, `SIGTERM` raises `Terminated`, so that workers are ended and the user is told how to go on."
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if old is None else old)
 
 # %% ../nbs/14_cli.ipynb #de2b9dd8
 def main(
     argv=None, # arguments; None: those of this process
 )->int:        # exit code
     "The command `darkdistill`."
-    say = lambda text: print(text, flush=True)
+    forgiving_console()
     try:
-        parser, args = _parse(argv)
-        if args.version: say(f"darkdistill {_version()}"); return 0
-        if args.command is None: parser.print_help(); return 0
-        command = shlex.join(["darkdistill", *(sys.argv[1:] if argv is None else argv)])
-        return dict(run=_run, compare=_compare, report=_report, lab=_lab)[args.command](args, say, command)
-    except RunError as e: _complain(f"{e}{_go_on(e)}"); return 1
-    except KeyboardInterrupt as e: _complain(f"stopped{_go_on(e)}"); return 130
-    except (UsageError, ValueError, OSError) as e: _complain(e); return 2
+        with _sigterm_like_ctrl_c():
+            return _obey(sys.argv[1:] if argv is None else argv)
+    except RunError as e:
+        _complain(f"{e}{_go_on(e)}")
+        return 1
+    except MemoryError as e:
+        _complain(f"out of memory: {e}")
+        return 1
+    except KeyboardInterrupt as e:
+        _complain(f"stopped{_go_on(e)}")
+        return 143 if isinstance(e, Terminated) else 130
+    except (UsageError, ValueError, OSError, RecursionError) as e:
+        _complain(e)
+        return 2
+
+def _obey(argv):
+    "Do what the arguments say; returns the exit code."
+    parser, args = _parse(argv)
+    if args.version:
+        _say(f"darkdistill {_version()}")
+        return 0
+    if args.command is None:
+        _say(parser.format_help().rstrip())
+        return 0
+    command = shlex.join(["darkdistill", *argv]).encode("utf-8", "backslashreplace").decode()
+    return dict(run=_run, compare=_compare, report=_report, lab=_lab)[args.command](args, _say, command)
+
+# %% ../nbs/14_cli.ipynb #9a2fd389
+if __name__ == "__main__" and "__file__" in globals():    # not in a notebook
+    sys.exit(main())

@@ -14,10 +14,12 @@ import dataclasses, math, time
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
+from .checks import check, choice, finite, flag, number, whole
+from .data import ArrayData
 from .distillation import Views, kd_loss, teacher_table
-from .early_exit import Exit, build_net
-from .exit_training import _load_progress, _save_progress
-from .training import Streams, figure
+from .early_exit import EarlyExitNet, Exit, build_net
+from .exit_training import _draws, _load_progress, _save_progress
+from .training import Streams, check_batches, evaluating, figure, fingerprints, start_training
 from fastcore.basics import patch
 from torch import nn
 
@@ -28,6 +30,7 @@ class Teacher(nn.Module):
         net, # `EarlyExitNet`
     ):
         super().__init__()
+        check(isinstance(net, EarlyExitNet), "net", type(net).__name__, "an EarlyExitNet")
         self.stem, self.stages, self.last = net.stem, net.stages, net.exits[-1]
     def forward(self, x):
         z = self.stem(x)
@@ -35,20 +38,39 @@ class Teacher(nn.Module):
         return self.last(z)
 
 # %% ../nbs/11_distributed.ipynb #1ee1e319
+def _table(x, name, shape):
+    "`x` as a tensor of numbers without NaN and infinity; `shape` names its dimensions."
+    x = torch.as_tensor(x)
+    check(x.ndim == len(shape) and x.numel(), f"{name}.shape", tuple(x.shape), f"({', '.join(shape)}), none of them 0")
+    check(not x.dtype.is_complex and x.dtype is not torch.bool, f"{name}.dtype", x.dtype, "real numbers")
+    return finite(x, name)
+
+def _graph(W, links=False, both_ways=True):
+    "`W` as the weights of a graph; with `links` there must be one at least."
+    W = _table(W, "W", ("filters", "filters"))
+    check(W.shape[0] == W.shape[1], "W.shape", tuple(W.shape), "(filters, filters), as many rows as columns")
+    check((W >= 0).all(), "W.min()", W.min(), "at least 0")
+    check(not both_ways or torch.allclose(W, W.T), "(W - W.T).abs().max()", (W - W.T).abs().max(), "0: links have no direction")
+    check(not links or W.any(), "W.max()", W.max(), "above 0: a graph with at least one link")
+    return W
+
+# %% ../nbs/11_distributed.ipynb #551a15b5
 @torch.no_grad()
 def filter_graph(
     activity:torch.Tensor, # (S, C) activity of each filter in each picture; negative values count as 0
     top:int=50,            # most active filters of a picture that are linked
     scale:bool=True,       # divide by the largest activity of the picture
 )->torch.Tensor:           # (C, C) float64, symmetric, zero diagonal
-    "Weights of NoNN's filter activation graph, summed over pictures (arXiv 1907.11804)."
-    if activity.ndim != 2: raise ValueError(f"activity must have shape (pictures, filters), not {tuple(activity.shape)}")
-    if top < 2: raise ValueError(f"top={top} must be at least 2")
-    a, W = activity.double().clamp_min(0), torch.zeros(activity.shape[1], activity.shape[1], dtype=torch.float64)
-    if scale: a = a / a.amax(1, keepdim=True).clamp_min(1e-12)
+    "Weights of NoNN's filter activation graph, summed over images (arXiv 1907.11804); raises `ValueError` for NaN."
+    a, top = _table(activity, "activity", ("images", "filters")).double().clamp_min(0), whole(top, "top", 2)
+    if flag(scale, "scale"):
+        a = a / a.amax(1, keepdim=True).clamp_min(1e-12)
     best = a.topk(min(top, a.shape[1]), 1).indices
     a = torch.zeros_like(a).scatter(1, best, a.gather(1, best))
-    for part in a.split(64): W += (part[:, :, None] * part[:, None, :] * (part[:, :, None] - part[:, None, :]).abs()).sum(0)
+    W = a.new_zeros(a.shape[1], a.shape[1])
+    for part in a.split(64):
+        one, other = part[:, :, None], part[:, None, :]
+        W += (one * other * (one - other).abs()).sum(0)
     return W
 
 # %% ../nbs/11_distributed.ipynb #02e7a24f
@@ -57,20 +79,34 @@ def strongest_links(
     keep:float=.01,   # share of the non-zero links that stays
 )->torch.Tensor:      # (C, C) scaled to a largest weight of 1
     "The graph with its weak links removed; raises `ValueError` for a share outside (0, 1]."
-    if not 0 < keep <= 1: raise ValueError(f"keep={keep} must lie in (0, 1]")
-    if not (W > 0).any(): return torch.zeros_like(W)
+    W, keep = _graph(W, both_ways=False), number(keep, "keep", above=0, high=1)
+    W = W if W.dtype in (torch.float32, torch.float64) else W.float()      # quantiles need 32 bits
+    if not W.any():
+        return W
     W = W / W.max()
     return torch.where(W >= torch.quantile(W[W > 0], 1 - keep), W, 0.)
 
 # %% ../nbs/11_distributed.ipynb #69358cf7
+def _check_parts(parts, n, name="parts"):
+    "Lists of filters, none empty, no filter twice."
+    lists = isinstance(parts, (list, tuple)) and len(parts) and all(hasattr(p, "__len__") and len(p) for p in parts)
+    check(lists, name, parts, "lists of filters, none of them empty")
+    every = [whole(f, f"a filter of {name}", 0, n - 1) for p in parts for f in p]
+    check(len(set(every)) == len(every), name, parts, "lists in which no filter stands twice")
+
+# %% ../nbs/11_distributed.ipynb #2654ae2f
 def modularity(
     W:torch.Tensor,      # (C, C) symmetric
     groups:list,         # lists of nodes, together all nodes
     resolution:float=1., # gamma
 )->float:
-    "How much more weight lies inside the groups than chance would put there."
+    "How much more weight lies inside the groups than chance would put there; raises `ValueError` without links."
+    W, resolution = _graph(W, links=True), number(resolution, "resolution", low=0)
+    _check_parts(groups, len(W), "groups")
+    check(sum(map(len, groups)) == len(W), "groups", groups, f"lists of all {len(W)} nodes")
     total, Q = float(W.sum()), 0.
-    for g in groups: Q += float(W[g][:, g].sum()) / total - resolution * (float(W[g].sum()) / total) ** 2
+    for g in groups:
+        Q += float(W[g][:, g].sum()) / total - resolution * (float(W[g].sum()) / total) ** 2
     return Q
 
 def communities(
@@ -78,8 +114,9 @@ def communities(
     resolution:float=1., # gamma: larger gives more groups
     seed:int=0,
 )->list:                 # lists of nodes, the largest group first; nodes without links stand alone
-    "Groups of nodes by Louvain's method."
+    "Groups of nodes by Louvain's method; raises `ValueError` for what is no graph."
     import networkx as nx
+    W, resolution, seed = _graph(W), number(resolution, "resolution", above=0), whole(seed, "seed", None)
     G = nx.from_numpy_array(W.numpy())
     found = nx.community.louvain_communities(G, resolution=resolution, seed=seed)
     return sorted((sorted(g) for g in found), key=lambda g: (-len(g), g))
@@ -100,13 +137,43 @@ def _imbalance(parts, I):
 def _authors_parts(W, n, resolution, seed):
     groups = communities(strongest_links(W), resolution, seed)
     alone = [i for g in groups if len(g) == 1 for i in g]
-    groups = sorted([g for g in groups if len(g) > 1] + [alone], key=len, reverse=True)[1:]
+    groups = sorted([g for g in groups if len(g) > 1] + ([alone] if alone else []), key=len, reverse=True)[1:]
     if len(groups) < n: raise ValueError(f"n_parts={n}: the strong links form only {len(groups)} groups besides the largest; use rule='balanced'")
     parts = [list(g) for g in groups[:n]]
     for g in groups[n:]: min(parts, key=len).extend(g)
     return parts
 
 # %% ../nbs/11_distributed.ipynb #3d3e69bf
+def _importance(importance, n):
+    I = _table(importance, "importance", ("filters",)).double()
+    check(len(I) == n, "len(importance)", len(I), f"the number of filters, {n}")
+    check((I >= 0).all() and I.any(), "importance", I.tolist(), "nowhere negative, and somewhere above 0")
+    return I
+
+def _split(groups, I):
+    "The heaviest group that can be halved, halved alternately by importance."
+    big = max((g for g in groups if len(g) > 1), key=lambda g: float(I[g].sum()))
+    by = sorted(big, key=lambda i: -float(I[i]))
+    return [g for g in groups if g is not big] + [by[::2], by[1::2]]
+
+def _balanced_parts(W, I, n, cover, resolution, seed):
+    strength = W.sum(1)
+    weak = strength < .05 * strength.max()
+    core = (~weak).nonzero()[:, 0]
+    if len(core) < n:
+        core, weak = torch.arange(len(W)), torch.zeros_like(weak)
+    for gamma in [resolution] if resolution else [1., 1.2, 1.5, 2., 3., 5.]:
+        groups = [core[g].tolist() for g in communities(W[core][:, core], gamma, seed)]
+        if len(groups) >= n:
+            break
+    parts = _deal(groups, I, n)
+    while (not all(parts) or _imbalance(parts, I) > .25) and any(len(g) > 1 for g in groups):
+        groups = _split(groups, I)
+        parts = _deal(groups, I, n)
+    alone = [[i] for i in weak.nonzero()[:, 0].tolist()]
+    return _deal([sorted(p) for p in parts] + alone, I, n) if cover else parts
+
+# %% ../nbs/11_distributed.ipynb #c5f5128a
 def partition_filters(
     W:torch.Tensor,          # (C, C) from `filter_graph`
     importance:torch.Tensor, # (C,) e.g. summed activity
@@ -115,24 +182,17 @@ def partition_filters(
     rule:str="balanced",     # balanced | authors (the released code of NoNN, which never covers)
     resolution:float=None,   # of Louvain's method; None: 1 and more until there are N groups, or 1/0.7 for the authors' rule
     seed:int=0,              # of Louvain's method
-)->list:                     # N sorted lists of filters, disjoint
-    "Divide a teacher's filters among N students; raises `ValueError` for more students than filters."
-    if not 1 <= n_parts <= len(W): raise ValueError(f"n_parts={n_parts} must lie between 1 and {len(W)}, the number of filters")
-    if rule not in ("balanced", "authors"): raise ValueError(f"rule={rule!r} must be balanced or authors")
-    if rule == "authors": return [sorted(p) for p in _authors_parts(W, n_parts, resolution or 1 / .7, seed)]
-    I = importance.double(); strength = W.sum(1); weak = strength < .05 * strength.max()
-    core = (~weak).nonzero()[:, 0]
-    if len(core) < n_parts: core, weak = torch.arange(len(W)), torch.zeros_like(weak)
-    for gamma in [resolution] if resolution else [1., 1.2, 1.5, 2., 3., 5.]:
-        groups = [core[g].tolist() for g in communities(W[core][:, core], gamma, seed)]
-        if len(groups) >= n_parts: break
-    parts = _deal(groups, I, n_parts)
-    while _imbalance(parts, I) > .25 and any(len(g) > 1 for g in groups):      # halve the heaviest group, alternately by importance
-        big = max((g for g in groups if len(g) > 1), key=lambda g: float(I[g].sum()))
-        by = sorted(big, key=lambda i: -float(I[i]))
-        groups = [g for g in groups if g is not big] + [by[::2], by[1::2]]
-        parts = _deal(groups, I, n_parts)
-    if cover: parts = _deal([sorted(p) for p in parts] + [[i] for i in weak.nonzero()[:, 0].tolist()], I, n_parts)
+)->list:                     # N sorted lists of filters, disjoint, none empty
+    "Divide a teacher's filters among N students; raises `ValueError` for more students than filters, NaN, or a graph without links."
+    W = _graph(W, links=True)
+    n_parts, I = whole(n_parts, "n_parts", 1, len(W)), _importance(importance, len(W))
+    cover, rule, seed = flag(cover, "cover"), choice(rule, "rule", ("balanced", "authors")), whole(seed, "seed", None)
+    if resolution is not None:
+        resolution = number(resolution, "resolution", above=0)
+    if rule == "authors":
+        parts = _authors_parts(W, n_parts, resolution or 1 / .7, seed)
+    else:
+        parts = _balanced_parts(W, I, n_parts, cover, resolution, seed)
     return [sorted(p) for p in parts]
 
 # %% ../nbs/11_distributed.ipynb #7e8a28a5
@@ -141,7 +201,10 @@ def partition_report(
     W:torch.Tensor,          # (C, C)
     importance:torch.Tensor, # (C,)
 )->dict:                     # sizes, importance (share per part), left_out (filters), Q
-    "Sizes, shares of importance and modularity of a division of the filters."
+    "Sizes, shares of importance and modularity of a division of the filters; raises `ValueError` for what is no division."
+    W = _graph(W, links=True)
+    importance = _importance(importance, len(W))
+    _check_parts(parts, len(W))
     used = torch.tensor(sorted(sum(parts, [])), dtype=torch.long)
     where = {int(f): i for i, f in enumerate(used)}
     inside = W[used][:, used]
@@ -159,7 +222,9 @@ def plot_filters(
     "The graph of filters with its strongest links; colour and symbol tell the student."
     import networkx as nx
     import plotly.graph_objects as go
-    from darkdistill_nb.training import PALETTE, SYMBOLS
+    from darkdistill_nb.data import class_look
+    importance = _importance(importance, len(_graph(W, links=True)))
+    _check_parts(parts, len(W))
     strong = strongest_links(W, keep)
     G = nx.from_numpy_array(strong.numpy()); linked = [i for i in G if G.degree(i)]
     at = nx.spring_layout(G.subgraph(linked), weight="weight", seed=0, k=2 / math.sqrt(len(linked)))
@@ -170,7 +235,7 @@ def plot_filters(
     size = 6 + 16 * (importance / importance.max()).sqrt()
     for n, p in enumerate(parts):
         p = [i for i in p if i in at]
-        dot = dict(color=PALETTE[n % 8], symbol=SYMBOLS[n % 8], size=[round(float(size[i]), 1) for i in p], line=dict(width=1, color="white"))
+        dot = {**class_look(n, "dot"), "size": [round(float(size[i]), 1) for i in p]}
         traces.append(go.Scatter(x=short(at[i][0] for i in p), y=short(at[i][1] for i in p), mode="markers", name=f"student {n + 1}",
                                  text=[f"filter {i}" for i in p], marker=dot))
     fig = figure(*traces, title=title, height=420)
@@ -186,6 +251,7 @@ def student_net(
     **kwargs           # passed to the builder, e.g. exits
 ):                     # EarlyExitNet
     "An early-exit network whose exits all give `length` features; its classifiers are local heads."
+    length, relu = whole(length, "length"), flag(relu, "relu")
     kwargs = {"pool": 1, **kwargs} if arch == "wrn" else kwargs
     net = build_net(arch, input_shape, n_classes, **kwargs)
     for e, exit in enumerate(net.exits):
@@ -203,9 +269,14 @@ class DistrEE(nn.Module):
         n_classes:int, # K
     ):
         super().__init__()
+        students, sizes, n_classes = list(students), [whole(m, "a size") for m in sizes], whole(n_classes, "n_classes")
+        check(all(isinstance(s, EarlyExitNet) for s in students), "students", [type(s).__name__ for s in students], "EarlyExitNets")
         depths = [len(s) for s in students]
         if len(set(depths)) != 1 or len(students) != len(sizes):
             raise ValueError(f"students with {depths} exits and {len(sizes)} sizes: there must be one size a student, and equally many exits")
+        for s, m in zip(students, sizes):
+            widths = {v.norm.normalized_shape[0] for v in s.exits}
+            check(widths == {m}, "sizes", sizes, f"the lengths of the students' features; one student's exits give {sorted(widths)}")
         self.students, self.sizes, self.n_exits, self.n_classes = nn.ModuleList(students), list(sizes), len(students[0]), n_classes
         self.joint = nn.Linear(sum(sizes), n_classes)
     def __len__(self): return len(self.students)
@@ -218,7 +289,9 @@ def transfer_loss(
     student:torch.Tensor, # (..., B, m)
     teacher:torch.Tensor, # (B, m) features of the same filters
 )->torch.Tensor:          # (...) mean over the batch
-    "Squared distance of features scaled to length 1 (activation transfer of NoNN, arXiv 1907.11804)."
+    "Squared distance of features scaled to length 1 (NoNN, arXiv 1907.11804); raises `ValueError` for other shapes."
+    check(student.ndim >= 2 and student.shape[-2:] == teacher.shape, "student.shape", tuple(student.shape),
+          f"(..., B, m) with the teacher's (B, m), {tuple(teacher.shape)}")
     return (F.normalize(student, dim=-1) - F.normalize(teacher, dim=-1)).square().sum(-1).mean(-1)
 
 # %% ../nbs/11_distributed.ipynb #fff426b5
@@ -227,14 +300,21 @@ def branch_weights(
     kind:str="rising",  # rising | uniform | last
 )->torch.Tensor:        # (E,) summing to E; "last" is E at the last exit
     "Weights of the exits in the loss; raises `ValueError` for an unknown kind."
-    if kind not in ("rising", "uniform", "last"): raise ValueError(f"kind={kind!r} must be rising, uniform or last")
-    if kind == "uniform": return torch.ones(n_exits)
-    if kind == "last": return n_exits * F.one_hot(torch.tensor(n_exits - 1), n_exits).float()
+    n_exits, kind = whole(n_exits, "n_exits"), choice(kind, "kind", ("rising", "uniform", "last"))
+    if kind == "uniform":
+        return torch.ones(n_exits)
+    if kind == "last":
+        return n_exits * F.one_hot(torch.tensor(n_exits - 1), n_exits).float()
     known = torch.tensor([.5, .75, 1, 1.25, 1.25, 1, 1.5])[None, None]
     w = F.interpolate(known, n_exits, mode="linear", align_corners=True)[0, 0] if n_exits > 1 else torch.ones(1)
     return w * n_exits / w.sum()
 
 # %% ../nbs/11_distributed.ipynb #484fe40c
+def _generator(g):
+    check(g is None or isinstance(g, torch.Generator), "generator", g, "a torch.Generator or None")
+    return g
+
+# %% ../nbs/11_distributed.ipynb #efe235ce
 class DistrEELoss:
     "Distillation and activation transfer over all exits, with local heads on detached features."
     def __init__(self,
@@ -248,12 +328,18 @@ class DistrEELoss:
         local:bool=True,       # train the local heads too
         generator=None,        # draws the missing students
     ):
-        if [len(p) for p in parts] != system.sizes: raise ValueError(f"parts have {[len(p) for p in parts]} filters, the students {system.sizes} features")
-        if not 0 <= drop < 1 or not 0 <= alpha <= 1: raise ValueError(f"drop={drop} must lie in [0, 1) and alpha={alpha} in [0, 1]")
-        self.system, self.parts, self.alpha, self.tau, self.beta = system, parts, alpha, tau, beta
-        self.drop, self.local, self.generator = drop, local, generator
-        self.w = branch_weights(system.n_exits, w) if isinstance(w, str) else torch.as_tensor(w, dtype=torch.float)
-        if len(self.w) != system.n_exits: raise ValueError(f"w has {len(self.w)} entries for {system.n_exits} exits")
+        check(isinstance(system, DistrEE), "system", type(system).__name__, "a DistrEE")
+        _check_parts(parts, 10 ** 9)
+        if [len(p) for p in parts] != system.sizes:
+            raise ValueError(f"parts have {[len(p) for p in parts]} filters, the students {system.sizes} features")
+        self.system, self.parts = system, [list(map(int, p)) for p in parts]
+        self.alpha, self.tau = number(alpha, "alpha", 0, 1), number(tau, "tau", above=0)
+        self.beta, self.drop = number(beta, "beta", 0), number(drop, "drop", 0, below=1)
+        self.local, self.generator = flag(local, "local"), _generator(generator)
+        self.w = branch_weights(system.n_exits, w) if isinstance(w, str) else _table(w, "w", ("exits",)).float()
+        if len(self.w) != system.n_exits:
+            raise ValueError(f"w has {len(self.w)} entries for {system.n_exits} exits")
+        check((self.w >= 0).all() and self.w.any(), "w", self.w.tolist(), "nowhere negative, and somewhere above 0")
     def missing(self, N, B):
         "(N, B) which students are missing; never all."
         gone = torch.rand(N, B, generator=self.generator) < self.drop
@@ -262,13 +348,26 @@ class DistrEELoss:
     def kd(self, z, t, y): return (1 - self.alpha) * F.cross_entropy(z, y) + self.alpha * kd_loss(z, t, self.tau)
 
 # %% ../nbs/11_distributed.ipynb #6b7d7760
+def _check_batch(system, parts, features, t, y):
+    "Do features, the teacher's answers and labels belong to one batch?"
+    B, E = len(y), system.n_exits
+    wanted = [(E, B, m) for m in system.sizes]
+    check([tuple(f.shape) for f in features] == wanted, "the features' shapes", [tuple(f.shape) for f in features], f"{wanted}")
+    shape = tuple(t["logits"].shape)
+    check(shape == (B, system.n_classes), "t['logits'].shape", shape, f"{(B, system.n_classes)}, batch and classes")
+    shape, least = tuple(t["features"].shape), 1 + max(max(p) for p in parts)
+    check(len(shape) == 2 and shape[0] == B and shape[1] >= least, "t['features'].shape", shape,
+          f"({B}, filters), at least {least} of them, which parts names")
+
+# %% ../nbs/11_distributed.ipynb #8a3a87bb
 @patch
 def __call__(self:DistrEELoss,
     features:list,   # of the system: N tensors (E, B, m_n)
     t:dict,          # the teacher's "logits" (B, K) and "features" (B, C)
     y:torch.Tensor,  # (B,)
 )->torch.Tensor:     # scalar
-    "The loss of one batch."
+    "The loss of one batch; raises `ValueError` for tensors that do not belong together."
+    _check_batch(self.system, self.parts, features, t, y)
     part = [self.system.partial(n, f) for n, f in enumerate(features)]
     if self.drop:
         gone = self.missing(len(part), len(y)).to(y.device)
@@ -278,7 +377,8 @@ def __call__(self:DistrEELoss,
     for w, z_j, at in zip(self.w, z, transfer):
         if w: total = total + w * (self.kd(z_j, t["logits"], y) + self.beta * at)
     if self.local:
-        for s, f in zip(self.system.students, features): total = total + sum(self.kd(v, t["logits"], y) for v in s.classify(list(f.detach()))) / len(f)
+        for s, f in zip(self.system.students, features):
+            total = total + sum(self.kd(v, t["logits"], y) for v in s.classify(list(f.detach()))) / len(f)
     return total
 
 # %% ../nbs/11_distributed.ipynb #52e4f115
@@ -286,12 +386,47 @@ def _pass(system, loss, views, v, table, opt, rate, order, amp):
     "One pass over view v of the data; returns the mean loss per picture."
     total = 0.
     for i, idx in enumerate(order):
-        for group in opt.param_groups: group["lr"] = rate(i / len(order))
+        for group in opt.param_groups:
+            group["lr"] = rate(i / len(order))
         x, y = views(idx, v)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp): features = system(x)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+            features = system(x)
         value = loss([f.float() for f in features], {k: u[v][idx].float() for k, u in table.items()}, y)
-        opt.zero_grad(set_to_none=True); value.backward(); opt.step(); total += value.detach() * len(y)
+        opt.zero_grad(set_to_none=True)
+        value.backward()
+        opt.step()
+        total += value.detach() * len(y)
     return float(total) / len(views)
+
+def _check_lesson(system, loss, views, table, batch_size):
+    "Do system, loss, data and the teacher's table belong together?"
+    check(isinstance(system, DistrEE), "system", type(system).__name__, "a DistrEE")
+    check(isinstance(loss, DistrEELoss) and loss.system is system, "loss", type(loss).__name__, "a DistrEELoss of this system")
+    check(isinstance(views.data, ArrayData) and len(views), "data", type(views.data).__name__, "an ArrayData with samples")
+    check({"logits", "features"} <= set(table), "table", list(table), "a table with 'logits' and 'features', of `teacher_table`")
+    for k in ("logits", "features"):
+        if (shape := tuple(table[k].shape[:2])) != (views.n, len(views)):
+            raise ValueError(f"the teacher's {k} have shape {shape} in (views, images), the data {(views.n, len(views))}")
+        finite(table[k], f"table[{k!r}]")
+    labels = int(views.data.y.min()), int(views.data.y.max())
+    check(labels[0] >= 0 and labels[1] < system.n_classes, "data.y", labels, f"labels from 0 to {system.n_classes - 1}")
+    check(any(p.requires_grad for p in system.parameters()), "system", "one with all weights frozen", "one with weights to train")
+    check_batches(system, len(views), batch_size, views.data[:1][0])
+
+def _training_of(system, loss, views, table, opt, generator, **settings):
+    "Fingerprints of everything that the students' weights follow from."
+    groups = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in opt.param_groups]
+    return fingerprints(**settings, data=views, table=table, loss=loss, weights=system, generator=generator,
+                        optimizer=[type(opt), groups], rng=torch.get_rng_state() if _draws(system) else None)
+
+def _resume(path, system, opt, drawn, loss, marks):
+    "Rows of a checkpoint that belongs to this training; a damaged file is named with what to do."
+    try:
+        return _load_progress(path, system, opt, drawn, loss, marks)
+    except (ValueError, KeyError, RuntimeError) as e:
+        if "delete" in str(e):
+            raise
+        raise ValueError(f"checkpoint={path} cannot be continued: {e}; delete {path} to train from the start") from None
 
 # %% ../nbs/11_distributed.ipynb #a943872b
 def train_distree(
@@ -306,31 +441,67 @@ def train_distree(
     generator=None,         # draws the order; None: the stored order
     optimizer=None,         # optimizer(parameters) -> torch optimiser; None: SGD with momentum .9
     amp:bool=False,         # compute the students in bfloat16 where that is safe
-    checkpoint=None,        # file that is written after each epoch, and read first if it is there
+    checkpoint=None,        # file that is written after each epoch, and read first if it is there and of this training
     on_epoch=None,          # called as on_epoch(row, system) after each epoch
-)->list:                    # a dict per epoch: epoch, loss (mean per picture), seconds
-    "Train all students, local heads and the joint classifier; raises `FloatingPointError` if the loss stops being finite."
+)->list:                    # a dict per epoch: epoch, loss (mean per image), seconds
+    "Train all students; raises `ValueError` for bad settings or another training's checkpoint, `FloatingPointError` if the loss is not finite."
+    epochs, batch_size, amp = whole(epochs, "epochs", 0), whole(batch_size, "batch_size"), flag(amp, "amp")
+    lr, weight_decay = number(lr, "lr", 0), number(weight_decay, "weight_decay", 0)
+    check(isinstance(data, (ArrayData, Views)), "data", type(data).__name__, "an ArrayData, or Views of one")
     views = data if isinstance(data, Views) else Views(data)
-    if (shape := tuple(table["logits"].shape[:2])) != (views.n, len(views)):
-        raise ValueError(f"the teacher's table has shape {shape} in (views, pictures), the data {(views.n, len(views))}")
+    _check_lesson(system, loss, views, table, batch_size)
     make = optimizer or (lambda p: torch.optim.SGD(p, lr=lr, momentum=.9, weight_decay=weight_decay))
-    opt, N = make(list(system.parameters())), len(views)
-    drawn = [g for g in (generator, loss.generator) if g]
-    rows = _load_progress(checkpoint, system, opt, drawn, loss) if checkpoint else []
+    opt, N = make([p for p in system.parameters() if p.requires_grad]), len(views)
+    drawn, rows, marks = [g for g in (_generator(generator), loss.generator) if g], [], None
+    if checkpoint:
+        marks = _training_of(system, loss, views, table, opt, generator, epochs=epochs, lr=lr, batch_size=batch_size, amp=amp)
+        rows = _resume(checkpoint, system, opt, drawn, loss, marks)
+    modes = [(m, m.training) for m in start_training(system).modules()]
     for e in range(len(rows), epochs):
-        start = time.perf_counter(); system.train()
+        for m, mode in modes:                          # whatever `on_epoch` did to them
+            m.training = mode
+        start = time.perf_counter()
         order = (torch.arange(N) if generator is None else torch.randperm(N, generator=generator)).split(batch_size)
         rate = lambda part: lr * (1 + math.cos(math.pi * (e + part) / epochs)) / 2
-        rows.append(dict(epoch=e, loss=_pass(system, loss, views, e % views.n, table, opt, rate, order, amp), seconds=time.perf_counter() - start))
-        if not math.isfinite(rows[-1]["loss"]): raise FloatingPointError(f"the loss is {rows[-1]['loss']}; lower lr={lr} or beta={loss.beta}")
-        if checkpoint: _save_progress(checkpoint, system, opt, drawn, rows)
-        if on_epoch: on_epoch(rows[-1], system)
+        value = _pass(system, loss, views, e % views.n, table, opt, rate, order, amp)
+        rows.append(dict(epoch=e, loss=value, seconds=time.perf_counter() - start))
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss is {value}; lower lr={lr} or beta={loss.beta}")
+        if checkpoint:
+            _save_progress(checkpoint, system, opt, drawn, rows, marks)
+        if on_epoch:
+            on_epoch(rows[-1], system)
     return rows
 
 # %% ../nbs/11_distributed.ipynb #5d6da50c
+def _check_answers(a):
+    "Shapes that fit together, without NaN; costs that rise. Parts that are None are not looked at."
+    check(isinstance(a.partial, torch.Tensor) and a.partial.ndim == 4, "partial", type(a.partial).__name__,
+          "a tensor of shape (students, exits, images, classes)")
+    N, E, S, K = a.partial.shape
+    check(min(N, E, K) > 0, "partial.shape", (N, E, S, K), "(students, exits, images, classes), at least one of each but images")
+    shapes = dict(bias=(K,), proxy=(N, E, S, K), y=(S,), costs=(N, E))
+    for name, wanted in shapes.items():
+        if (v := getattr(a, name)) is not None:
+            check(tuple(v.shape) == wanted, f"{name}.shape", tuple(v.shape), f"{wanted}, as partial has {(N, E, S, K)}")
+    check(len(a.sizes) == N, "len(sizes)", len(a.sizes), f"the number of students, {N}")
+    [whole(m, "a size") for m in a.sizes]
+    for name in ("partial", "bias", "proxy", "costs"):
+        if (v := getattr(a, name)) is not None:
+            finite(v, name)
+    if a.costs is not None:
+        rising = (a.costs.diff(dim=1) >= 0).all() and (a.costs >= 0).all() and (a.costs[:, -1] > 0).all()
+        check(rising, "costs", a.costs.tolist(), "MACs that never fall from exit to exit, and are above 0 at the last")
+    if a.features is not None:
+        wanted = [(E, S, m) for m in a.sizes]
+        found = [tuple(f.shape) for f in a.features]
+        check(found == wanted, "the features' shapes", found, f"{wanted}")
+        [finite(f, "features") for f in a.features]
+
+# %% ../nbs/11_distributed.ipynb #85d7d129
 @dataclass
 class SystemAnswers:
-    "What the students of a system would send at each exit, for S pictures."
+    "What the students of a system would send at each exit, for S images; raises `ValueError` for parts that do not fit."
     partial:torch.Tensor # (N, E, S, K) partial logits
     bias:torch.Tensor    # (K,) of the joint classifier
     proxy:torch.Tensor   # (N, E, S, K) logits of the local heads
@@ -338,6 +509,7 @@ class SystemAnswers:
     costs:torch.Tensor   # (N, E) MACs of student n up to and including exit e
     sizes:list           # m_n: numbers in a feature message
     features:list=None   # N tensors (E, S, m_n), or None
+    def __post_init__(self): _check_answers(self)
     def __len__(self): return len(self.y)
     n_students = property(lambda self: len(self.partial), doc="N")
     n_exits = property(lambda self: self.partial.shape[1], doc="E")
@@ -356,9 +528,17 @@ def logits(self:SystemAnswers,
 )->torch.Tensor:         # (S, K)
     "Joint logits of students that stopped at different exits; raises `ValueError` for exits that do not exist."
     N, E, S, K = self.partial.shape
-    if tuple(depth.shape) != (N, S) or not ((depth >= 0) & (depth < E)).all(): raise ValueError(f"depth must have shape {(N, S)} with exits 0..{E - 1}")
-    z = self.partial.gather(1, depth[:, None, :, None].expand(N, 1, S, K))[:, 0]
-    if present is not None: z = torch.where(present[..., None], z, torch.zeros(N, K)[:, None] if mean is None else mean[:, None].to(z))
+    depth = torch.as_tensor(depth)
+    exits = not (depth.dtype.is_floating_point or depth.dtype is torch.bool) and ((depth >= 0) & (depth < E)).all()
+    if tuple(depth.shape) != (N, S) or not exits:
+        raise ValueError(f"depth must have shape {(N, S)} with exits 0..{E - 1}")
+    z = self.partial.gather(1, depth.long()[:, None, :, None].expand(N, 1, S, K))[:, 0]
+    if present is not None:
+        check(tuple(present.shape) == (N, S) and present.dtype is torch.bool, "present", (present.dtype, tuple(present.shape)), f"bool of shape {(N, S)}")
+        if mean is not None:
+            check(tuple(mean.shape) == (N, K), "mean.shape", tuple(mean.shape), f"{(N, K)}, students and classes")
+            finite(mean, "mean")
+        z = torch.where(present[..., None], z, torch.zeros(N, K)[:, None] if mean is None else mean[:, None].to(z))
     return z.sum(0) + self.bias
 
 # %% ../nbs/11_distributed.ipynb #c6f324f0
@@ -369,13 +549,15 @@ def system_answers(
     features:bool=True, # keep the features too
     batch_size:int=256, # pictures a forward pass
 )->SystemAnswers:       # on the CPU
-    "Ask every student at every exit for a whole data set."
-    was, parts = system.training, []; system.eval()
-    for x, _ in data.batches(batch_size):
-        f = system(x)
-        local = [torch.stack(s.classify(list(v))) for s, v in zip(system.students, f)]
-        parts.append(([system.partial(n, v) for n, v in enumerate(f)], local, f if features else []))
-    system.train(was)
+    "Ask every student at every exit for a whole data set; raises `ValueError` for an empty one."
+    check(isinstance(system, DistrEE), "system", type(system).__name__, "a DistrEE")
+    check(isinstance(data, ArrayData) and len(data), "data", type(data).__name__, "an ArrayData with samples")
+    features, parts = flag(features, "features"), []
+    with evaluating(system):
+        for x, _ in data.batches(whole(batch_size, "batch_size")):
+            f = system(x)
+            local = [torch.stack(s.classify(list(v))) for s, v in zip(system.students, f)]
+            parts.append(([system.partial(n, v) for n, v in enumerate(f)], local, f if features else []))
     join = lambda k: [torch.cat([p[k][n] for p in parts], 1).cpu() for n in range(len(parts[0][k]))]
     costs = torch.tensor([s.macs() for s in system.students], dtype=torch.float64)
     bias = system.joint.bias.detach().cpu().clone()
@@ -390,8 +572,10 @@ def make_answers(
     seed:int=0,
     length:int=16,     # m, the same for all students
 )->SystemAnswers:
-    "A synthetic table of answers in which easy pictures are right early, and deep exits are better."
-    g = torch.Generator().manual_seed(seed); N, E, S, K = n_students, n_exits, n, n_classes
+    "A synthetic table of answers in which easy images are right early, and deep exits are better; raises `ValueError` for sizes below 1."
+    N, E, S = whole(n_students, "n_students"), whole(n_exits, "n_exits"), whole(n, "n")
+    K, length = whole(n_classes, "n_classes"), whole(length, "length")
+    g = torch.Generator().manual_seed(whole(seed, "seed", 0, 2 ** 63 - 1))
     y, hard = torch.randint(K, (S,), generator=g), torch.rand(S, generator=g)
     skill = .75 + .5 * torch.rand(N, K, generator=g)                                   # a student's strength by class
     depth = torch.linspace(.2, 1, E)

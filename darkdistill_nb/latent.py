@@ -14,9 +14,35 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .data import ArrayData, dirichlet_draw, resample_test, shapes
+from .checks import check, choice, finite, flag, number, scalar, shown, whole
+from .data import ArrayData, dirichlet_draw, pixel_unit, resample_test, shapes
 from .distillation import distill
-from .training import LOOK, PALETTE, SYMBOLS
+from .training import LOOK, PALETTE, SYMBOLS, evaluating
+
+# %% ../nbs/03_latent.ipynb #640c678d
+def _wholes(values, name, n=None):
+    "`values` as a list of `n` (None: at least one) whole numbers of at least 1."
+    check(
+        isinstance(values, (list, tuple)) and len(values) == (n or max(1, len(values))),
+        name,
+        values,
+        f"a list of {n or 'at least one'} whole numbers",
+    )
+    return [whole(v, name) for v in values]
+
+def _pooling(pool, hw):
+    "Window, stride and padding of a pooling, and the size of the map behind it."
+    if pool is None:
+        return tuple(hw), tuple(hw), 0, [1, 1]
+    pair = (pool, pool) if isinstance(scalar(pool), int) else pool
+    k, s = _wholes(pair, "pool", 2)
+    pad = max(0, k - s) // 2
+    out = [(n + 2 * pad - k) // s + 1 for n in hw]
+    if min(out) < 1:
+        raise ValueError(
+            f"pool={pool} does not fit a map of {tuple(hw)} pixels; use a smaller one or None"
+        )
+    return k, s, pad, out
 
 # %% ../nbs/03_latent.ipynb #4d29a2a3
 ORDERS = ("conv-bn-relu", "conv-relu-bn")
@@ -29,26 +55,29 @@ def conv_group(
     relu_between=False,   # a ReLU also between the convolutions
     dropout:float=.2,     # share of values set to zero before pooling
 )->tuple:                 # (nn.Sequential, output shape (C, H, W))
-    "Convolutions, batch normalisation, ReLU, dropout, max pooling; raises `ValueError` if the map is too small to pool."
-    c, *hw = in_shape
+    "Convolutions, batch norm, ReLU, dropout, max pooling; `ValueError` if the map is too small."
+    c, *hw = _wholes(in_shape, "in_shape", 3)
+    widths, order = _wholes(widths, "widths"), choice(order, "order", ORDERS)
+    relu_between, dropout = (
+        flag(relu_between, "relu_between"),
+        number(dropout, "dropout", 0, below=1),
+    )
     layers = []
     for i, w in enumerate(widths):
         layers += [nn.ReLU()] * (relu_between and i > 0) + [nn.Conv2d(c, w, 3, padding=1)]
         c = w
     act = [nn.BatchNorm2d(c), nn.ReLU()]
-    k, s = (tuple(hw), tuple(hw)) if pool is None else (pool, pool) if isinstance(pool, int) else pool
-    pad = 0 if pool is None else (k - s) // 2
-    if pool is not None: hw = [(n + 2 * pad - k) // s + 1 for n in hw]
-    else: hw = [1, 1]
-    if min(hw) < 1: raise ValueError(f"pool={pool} does not fit a map of {tuple(in_shape[1:])} pixels; use a smaller one or None")
-    layers += (act if order == "conv-bn-relu" else act[::-1]) + [nn.Dropout(dropout), nn.MaxPool2d(k, s, pad)]
+    k, s, pad, hw = _pooling(pool, hw)
+    layers += act if order == "conv-bn-relu" else act[::-1]
+    layers += [nn.Dropout(dropout), nn.MaxPool2d(k, s, pad)]
     return nn.Sequential(*layers), (c, *hw)
 
 # %% ../nbs/03_latent.ipynb #a549504e
 class LatentNet(nn.Module):
-    "Perception, representation layer (latent of size l, no activation), output layer (no bias)."
+    "Perception, representation (no activation), output (no bias); `ValueError` if unfit."
+
     def __init__(self,
-        groups,                # channels of the convolutions, group by group, e.g. ((16, 16), (32, 32))
+        groups,                # channels of the convolutions by group, e.g. ((16, 16), (32, 32))
         pools,                 # pooling of each group, see `conv_group`
         l:int,                 # size of the latent
         n_classes:int=10,      # K
@@ -58,10 +87,11 @@ class LatentNet(nn.Module):
         dropout:float=.2,      # see `conv_group`
     ):
         super().__init__()
-        if not (isinstance(l, int) and l >= 1): raise ValueError(f"l={l!r} must be a whole number of at least 1")
-        if len(groups) != len(pools): raise ValueError(f"pools={pools} must name one pooling for each of the {len(groups)} groups")
-        if order not in ORDERS: raise ValueError(f"order={order!r} must be one of {', '.join(ORDERS)}")
-        if not 0 <= dropout < 1: raise ValueError(f"dropout={dropout} must lie in [0, 1)")
+        l, n_classes = whole(l, "l"), whole(n_classes, "n_classes")
+        if len(groups) != len(pools):
+            raise ValueError(
+                f"pools={pools} must name one pooling for each of the {len(groups)} groups"
+            )
         shape, parts = tuple(in_shape), []
         for widths, pool in zip(groups, pools):
             part, shape = conv_group(shape, widths, pool, order, relu_between, dropout)
@@ -70,11 +100,13 @@ class LatentNet(nn.Module):
         self.perception = nn.Sequential(*parts, nn.Flatten())
         self.representation = nn.Linear(self.d, l)
         self.output = nn.Linear(l, n_classes, bias=False)
+
     def latent(self,
         x # (B, C, H, W)
     )->torch.Tensor: # (B, l)
         "The latent of a batch."
         return self.representation(self.perception(x))
+
     def forward(self, x): return self.output(self.latent(x))
 
 # %% ../nbs/03_latent.ipynb #59e6ff1e
@@ -97,8 +129,20 @@ def latent_net(
     **options              # order, relu_between, dropout of `LatentNet`
 )->LatentNet:
     "The network called `name` with freshly drawn weights; raises `ValueError` for an unknown name."
-    if name not in NETS: raise ValueError(f"net {name!r} is unknown; choose from {', '.join(NETS)}")
+    if not isinstance(name, str) or name not in NETS:
+        raise ValueError(f"net {shown(name)} is unknown; choose from {', '.join(NETS)}")
     return LatentNet(*NETS[name], l, n_classes, in_shape, **options)
+
+# %% ../nbs/03_latent.ipynb #ff69b5ca
+def _weights(alpha, tau, scale, l=None):
+    "The settings of `lkd_loss`; raises `ValueError` for those out of range."
+    alpha, tau, scale = number(alpha, "alpha", 0, 1), number(tau, "tau", above=0), scalar(scale)
+    if isinstance(scale, torch.Tensor):
+        ok = bool((finite(scale, "scale") > 0).all()) and (l is None or tuple(scale.shape) == (l,))
+        check(ok, "scale", scale, "a number above 0, or l of them")
+    elif scale is not None:
+        scale = number(scale, "scale", above=0)
+    return alpha, tau, scale
 
 # %% ../nbs/03_latent.ipynb #d4b11729
 def lkd_loss(
@@ -108,15 +152,24 @@ def lkd_loss(
     y:torch.Tensor,        # (B,) labels
     alpha:float=.5,        # weight of the latents, in [0, 1]
     tau:float=1.,          # the gap is divided by it, > 0
-    scale=None,            # the squared gap is divided by it: a number or (l,), see `latent_variance`; ours
+    scale=None,            # divides the squared gap: a number or (l,), see `latent_variance`; ours
 )->torch.Tensor:           # scalar
-    "(1-alpha) CE + alpha mean(((z_s - z_t)/tau)^2); raises `ValueError` for unequal l, alpha outside [0, 1] or tau <= 0."
-    if z_s.shape != z_t.shape:
-        raise ValueError(f"z_s has shape {tuple(z_s.shape)}, z_t {tuple(z_t.shape)}; teacher and student need latents of the same size l")
-    if not 0 <= alpha <= 1: raise ValueError(f"alpha={alpha} must lie in [0, 1]")
-    if not tau > 0: raise ValueError(f"tau={tau} must be positive")
-    loss = 0.
-    if alpha < 1: loss = (1 - alpha) * F.cross_entropy(logits_s, y)
+    "(1-alpha) CE + alpha mean(((z_s - z_t)/tau)^2); `ValueError` for shapes or bad weights."
+    if z_s.shape != z_t.shape or z_s.ndim != 2:
+        raise ValueError(
+            f"z_s has shape {tuple(z_s.shape)}, z_t {tuple(z_t.shape)}; "
+            "teacher and student need latents (B, l) of the same size l"
+        )
+    if logits_s.ndim != 2 or tuple(y.shape) != (len(z_s),) or len(logits_s) != len(z_s):
+        raise ValueError(
+            f"logits_s has shape {tuple(logits_s.shape)} and y {tuple(y.shape)}; "
+            f"for {len(z_s)} latents they must be ({len(z_s)}, K) and ({len(z_s)},)"
+        )
+    alpha, tau, scale = _weights(alpha, tau, scale, z_s.shape[1])
+    finite(z_t, "z_t")
+    loss = 0.0
+    if alpha < 1:
+        loss = (1 - alpha) * F.cross_entropy(logits_s, y)
     if alpha > 0:
         square = ((z_s - z_t.detach()) / tau).pow(2)
         loss = loss + alpha * (square if scale is None else square / scale).mean()
@@ -125,23 +178,24 @@ def lkd_loss(
 # %% ../nbs/03_latent.ipynb #70c52b84
 @torch.no_grad()
 def latents(
-    net:LatentNet,       # put into evaluation mode and back
+    net:LatentNet,       # every part of it keeps its mode
     data:ArrayData,
     batch_size:int=512,  # pictures a forward pass
 )->torch.Tensor:         # (N, l)
-    "Latents of all of `data`, in its order."
-    was = net.training; net.eval()
-    z = torch.cat([net.latent(x) for x, _ in data.batches(batch_size)])
-    net.train(was)
-    return z
+    "Latents of all of `data`, in its order; raises `ValueError` if there are none."
+    check(len(data), "data", data, "at least one picture")
+    with evaluating(net):
+        return torch.cat([net.latent(x) for x, _ in data.batches(batch_size)])
 
 # %% ../nbs/03_latent.ipynb #d997e11e
 def latent_variance(
     z:torch.Tensor, # (N, l) latents of the teacher
 )->float:           # mean over the coordinates
-    "Mean variance of the latents: the squared error of always predicting their mean; raises `ValueError` if it is zero."
-    v = float(z.double().var(0, correction=0).mean())
-    if not v > 0: raise ValueError("the latents have no variance: give those of several different pictures")
+    "Mean variance: the squared error of always predicting the mean; `ValueError` if 0."
+    check(z.ndim == 2 and len(z) > 0, "z", tuple(z.shape), "of shape (N, l)")
+    v = float(finite(z, "z").double().var(0, correction=0).mean())
+    if not v > 0:
+        raise ValueError("the latents have no variance: give those of several different pictures")
     return v
 
 # %% ../nbs/03_latent.ipynb #18504559
@@ -150,8 +204,11 @@ def lkd(
     tau:float=1.,    # see `lkd_loss`
     scale=None,      # see `lkd_loss`
 ):                   # loss(student, teacher, labels, indices) -> scalar
-    "`lkd_loss` in the form that `distill` takes; both networks need a tap called \"latent\"."
-    return lambda s, t, y, idx: lkd_loss(s["latent"], t["latent"], s["logits"], y, alpha, tau, scale)
+    '`lkd_loss` as `distill` takes it, on a tap called "latent"; `ValueError` as there, at once.'
+    alpha, tau, scale = _weights(alpha, tau, scale)
+    return lambda s, t, y, idx: lkd_loss(
+        s["latent"], t["latent"], s["logits"], y, alpha, tau, scale
+    )
 
 # %% ../nbs/03_latent.ipynb #833f40d1
 @dataclass
@@ -168,44 +225,78 @@ def client_task(
     n:int,             # pictures of the client
     gamma:float,       # concentration of its class mix, > 0
     seed:int=0,        # same seed, same client
-    n_priv:int=None,   # size of T_priv; default: 1000, or the smallest class of `test` if that is less
+    n_priv:int=None,   # size of T_priv; default: 1000, or the smallest class of `test` if less
 )->ClientTask:
-    "Draw a client; raises `ValueError` when `n` exceeds the pool, or a class of the pool is missing or runs out."
-    if n > len(pool): raise ValueError(f"n={n} exceeds the {len(pool)} pictures of the pool")
-    have = torch.bincount(pool.y.cpu(), minlength=pool.n_classes)
-    if (have == 0).any(): raise ValueError(f"the pool holds no picture of class {int(have.argmin())}")
+    "Draw a client; `ValueError` when `n` exceeds the pool, or a class is missing or runs out."
+    n, seed = whole(n, "n"), whole(seed, "seed", 0)
+    if n > len(pool):
+        raise ValueError(f"n={n} exceeds the {len(pool)} pictures of the pool")
+    if (pool.shape, pool.n_classes) != (test.shape, test.n_classes):
+        raise ValueError(f"test has {test.n_classes} classes of pictures {test.shape}, "
+                         f"but the pool {pool.n_classes} of {pool.shape}")
+    for name, data in (("pool", pool), ("test set", test)):
+        have = torch.bincount(data.y.cpu(), minlength=pool.n_classes)
+        if (have == 0).any():
+            raise ValueError(f"the {name} holds no picture of class {int(have.argmin())}")
     (idx,), p = dirichlet_draw(pool.y, n, gamma, seed=seed)
-    if n_priv is None: n_priv = min(1000, int(torch.bincount(test.y.cpu(), minlength=pool.n_classes).min()))
+    n_priv = min(1000, int(have.min())) if n_priv is None else n_priv # `have` of the test set
     priv = resample_test(test.y, p[0], n_priv, seed)
+    check(len(priv), "n_priv", n_priv, "enough for one picture")
     return ClientTask(pool.subset(idx), p[0], test.subset(priv), test)
 
 # %% ../nbs/03_latent.ipynb #426a382c
 def small_shapes(
-    n_train:int=4000,       # training pictures
-    n_test:int=2000,        # test pictures
-    hardest:float=.4,       # difficulties are uniform in [0, hardest]
-    size:int=16,            # side in pixels
-    seed:int=0,             # 0..999; another seed draws other training pictures, the test pictures stay
-)->tuple:                   # (train, test) of `ArrayData`, normalised with mean and std of the training pictures
-    "Small, not too difficult pictures of ten shapes, for examples that run in seconds."
-    def draw(n, s): return shapes(n, s, hardest * torch.rand(n, generator=torch.Generator().manual_seed(s)), size)
-    if not 0 <= seed < 1000: raise ValueError(f"seed={seed} must lie in 0..999")
+    n_train: int = 4000,  # training pictures
+    n_test: int = 2000,  # test pictures
+    hardest: float = 0.4,  # difficulties are uniform in [0, hardest]
+    size: int = 16,  # side in pixels
+    seed: int = 0,  # 0..999; another seed draws other training pictures, the test pictures stay
+) -> tuple:  # (train, test) of `ArrayData`, normalised with mean and std of the training pictures
+    "Small, not too difficult pictures of ten shapes; `ValueError` for arguments out of range."
+    n_train, n_test = whole(n_train, "n_train", high=10**7), whole(n_test, "n_test", high=10**7)
+    hardest, seed = number(hardest, "hardest", 0, 1), whole(seed, "seed", 0, 999)
+
+    def draw(n, s):
+        u = torch.rand(n, generator=torch.Generator().manual_seed(s))
+        return shapes(n, s, hardest * u, size)
+
     train, test = draw(n_train, seed), draw(n_test, 1000)
     return train, ArrayData(test.x, test.y, test.classes, train.mean, train.std, test.difficulty)
 
+# %% ../nbs/03_latent.ipynb #ad4f5916
+def _known_unit(data, name):
+    "(black, white) of the pictures; raises `ValueError` where it cannot be told."
+    unit = pixel_unit(data.x)
+    if unit is None:
+        low, high = float(data.x.min()), float(data.x.max())
+        raise ValueError(
+            f"{name} holds floats from {low:.3g} to {high:.3g}, a unit that is not known here; "
+            "give pictures as uint8 or as floats in 0..1, 0..255 or -1..1"
+        )
+    return unit
+
 # %% ../nbs/03_latent.ipynb #1896fab2
 def match_shape(
-    data:ArrayData, # pictures of any size; 1 or 3 channels
-    like:ArrayData, # the private data
-)->ArrayData:       # uint8 pictures of the shape and normalisation of `like`; labels and classes stay those of `data`
-    "Convert pictures to the size, channels, mean and standard deviation of another data set; raises `ValueError` for other channel counts."
+    data: ArrayData,  # pictures of any size; 1 or 3 channels
+    like: ArrayData,  # the private data
+) -> ArrayData:  # uint8 pictures, normalised as those of `like`; labels of `data`
+    "Pictures in size, channels and normalisation of others; `ValueError` for unknown units."
     (c, h, w), have = like.shape, data.shape
-    if {c, have[0]} - {1, 3}: raise ValueError(f"pictures with {have[0]} channels cannot become pictures with {c}; only 1 and 3 are understood")
-    unit = 255. if data.x.is_floating_point() else 1.
-    x = data.x.float() * unit
-    if have[0] != c: x = x.mean(1, keepdim=True) if c == 1 else x.expand(-1, 3, -1, -1)
-    if have[1:] != (h, w): x = F.interpolate(x, (h, w), mode="bilinear", antialias=True, align_corners=False)
-    return ArrayData(x.round().clamp(0, 255).to(torch.uint8), data.y, data.classes, like.mean, like.std)
+    if {c, have[0]} - {1, 3}:
+        raise ValueError(
+            f"pictures with {have[0]} channels cannot become pictures with {c}; "
+            "only 1 and 3 are understood"
+        )
+    (black, white), (low, high) = _known_unit(data, "data"), _known_unit(like, "like")
+    x = (data.x.float() - black) * (255.0 / (white - black))
+    if have[0] != c:
+        x = x.mean(1, keepdim=True) if c == 1 else x.expand(-1, 3, -1, -1)
+    if have[1:] != (h, w):
+        x = F.interpolate(x, (h, w), mode="bilinear", antialias=True, align_corners=False)
+    mean, std = like.mean, like.std
+    if like.x.is_floating_point():  # those of bytes are in units of 255 already
+        mean, std = [(m - low) / (high - low) for m in mean], [s / (high - low) for s in std]
+    return ArrayData(x.round().clamp(0, 255).to(torch.uint8), data.y, data.classes, mean, std)
 
 # %% ../nbs/03_latent.ipynb #f7c0144f
 def match_transfer(
@@ -216,40 +307,66 @@ def match_transfer(
     epochs:int=5,
     lr:float=1e-3,          # of Adam
     batch_size:int=64,
-    scale=None,             # squared gaps are divided by it
+    scale=None,             # squared gaps are divided by it, > 0
     generator=None,         # torch.Generator of the order
 )->list:                    # one dict per epoch, from `distill`
-    "Let the student follow the teacher on unlabelled pictures, by mean squared error; raises `ValueError` for unequal l."
-    if target not in ("latent", "logits"): raise ValueError(f'target={target!r} must be "latent" or "logits"')
+    "Let the student follow the teacher on unlabelled pictures; `ValueError` for unequal l."
+    target, epochs = choice(target, "target", ("latent", "logits")), whole(epochs, "epochs", 0)
+    lr, batch_size = number(lr, "lr", 0), whole(batch_size, "batch_size")
+    scale = 1. if scale is None else number(scale, "scale", above=0)
     if target == "latent" and student.l != teacher.l:
-        raise ValueError(f"the student has l={student.l}, the teacher l={teacher.l}; matching latents needs the same l")
-    loss = lambda s, t, y, idx: F.mse_loss(s[target], t[target]) / (scale or 1.)
-    return distill(student, teacher, transfer, loss, epochs, lr=lr, batch_size=batch_size, optimizer="adam", weight_decay=0.,
-                   layers={"latent": "representation"}, generator=generator)
+        raise ValueError(f"the student has l={student.l}, the teacher l={teacher.l}; "
+                         "matching latents needs the same l")
+    loss = lambda s, t, y, idx: F.mse_loss(s[target], t[target]) / scale
+    how = dict(lr=lr, batch_size=batch_size, optimizer="adam", weight_decay=0.)
+    taps = {"latent": "representation"}
+    return distill(student, teacher, transfer, loss, epochs, layers=taps, generator=generator, **how)
+
+# %% ../nbs/03_latent.ipynb #7b49e0af
+def _stacked(spaces):
+    "All latents one below the other (numpy); `ValueError` unless finite and of one shape."
+    shapes = {tuple(z.shape) for z in spaces.values()}
+    if len(shapes) != 1:
+        raise ValueError(
+            f"spaces have the shapes {sorted(shapes)}; all need the same pictures and the same l"
+        )
+    (shape,) = shapes
+    check(
+        len(shape) == 2 and shape[0] >= 8 and shape[1] >= 2,
+        "spaces",
+        shape,
+        "of shape (N, l) with N >= 8 and l >= 2",
+    )
+    return torch.cat([finite(v, f"spaces[{k!r}]").float().cpu() for k, v in spaces.items()]).numpy()
 
 # %% ../nbs/03_latent.ipynb #f5ea9dd9
 def map_latents(
-    spaces:dict,    # name -> (N, l) latents of the same pictures; the first is the teacher's
-    how="pca",      # "pca" (axes of the first space), "tsne" or "umap" (all spaces embedded together)
+    spaces:dict,    # name -> (N, l) latents, N >= 8 and l >= 2; the teacher's first
+    how="pca",      # "pca" (axes of the first space), "tsne" or "umap" (all together)
     seed:int=0,     # of t-SNE and UMAP
 )->dict:            # name -> (N, 2)
-    "Two-dimensional pictures of latent spaces; raises `ValueError` for unequal l and `ImportError` if umap-learn is missing."
-    shapes = {tuple(z.shape) for z in spaces.values()}
-    if len(shapes) != 1: raise ValueError(f"spaces have the shapes {sorted(shapes)}; all need the same pictures and the same l")
-    z = torch.cat([v.float().cpu() for v in spaces.values()]).numpy()
+    "Latent spaces in two dimensions; `ValueError` if unequal, `ImportError` without umap-learn."
+    how, seed = choice(how, "how", ("pca", "tsne", "umap")), whole(seed, "seed", 0, 2**32 - 1)
+    check(isinstance(spaces, dict) and spaces, "spaces", spaces, "a dict of at least one space")
+    z = _stacked(spaces)
     n = len(z) // len(spaces)
     if how == "pca":
         from sklearn.decomposition import PCA
+
         flat = PCA(2, random_state=seed).fit(z[:n]).transform(z)
     elif how == "tsne":
         from sklearn.manifold import TSNE
+
         flat = TSNE(2, init="pca", perplexity=min(30, n // 4), random_state=seed).fit_transform(z)
-    elif how == "umap":
-        try: from umap import UMAP
-        except ImportError: raise ImportError('how="umap" needs the package umap-learn (pip install umap-learn)') from None
+    else:
+        try:
+            from umap import UMAP
+        except ImportError:
+            raise ImportError(
+                'how="umap" needs the package umap-learn (pip install umap-learn)'
+            ) from None
         flat = UMAP(2, random_state=seed).fit_transform(z)
-    else: raise ValueError(f'how={how!r} must be "pca", "tsne" or "umap"')
-    return {k: torch.from_numpy(flat[i * n:(i + 1) * n]) for i, k in enumerate(spaces)}
+    return {k: torch.from_numpy(flat[i * n : (i + 1) * n]) for i, k in enumerate(spaces)}
 
 # %% ../nbs/03_latent.ipynb #2f9aeb22
 def plot_latents(
@@ -259,18 +376,27 @@ def plot_latents(
     title:str="",
     height:int=380,   # pixels
 ):                    # plotly Figure
-    "One panel per network, one colour and symbol per class."
+    "One panel per network, one colour and symbol per class; `ValueError` if labels do not fit."
     from plotly.subplots import make_subplots
-    y = torch.as_tensor(y)
-    fig = make_subplots(1, len(maps), subplot_titles=list(maps), shared_xaxes="all", shared_yaxes="all", horizontal_spacing=.02)
+    from darkdistill_nb.data import class_look
+    y, height = torch.as_tensor(y), whole(height, "height", 50)
+    check(isinstance(maps, dict) and maps, "maps", maps, "a dict of at least one map")
+    maps = {k: torch.as_tensor(v) for k, v in maps.items()}
+    for k, flat in maps.items():
+        fits = tuple(flat.shape) == (len(y), 2)
+        check(fits, f"maps[{k!r}]", flat, f"of shape ({len(y)}, 2), one point per label")
+    last = int(y.max())
+    names = [str(c) for c in (range(last + 1) if classes is None else classes)]
+    check(len(names) > last, "classes", classes, f"names of all labels up to {last}")
+    shared = dict(shared_xaxes="all", shared_yaxes="all", horizontal_spacing=.02)
+    fig = make_subplots(1, len(maps), subplot_titles=list(maps), **shared)
     for j, flat in enumerate(maps.values()):
-        flat = torch.as_tensor(flat)
         for c in y.unique().tolist():
             xy = flat[y == c].double().numpy().round(2).tolist()
-            fig.add_scatter(x=[p[0] for p in xy], y=[p[1] for p in xy], mode="markers", name=str(classes[c] if classes is not None else c),
-                            legendgroup=str(c), showlegend=j == 0, row=1, col=j + 1,
-                            marker=dict(size=5, color=PALETTE[c % 8], symbol=SYMBOLS[(c + c // 8) % 8], opacity=.8))
+            mark = {**class_look(c, "dot"), "opacity": .8}
+            fig.add_scatter(x=[p[0] for p in xy], y=[p[1] for p in xy], mode="markers", marker=mark,
+                            name=names[c], legendgroup=str(c), showlegend=j == 0, row=1, col=j + 1)
     fig.update_xaxes(title="axis 1").update_yaxes(title="axis 2", col=1)
-    fig.layout.template = LOOK
-    return fig.update_layout(title=dict(text=title, font=dict(size=15)),
-                             height=height, margin=dict(l=50, r=10, t=70 if title else 40, b=40))
+    margin = dict(l=50, r=10, t=70 if title else 40, b=40)
+    fig.update_layout(template=LOOK, title=dict(text=title, font=dict(size=15)))
+    return fig.update_layout(height=height, margin=margin)

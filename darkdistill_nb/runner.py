@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from .checks import check, choice, flag, whole
 from .early_exit import ClassToken, EarlyExitNet, Exit, TokenStem, take_rows
-from .exit_training import POLICIES, Joint, policy_by_name
+from .exit_training import POLICIES, Joint, objective_by_name
 from .inference import SCORES, Confidence, read_thresholds, score_by_name, write_thresholds
 from fastcore.basics import patch
 from torch import nn
@@ -297,7 +297,7 @@ def _outcome(done, costs, n_classes, logits, ordered=False):
 def _set_rule(r, costs, thresholds, score, policy):
     "Costs, score, policy and checked thresholds, as attributes of r."
     r.costs, r.score, r.policy = list(costs), score_by_name("confidence" if score is None else score), Joint() if policy is None else policy
-    check(hasattr(r.policy, "step"), "policy", policy, "a policy of 04b (`policy_by_name` makes one), or None")
+    check(hasattr(r.policy, "step"), "policy", policy, "a policy of 04b (`objective_by_name` makes one), or None")
     r.thresholds = read_thresholds(thresholds, len(r.costs), "thresholds")
     r.rounded = torch.tensor(r.thresholds, dtype=torch.float32).tolist()   # like the scores
     return r
@@ -565,7 +565,7 @@ def export_onnx(
     for kind, name, known in (("score", score, [n for n in SCORES if n != "gate"]), ("policy", policy, list(POLICIES))):
         if name not in known:
             raise ValueError(f"{kind}={name!r} cannot be written to a manifest; choose one of {', '.join(known)}")
-    policy_by_name(policy, **(policy_options or {}))
+    objective_by_name(policy, **(policy_options or {}))
     rule = _set_rule(SimpleNamespace(), net.macs(), thresholds, score, None)
     net, folder, files = copy.deepcopy(net).cpu().float().eval(), Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
@@ -606,7 +606,7 @@ class OnnxRunner(ExitRunner):
     ):
         ort, m = _onnx("onnxruntime"), _manifest(folder)
         micro, threads = 16 if micro is None else whole(micro, "micro"), whole(threads, "threads")
-        policy = policy_by_name(m["policy"], **m["policy_options"])
+        policy = objective_by_name(m["policy"], **m["policy_options"])
         _set_rule(self, m["macs"], m["thresholds"] if thresholds is None else thresholds, m["score"], policy)
         self.input_shape, self.n_classes, self.micro = tuple(m["input_shape"]), m["n_classes"], micro
         self.dtype, self.device = torch.float32, torch.device("cpu")

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from fastcore.basics import patch
+from .checks import check, choice, finite, flag, number, whole
 from .distributed import DistrEE, SystemAnswers
 from .inference import read_thresholds
-from .simulator import Aggregator, Answer, Outcomes, Policy, _check, confidence_of
+from .simulator import Aggregator, Answer, Outcomes, Policy, confidence_of
 from .system_policies import LastExit, PartialLogits, RandomExit, policy_by_name
 
 # %% ../nbs/12_scale_out.ipynb #80cf1bf0
@@ -35,9 +36,12 @@ def ray_cluster(
     store:int=100,     # MB of shared memory for objects, of our own
 ):                     # the module ray, connected
     "Ray, ready for use: the one this program is connected to, the one at `address`, or a local one that is shut down at the end."
-    _check(num_cpus >= 1, "num_cpus", num_cpus, "at least 1"); _check(store >= 80, "store", store, "at least 80 MB")
+    num_cpus, store = whole(num_cpus, "num_cpus"), whole(store, "store", 80)
+    check(address is None or isinstance(address, str), "address", address, "a text such as 'auto', or None")
     ray = _ray()
-    if ray.is_initialized(): yield ray; return
+    if ray.is_initialized():
+        yield ray
+        return
     logging.getLogger("ray").setLevel(logging.ERROR)
     settings = dict(num_cpus=num_cpus, num_gpus=0, include_dashboard=False, object_store_memory=store * 2 ** 20)
     ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else settings))
@@ -68,12 +72,12 @@ def live_policy(
     **kw          # patience, need of `Policy`
 )->Policy:
     "A rule that students and aggregator can follow while they compute; raises `ValueError` for rules that need more than partial logits."
-    policy, table = policy_by_name(policy), None
+    policy, table, n_exits = policy_by_name(policy), None, whole(n_exits, "n_exits")
     if T is not None:
         table = np.asarray([read_thresholds(t) for t in T] if np.ndim(T) == 2 else read_thresholds(T))
     ok = isinstance(policy, (PartialLogits, LastExit)) or not (policy.together or isinstance(policy, RandomExit))
-    _check(ok, "policy", type(policy).__name__, "LastExit, PartialLogits or a rule by which each student decides alone, to be run live")
-    _check(T is None or (table.ndim in (1, 2) and table.shape[-1] == n_exits), "T", T, f"{n_exits} thresholds, or as many for each student")
+    check(ok, "policy", type(policy).__name__, "LastExit, PartialLogits or a rule by which each student decides alone, to be run live")
+    check(T is None or (table.ndim in (1, 2) and table.shape[-1] == n_exits), "T", T, f"{n_exits} thresholds, or as many for each student")
     def limit(n, e, lam):
         T = table if table is not None else np.asarray(policy.default(n_exits) if lam is None else policy.path(lam, n_exits), dtype=float)
         return max(float(T[n, e] if T.ndim == 2 else T[e]), -1e300)                # above -inf: an exit that cannot be taken stays closed
@@ -95,11 +99,17 @@ class Student:
         fallback:str=None,    # None | "every": report every exit
         speed:float=None,     # MACs/s it pretends to have; None: as fast as it can
     ):
-        self.n, self.net, self.W, self.macs = n, net.eval(), W, np.diff(np.asarray(net.macs(), dtype=float), prepend=0.)
+        self.n = whole(n, "n", 0)
+        width = net.exits[0].norm.normalized_shape[0]
+        check(W.ndim == 2 and W.shape[1] == width, "W.shape", tuple(W.shape), f"(K, {width}), classes and the student's features")
+        self.net, self.W, self.macs = net.eval(), W, np.diff(np.asarray(net.macs(), dtype=float), prepend=0.)
         self.inbox, self.change, self.words, self.done = queue.SimpleQueue(), threading.Condition(), {}, -1
         self.use(policy or Policy(), fallback, speed)
     def use(self, policy, fallback=None, speed=None):
-        self.policy, self.fallback, self.seconds = policy, fallback, self.macs / (speed or math.inf)    # a stage takes at least so long
+        check(isinstance(policy, Policy), "policy", type(policy).__name__, "a Policy")
+        speed = math.inf if speed is None else number(speed, "speed", above=0)
+        self.policy, self.fallback = policy, choice(fallback, "fallback", (None, "every"))
+        self.seconds = self.macs / speed                                       # a stage takes at least so long
     def ping(self): return self.n
     def put(self, key, x, sample=None, lam=None, left=math.inf):
         self.inbox.put((key, torch.tensor(x)[None], Seen(sample), lam, time.monotonic() + left))
@@ -165,8 +175,10 @@ class RaySystem:
         num_cpus:int=2,
         **settings         # deadline, fallback, mean, suspect, knob, speed, margin
     ):
-        _check(isinstance(system, DistrEE), "system", type(system).__name__, "a trained DistrEE")
-        self.N, self.n_exits, self.shape, self.restart = len(system), system.n_exits, tuple(system.students[0].input_shape), restart
+        check(isinstance(system, DistrEE), "system", type(system).__name__, "a trained DistrEE")
+        check(options is None or callable(options), "options", options, "a function of the student's number, or None")
+        self.N, self.n_exits, self.shape = len(system), system.n_exits, tuple(system.students[0].input_shape)
+        self.restart = flag(restart, "restart")
         self.options, self.bias = options or (lambda n: {}), system.joint.bias.detach().cpu().double().numpy()
         self.lock, self.futures, self.count, self.closed, self.error, self.events = threading.Condition(), {}, 0, False, None, []
         self.actors, self.alive, self.threads, self.aggregator = [None] * self.N, [False] * self.N, [], None
@@ -269,10 +281,14 @@ def use(self:RaySystem,
 ):
     "Change how requests are answered; raises `ValueError` for impossible settings, `RuntimeError` while requests are open."
     policy, speed = policy or Policy(), list(speed) if np.ndim(speed) else [speed] * self.N
-    _check(len(speed) == self.N and all(v is None or v > 0 for v in speed), "speed", speed, f"a number above 0 MACs/s, or {self.N} of them")
-    _check(deadline > margin >= 0, "deadline, margin", (deadline, margin), "a time in s and a shorter one")
-    _check(fallback in (None, "every"), "fallback", repr(fallback), "None or 'every'")
-    _check(all(0 <= e < self.n_exits - 1 for e in policy.points), "points", policy.points, f"exits before the last, 0..{self.n_exits - 2}")
+    check(isinstance(policy, Policy), "policy", type(policy).__name__, "a Policy, e.g. of `live_policy`")
+    check(len(speed) == self.N, "speed", speed, f"a number above 0 MACs/s, or {self.N} of them")
+    speed = [None if v is None else number(v, "speed", above=0) for v in speed]
+    deadline, margin = number(deadline, "deadline", inf=True), number(margin, "margin")
+    check(deadline > margin >= 0, "deadline, margin", (deadline, margin), "a time in s and a shorter one")
+    fallback = choice(fallback, "fallback", (None, "every"))
+    check(all(e < self.n_exits - 1 for e in policy.points), "points", policy.points, f"exits before the last, 0..{self.n_exits - 2}")
+    check(knob is None or callable(getattr(knob, "update", None)), "knob", knob, "an object with `lam` and `update`, or None")
     aggregator = Aggregator(self.bias, self.N, deadline - margin, mean, policy.stop, policy.points, policy.need, suspect)
     with self.lock:
         if self.aggregator and self.aggregator.waiting: raise RuntimeError(f"{len(self.aggregator.waiting)} requests are open; wait for their answers first")
@@ -290,7 +306,9 @@ def submit(self:RaySystem,
 )->int:              # number of the request
     "Send a picture to all students that are alive; raises `ValueError` for a picture of another shape, `RuntimeError` if the system is closed or broken."
     x = np.asarray(x, dtype=np.float32)
-    _check(x.shape == self.shape, "x", f"a picture of shape {x.shape}", f"of shape {self.shape}")
+    check(x.shape == self.shape, "x.shape", x.shape, f"{self.shape}, one image")
+    finite(x, "x")
+    sample = None if sample is None else whole(sample, "sample", 0)
     if self.error: raise RuntimeError(self.error)
     with self.lock:
         if self.closed: raise RuntimeError("the system is closed")
@@ -308,7 +326,8 @@ def answer(self:RaySystem,
     timeout:float=None, # s to wait for it; None: as long as it takes
 )->Answer:
     "The answer to a request, handed out once; raises `TimeoutError` if it takes longer, `ValueError` for a request that is not there."
-    _check(key in self.futures, "key", key, "a request whose answer was not handed out yet")
+    check(key in self.futures, "key", key, "a request whose answer was not handed out yet")
+    timeout = None if timeout is None else number(timeout, "timeout", 0)
     try: answer = self.futures[key].result(timeout)
     except TimeoutError: raise TimeoutError(f"request {key} has no answer after {timeout} s") from None
     del self.futures[key]
@@ -325,9 +344,11 @@ def run(self:RaySystem,
 )->Outcomes:       # measured; NaN: not measured
     "Answer a stream of pictures; raises `ValueError` for times that do not fit."
     R, nan = len(x), math.nan
-    _check(arrival is None or (len(arrival) == R and (np.diff(arrival, prepend=0) >= 0).all()), "arrival", arrival, f"{R} rising times from 0 on")
+    rising = arrival is None or (len(arrival) == R and np.isfinite(arrival).all() and (np.diff(arrival, prepend=0) >= 0).all())
+    check(rising, "arrival", arrival, f"{R} rising times from 0 on")
     sample, keys, came, lam, got = np.arange(R) if sample is None else np.asarray(sample), [], [], [], {}
-    _check(len(sample) == R > 0, "sample", f"{len(sample)} numbers", f"one for each of the {R} pictures, at least one")
+    check(len(sample) == R > 0, "len(sample)", len(sample), f"one for each of the {R} images, at least one")
+    check(y is None or len(y) == R, "y", y, f"{R} labels, or None")
     start = time.monotonic(); now = lambda: time.monotonic() - start
     for r in range(R):
         if arrival is not None: time.sleep(max(0., arrival[r] - now()))
@@ -347,8 +368,9 @@ def run(self:RaySystem,
 def revive(self:RaySystem,
     student:int,
 ):
-    "Start a new actor for a student that died; returns when it is ready."
-    _check(0 <= student < self.N and not self.alive[student], "student", student, f"one that is dead, {[n for n in range(self.N) if not self.alive[n]]}")
+    "Start a new actor for a student that died; returns when it is ready; raises `ValueError` for one that is alive."
+    dead = [n for n in range(self.N) if not self.alive[n]]
+    check(student in dead, "student", student, f"one that is dead, {dead}")
     self._up(student, self._launch(student))
 
 # %% ../nbs/12_scale_out.ipynb #17a32cd2
@@ -357,6 +379,7 @@ def wait_alive(self:RaySystem,
     timeout:float=60., # s
 ):
     "Wait until all students are alive; raises `TimeoutError` if that takes longer."
+    timeout = number(timeout, "timeout", 0)
     with self.lock:
         if not self.lock.wait_for(lambda: all(self.alive), timeout): raise TimeoutError(f"students {self.alive} (alive) after {timeout} s")
 
@@ -365,8 +388,9 @@ def wait_alive(self:RaySystem,
 def kill(self:RaySystem,
     student:int,
 ):
-    "End the process of a student at once; returns when it is gone."
-    _check(0 <= student < self.N and self.alive[student], "student", student, f"one that is alive, {[n for n in range(self.N) if self.alive[n]]}")
+    "End the process of a student at once; returns when it is gone; raises `ValueError` for one that is dead already."
+    alive = [n for n in range(self.N) if self.alive[n]]
+    check(student in alive, "student", student, f"one that is alive, {alive}")
     with self.lock: actor = self.actors[student]
     self.ray.kill(actor)
     with self.lock: self.lock.wait_for(lambda: self.actors[student] is not actor or not self.alive[student], 10)
@@ -382,7 +406,7 @@ def plot_requests(
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
     from darkdistill_nb.training import figure, style
-    _check(len(runs) > 0, "runs", "{}", "one or more named Outcomes")
+    check(len(runs), "runs", runs, "one or more named Outcomes")
     fig = make_subplots(len(runs), 1, shared_xaxes=True, vertical_spacing=.1, subplot_titles=list(runs), figure=figure(title=title, height=height))
     for row, o in enumerate(runs.values(), 1):
         gone = o.missing.any(1); kinds = {"complete": ~o.degraded, "a student is missing": gone, "a student is late": o.late.any(1) & ~gone}

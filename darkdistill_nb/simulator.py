@@ -6,8 +6,8 @@ Docs: https://darkdistill.github.io/darkdistill_nb/simulator.html.md"""
 
 # %% auto #0
 __all__ = ['Device', 'Link', 'Cluster', 'noise', 'Answer', 'Aggregator', 'Policy', 'fixed_policy', 'local_policy',
-           'confidence_of', 'joint_policy', 'Outcomes', 'summary_table', 'simulate', 'arrivals', 'plot_timeline',
-           'plot_latency']
+           'confidence_of', 'joint_policy', 'Outcomes', 'outcome_table', 'simulate_devices', 'arrivals',
+           'plot_timeline', 'plot_latency']
 
 # %% ../nbs/11c_simulator.ipynb #8afa672d
 import dataclasses, math
@@ -15,16 +15,22 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from fastcore.basics import patch
+from .checks import check, choice, finite, flag, number, whole
+from .inference import read_thresholds
 from .training import figure, seed_for, style
 
 # %% ../nbs/11c_simulator.ipynb #f2820afc
-def _check(ok, name, value, allowed):
-    if not ok: raise ValueError(f"{name}={value} must be {allowed}")
-
 def _simpy():
-    try: import simpy
-    except ImportError: raise ImportError("simpy is not installed; `pip install darkdistill-nb[distributed]` adds what the simulator needs") from None
+    try:
+        import simpy
+    except ImportError:
+        raise ImportError("simpy is not installed; `pip install darkdistill-nb[distributed]` adds what the simulator needs") from None
     return simpy
+
+def _numbers(o, **limits):
+    "Look at numbers of a frozen dataclass and keep them as Python's own; `limits`: name -> keywords of `number`."
+    for name, kw in limits.items():
+        object.__setattr__(o, name, number(getattr(o, name), name, **kw))
 
 # %% ../nbs/11c_simulator.ipynb #88da8280
 @dataclass(frozen=True)
@@ -37,16 +43,18 @@ class Device:
     dies:float=math.inf   # s; from then on it neither computes nor sends
     p_dead:float=0.       # probability of being dead from the start, drawn once a run
     def __post_init__(self):
-        _check(callable(self.speed) or self.speed > 0, "speed", self.speed, "above 0 MACs/s, or a function of time")
-        _check(self.jitter >= 0, "jitter", self.jitter, "at least 0"); _check(0 <= self.p_dead <= 1, "p_dead", self.p_dead, "in [0, 1]")
-        _check(min(self.active, self.idle) >= 0, "active, idle", (self.active, self.idle), "at least 0 W")
+        if not callable(self.speed):
+            _numbers(self, speed=dict(above=0))
+        _numbers(self, jitter=dict(low=0), active=dict(low=0), idle=dict(low=0), dies=dict(low=0, inf=True), p_dead=dict(low=0, high=1))
     def seconds(self,
         macs,   # of a stage
         z=0.,   # standard normal number
         now=0., # s, when the stage begins: the speed may drift
     ):
-        "Time of a stage."
+        "Time of a stage; raises `ValueError` for a speed that falls to 0."
+        check(macs >= 0 and math.isfinite(z), "macs, z", (macs, z), "at least 0, and finite")
         v, s2 = self.speed(now) if callable(self.speed) else self.speed, math.log1p(self.jitter ** 2)
+        check(0 < v < math.inf, "speed", v, "a finite number above 0 MACs/s at all times")
         return macs / v * math.exp(math.sqrt(s2) * z - s2 / 2)
 
 # %% ../nbs/11c_simulator.ipynb #2e38f841
@@ -61,15 +69,16 @@ class Link:
     timeout:float=.02     # s until the sender tries again
     joule:float=1e-6      # J per byte sent, both ends together
     def __post_init__(self):
-        _check(self.bandwidth > 0, "bandwidth", self.bandwidth, "above 0 bytes/s"); _check(0 <= self.loss <= 1, "loss", self.loss, "in [0, 1]")
-        _check(min(self.latency, self.jitter, self.timeout, self.retries) >= 0, "latency, jitter, timeout, retries",
-               (self.latency, self.jitter, self.timeout, self.retries), "at least 0")
+        _numbers(self, bandwidth=dict(above=0, inf=True), latency=dict(low=0), jitter=dict(low=0), loss=dict(low=0, high=1),
+                 timeout=dict(low=0), joule=dict(low=0))
+        object.__setattr__(self, "retries", whole(self.retries, "retries", 0))
     def fate(self,
         nbytes, # of the message
         u=1.,   # uniform in (0, 1]: decides on losses
         x=0.,   # exponential with mean 1: the extra delay
     )->tuple:   # (number of tries, seconds until it arrives; inf if it never does)
-        "What happens to a message."
+        "What happens to a message; raises `ValueError` for impossible numbers."
+        check(nbytes >= 0 and 0 < u <= 1 and x >= 0, "nbytes, u, x", (nbytes, u, x), "at least 0, in (0, 1], and at least 0")
         lost = 0 if u > self.loss else self.retries + 1 if self.loss == 1 else int(math.log(u) / math.log(self.loss))
         tries = min(lost, self.retries) + 1
         if lost > self.retries: return tries, math.inf
@@ -82,19 +91,25 @@ class Cluster:
     devices:tuple # N `Device`
     links:tuple   # N `Link`
     def __post_init__(self):
-        _check(len(self.devices) == len(self.links) > 0, "links", f"{len(self.links)} links", f"as many as devices, {len(self.devices)}")
+        for name, kind in (("devices", Device), ("links", Link)):
+            ok = isinstance(getattr(self, name), (tuple, list)) and all(isinstance(v, kind) for v in getattr(self, name))
+            check(ok, name, getattr(self, name), f"a tuple of {kind.__name__}s")
+        check(len(self.devices) == len(self.links) > 0, "len(links)", len(self.links), f"as many as devices, {len(self.devices)}, at least 1")
     def __len__(self): return len(self.devices)
     @classmethod
     def equal(cls, n:int, device=Device(), link=Link()):
         "A cluster of `n` equal devices."
+        n = whole(n, "n")
         return cls((device,) * n, (link,) * n)
     def with_device(self, i:int, **fields):
-        "A copy in which fields of device `i` are changed."
+        "A copy in which fields of device `i` are changed; raises `ValueError` for a device that is not there."
+        i = whole(i, "i", 0, len(self) - 1)
         return Cluster(tuple(dataclasses.replace(d, **fields) if k == i else d for k, d in enumerate(self.devices)), self.links)
     def with_devices(self, **fields): return Cluster(tuple(dataclasses.replace(d, **fields) for d in self.devices), self.links)
     def with_links(self, **fields): return Cluster(self.devices, tuple(dataclasses.replace(l, **fields) for l in self.links))
     def straggler(self, i:int, factor:float):
-        "A copy in which device `i` is `factor` times slower."
+        "A copy in which device `i` is `factor` times slower; raises `ValueError` for a factor that is not above 0."
+        i, factor = whole(i, "i", 0, len(self) - 1), number(factor, "factor", above=0)
         v = self.devices[i].speed
         return self.with_device(i, speed=(lambda t: v(t) / factor) if callable(v) else v / factor)
 
@@ -105,7 +120,9 @@ def noise(
     n_requests:int, # R
     n_exits:int,    # E: stages, and the most packets of a request per device and direction
 )->dict:            # stage (N, R, E) normal; up, down (N, R, E) uniform in (0, 1]; up_delay, down_delay (N, R, E) exponential; dead (N,) uniform
-    "All random numbers of a run, each at its own address."
+    "All random numbers of a run, each at its own address; raises `ValueError` for sizes below 1."
+    seed, n_devices = whole(seed, "seed", None), whole(n_devices, "n_devices")
+    n_requests, n_exits = whole(n_requests, "n_requests"), whole(n_exits, "n_exits")
     rng = lambda kind, n: np.random.default_rng(seed_for(seed, "simulator", kind, n))
     size = n_requests, n_exits
     normal, uniform, exponential = lambda g: g.standard_normal(size), lambda g: 1 - g.random(size), lambda g: g.standard_exponential(size)
@@ -141,18 +158,20 @@ class Aggregator:
         need:int=None,           # students that must have reported for a decision; None: all
         suspect:float=math.inf,  # after so many requests without a word a student is no longer waited for, until it speaks again
     ):
-        self.bias, self.N = np.asarray(bias, dtype=float), n_students
-        self.mean = np.zeros((n_students, len(self.bias))) if mean is None else np.asarray(mean, dtype=float)
-        _check(deadline > 0, "deadline", deadline, "above 0 s")
-        _check(self.mean.shape == (n_students, len(self.bias)), "mean", self.mean.shape, f"of shape {(n_students, len(self.bias))}")
-        self.need = n_students if need is None else need
-        _check(1 <= self.need <= n_students, "need", need, f"in 1..{n_students}")
-        _check(suspect >= 1, "suspect", suspect, "at least 1 request")
-        self.deadline, self.stop, self.points, self.suspect = deadline, stop, tuple(points), suspect
+        self.bias, self.N = finite(np.asarray(bias, dtype=float), "bias"), whole(n_students, "n_students")
+        check(self.bias.ndim == 1 and len(self.bias), "bias.shape", self.bias.shape, "(K,), one number a class")
+        shape = self.N, len(self.bias)
+        self.mean = np.zeros(shape) if mean is None else finite(np.asarray(mean, dtype=float), "mean")
+        check(self.mean.shape == shape, "mean.shape", self.mean.shape, f"{shape}, students and classes")
+        self.need = self.N if need is None else whole(need, "need", 1, self.N)
+        self.deadline, self.suspect = number(deadline, "deadline", above=0, inf=True), number(suspect, "suspect", 1, inf=True)
+        check(stop is None or callable(stop), "stop", stop, "a function of logits, exit and lam, or None")
+        self.stop, self.points = stop, tuple(whole(p, "a point", 0) for p in points)
         self.silent, self.waiting, self.ignored = [0] * n_students, {}, 0
     def open(self, key, now:float, lam=None):
-        "A request arrives; returns the time of its deadline."
+        "A request arrives; returns the time of its deadline; raises `ValueError` for a request that is open already."
         N = self.N
+        check(key not in self.waiting, "key", key, "the key of a new request; this one is open")
         self.waiting[key] = dict(start=now, lam=lam, exits=[-1] * N, final=[False] * N, parts=list(self.mean), level=-1, told=[-1] * N)
         return now + self.deadline
     def due(self, now:float):
@@ -162,7 +181,8 @@ class Aggregator:
 # %% ../nbs/11c_simulator.ipynb #a9ba2a9b
 @patch
 def close(self:Aggregator, key, now:float, stopped:bool=False)->Answer:
-    "Answer a request with what has come so far."
+    "Answer a request with what has come so far; raises `ValueError` for one that is not open."
+    check(key in self.waiting, "key", key, "the key of an open request")
     w = self.waiting.pop(key)
     if not stopped: self.silent = [0 if e >= 0 else s + 1 for s, e in zip(self.silent, w["exits"])]
     missing = tuple(n for n, e in enumerate(w["exits"]) if e < 0)
@@ -180,6 +200,7 @@ def receive(self:Aggregator,
     now:float,     # s
 )->tuple:          # (`Answer` or None, "STOP" or "GO" or None, students to tell)
     "Take a message; messages for answered requests or past the deadline are counted in `ignored`."
+    check(0 <= student < self.N, "student", student, f"from 0 to {self.N - 1}")
     w, self.silent[student] = self.waiting.get(key), 0
     if w is None or now > w["start"] + self.deadline: self.ignored += 1; return None, None, ()
     if exit >= w["exits"][student]: w["exits"][student], w["parts"][student] = exit, partial    # messages may overtake each other
@@ -198,6 +219,15 @@ def receive(self:Aggregator,
     return None, "GO" if to else None, to
 
 # %% ../nbs/11c_simulator.ipynb #ff1eb87b
+def _limits(threshold, N, E):
+    "Thresholds (N, E) from a number, one number an exit, or one a student and exit; as records write them, too."
+    if np.ndim(threshold) == 0:
+        return [[number(threshold, "threshold", inf=True)] * E] * N
+    rows = [read_thresholds(t, E, "threshold") for t in (threshold if np.ndim(threshold) == 2 else [threshold] * N)]
+    check(len(rows) == N, "threshold", threshold, f"a number, {E} numbers, or {E} numbers for each of {N} students")
+    return rows
+
+# %% ../nbs/11c_simulator.ipynb #57648d6a
 @dataclass
 class Policy:
     "When students leave, and where they ask the aggregator."
@@ -207,12 +237,23 @@ class Policy:
     speculative:bool=False # compute on while asking
     patience:float=1.      # s a student waits for GO or STOP before it goes on
     need:int=None          # students that must have reported for a decision; None: all
+    def __post_init__(self):
+        for name in ("leave", "stop"):
+            f = getattr(self, name)
+            check(f is None or callable(f), name, f, "a function, or None")
+        check(isinstance(self.points, (tuple, list)), "points", self.points, "a tuple of exits, counted from 0")
+        self.points = tuple(whole(p, "a point", 0) for p in self.points)
+        self.speculative = flag(self.speculative, "speculative")
+        self.patience = number(self.patience, "patience", above=0)
+        self.need = None if self.need is None else whole(self.need, "need")
 
 def fixed_policy(
     depth, # (N, S) exits, counted from 0
 )->Policy:
-    "Exits known in advance, from any rule that looks only at the picture."
-    d = torch.as_tensor(depth); _check(d.ndim == 2, "depth", f"a tensor of shape {tuple(d.shape)}", "(students, samples)")
+    "Exits known in advance, from any rule that looks only at the image; raises `ValueError` for what is no table of exits."
+    d = torch.as_tensor(depth)
+    check(d.ndim == 2 and d.numel(), "depth.shape", tuple(d.shape), "(students, samples)")
+    check(d.dtype is not torch.bool and ((d >= 0) & (d == d.round())).all(), "depth", d.tolist(), "whole numbers from 0 on")
     table = d.tolist()
     return Policy(leave=lambda n, e, s, lam: e >= table[n][s])
 
@@ -220,17 +261,22 @@ def local_policy(
     scores,         # (N, E, S), larger: leave
     threshold=None, # number, (E,) or (N, E); None: the lambda of the request
 )->Policy:
-    "Each student leaves at its first exit whose own score reaches the threshold."
-    table = torch.as_tensor(scores).tolist()
-    if threshold is None: return Policy(leave=lambda n, e, s, lam: table[n][e][s] >= lam)
-    T = np.broadcast_to(np.asarray(threshold, dtype=float), (len(table), len(table[0]))).tolist()
+    "Each student leaves at its first exit whose own score reaches the threshold; raises `ValueError` for NaN and what does not fit."
+    scores = torch.as_tensor(scores)
+    check(scores.ndim == 3 and scores.numel(), "scores.shape", tuple(scores.shape), "(students, exits, samples)")
+    table = finite(scores, "scores", inf=True).tolist()
+    if threshold is None:
+        return Policy(leave=lambda n, e, s, lam: table[n][e][s] >= lam)
+    T = _limits(threshold, *scores.shape[:2])
     return Policy(leave=lambda n, e, s, lam: table[n][e][s] >= T[n][e])
 
 # %% ../nbs/11c_simulator.ipynb #6748d968
 def confidence_of(
     z, # (K,) logits
 )->float:
-    "Largest softmax probability."
+    "Largest softmax probability; raises `ValueError` for no logits, or NaN among them."
+    z = np.asarray(z)
+    check(z.ndim == 1 and z.size and -math.inf < z.max() < math.inf, "z", z.tolist(), "a list of logits below infinity, without NaN")
     return float(1 / np.exp(z - z.max()).sum())
 
 def joint_policy(
@@ -239,9 +285,11 @@ def joint_policy(
     score=confidence_of,    # score(logits (K,)) -> float
     **kw                    # speculative, patience, need of `Policy`
 )->Policy:
-    "Stop all students at the first decision point where the joint score reaches the threshold."
-    _check(len(points) > 0 and min(points) >= 0, "points", points, "one or more exits, counted from 0")
-    return Policy(points=tuple(sorted(set(points))), stop=lambda z, e, lam: score(z) >= (lam if threshold is None else threshold), **kw)
+    "Stop all students at the first decision point where the joint score reaches the threshold; raises `ValueError` without points."
+    check(hasattr(points, "__len__") and len(points), "points", points, "one or more exits, counted from 0")
+    points = tuple(sorted({whole(p, "a point", 0) for p in points}))
+    T = None if threshold is None else number(threshold, "threshold", inf=True)
+    return Policy(points=points, stop=lambda z, e, lam: score(z) >= (lam if T is None else T), **kw)
 
 # %% ../nbs/11c_simulator.ipynb #51ce962a
 @dataclass
@@ -278,10 +326,11 @@ def summary(self:Outcomes)->dict:
                 energy=float(self.energy.mean()), idle=self.idle / len(self), bytes=float(self.bytes.mean()), macs=float(self.macs.sum(1).mean()),
                 wasted=float(self.wasted.mean()), degraded=float(self.degraded.mean()), unanswered=float((~self.answered).mean()))
 
-def summary_table(
+def outcome_table(
     runs:dict, # name -> Outcomes
 )->str:
-    "Summaries as lines of text; times in ms, shares in percent."
+    "Summaries as lines of text; times in ms, shares in percent; raises `ValueError` without runs."
+    check(len(runs), "runs", runs, "one or more named Outcomes")
     width, line = max(map(len, runs)), []
     for name, o in runs.items():
         s = o.summary(); ms = " ".join(f"{1000 * s[k]:7.0f}" for k in ("p50", "p95", "p99"))
@@ -418,7 +467,18 @@ def _outcomes(run, answers, arrival, sample):
                     lam=np.array([math.nan if v is None else v for v in run.lam]), idle=idle, trace=run.trace or [])
 
 # %% ../nbs/11c_simulator.ipynb #168a8b0d
-def simulate(
+def _requests(arrival, sample, S):
+    "Times and images of the requests."
+    arrival = finite(np.asarray(arrival, dtype=float), "arrival")
+    rising = arrival.ndim == 1 and len(arrival) and (np.diff(arrival, prepend=0) >= 0).all()
+    check(rising, "arrival", arrival.tolist(), "a rising list of times from 0 on")
+    sample = np.arange(len(arrival)) % S if sample is None else np.asarray(sample)
+    check(sample.shape == arrival.shape and sample.dtype.kind in "iu", "sample", sample.tolist(), "one whole number a request")
+    check(sample.min() >= 0 and sample.max() < S, "sample", sample.tolist(), f"in 0..{S - 1}")
+    return arrival, sample
+
+# %% ../nbs/11c_simulator.ipynb #02a212c0
+def simulate_devices(
     answers,                 # `SystemAnswers` of S pictures
     policy:Policy,           # when students leave
     cluster:Cluster,         # as many devices as students
@@ -436,19 +496,21 @@ def simulate(
     trace:bool=False,        # keep all stages and messages, for `plot_timeline`
 )->Outcomes:
     "Simulate a stream of requests; the same seed gives the same numbers; raises `ValueError` for settings that do not fit together."
-    arrival, (N, E, S, K) = np.asarray(arrival, dtype=float), answers.partial.shape
-    sample = np.arange(len(arrival)) % S if sample is None else np.asarray(sample)
-    _check(len(cluster) == N, "cluster", f"{len(cluster)} devices", f"as many as students, {N}")
-    _check(arrival.ndim == 1 and len(arrival) and (np.diff(arrival, prepend=0) >= 0).all(), "arrival", arrival[:3], "a rising list of times from 0 on")
-    _check(len(sample) == len(arrival) and sample.min() >= 0 and sample.max() < S, "sample", f"{len(sample)} numbers", f"one in 0..{S - 1} per request")
-    _check(deadline > 0, "deadline", deadline, "above 0 s"); _check(fallback in (None, "every", "last"), "fallback", repr(fallback), "None, 'every' or 'last'")
-    _check(fallback != "last" or deadline < math.inf, "fallback", "'last'", "used with a finite deadline")
-    _check(payload in ("partial", "features"), "payload", repr(payload), "'partial' or 'features'")
-    _check(all(0 <= e < E - 1 for e in policy.points), "points", policy.points, f"exits before the last, 0..{E - 2}")
-    _check(0 < policy.patience < math.inf, "patience", policy.patience, "a finite time above 0 s")
+    check(all(isinstance(a, k) for a, k in ((policy, Policy), (cluster, Cluster))), "policy, cluster",
+          (type(policy).__name__, type(cluster).__name__), "a Policy and a Cluster")
+    N, E, S, K = answers.partial.shape
+    check(len(cluster) == N, "len(cluster)", len(cluster), f"as many devices as students, {N}")
+    arrival, sample = _requests(arrival, sample, S)
+    deadline, fallback = number(deadline, "deadline", above=0, inf=True), choice(fallback, "fallback", (None, "every", "last"))
+    check(fallback != "last" or deadline < math.inf, "fallback", fallback, "used with a finite deadline")
+    payload, header = choice(payload, "payload", ("partial", "features")), whole(header, "header", 0)
+    check(all(e < E - 1 for e in policy.points), "points", policy.points, f"exits before the last, 0..{E - 2}")
+    check(knob is None or callable(getattr(knob, "update", None)), "knob", knob, "an object with `lam` and `update`, or None")
+    seed, trace = whole(seed, "seed", None), flag(trace, "trace")
     size = [header + 4 * (K if payload == "partial" else m) for m in answers.sizes]
-    if margin is None: margin = max(2 * (l.latency + l.jitter + b / l.bandwidth) for l, b in zip(cluster.links, size))
-    _check(0 <= margin < deadline, "margin", margin, f"at least 0 and below the deadline, {deadline} s")
+    if margin is None:
+        margin = max(2 * (l.latency + l.jitter + b / l.bandwidth) for l, b in zip(cluster.links, size))
+    check(0 <= number(margin, "margin", 0) < deadline, "margin", margin, f"at least 0 and below the deadline, {deadline} s")
     run = _Run(answers, policy, cluster, arrival, sample, deadline, fallback, margin, mean, suspect, knob, size, header, seed, trace)
     return _outcomes(run, answers, arrival, sample)
 
@@ -460,8 +522,10 @@ def arrivals(
     kind:str="poisson", # poisson | fixed
 )->np.ndarray: # (n,) s, rising
     "Arrival times: random and independent, or evenly spaced; raises `ValueError` for rates that are not above 0."
-    rate = np.broadcast_to(np.asarray(rate, dtype=float), (n,))
-    _check(rate.min() > 0, "rate", rate.min(), "above 0 requests/s"); _check(kind in ("poisson", "fixed"), "kind", repr(kind), "'poisson' or 'fixed'")
+    n, seed, kind = whole(n, "n"), whole(seed, "seed", None), choice(kind, "kind", ("poisson", "fixed"))
+    rate = finite(np.asarray(rate, dtype=float), "rate")
+    check(rate.shape in ((), (n,)), "rate.shape", rate.shape, f"a number, or one for each of the {n} requests")
+    check(rate.min() > 0, "rate", rate.min(), "above 0 requests/s")
     gap = np.random.default_rng(seed_for(seed, "arrivals")).standard_exponential(n) if kind == "poisson" else np.ones(n)
     return np.cumsum(gap / rate)
 
@@ -472,9 +536,10 @@ def plot_timeline(
     title:str="", # "simulated" is added
     height:int=340,
 ):
-    "Draw the stages and messages of one request on all devices."
+    "Draw the stages and messages of one request on all devices; raises `ValueError` without a trace."
     import plotly.graph_objects as go
-    _check(len(o.trace) > 0, "trace", "[]", "kept: simulate(..., trace=True)"); _check(0 <= request < len(o), "request", request, f"in 0..{len(o) - 1}")
+    check(len(o.trace), "trace", o.trace, "kept: simulate_devices(..., trace=True)")
+    request = whole(request, "request", 0, len(o) - 1)
     N, start, fig = o.exits.shape[1], o.arrival[request], figure(title=f"{title} (simulated)".strip(), x="ms after arrival", height=height)
     looks = dict(compute=(0, "computing, used"), unused=(7, "computing, not in the answer"), up=(1, "partial logits"), GO=(2, "GO"), STOP=(3, "STOP"))
     seen, top = set(), N
@@ -501,9 +566,10 @@ def plot_latency(
     longest:float=None,  # s, end of the axis; None: the largest finite latency
     points:int=120,      # of each curve
 ):
-    "Share of requests answered within a time, for several runs."
+    "Share of requests answered within a time, for several runs; raises `ValueError` without runs."
     import plotly.graph_objects as go
-    _check(len(runs) > 0, "runs", "{}", "one or more named Outcomes")
+    check(len(runs), "runs", runs, "one or more named Outcomes")
+    points = whole(points, "points", 2)
     ends = [o.latency[o.answered].max() for o in runs.values() if o.answered.any()]
     x = np.linspace(0, longest or max(ends, default=1.), points)
     traces = [go.Scatter(x=1000 * x, y=np.searchsorted(np.sort(o.latency), x, "right") / len(o), name=k, mode="lines", line=style(i)["line"])

@@ -17,17 +17,24 @@ import torch
 import torch.nn.functional as F
 from dataclasses import replace
 from fastcore.basics import patch
+from .checks import check, choice, finite, flag, number, whole
 from .distributed import SystemAnswers
-from .guarantees import RiskControl, last_of_prefix, passes, sample_losses
+from .guarantees import METHODS, RiskControl, last_of_prefix, passes, sample_losses
 from .inference import (_bisect, _lagrange, confidence, failure_auroc, oracle, score_by_name, static_mixture, take_exit,
                                       read_thresholds, thresholds_for_budget)
 from .training import Streams, by_name
 
 # %% ../nbs/11b_system_policies.ipynb #8bc35dc7
+def _check_table(answers, name="answers"):
+    check(isinstance(answers, SystemAnswers), name, type(answers).__name__, "a SystemAnswers")
+    return answers
+
+# %% ../nbs/11b_system_policies.ipynb #698224bf
 def joint_right(
     answers:SystemAnswers,
 )->torch.Tensor: # (E, S) bool
-    "Is the joint answer right when all students stop at the same exit?"
+    "Is the joint answer right when all students stop at the same exit? Raises `ValueError` for what is no table."
+    _check_table(answers)
     return torch.stack([answers.joint(e).argmax(-1) == answers.y for e in range(answers.n_exits)])
 
 # %% ../nbs/11b_system_policies.ipynb #bd6d6822
@@ -35,11 +42,15 @@ def mac_shares(
     costs,  # (N, E) MACs of student n up to and including exit e
     depth,  # (N, S) exit of each student, counted from 0
 )->tuple:   # latency (S,) and energy (S,), as shares of a full pass
-    "Largest and summed MACs over the students, for every picture."
-    c, d = torch.as_tensor(costs).double(), torch.as_tensor(depth)
-    if c.ndim != 2 or d.ndim != 2 or len(c) != len(d):
-        raise ValueError(f"costs {tuple(c.shape)} must be (students, exits) and depth {tuple(d.shape)} (students, pictures)")
-    if not ((d >= 0) & (d < c.shape[1])).all(): raise ValueError(f"depth must lie in 0..{c.shape[1] - 1}, the exits; it has {int(d.min())} to {int(d.max())}")
+    "Largest and summed MACs over the students, for every image; raises `ValueError` for costs or exits that cannot be."
+    c, d = finite(torch.as_tensor(costs), "costs").double(), torch.as_tensor(depth)
+    if c.ndim != 2 or d.ndim != 2 or len(c) != len(d) or not c.numel():
+        raise ValueError(f"costs {tuple(c.shape)} must be (students, exits) and depth {tuple(d.shape)} (students, images)")
+    check((c >= 0).all() and (c[:, -1] > 0).all(), "costs", c.tolist(), "at least 0, and above 0 at the last exit")
+    check(not (d.dtype.is_floating_point or d.dtype is torch.bool), "depth.dtype", d.dtype, "whole numbers")
+    if not ((d >= 0) & (d < c.shape[1])).all():
+        raise ValueError(f"depth must lie in 0..{c.shape[1] - 1}, the exits; it has {int(d.min())} to {int(d.max())}")
+    d = d.long()
     spent = c.gather(1, d)
     return spent.amax(0) / c[:, -1].amax(), spent.sum(0) / c[:, -1].sum()
 
@@ -55,17 +66,19 @@ class SystemPolicy:
         answers:SystemAnswers,
     )->torch.Tensor: # (N, E, S), or (1, E, S) if all stop together; float64
         "Scores at all exits, as if nobody stopped; raises `ValueError` where features are needed and were not kept."
-        if self.needs_features and answers.features is None:
+        if self.needs_features and _check_table(answers).features is None:
             raise ValueError(f"{type(self).__name__} compares features, but answers.features is None: keep them")
         return self.of(answers).double()
     def path(self,
         lam:float,   # larger: later
         n_exits:int, # E
     )->list:         # E thresholds; the last is -inf
-        "Thresholds that belong to one number."
+        "Thresholds that belong to one number; raises `ValueError` for NaN."
+        lam, n_exits = number(lam, "lam", inf=True), whole(n_exits, "n_exits")
         return [lam] * (n_exits - 1) + [-math.inf]
     def levels(self, scores): return scores                    # the `lam` up to which each score stops
-    def default(self, n_exits): raise ValueError(f"T=None: {type(self).__name__} has no thresholds of its own; pass one per exit, see `system_thresholds`")
+    def default(self, n_exits):
+        raise ValueError(f"T=None: {type(self).__name__} has no thresholds of its own; pass one per exit, see `system_thresholds`")
 
 # %% ../nbs/11b_system_policies.ipynb #ff36b36a
 @patch
@@ -97,7 +110,8 @@ class RandomExit(SystemPolicy):
     def __init__(self,
         shared:bool=False, # the same exit for all students
         seed:int=0,
-    ): self.together, self.seed = shared, seed
+    ):
+        self.together, self.seed = flag(shared, "shared"), whole(seed, "seed", None)
     def of(self, answers):
         shape = (1 if self.together else answers.n_students, answers.n_exits, len(answers))
         return torch.rand(shape, generator=Streams(self.seed).generator("random exit"))
@@ -110,7 +124,9 @@ class FeatureDifference(SystemPolicy):
     "DistrEE's own rule: stop where 1/cos(F_j, F_1) exceeds T_j, each student for itself (arXiv 2502.15735)."
     needs_features = strict = True
     def of(self, answers): return torch.stack([score_by_name("difference").score(f, list(f)) for f in answers.features])
-    def path(self, lam, n_exits): return [1.] + [1 + lam * (t - 1) for t in _paper_thresholds(n_exits)[1:-1]] + [-math.inf]
+    def path(self, lam, n_exits):
+        lam, n_exits = number(lam, "lam", inf=True), whole(n_exits, "n_exits")
+        return ([1.] + [1 + lam * (t - 1) for t in _paper_thresholds(n_exits)[1:-1]])[:n_exits - 1] + [-math.inf]
     def levels(self, scores): return (scores - 1) / (torch.tensor(_paper_thresholds(scores.shape[1])).to(scores) - 1)[:, None]
     def default(self, n_exits): return _paper_thresholds(n_exits)
 
@@ -132,7 +148,8 @@ class ProxyHead(SystemPolicy):
 def decision_points(
     n_exits:int, # E
 )->tuple:        # exits, counted from 0
-    "Exits 3, 5 and 6 of seven, or what corresponds to them."
+    "Exits 3, 5 and 6 of seven, or what corresponds to them; raises `ValueError` below one exit."
+    n_exits = whole(n_exits, "n_exits")
     return tuple(sorted({max(0, round(n_exits * k / 7) - 1) for k in (3, 5, 6)} - {n_exits - 1}))
 
 class Together(SystemPolicy):
@@ -143,12 +160,15 @@ class Together(SystemPolicy):
         rtt:float=0.,           # round trip to the aggregator, as a share of a full pass
         speculative:bool=True,  # go on computing while a question is open
     ):
-        if not rtt >= 0: raise ValueError(f"rtt={rtt} must not be negative")
-        self.points, self.rtt, self.speculative = points, rtt, speculative
+        if points is not None:
+            check(hasattr(points, "__len__"), "points", points, "exits counted from 0, or None")
+            points = tuple(whole(p, "a point", 0) for p in points)
+        self.points, self.rtt = points, number(rtt, "rtt", 0)
+        self.speculative = flag(speculative, "speculative")
         self.vote = 0            # bytes of a question; 0: partial logits, the last of which are the answer
     def at(self, n_exits):
         p = tuple(decision_points(n_exits) if self.points is None else self.points)
-        if list(p) != sorted(set(p)) or not all(0 <= k < n_exits - 1 for k in p):
+        if list(p) != sorted(set(p)) or not all(k < n_exits - 1 for k in p):
             raise ValueError(f"points={p} must rise and lie in 0..{n_exits - 2}, the exits before the last")
         return p
     def of(self, answers):
@@ -172,7 +192,8 @@ class Quorum(Together):
         points=None, rtt:float=0., speculative:bool=True, # see `Together`
         confident:bool=False, # votes carry a second byte, the head's confidence; its mean breaks ties
     ):
-        super().__init__(points, rtt, speculative); self.confident, self.vote = confident, 2 if confident else 1
+        super().__init__(points, rtt, speculative)
+        self.confident, self.vote = flag(confident, "confident"), 2 if confident else 1
     def ask(self, answers, points):
         z = answers.proxy[:, points]; vote = z.argmax(-1)
         winner, n = vote.mode(0).values, F.one_hot(vote, z.shape[-1]).sum(0).amax(-1)
@@ -187,7 +208,10 @@ class SharedScore(Together):
         local:SystemPolicy=None, # stops students alone; None: `FeatureDifference`
         points=None, rtt:float=0., speculative:bool=True, # see `Together`
     ):
-        super().__init__(points, rtt, speculative); self.local, self.vote = local or FeatureDifference(), 4
+        super().__init__(points, rtt, speculative)
+        self.local, self.vote = FeatureDifference() if local is None else local, 4
+        alone = isinstance(self.local, SystemPolicy) and not self.local.together
+        check(alone, "local", type(self.local).__name__, "a policy by which each student stops alone")
     def ask(self, answers, points): return self.local.scores(answers)[:, points].mean(0)
 
 # %% ../nbs/11b_system_policies.ipynb #dd3a304a
@@ -265,7 +289,8 @@ def bill(self:SystemPolicy,
     depth:torch.Tensor, # (N, S)
     header:int=0,       # bytes added to every message
 )->dict:                # latency, energy (shares of a full pass) and bytes, each (S,)
-    "What every picture costs under this policy."
+    "What every image costs under this policy; raises `ValueError` for a negative header."
+    header = whole(header, "header", 0)
     (latency, energy), (wait, waste), (size, messages) = mac_shares(answers.costs, depth), self.delays(answers, depth), self.traffic(answers, depth)
     return dict(latency=latency + wait, energy=energy + waste, bytes=size + header * messages)
 
@@ -274,7 +299,8 @@ def system_auroc(
     policy,                # a `SystemPolicy` or its name
     answers:SystemAnswers,
 )->list:                   # E numbers in [0, 1]; nan where the exit cannot be taken, or is always right or always wrong
-    "AUROC of a policy's score for 'the system is right now', per exit, as a mean over students."
+    "AUROC of a policy's score for 'the system is right now', per exit, as a mean over students; raises `ValueError` without images."
+    check(len(_check_table(answers)), "len(answers)", len(answers), "at least 1 image")
     s, right = policy_by_name(policy).scores(answers), joint_right(answers)
     rows = np.array([failure_auroc(v, right) for v in s])
     rows[(s == -math.inf).all(-1).numpy()] = math.nan
@@ -302,10 +328,11 @@ def system_thresholds(
     measure:str="latency",   # what the budget is about: latency | energy
 )->list:                     # E thresholds for all students; the last is -inf
     "Thresholds whose mean system cost on validation answers meets the budget; raises `ValueError` for a budget out of the policy's reach."
-    policy, E = policy_by_name(policy), valid.n_exits
-    if scheme not in SYSTEM_SCHEMES: raise ValueError(f"scheme={scheme!r} is unknown; choose one of {', '.join(SYSTEM_SCHEMES)}")
-    if measure not in ("latency", "energy"): raise ValueError(f"measure={measure!r} must be latency or energy")
-    s = policy.scores(valid); cost_of, low, high = _limits(policy, valid, s, measure); budget = budget * (1 + 1e-9)
+    policy, E = policy_by_name(policy), _check_table(valid, "valid").n_exits
+    scheme, measure = choice(scheme, "scheme", SYSTEM_SCHEMES), choice(measure, "measure", ("latency", "energy"))
+    check(len(valid), "len(valid)", len(valid), "at least 1 image")
+    s, budget = policy.scores(valid), number(budget, "budget") * (1 + 1e-9)
+    cost_of, low, high = _limits(policy, valid, s, measure)
     if not low <= budget <= high * (1 + 1e-8):
         raise ValueError(f"budget={budget:.6g} must lie between {low:.6g} and {high:.6g}, the cheapest and the dearest of {type(policy).__name__}")
     if low == high: return [math.inf] * (E - 1) + [-math.inf]
@@ -324,9 +351,11 @@ def evaluate_system(
     T=None,                # thresholds, as for `depth`; None: the policy's own
     header:int=0,          # bytes added to every message
 )->dict:                   # accuracy, cost (mean latency), energy, bytes, shares (E) of students and pictures, depth (N, S)
-    "Accuracy of the joint answer and mean costs when students stop by a policy."
-    if len(answers) == 0: raise ValueError("answers holds no pictures")
-    policy = policy_by_name(policy); d = policy.depth(answers, T); bill = {k: float(v.mean()) for k, v in policy.bill(answers, d, header).items()}
+    "Accuracy of the joint answer and mean costs when students stop by a policy; raises `ValueError` without images."
+    check(len(_check_table(answers)), "len(answers)", len(answers), "at least 1 image")
+    policy = policy_by_name(policy)
+    d = policy.depth(answers, T)
+    bill = {k: float(v.mean()) for k, v in policy.bill(answers, d, header).items()}
     right = (answers.logits(d).argmax(-1) == answers.y).double().mean()
     shares = torch.bincount(d.flatten(), minlength=answers.n_exits).double() / d.numel()
     return dict(accuracy=float(right), cost=bill["latency"], energy=bill["energy"], bytes=bill["bytes"], shares=shares.tolist(), depth=d)
@@ -341,8 +370,11 @@ def system_curve(
     measure:str="latency",   # what the budgets are about: latency | energy
     header:int=0,            # bytes added to every message
 )->dict:                     # lists: budget, cost (mean latency), energy, bytes, accuracy, valid (accuracy there), thresholds
-    "Test accuracy and mean costs of one policy over a range of budgets; thresholds from validation answers only."
-    policy = policy_by_name(policy); _, low, high = _limits(policy, valid, policy.scores(valid), measure)
+    "Test accuracy and mean costs of one policy over a range of budgets; thresholds from validation answers only. Raises `ValueError` for NaN."
+    policy, measure = policy_by_name(policy), choice(measure, "measure", ("latency", "energy"))
+    check(len(_check_table(valid, "valid")), "len(valid)", len(valid), "at least 1 image")
+    budgets = None if budgets is None else [number(b, "a budget") for b in budgets]
+    _, low, high = _limits(policy, valid, policy.scores(valid), measure)
     budgets = np.linspace(low, high, 8 if high > low else 1).tolist() if budgets is None else [b for b in budgets if low <= b <= high]
     Ts = [system_thresholds(policy, valid, b, scheme, measure) for b in budgets]
     got = [evaluate_system(policy, test, T, header) for T in Ts]
@@ -359,6 +391,7 @@ def system_table(
     measure:str="latency",   # what the budget is about: latency | energy
 )->list:                     # a dict per policy: name, auroc (mean over exits), cost, energy, bytes, accuracy, over_mixture, below_oracle, shares
     "Print and return what every policy does with one budget."
+    budget, measure = number(budget, "budget"), choice(measure, "measure", ("latency", "energy"))
     right, rows = joint_right(test), []
     costs = mac_shares(test.costs, torch.arange(test.n_exits).expand(test.n_students, -1))[measure == "energy"].tolist(); each = right.double().mean(1).tolist()
     print(f"{'policy':24s}{'AUROC':>7s}{'latency':>9s}{'energy':>8s}{'bytes':>7s}{'accuracy':>10s}{'over mixture':>14s}{'below oracle':>14s}")
@@ -378,7 +411,7 @@ def align_exits(
     reference:SystemAnswers, # validation answers of the same system
 )->SystemAnswers:            # with partial logits moved
     "Give every exit of a student the mean partial logits of its last exit, so that messages from different depths fit together."
-    if answers.partial.shape[:2] != reference.partial.shape[:2]:
+    if _check_table(answers).partial.shape[:2] != _check_table(reference, "reference").partial.shape[:2]:
         raise ValueError(f"reference has (students, exits) {tuple(reference.partial.shape[:2])}, answers {tuple(answers.partial.shape[:2])}: use one system")
     mean = reference.partial.mean(2, keepdim=True)
     return replace(answers, partial=answers.partial - mean + mean[:, -1:])
@@ -389,9 +422,12 @@ def lambda_grid(
     answers:SystemAnswers, # other pictures than those that calibrate
     size:int=40,           # values
 )->np.ndarray:             # (<= size,) falling: later exits first
-    "Values of lambda for `control_system`, spread evenly over the policy's scores."
-    policy = policy_by_name(policy); v = policy.levels(policy.scores(answers))[:, :-1].flatten(); v = v[v.isfinite()].numpy()
-    if len(v) == 0: raise ValueError(f"{type(policy).__name__} has no scores on these answers, so no thresholds to try")
+    "Values of lambda for `control_system`, spread evenly over the policy's scores; raises `ValueError` without scores."
+    policy, size = policy_by_name(policy), whole(size, "size")
+    v = policy.levels(policy.scores(answers))[:, :-1].flatten()
+    v = v[v.isfinite()].numpy()
+    if len(v) == 0:
+        raise ValueError(f"{type(policy).__name__} has no scores on these answers, so no thresholds to try")
     return np.unique(np.quantile(v, np.linspace(0, 1, size)))[::-1]
 
 def system_losses(
@@ -401,8 +437,9 @@ def system_losses(
     kind="consistency",    # loss of notebook 05b, compared with the system at its last exit
 )->tuple:                  # L (G, S) losses of the aggregated answer, cost (G,) mean latency
     "Run the whole system at every lambda; raises `ValueError` for values that do not fall."
-    policy, lams = policy_by_name(policy), np.asarray(lams, float)
-    if lams.ndim != 1 or not len(lams) or not (np.diff(lams) < 0).all(): raise ValueError("lams must fall strictly: the most conservative value comes first")
+    policy, lams = policy_by_name(policy), finite(np.asarray(lams, float), "lams", inf=True)
+    if lams.ndim != 1 or not len(lams) or not (np.diff(lams) < 0).all():
+        raise ValueError("lams must fall strictly: the most conservative value comes first")
     s, last, L, cost = policy.scores(answers), answers.joint(answers.n_exits - 1), [], []
     for lam in lams:
         d = policy.depth(answers, policy.path(float(lam), answers.n_exits), s)
@@ -422,8 +459,12 @@ def control_system(
     seed:int=0,            # "ucb" needs the pictures in random order: of the shuffle
 )->RiskControl:
     "The most aggressive lambda whose risk on the answer of the whole system is at most `epsilon`, by the prefix rule (arXiv 2405.20915)."
-    if lams is None: raise ValueError("lams=None: pass values fixed beforehand, e.g. lambda_grid(policy, other_answers)")
-    policy, E = policy_by_name(policy), answers.n_exits
+    if lams is None:
+        raise ValueError("lams=None: pass values fixed beforehand, e.g. lambda_grid(policy, other_answers)")
+    epsilon, delta = number(epsilon, "epsilon", 0), number(delta, "delta", above=0, below=1)
+    method, bound = choice(method, "method", METHODS), number(bound, "bound", above=0)
+    policy, E = policy_by_name(policy), _check_table(answers).n_exits
+    seed = whole(seed, "seed", 0)
     L, cost = system_losses(policy, answers, lams, kind)
     if method == "ucb": L = L[:, np.random.default_rng(seed).permutation(L.shape[1])]
     k = int(last_of_prefix(passes(L, epsilon, delta, method, bound)))

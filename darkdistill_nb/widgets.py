@@ -9,10 +9,11 @@ __all__ = ['GAMMAS', 'Table', 'State', 'ExitModel', 'as_cells', 'strip', 'pictur
            'Control', 'Explorer', 'ExitExplorer', 'SplitModel', 'DirichletExplorer']
 
 # %% ../nbs/13_widgets.ipynb #a5ac1e64
-import base64, functools, html, importlib.metadata, importlib.util, math, sys
+import asyncio, base64, functools, html, importlib.metadata, importlib.util, json, math, sys
 import numpy as np
 from fastcore.basics import patch
-from .data import STYLE, dirichlet_split, effective_classes
+from .checks import check, choice, finite, number, whole
+from .data import STYLE, class_look, dirichlet_split, effective_classes, hatched
 from .training import PALETTE, PLOT_CONFIG, style
 
 # %% ../nbs/13_widgets.ipynb #b0c74905
@@ -59,9 +60,16 @@ class State:
         return True
 
 # %% ../nbs/13_widgets.ipynb #51afdbe1
+def _array(name, a):
+    "`a` as a numpy array; raises `ValueError` for rows of different lengths."
+    try:
+        return np.asarray(a)
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{name} must be an array: {e}") from None
+
 def _score_array(name, a, exits=None):
     "Scores as a numpy array (E, N); raises unless they are numbers, two-dimensional, not empty and free of NaN."
-    a = np.asarray(a)
+    a = _array(name, a)
     if a.ndim != 2 or a.size == 0 or exits not in (None, len(a)):
         raise ValueError(f"{name} must have shape ({exits or 'E'}, N) with N >= 1, not {a.shape}")
     if a.dtype.kind not in "fiu": raise ValueError(f"{name} must be numbers, not {a.dtype}")
@@ -77,8 +85,10 @@ class ExitModel:
         costs,      # (E,) cost of leaving at each exit, rising (MACs)
         valid=None, # (E, V) scores that thresholds for a budget are set on; None: every second sample
     ):
-        scores, right, costs = _score_array("scores", scores), np.asarray(right), np.asarray(costs, float)
+        scores, right, costs = _score_array("scores", scores), _array("right", right), _array("costs", costs)
         if right.shape != scores.shape: raise ValueError(f"right must have the shape of scores, {scores.shape}, not {right.shape}")
+        if costs.dtype.kind not in "fiu": raise ValueError(f"costs must be numbers, not {costs.dtype}")
+        costs = costs.astype(float)
         if not np.isin(right, (0, 1)).all(): raise ValueError("right must hold True and False only")
         if costs.shape != (len(scores),): raise ValueError(f"costs must be {len(scores)} numbers, one per exit, not of shape {costs.shape}")
         if not (np.isfinite(costs).all() and costs[0] > 0 and (np.diff(costs) > 0).all()):
@@ -124,7 +134,7 @@ def thresholds(self:ExitModel,
 )->np.ndarray:   # (E,) thresholds; the last is -inf
     "MSDNet's thresholds from the validation scores: about V q_k samples leave at exit k (arXiv 1703.09844)."
     V, T = self.valid.shape[1], []
-    if len(shares) != len(self) or abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
+    if len(shares) != len(self) or not (abs(sum(shares) - 1) <= 1e-6 and min(shares) >= 0):
         raise ValueError(f"shares={list(shares)} must be {len(self)} numbers >= 0 that add to 1")
     here = np.ones(V, bool)
     for s, q in zip(self.valid[:-1], shares):
@@ -139,6 +149,8 @@ def budget_shares(self:ExitModel,
 )->np.ndarray:   # (E,) shares q_k ~ r^k whose mean cost is `budget`
     "Geometric target shares that cost `budget` on average; raises `ValueError` for a budget no mixture of exits has."
     c, E, low, high = self.costs.tolist(), len(self), -60., 60.      # brackets of ln r
+    if not (isinstance(budget, float) and math.isnan(budget)):
+        budget = number(budget, "budget", inf=True)
     if not c[0] <= budget <= c[-1]:
         raise ValueError(f"budget={budget:g} must lie between the costs of the first and the last exit, {c[0]:g} and {c[-1]:g}")
     while high - low > 1e-13:
@@ -153,11 +165,12 @@ def as_cells(
     side:int=32 # larger pictures are thinned to at most this many pixels a side
 )->np.ndarray:  # (N, h, w, 1 or 3) uint8
     "Pictures as bytes for the screen; raises `ValueError` for another shape."
-    x = np.asarray(x)
-    if x.ndim != 4 or x.shape[1] not in (1, 3) or x.size == 0: raise ValueError(f"pictures must have shape (N, 1 or 3, H, W), not {x.shape}")
+    x, side = _array("pictures", x), whole(side, "side")
+    if x.ndim != 4 or x.shape[1] not in (1, 3) or x.size == 0 or x.dtype.kind not in "fiub": raise ValueError(f"pictures must have shape (N, 1 or 3, H, W), not {x.shape}")
     step = -(-max(x.shape[2:]) // side)
     x = x[:, :, ::step, ::step].transpose(0, 2, 3, 1)
     if x.dtype == np.uint8: return x
+    finite(x, "pictures")
     low, high = float(x.min()), float(x.max())
     return np.rint((x - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
 
@@ -217,6 +230,8 @@ def frames_figure(
     suffix:str="",# its unit
 ):                # plotly Figure
     "A figure whose slider walks through positions that were computed beforehand; works without a kernel."
+    if len({label for label, _, _ in steps}) < len(steps):           # a frame is found by its name
+        steps = [(f"{i}: {label}", new, title) for i, (label, new, title) in enumerate(steps, 1)]
     out = _stored_figure()(fig)
     kind = [t.type for t in out.data]
     moves = lambda i, k: any(new[i][k] != steps[0][1][i][k] for _, new, _ in steps)             # what stays the same is not stored again
@@ -236,6 +251,41 @@ def _nice_step(span):
     ten = 10. ** math.floor(math.log10(raw))
     return next(round(k * ten, 12) for k in (1, 2, 5, 10) if k * ten >= raw * .999)
 
+# %% ../nbs/13_widgets.ipynb #9e64b946
+_RANGE_JS = """
+export default { render({ model, el }) {
+  const input = document.createElement("input"), get = key => model.get(key);
+  Object.assign(input, { type: "range", min: 0, step: 1 });
+  Object.assign(input.style, { width: "calc(100% - 12px)", margin: "0 6px" });
+  input.dataset.lmSuppressShortcuts = "true";        // or JupyterLab takes the arrow keys for itself
+  const steps = v => (get("log") ? Math.log10(v / get("min")) : v - get("min")) / get("step");
+  const there = n => Math.min(get("max"), get("log") ? get("min") * 10 ** (n * get("step")) : get("min") + n * get("step"));
+  const words = v => String(get("log") ? Number(v.toPrecision(5)) : Number(v.toFixed(get("digits"))) + 0);
+  const say = text => input.setAttribute("aria-valuetext", text);
+  function show() {
+    input.max = Math.ceil(steps(get("max")) - 1e-6);
+    input.value = Math.round(steps(get("value")));
+    input.setAttribute("aria-label", get("label"));
+    say(get("text"));
+  }
+  function send() { model.set("value", Number(there(Number(input.value)).toPrecision(12))); model.save_changes(); }
+  input.addEventListener("input", () => { say(words(there(Number(input.value)))); if (get("live")) send(); });
+  input.addEventListener("change", send);
+  model.on("change", show);
+  show();
+  el.append(input);
+} };
+"""
+
+@functools.cache
+def _range():
+    "The widget class of a named slider; made when first needed, so that the module asks for no widgets."
+    import anywidget, traitlets as t
+    synced = lambda kind, value: kind(value).tag(sync=True)
+    traits = dict(value=synced(t.Float, 0.), min=synced(t.Float, 0.), max=synced(t.Float, 1.), step=synced(t.Float, .1),
+                  digits=synced(t.Int, 2), log=synced(t.Bool, False), live=synced(t.Bool, True), label=synced(t.Unicode, ""), text=synced(t.Unicode, ""))
+    return type("Range", (anywidget.AnyWidget,), dict(_esm=_RANGE_JS, **traits))
+
 # %% ../nbs/13_widgets.ipynb #618499cb
 class Control:
     "A named number field and a slider beside it that hold one value."
@@ -250,25 +300,60 @@ class Control:
         live:bool=True,    # send while the slider is dragged, not only when it is let go
     ):
         import ipywidgets as W
-        self.send, self.quiet, self.whole, self.log, self.step, self.low, self.value = send, False, whole, log, step, low, low
+        self.send, self.quiet, self.whole, self.log, self.step = send, False, whole, log, step
+        self.low, self.high, self.value = low, high, low
+        self.digits = 0 if whole else max(0, 3 - math.floor(math.log10(step)))   # decimals that are shown
         named = dict(description=label, style=dict(description_width="225px"), layout=dict(width="345px", flex="0 0 auto"))
-        slide = dict(readout=False, continuous_update=live, step=step, layout=dict(width="auto", flex="1 1 auto", min_width="120px"))
-        Field, Slider = (W.BoundedIntText, W.IntSlider) if whole else (W.BoundedFloatText, W.FloatLogSlider if log else W.FloatSlider)
+        place = dict(width="auto", flex="1 1 auto", min_width="120px")
+        Field = W.BoundedIntText if whole else W.BoundedFloatText
         self.field = Field(low, min=low, max=high, step=None if log else step, **named)
-        self.slider = Slider(low, min=math.log10(low) if log else low, max=math.log10(high) if log else high, **slide)
-        for w in (self.field, self.slider): w.observe(self._changed, "value")
+        self.slider = _range()(label=f"{label}, slider", log=log, live=live, step=step, digits=self.digits, layout=place)
+        self._bounds()
+        for w in (self.field, self.slider):
+            w.observe(self._changed, "value")
         self.row = W.HBox([self.field, self.slider], layout=dict(align_items="center", width="100%"))
-    def _steps(self, value): return ((math.log10(value / self.low) if self.log else value - self.low)) / self.step
+    def _bounds(self):
+        "Both twins get the bounds; the field's are rounded outwards to what it shows."
+        ten = 10 ** self.digits
+        outer = not (self.whole or self.log)
+        self.field.max = math.ceil(self.high * ten) / ten if outer else self.high
+        self.field.min = math.floor(self.low * ten) / ten if outer else self.low
+        self.slider.min, self.slider.max = float(self.low), float(self.high)
+    def _steps(self, value):
+        return (math.log10(value / self.low) if self.log else value - self.low) / self.step
     def _changed(self, change):
-        snapped = change["owner"] is self.slider and abs(self._steps(change["new"]) - self._steps(self.value)) < .5   # a browser moves the handle to a step
-        if not (self.quiet or snapped): self.show(change["new"]); self.send(change["new"])
+        near = abs(self._steps(change["new"]) - self._steps(self.value)) < .5
+        tidied = change["owner"] is self.slider and near                     # a browser moves the handle to a step
+        if self.quiet or tidied:
+            return
+        new = round(change["new"]) if self.whole else change["new"]
+        self.show(new)
+        self.send(new)
+    def _widen(self, value):
+        "A value from outside the bounds moves them; the slider's steps stay where they are."
+        if value < self.low:
+            more = math.ceil(-self._steps(value)) * self.step
+            self.low = self.low / 10 ** more if self.log else self.low - more
+            self.low = min(self.low, value)
+        self.high = max(self.high, value)
+        self._bounds()
+    def shown(self, value):
+        "The value as the field shows it: three digits more than the slider's step has."
+        if self.whole:
+            return int(value)
+        return float(f"{value:.5g}") if self.log else round(value, self.digits) + 0.
     def show(self, value):
-        "Show a value, the slider at the step that is nearest, without sending it."
-        self.quiet, self.value, near = True, value, round(self._steps(value)) * self.step
+        "Show a finite value, the slider at the step that is nearest, without sending it."
+        self.quiet = True
         try:
-            self.field.value = value if self.whole else float(f"{value:.5g}")
-            self.slider.value = value if self.whole else self.low * 10 ** near if self.log else self.low + near
-        finally: self.quiet = False
+            if not self.low <= value <= self.high:
+                self._widen(value)
+            self.value, near = value, round(self._steps(value)) * self.step
+            self.field.value = self.shown(value)
+            self.slider.text = f"{self.shown(value):.12g}"
+            self.slider.value = float(value) if self.whole else self.low * 10 ** near if self.log else self.low + near
+        finally:
+            self.quiet = False
 
 # %% ../nbs/13_widgets.ipynb #9681cc09
 class Explorer:
@@ -277,7 +362,8 @@ class Explorer:
         mode:str="auto", # auto: live where it works, else frames | live | frames
         **state          # names and starting values
     ):
-        if mode not in ("auto", "live", "frames"): raise ValueError(f"mode={mode!r} must be auto, live or frames")
+        if not isinstance(mode, str) or mode not in ("auto", "live", "frames"):
+            raise ValueError(f"mode={mode!r} must be auto, live or frames")
         self.mode, self.state, self.defaults, self.widget = mode, State(**state), dict(state), None
         self.state.observe(self.refresh)
     def refresh(self):
@@ -300,6 +386,53 @@ class Explorer:
         if self.face() == "live": display(self.live())
         else: self.to_frames().show(); display(self.to_table("frames"))
 
+# %% ../nbs/13_widgets.ipynb #6673f0cf
+PATIENCE = 10   # seconds until the figure is drawn another way
+_WAIT = ('<div role="note" style="font-size:13px">The live figure is on its way. If its place stays empty, its script was '
+         "too slow to start here: <code>.to_frames()</code> shows the figure without it, "
+         "<code>.to_table()</code> its numbers.</div>")
+_OTHER = ('<div role="note" style="font-size:13px">The live figure has not answered within {} seconds, its script may be too '
+          "slow to start here. This one is drawn again after each change. <code>.to_frames()</code> needs no kernel at all.</div>")
+
+@functools.cache
+def _view():
+    "A box that says when it is shown."
+    import ipywidgets as W
+    class View(W.VBox):
+        displayed = staticmethod(lambda: None)
+        def _repr_mimebundle_(self, **kwargs):
+            self.displayed()
+            return super()._repr_mimebundle_(**kwargs)
+    return View
+
+# %% ../nbs/13_widgets.ipynb #13c4ec32
+def _reported(self, change):
+    "The browser has drawn the live figure."
+    if change["new"] is None or self.drawn: return
+    self.drawn, self.note.value, self.other.outputs = True, "", ()
+    self.note.layout.display = "none"
+
+def _await(self):
+    "Wait for the report while the kernel is idle; seconds in which it is busy do not count."
+    async def wait():
+        for _ in range(PATIENCE):
+            await asyncio.sleep(1)
+            if self.drawn: return
+        self.note.value = _OTHER.format(PATIENCE)
+        self._draw_otherwise()
+    try: asyncio.get_running_loop()
+    except RuntimeError: return                          # no kernel, nobody to wait for
+    if self.waiting is None: self.waiting = asyncio.ensure_future(wait())
+
+def _draw_otherwise(self):
+    "Draw the present figure by the script for stored figures, if the live one has not reported in time."
+    if self.drawn or self.waiting is None or self.note.value == _WAIT: return
+    spec = {k: v for k, v in json.loads(self.figure.to_json()).items() if k in ("data", "layout")}
+    data = {"application/vnd.plotly.v1+json": {**spec, "config": dict(PLOT_CONFIG)}, "text/plain": repr(self.to_table())}
+    self.other.outputs = (dict(output_type="display_data", data=data, metadata={}),)
+
+for f in (_reported, _await, _draw_otherwise): setattr(Explorer, f.__name__, f)
+
 # %% ../nbs/13_widgets.ipynb #d0a36f20
 def _live_figure(traces, layout):
     "A live figure, complete when it is made: one that is changed while the browser still draws it may stay blank."
@@ -314,11 +447,15 @@ def _assemble(self:Explorer, rows, figure):
     import ipywidgets as W
     again = W.Button(description="Reset", tooltip="Back to the first values", layout=dict(width="90px"))
     again.on_click(lambda _: self.reset())
-    self.line, self.numbers = W.HTML(), W.HTML()
+    self.line, self.numbers, self.note, self.other = W.HTML(), W.HTML(), W.HTML(_WAIT), W.Output()
     fold = W.Accordion(children=[self.numbers], selected_index=None); fold.set_title(0, "The numbers as a table")
     self.figure = figure
     top = W.HBox([again, self.line], layout=dict(align_items="center", width="100%"))
-    return W.VBox([*rows, top, figure, fold], layout=dict(width="100%", max_width="820px"))
+    view = _view()([*rows, self.note, self.other, top, figure, fold], layout=dict(width="100%", max_width="820px"))
+    view.displayed = self._await
+    self.drawn, self.waiting = False, None
+    figure.observe(self._reported, ["_js2py_layoutDelta", "_js2py_traceDeltas"])
+    return view
 
 @patch
 def _say(self:Explorer, text): self.line.value = f'<div role="status" style="font-size:14px;line-height:1.4">{html.escape(text)}</div>'
@@ -351,7 +488,8 @@ class ExitExplorer(Explorer):
         mode:str="auto",     # as in `Explorer`
     ):
         self.model = ExitModel(scores, right, costs, valid)
-        N = np.shape(scores)[1]
+        m, N = whole(m, "m", 1, 1000), np.shape(scores)[1]
+        for name, text in (("score", score), ("unit", unit)): check(isinstance(text, str), name, text, "text")
         if pictures is not None and len(pictures) != N: raise ValueError(f"pictures must be {N}, one per sample, not {len(pictures)}")
         self.cells = None if pictures is None else as_cells(pictures)[self.model.index]
         self.score, self.m, (self.scale, self.unit) = score, m, _unit(self.model.costs, unit)
@@ -380,8 +518,8 @@ def set_threshold(self:ExitExplorer,
 ):
     "One threshold by hand; raises `ValueError` for an exit that has none."
     E, T = len(self.model), list(self.state["thresholds"])
-    if exit not in range(1, E): raise ValueError(f"exit={exit!r} has no threshold of its own; exits 1..{E-1} have")
-    if math.isnan(value): raise ValueError("value is NaN; a threshold must be a number")
+    if isinstance(exit, bool) or exit not in range(1, E): raise ValueError(f"exit={exit!r} has no threshold of its own; exits 1..{E-1} have")
+    value = number(value, "value", inf=True)
     T[exit - 1] = math.inf if value >= self.high else float(value)
     self.state.update(budget=None, thresholds=tuple(T))
 
@@ -406,6 +544,8 @@ def to_table(self:ExitExplorer,
     "The numbers behind the figure."
     if what not in ("now", "frames"): raise ValueError(f"what={what!r} must be now or frames")
     p, c, E, r = (lambda v: f"{100*v:.1f}"), (lambda v: f"{v/self.scale:.4g}"), len(self.model), r or self.result()
+    steps = whole(steps, "steps", 2)
+    short = lambda t: f"{t:.4g}" if abs(t) >= self.step else f"{round(t, 3 - math.floor(math.log10(self.step))) + 0.:g}"
     if what == "frames":
         heads = [f"budget ({self.unit})", "mean cost", "accuracy (%)", "static mixture (%)", "gain (points)"]
         heads += [f"leave at exit {e} (%)" for e in range(1, E + 1)]
@@ -413,7 +553,7 @@ def to_table(self:ExitExplorer,
         says = f"Budgets, {self.model.scores.shape[1]:,} samples. Thresholds are set on validation scores."
         return Table(says, heads, [line(*v) for v in self._points(steps)])
     heads = ["exit", f"cost ({self.unit})", f"threshold ({self.score})", "leave here (%)", "right of these (%)", "this exit on all (%)"]
-    T = ["nobody leaves" if t == math.inf else f"{t:.4g}" for t in r["thresholds"][:-1]] + ["none"]
+    T = ["nobody leaves" if t == math.inf else short(t) for t in r["thresholds"][:-1]] + ["none"]
     line = lambda e, s, h: [f"exit {e+1}", c(self.model.costs[e]), T[e], p(s), p(h / s) if s else "-", p(self.model.each[e])]
     rows = [line(e, r["shares"][e], r["hits"][e]) for e in range(E)]
     return Table(self.says(r), heads, rows + [["all", c(r["cost"]), "", "100.0", p(r["accuracy"]), ""]])
@@ -460,8 +600,8 @@ def _lower(self:ExitExplorer, now, rows, h):
     import plotly.graph_objects as go
     axes = dict(xaxis="x2", yaxis="y2", hoverinfo="skip")
     bar = dict(y=rows, orientation="h", width=.62 * (h + 1), **axes)
-    out = [go.Bar(name="leave, right", marker=dict(color=PALETTE[2]), **bar, **now[3]),
-           go.Bar(name="leave, wrong", marker=dict(color=PALETTE[4], pattern=dict(shape="x", fillmode="overlay", fgcolor="white", size=6)), **bar, **now[4]),
+    out = [go.Bar(name="leave, right", marker=hatched(PALETTE[2]), **bar, **now[3]),
+           go.Bar(name="leave, wrong", marker=hatched(PALETTE[4], "x"), **bar, **now[4]),
            go.Scatter(x=[105] * len(rows), y=rows, mode="text", textposition="middle right", textfont=dict(size=12), showlegend=False, **axes, **now[5])]
     if not h: return out
     cross = dict(symbol="x", size=9, color="black", line=dict(width=1.5, color="white"))
@@ -500,7 +640,7 @@ def to_frames(self:ExitExplorer,
 ):              # plotly Figure
     "A figure with a slider over budgets; no kernel needed. `to_table(\"frames\")` has its numbers."
     import plotly.graph_objects as go
-    if steps < 2: raise ValueError(f"steps={steps} must be at least 2")
+    steps = whole(steps, "steps", 2)
     points, state = self._points(steps), self.state["budget"] or self.defaults["budget"]
     title = lambda r: f"accuracy {100*r['accuracy']:.1f} %, mean cost {r['cost']/self.scale:.4g} {self.unit}, static mixture {100*r['mixture']:.1f} %"
     active = int(np.argmin([abs(b - state) for b, _ in points]))
@@ -524,10 +664,13 @@ def _show(self:ExitExplorer):
     "Bring controls, sentence, figure and table up to date."
     r, b = self.result(), self.state["budget"]
     if b is not None: self.control["budget"].show(b / self.scale)
-    for e, t in enumerate(r["thresholds"][:-1], 1): self.control[e].show(min(max(t, self.low), self.high))
+    for e, t in enumerate(r["thresholds"][:-1], 1):
+        c = self.control[e]
+        c.show(c.high if t == math.inf else c.low if t == -math.inf else t)
     with self.figure.batch_update():
         for i, new in self.changes(r).items():
             for k, v in new.items(): self.figure.data[i][k] = v
+    self._draw_otherwise()
     self._say(self.says(r)); self.numbers.value = self.to_table(r=r)._repr_html_()
 
 # %% ../nbs/13_widgets.ipynb #1d4a6989
@@ -591,10 +734,11 @@ class SplitModel:
         y,           # (N,) integer labels, or the names of the classes themselves
         classes=None # K names; None: the numbers 0..K-1, or the names in `y`
     ):
-        self.y = np.asarray(y)
+        self.y = _array("y", y)
         if self.y.dtype.kind in "US" and classes is None: classes, self.y = np.unique(self.y, return_inverse=True)
         if self.y.ndim != 1 or self.y.size == 0 or self.y.dtype.kind not in "iu" or self.y.min() < 0:
             raise ValueError(f"y must be a non-empty vector of integer labels >= 0, not {self.y.dtype} of shape {self.y.shape}")
+        check(self.y.max() < 10_000, "y", int(self.y.max()), "made of labels below 10000")
         K = int(self.y.max()) + 1
         self.classes = [str(c) for c in (range(K) if classes is None else classes)]
         if len(self.classes) < K: raise ValueError(f"classes has {len(self.classes)} names, but labels go up to {K-1}")
@@ -602,7 +746,7 @@ class SplitModel:
         gamma:float # concentration, > 0
     )->float:       # E[sum p^2], between 1/K and 1
         "What theory says for a Dirichlet(gamma) mix of K classes."
-        return 1 / effective_classes(gamma, len(self.classes))
+        return 1 / effective_classes(number(gamma, "gamma", above=0), len(self.classes))
     def at(self,
         gamma:float,           # concentration, > 0
         clients:int,
@@ -610,15 +754,14 @@ class SplitModel:
         seed:int=0,
     )->dict: # counts (clients, K), sizes, effective (clients,), mean_square, measured and theory (effective classes)
         "Deal the samples and count; raises `ValueError` when `dirichlet_split` does."
-        K = len(self.classes)
+        K, gamma = len(self.classes), number(gamma, "gamma", above=0)
+        clients, seed = whole(clients, "clients"), whole(seed, "seed", 0, 2**53)
         counts = np.stack([np.bincount(self.y[np.asarray(p)], minlength=K) for p in dirichlet_split(self.y, clients, gamma, family, seed)])
         square = ((counts / counts.sum(1, keepdims=True)) ** 2).sum(1)
         return dict(counts=counts, sizes=counts.sum(1), effective=1 / square, mean_square=float(square.mean()), measured=float(1 / square.mean()),
                     theory=effective_classes(gamma, K), gamma=gamma)
 
 # %% ../nbs/13_widgets.ipynb #3e66e857
-_PATTERNS = ["", "/", "x", ".", "\\", "-", "|", "+"]
-
 class DirichletExplorer(Explorer):
     "gamma, clients, family and seed on one side; who holds what on the other, against theory."
     def __init__(self,
@@ -651,6 +794,12 @@ class DirichletExplorer(Explorer):
 # %% ../nbs/13_widgets.ipynb #cadb3c65
 GAMMAS = (.25, .5, 1, 2.5, 5, 5000)
 
+def _gammas(gammas):
+    "At least two different concentrations above 0."
+    gammas = [number(g, "gammas", above=0) for g in np.atleast_1d(np.asarray(gammas, object)).tolist()]
+    check(len(set(gammas)) == len(gammas) >= 2, "gammas", gammas, "at least two different values")
+    return gammas
+
 @patch
 def to_table(self:DirichletExplorer,
     what:str="now",    # now: one row per client | frames: one row per gamma of `to_frames`
@@ -663,7 +812,7 @@ def to_table(self:DirichletExplorer,
         counts, effective = self.now["counts"], self.now["effective"]
         rows = [[f"client {k}", f"{n.sum():,}", (n > 0).sum(), f"{effective[k]:.2f}", largest(n)] for k, n in enumerate(counts)]
         return Table(self.says(), ["client", "samples", "classes held", "effective classes", "largest class"], rows)
-    results, v = [self.model.at(**{**self.state.values, "gamma": g}) for g in gammas], self.state
+    results, v = [self.model.at(**{**self.state.values, "gamma": g}) for g in _gammas(gammas)], self.state
     heads = ["gamma", "sum p² in theory", "measured", "effective classes in theory", "measured classes", "smallest client", "largest client"]
     rows = [[f"{r['gamma']:g}", f"{1/r['theory']:.4f}", f"{r['mean_square']:.4f}", f"{r['theory']:.2f}", f"{r['measured']:.2f}",
              f"{r['sizes'].min():,}", f"{r['sizes'].max():,}"] for r in results]
@@ -689,8 +838,7 @@ def draw(self:DirichletExplorer,
     "The figure of the current split."
     import plotly.graph_objects as go
     names, K, now = self.model.classes, len(self.model.classes), self.changes(self.now)
-    fill = lambda c: dict(shape=_PATTERNS[(c + c // 8) % 8], fillmode="overlay", fgcolor="white", size=6, solidity=.3)
-    bars = [go.Bar(name=names[c], marker=dict(color=PALETTE[c % 8], pattern=fill(c)), showlegend=K <= 20, **now[c]) for c in range(K)]
+    bars = [go.Bar(name=names[c], marker=class_look(c), showlegend=K <= 20, **now[c]) for c in range(K)]
     heat = go.Heatmap(y=names, yaxis="y2", colorscale="Blues", showscale=False, textfont=dict(size=12), xgap=1, ygap=1,
                       hovertemplate="client %{x}, class %{y}: %{z} samples<extra></extra>", **now[K])
     return Figure([*bars, heat, *self._against_theory(now)], self._layout(K))
@@ -710,15 +858,15 @@ def _against_theory(self:DirichletExplorer, now):
 @patch
 def _layout(self:DirichletExplorer, K):
     "Bars above a heat map with the same clients, the theory on the right."
-    key = dict(text="- - theory<br>○ one client<br>◆ mean of clients", x=.99, y=.02, xref="paper", yref="paper",
+    key = dict(text="- - theory<br>○ one client<br>◆ mean of clients", x=1, y=0, xref="paper", yref="paper",
                xanchor="right", yanchor="bottom", align="left", showarrow=False, font=dict(size=12))
     out = _look(500, 62, bargap=.12, annotations=[key])
-    out.update(xaxis=dict(domain=[0, .62], anchor="y2", title=_axis_title("client"), type="category", showgrid=False, ticks=""),
+    out.update(xaxis=dict(domain=[0, .6], anchor="y2", title=_axis_title("client"), type="category", showgrid=False, ticks=""),
                yaxis=dict(domain=[.52, 1], title=_axis_title("samples")),
-               yaxis3=dict(anchor="x2", range=[.4, K * 1.05], title=_axis_title("effective classes per client")),
+               yaxis3=dict(anchor="x2", domain=[.34, 1], range=[.4, K * 1.05], title=_axis_title("effective classes per client")),
                yaxis2=dict(domain=[0, .47], type="category", autorange="reversed", showgrid=False, ticks="", title=_axis_title("class"),
                            dtick=1 if K <= 20 else None),
-               xaxis2=dict(domain=[.72, 1], anchor="y3", type="log", range=[-2.1, 4.4], title=_axis_title("gamma (logarithmic)"),
+               xaxis2=dict(domain=[.73, 1], anchor="y3", type="log", range=[-2.1, 4.4], title=_axis_title("gamma (logarithmic)"),
                            tickvals=[.01, 1, 100, 10_000], ticktext=["0.01", "1", "100", "10,000"]))
     return out
 
@@ -729,7 +877,7 @@ def to_frames(self:DirichletExplorer,
 ):                # plotly Figure
     "A figure with a slider over gamma; no kernel needed. `to_table(\"frames\")` has its numbers."
     import plotly.graph_objects as go
-    if len(gammas) < 2: raise ValueError(f"gammas={gammas} must hold at least two values")
+    gammas = _gammas(gammas)
     results = [self.model.at(**{**self.state.values, "gamma": g}) for g in gammas]
     active = int(np.argmin([abs(math.log(g / self.state["gamma"])) for g in gammas]))
     fig = self.draw(go.Figure)
@@ -748,7 +896,8 @@ def _build(self:DirichletExplorer):
     make = lambda name, label, *a, **k: Control(label, *a, functools.partial(send, name), live=False, **k)
     n = min(100, len(self.model.y))
     self.control = dict(gamma=make("gamma", "gamma (concentration)", .01, 10_000, .05, log=True),
-                        clients=make("clients", "clients (number)", 1, n, 1, whole=True), seed=make("seed", "seed", 0, 99, 1, whole=True))
+                        clients=make("clients", "clients (number)", 1, n, 1, whole=True),
+                        seed=make("seed", "seed", 0, 99, 1, whole=True))                 # a state beyond these widens them
     families = [("client-wise, equal sizes", "client"), ("class-wise, sizes vary", "class")]
     self.family = W.Dropdown(options=families, description="family", style=dict(description_width="225px"), layout=dict(width="460px"))
     self.family.observe(lambda c: c["new"] == self.state["family"] or send("family", c["new"]), "value")
@@ -763,4 +912,5 @@ def _show(self:DirichletExplorer):
     with self.figure.batch_update():
         for i, new in self.changes(self.now).items():
             for k, v in new.items(): self.figure.data[i][k] = v
+    self._draw_otherwise()
     self._say(self.says()); self.numbers.value = self.to_table()._repr_html_()

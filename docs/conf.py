@@ -1,5 +1,5 @@
 """Sphinx configuration; `python tools/build_docs.py` prepares the pages in docs/_src and runs Sphinx on them."""
-import configparser
+import configparser, re
 from pathlib import Path
 from docutils import nodes
 
@@ -34,6 +34,14 @@ def math(display):
     return visit
 
 
+def scopes(app, pagename, templatename, context, doctree):
+    "Every heading of a table says what it heads: a column in the first rows, a row elsewhere."
+    def heads(part, scope): return re.sub(r"<th(?=[\s>])(?![^>]*\bscope=)", f'<th scope="{scope}"', part)
+    parts = re.split(r"(<thead.*?</thead>)", context.get("body", ""), flags=re.S)
+    context["body"] = "".join(heads(p, "col" if p.startswith("<thead") else "row") for p in parts)
+
+
 def setup(app):
+    app.connect("html-page-context", scopes)
     app.add_html_math_renderer("katex_mathml", inline_renderers=(math(False), None), block_renderers=(math(True), None))
     return {"parallel_read_safe": True}

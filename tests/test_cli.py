@@ -3,7 +3,7 @@ import contextlib, importlib.metadata, json, os, re, signal, subprocess, sys, th
 from pathlib import Path
 import numpy as np
 import pytest
-from darkdistill_nb import cli
+from darkdistill_nb import cli, training
 
 COMMAND = [sys.executable, "-c", "import sys; from darkdistill_nb.cli import main; sys.exit(main())"]
 TINY = "--rounds 2 --seeds 1 --clients 6 --tiers 2 --net width=8 stages=2 --darkdistill server_epochs=1 --workers 1".split()
@@ -354,12 +354,11 @@ def test_children_end_when_the_main_process_is_killed(tmp_path):
 
 def test_lab(tmp_path, monkeypatch, capsys):
     "Copies of the tutorials never replace a student's work, and JupyterLab is started on them; without it there is one sentence."
-    shared = tmp_path / "prefix/share/darkdistill_nb/tutorials"; shared.mkdir(parents=True)
+    shared = tmp_path / "_tutorials"; shared.mkdir()
     (shared / "lab1.ipynb").write_text("fresh"); (shared / "lab2.ipynb").write_text("fresh")
     (tmp_path / "mine").mkdir(); (tmp_path / "mine/lab1.ipynb").write_text("my answers")
     started = []
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages/darkdistill_nb/cli.py"))
-    monkeypatch.setattr(cli.sys, "prefix", str(tmp_path / "prefix"))
+    monkeypatch.setattr(training, "shipped", lambda what, here=None: shared)
     monkeypatch.setattr(cli.subprocess, "call", lambda argv: started.append(argv) or 0)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     assert cli.main(["lab", str(tmp_path / "mine"), "--no-browser"]) == 0

@@ -1,13 +1,17 @@
 "NoNN and DistrEE, checks 17-19, 22 and 23 of the acceptance list: graph, partition, arithmetic, aggregation, loss weights; resume and exactness of training."
+import dataclasses
+import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from darkdistill_nb.data import load
+from darkdistill_nb.data import ArrayData, load
 from darkdistill_nb.distillation import CropFlip, Views, teacher_table
-from darkdistill_nb.distributed import (DistrEE, DistrEELoss, Teacher, communities, filter_graph, make_answers, modularity, partition_filters,
-                                        partition_report, student_net, system_answers, train_distree)
+from darkdistill_nb.distributed import (DistrEE, DistrEELoss, Teacher, branch_weights, communities, filter_graph, make_answers,
+                                        modularity, partition_filters, partition_report, strongest_links, student_net,
+                                        system_answers, train_distree, transfer_loss)
 from darkdistill_nb.early_exit import vit, wrn
 from darkdistill_nb.system_policies import FeatureDifference
 from darkdistill_nb.training import Streams, load_tensors
@@ -195,3 +199,195 @@ def test_errors(world):
     with pytest.raises(FloatingPointError, match="lower lr=1000"):
         train_distree(system, DistrEELoss(system, parts), train, table, 2, lr=1000.)
     assert math.isfinite(make_answers(seed=1).partial.sum())
+
+
+# ---------------------------------------------------------------- checkpoints belong to one training
+
+def lesson(world, file, lr=.03, seed=0, order=1, epochs=2, batch_size=32, data=None, table=None, on_epoch=None, **loss):
+    "A short training of two students with a checkpoint; (weights, rows)."
+    train, _, _, told, W, I = world
+    parts = partition_filters(W, I, 2)
+    system = make(parts, seed=seed)
+    rows = train_distree(system, DistrEELoss(system, parts, **loss), data or train, table or told, epochs, lr, batch_size,
+                         generator=torch.Generator().manual_seed(order), checkpoint=file, on_epoch=on_epoch)
+    return system.state_dict(), rows
+
+
+OTHERS = dict(rate=dict(lr=.02), weights=dict(seed=7), order=dict(order=2), fewer=dict(epochs=1), more=dict(epochs=3),
+              batches=dict(batch_size=64), beta=dict(beta=1.), exits=dict(w="uniform"), dropout=dict(drop=.2))
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_training_is_not_taken_for_this_one(world, tmp_path, name):
+    file = tmp_path/"c.safetensors"
+    first, rows = lesson(world, file)
+    again, same = lesson(world, file)
+    assert same == rows and all(map(torch.equal, first.values(), again.values()))
+    with pytest.raises(ValueError, match=r"another training.*delete .*c\.safetensors"):
+        lesson(world, file, **OTHERS[name])
+
+
+def test_other_images_or_answers_of_the_teacher_are_other_trainings(world, tmp_path):
+    train, file = world[0], tmp_path/"c.safetensors"
+    lesson(world, file)
+    moved = ArrayData(train.x.flip(-1), train.y, train.classes, train.mean, train.std)
+    with pytest.raises(ValueError, match="another data"):
+        lesson(world, file, data=moved)
+    with pytest.raises(ValueError, match="another table"):
+        lesson(world, file, table={k: v + 1 for k, v in world[3].items()})
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b[:-9] + bytes([b[-9] ^ 64]) + b[-8:], lambda b: b"no"])
+def test_a_damaged_checkpoint_is_named(world, tmp_path, damage):
+    file = tmp_path/"c.safetensors"
+    lesson(world, file)
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=r"delete .*c\.safetensors"):
+        lesson(world, file)
+
+
+def test_frozen_batch_normalisation_stays_frozen(world, tmp_path):
+    "Statistics of a frozen student do not move, whatever `on_epoch` does to the modes; the other student trains."
+    train, _, _, table, W, I = world
+    parts = partition_filters(W, I, 2)
+    system = make(parts)
+    system.students[0].eval().requires_grad_(False)
+    before = {k: v.clone() for k, v in system.state_dict().items()}
+    train_distree(system, DistrEELoss(system, parts), train, table, 2, on_epoch=lambda row, s: s.train())
+    moved = {k: not torch.equal(v, before[k]) for k, v in system.state_dict().items()}
+    assert not any(v for k, v in moved.items() if k.startswith("students.0."))
+    assert all(moved[k] for k in moved if k.startswith("students.1.") and "running_mean" in k)
+    with pytest.raises(ValueError, match="all weights frozen"):
+        train_distree(system.requires_grad_(False), DistrEELoss(system, parts), train, table)
+
+
+def test_answers_leave_modes_alone(world):
+    train, test, *_, W, I = world
+    system = make(partition_filters(W, I, 2)).train()
+    system.students[1].eval()
+    modes = [m.training for m in system.modules()]
+    system_answers(system, test)
+    assert [m.training for m in system.modules()] == modes and True in modes and False in modes
+
+
+def test_a_last_batch_of_one_is_refused_where_batch_normalisation_sees_one_number(world):
+    "One image of one pixel leaves a batch normalisation with a single number; larger images are fine."
+    train, _, _, table, W, I = world
+    parts = partition_filters(W, I, 2)
+    system = make(parts)
+    some = {k: v[:, :33] for k, v in table.items()}
+    train_distree(system, DistrEELoss(system, parts), train.subset(slice(0, 33)), some, 1)
+    tiny = ArrayData(torch.rand(33, 1, 4, 4), train.y[:33], train.classes)
+    small = make(parts, shape=(1, 4, 4))
+    with pytest.raises(ValueError, match="batch_size=32 must be another number"):
+        train_distree(small, DistrEELoss(small, parts), tiny, some, 1)
+
+
+# ---------------------------------------------------------------- arguments
+
+@pytest.mark.parametrize("n", range(5, 9))
+@pytest.mark.parametrize("cover", [True, False])
+def test_nobody_is_left_without_filters(n, cover):
+    "A few equal groups for more students: groups are halved until everybody has one."
+    pairs = torch.block_diag(*[torch.ones(2, 2) - torch.eye(2)] * 5)
+    assert all(partition_filters(pairs, torch.ones(10), n, cover=cover))
+    lonely = torch.zeros(10); lonely[3] = 1.
+    assert all(partition_filters(pairs, lonely, n, cover=cover))
+
+
+def test_the_authors_rule_has_no_empty_group():
+    "Without lonely filters there is no group of them: two communities leave one, which is too few for two students."
+    with pytest.raises(ValueError, match="only 1 groups"):
+        partition_filters(torch.block_diag(torch.ones(3, 3), torch.ones(4, 4)), torch.ones(7), 2, rule="authors")
+
+
+def test_numbers_of_numpy_are_numbers(world):
+    *_, W, I = world
+    assert partition_filters(W, I, np.int64(3)) == partition_filters(W, I, 3)
+    assert torch.equal(strongest_links(W, np.float32(.5)), strongest_links(W, .5))
+    assert torch.equal(branch_weights(torch.tensor(4)), branch_weights(4))
+    assert torch.equal(filter_graph(np.ones((3, 4))), filter_graph(torch.ones(3, 4)))
+    assert DistrEELoss(make([[0], [1]]), [[0], [1]], tau=np.float64(2), drop=np.float32(.5)).tau == 2
+
+
+def system_and(**kw):
+    parts = [[0, 1], [2]]
+    system = make(parts)
+    return DistrEELoss(system, kw.pop("parts", parts), **kw)
+
+G3 = torch.ones(3, 3)
+nan, inf = math.nan, math.inf
+BAD = {
+    "NaN activity": (lambda: filter_graph(torch.full((3, 4), nan)), "activity must be finite"),
+    "no image": (lambda: filter_graph(torch.zeros(0, 4)), r"activity.shape=\(0, 4\)"),
+    "one of the top": (lambda: filter_graph(torch.ones(3, 4), top=1), "top=1 must"),
+    "half a top": (lambda: filter_graph(torch.ones(3, 4), top=2.5), "top=2.5 must"),
+    "scale": (lambda: filter_graph(torch.ones(3, 4), scale="no"), "scale='no'"),
+    "keep": (lambda: strongest_links(G3, nan), "keep=nan"), "keep 2": (lambda: strongest_links(G3, 1.5), "keep=1.5"),
+    "no square": (lambda: strongest_links(torch.ones(2, 3)), "as many rows"), "NaN links": (lambda: strongest_links(G3 * nan), "W must be finite"),
+    "negative": (lambda: communities(-G3), "W.min"), "one way": (lambda: communities(G3.triu()), "no direction"),
+    "resolution": (lambda: communities(G3, nan), "resolution=nan"), "seed": (lambda: communities(G3, seed=.5), "seed=0.5"),
+    "groups": (lambda: modularity(G3, [[0, 1]]), "all 3 nodes"), "twice": (lambda: modularity(G3, [[0, 1, 1]]), "stands twice"),
+    "NaN importance": (lambda: partition_filters(G3, torch.full((3,), nan), 2), "importance must be finite"),
+    "no importance": (lambda: partition_filters(G3, torch.zeros(3), 2), "somewhere above 0"),
+    "negative importance": (lambda: partition_filters(G3, torch.tensor([1., 1, -1]), 2), "nowhere negative"),
+    "other importance": (lambda: partition_filters(G3, torch.ones(4), 2), "len\\(importance\\)=4"),
+    "no links": (lambda: partition_filters(0 * G3, torch.ones(3), 2), "at least one link"),
+    "parts": (lambda: partition_filters(G3, torch.ones(3), 1.5), "n_parts=1.5"), "cover": (lambda: partition_filters(G3, torch.ones(3), 1, cover=1), "cover=1"),
+    "a resolution": (lambda: partition_filters(G3, torch.ones(3), 1, resolution=-1), "resolution=-1"),
+    "report": (lambda: partition_report([[0], []], G3, torch.ones(3)), "none of them empty"),
+    "report 2": (lambda: partition_report([[0], [3]], G3, torch.ones(3)), "at most 2"),
+    "student": (lambda: student_net("wrn", (1, 8, 8), 10, 0), "length=0"), "relu": (lambda: student_net("wrn", (1, 8, 8), 10, 3, relu=None), "relu=None"),
+    "sizes": (lambda: DistrEE(make([[0], [1]]).students, [1, 2], 10), "lengths of the students' features"),
+    "classes": (lambda: DistrEE(make([[0]]).students, [1], 0), "n_classes=0"), "students": (lambda: DistrEE([torch.nn.ReLU()], [1], 3), "EarlyExitNets"),
+    "transfer": (lambda: transfer_loss(torch.ones(3, 1), torch.ones(3, 2)), "student.shape"),
+    "exits": (lambda: branch_weights(-5), "n_exits=-5"), "kind": (lambda: branch_weights(3, "x"), "kind='x'"),
+    "alpha": (lambda: system_and(alpha=1.1), "alpha=1.1"), "tau": (lambda: system_and(tau=0), "tau=0"), "tau inf": (lambda: system_and(tau=inf), "tau=inf"),
+    "beta": (lambda: system_and(beta=nan), "beta=nan"), "drop": (lambda: system_and(drop=-.1), "drop=-0.1"),
+    "w": (lambda: system_and(w=[1, nan, 1, 1]), "w must be finite"), "w 2": (lambda: system_and(w=[0, 0, 0, 0]), "somewhere above 0"),
+    "w 3": (lambda: system_and(w=[1, -1, 1, 1]), "nowhere negative"), "local": (lambda: system_and(local="x"), "local='x'"),
+    "generator": (lambda: system_and(generator=3), "generator=3"), "filter": (lambda: system_and(parts=[[0, 1], [1]]), "stands twice"),
+    "answers": (lambda: make_answers(2, 0), "n_exits=0"), "half": (lambda: make_answers(n=1.5), "n=1.5"), "seeds": (lambda: make_answers(seed=-1), "seed=-1"),
+}
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_told_in_one_sentence(name):
+    call, words = BAD[name]
+    with pytest.raises(ValueError, match=words) as e:
+        call()
+    assert "\n" not in str(e.value)
+
+
+A4 = make_answers(2, 3, 5, 4, length=6)
+PARTS = dict(partial=A4.partial[0], bias=torch.zeros(3), proxy=A4.proxy[:, :2], y=A4.y[:2], costs=-A4.costs, sizes=[6],
+             features=[A4.features[0]] * 3)
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_table_of_answers_fits_together(name):
+    with pytest.raises(ValueError, match="must be"):
+        dataclasses.replace(A4, **{name: PARTS[name]})
+    if torch.is_tensor(v := getattr(A4, name)) and v.is_floating_point():
+        with pytest.raises(ValueError, match="must be finite"):
+            dataclasses.replace(A4, **{name: v * nan})
+
+
+SETTINGS = dict(epochs=1.5, lr=nan, batch_size=0, weight_decay=-1, amp="x", generator=3)
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_a_training(world, name):
+    train, _, _, table, W, I = world
+    parts = partition_filters(W, I, 2)
+    system = make(parts)
+    with pytest.raises(ValueError, match=f"{name}="):
+        train_distree(system, DistrEELoss(system, parts), train, table, **{name: SETTINGS[name]})
+
+
+def test_what_does_not_belong_together_is_refused_before_training(world):
+    train, _, _, table, W, I = world
+    parts = partition_filters(W, I, 2)
+    system = make(parts)
+    go = functools.partial(train_distree, system, DistrEELoss(system, parts))
+    for bad, words in ((lambda: go(train, {"logits": table["logits"]}), "'features'"), (lambda: go(train, {k: v * nan for k, v in table.items()}), "finite"),
+                       (lambda: go(train.subset(slice(0, 0)), table), "with samples"), (lambda: go(None, table), "ArrayData"),
+                       (lambda: train_distree(make(parts), DistrEELoss(system, parts), train, table), "of this system")):
+        with pytest.raises(ValueError, match=words):
+            bad()

@@ -2,8 +2,8 @@
 import copy, hashlib, os, subprocess, sys
 import pytest, torch
 from torch import nn
-from darkdistill_nb.early_exit import (block_of, build_net, cnn, msdnet, pack, take_rows,
-    unpack, vit, wrn)
+from darkdistill_nb.early_exit import (EarlyExitNet, Exit, PooledMap, TokenMean, block_of, build_net, cnn, msdnet, pack,
+                                       scale_gradient, take_rows, unpack, vit, wrn)
 from darkdistill_nb.lora import TARGETS, LoRALinear, add_lora, lora_state, merge_lora
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -141,8 +141,13 @@ def test_a_batch_of_one_trains_with_batch_norm():
     sum(f.sum() for f in net(torch.randn(1, 1, 8, 8))).backward()
 
 
-@pytest.mark.parametrize("kw, text", [(dict(growth=3), "growth=3"), (dict(exits=0), "exits=0"), (dict(norm="layer"), "batch or group"),
-    (dict(scales=6), "scales=6"), (dict(input_shape=(1, 1, 1)), "too many")])
+@pytest.mark.parametrize("kw, text", [
+    (dict(growth=3), "growth=3"),
+    (dict(exits=0), "exits=0"),
+    (dict(norm="layer"), "norm=.layer. must be one of batch, group"),
+    (dict(scales=6), "scales=6"),
+    (dict(input_shape=(1, 1, 1)), "too many"),
+])
 def test_msdnet_refuses(kw, text):
     with pytest.raises(ValueError, match=text): msdnet(**kw)
 
@@ -344,3 +349,78 @@ def test_only_what_is_trained_is_sent(darkdistill):
     if not darkdistill: assert len(train_alone(EEFL(), lora_net, train, test, clients[:1], rounds=4)) == 1
 
 def lora_net(): return add_lora(tiny(), rank=4, alpha=8)
+
+
+# ---------------------------------------------------------------- arguments
+
+nan, inf = float("nan"), float("inf")
+
+@pytest.mark.parametrize("call, text", [
+    (lambda: cnn((0, 8, 8), 3), "input_shape.0.=0"),
+    (lambda: cnn((1, -8, 8), 3), "input_shape.1.=-8"),
+    (lambda: cnn((1, 8), 3), "input_shape="),
+    (lambda: cnn((1, 8.5, 8), 3), "input_shape.1.=8.5"),
+    (lambda: cnn("178", 3), "input_shape='178'"),
+    (lambda: cnn(n_classes=0), "n_classes=0"),
+    (lambda: cnn(stages=0), "stages=0"),
+    (lambda: cnn(stages=nan), "stages=nan"),
+    (lambda: cnn(stages=10**9), "stages=1000000000"),
+    (lambda: cnn(width=6), "width=6"),
+    (lambda: cnn(depth=1.5), "depth=1.5"),
+    (lambda: wrn(input_shape=(1, -8, 8)), "input_shape.1.=-8"),
+    (lambda: wrn(depth=nan), "depth=nan"),
+    (lambda: wrn(depth=10**7), "depth=10000000"),
+    (lambda: wrn(widen=0), "widen=0"),
+    (lambda: wrn(exits=()), "must rise"),
+    (lambda: wrn(exits=(1, 2.5)), "exits.1.=2.5"),
+    (lambda: wrn(features=0), "features=0"),
+    (lambda: wrn(bias=1), "bias=1"),
+    (lambda: msdnet(scales=1.5), "scales=1.5"),
+    (lambda: msdnet(head=-1), "head=-1"),
+    (lambda: vit(n_classes=0), "n_classes=0"),
+    (lambda: vit(5), "name=5"),
+    (lambda: vit("vit_tiny_patch16_224", img_size=32, patch_size=0), "cannot be built"),
+    (lambda: vit("vit_tiny_patch16_224", img_size=32, depth=0), "depth=0"),
+    (lambda: build_net(None, (1, 8, 8), 3), "arch=None"),
+    (lambda: build_net("wrn", (1, 8, 8), 3, stages=4), "has no option 'stages'"),
+    (lambda: build_net("cnn", (8, 8), 3), "input_shape="),
+    (lambda: EarlyExitNet(nn.Identity(), [nn.Identity()], [nn.Identity()], (), 3), "input_shape="),
+    (lambda: EarlyExitNet(nn.Identity(), [nn.Identity()], [nn.Identity()], (1,), 1.5), "n_classes=1.5"),
+    (lambda: EarlyExitNet(None, [nn.Identity()], [nn.Identity()], (1,), 1), "stem="),
+    (lambda: EarlyExitNet(nn.Identity(), [3], [nn.Identity()], (1,), 1), "stages="),
+    (lambda: cnn()(torch.zeros(1, 1, 8, 8), "half"), "ge='half'"),
+    (lambda: cnn().prefix(0), "m=0"),
+    (lambda: cnn().prefix(1.5), "m=1.5"),
+    (lambda: block_of("head.weight"), "name='head.weight'"),
+    (lambda: block_of("stages.x"), "name='stages.x'"),
+    (lambda: Exit(nn.Identity(), 0, 3), "width=0"),
+    (lambda: PooledMap(0), "grid=0"),
+    (lambda: TokenMean(3, 2), "stop=2"),
+    (lambda: scale_gradient(torch.ones(1), nan), "s=nan"),
+    (lambda: unpack(torch.zeros(1, 5), [(1, 2, 2)]), "shapes="),
+    (lambda: LoRALinear(nn.Linear(4, 6), dict(q=3), of=3), "parts.'q'.=3"),
+    (lambda: LoRALinear(nn.Linear(4, 5), dict(q=0), of=3), "of=3"),
+    (lambda: LoRALinear(nn.Linear(4, 6), {}), "parts="),
+    (lambda: add_lora(tiny(), alpha=inf), "alpha=inf"),
+    (lambda: add_lora(tiny(), rank=1.5), "rank=1.5"),
+    (lambda: add_lora(tiny(), dropout=nan), "dropout=nan"),
+    (lambda: add_lora(tiny(), targets=(3,)), "targets="),
+])
+def test_bad_arguments_get_one_sentence(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()
+
+
+def test_numbers_of_numpy_are_numbers():
+    import numpy as np
+    one = np.int64(1)
+    net = cnn((one, 8 * one, 8), 3 * one, stages=2 * one, width=8 * one)
+    assert net.input_shape == (1, 8, 8) and len(net.prefix(one)) == 1
+    assert len(wrn(10 * one, one, (one, 8, 8), exits=(one, 3 * one))) == 2
+
+
+def test_counting_leaves_frozen_parts_as_they_are():
+    net = wrn(10, 1, (1, 8, 8))
+    norm = net.stages[0][0].bn1.requires_grad_(False).eval()
+    net.macs(), net.latent_shape()
+    assert not norm.training and net.training and net.stages[0][0].bn2.training

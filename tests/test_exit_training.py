@@ -1,5 +1,6 @@
 """Ways to train exits: the acceptance numbers of BoostNet, gradient equilibrium, L2W-DEN and the exit partition, and what no policy may do."""
 import copy, math, pickle
+import numpy as np
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
@@ -8,7 +9,7 @@ from darkdistill_nb.distillation import CropFlip, kd_loss
 from darkdistill_nb.early_exit import EarlyExitNet, Exit, cnn, vit, wrn
 from darkdistill_nb.exit_training import (POLICIES, BoostNet, Joint, L2W, Mutual, SelfDistillation, WeightNet, compare_exits, difficulty_experiment,
                                           exit_losses, exit_partition, exit_shares, exit_weights, fit_exits, gradient_share, paired_gain,
-                                          policy_by_name, sample_weights, sgd_step, train_exits)
+                                          objective_by_name, sample_weights, sgd_step, train_exits)
 from darkdistill_nb.training import Streams, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,8 +36,13 @@ def test_weightings():
         assert torch.allclose(Joint(weights).loss(raw, y)[0], sum(w * c for w, c in zip(expected, ce)))
 
 
-@pytest.mark.parametrize("weights, message", [([1., .3], "has 2 entries, but the network has 3 exits"), ([0, 0, 0], "not all 0"), ([1, -1, 1], "finite, >= 0"),
-                                              ([1, math.nan, 1], "finite, >= 0"), ("last", "weights='last' is unknown; choose one of msdnet")])
+@pytest.mark.parametrize("weights, message", [
+    ([1., .3], "has 2 entries, but the network has 3 exits"),
+    ([0, 0, 0], "not all 0"),
+    ([1, -1, 1], r"weights\[1\]=-1 must be"),
+    ([1, math.nan, 1], r"weights\[1\]=nan must be"),
+    ("last", "weights='last' is unknown; choose one of msdnet"),
+])
 def test_bad_weights(weights, message):
     for policy in (Joint, lambda w: BoostNet(weights=w)):
         with pytest.raises(ValueError, match=message): policy(weights).loss(logits(3), labels())
@@ -73,11 +79,15 @@ def test_prefix_uses_its_own_exits():
     raw, y = logits(4), labels()
     for name in POLICIES:
         if name == "l2w": continue                      # its weights depend on all losses it sees
-        assert all(map(torch.equal, policy_by_name(name).predict(raw)[:2], policy_by_name(name).predict(raw[:2])))
-        assert torch.equal(policy_by_name(name).loss(raw[:1], y)[0], F.cross_entropy(raw[0], y)), "one exit: plain cross-entropy"
+        assert all(map(torch.equal, objective_by_name(name).predict(raw)[:2], objective_by_name(name).predict(raw[:2])))
+        assert torch.equal(objective_by_name(name).loss(raw[:1], y)[0], F.cross_entropy(raw[0], y)), "one exit: plain cross-entropy"
 
 
-@pytest.mark.parametrize("ge, expected", [("full", [1, 1, 1, 1]), ("released", [.4167, .6667, 1, 1]), ("none", [4, 3, 2, 1])])
+@pytest.mark.parametrize("ge, expected", [
+    ("full", [1, 1, 1, 1]),
+    ("released", [.4167, .6667, 1, 1]),
+    ("none", [4, 3, 2, 1]),
+])
 def test_gradient_equilibrium(ge, expected):
     "Identity trunk, unit own gradients; a policy's `ge` goes to the network, and forward values do not depend on it."
     seen = {}
@@ -90,7 +100,7 @@ def test_gradient_equilibrium(ge, expected):
         assert [v.item() for v in a] == [3.] * E
         sum(v.sum() for v in a).backward(); assert [seen[e] for e in range(E)] == pytest.approx(want, abs=1e-4)
     for policy in (BoostNet, Joint):
-        with pytest.raises(ValueError, match="ge='half' must be full, released or none"): policy(ge="half")
+        with pytest.raises(ValueError, match="ge='half' must be one of full, released, none"): policy(ge="half")
 
 
 # ---------------------------------------------------------------- check 9: the weights of L2W-DEN
@@ -168,7 +178,13 @@ def test_meta_gradient_against_finite_differences(mode):
     assert abs(got) > 1e-4 and abs(slope - got) < 1e-3 * abs(got)
 
 
-@pytest.mark.parametrize("kind", [dict(momentum=0.), dict(), dict(nesterov=True), dict(dampening=.3), dict(weight_decay=0.)])
+@pytest.mark.parametrize("kind", [
+    dict(momentum=0.),
+    dict(),
+    dict(nesterov=True),
+    dict(dampening=.3),
+    dict(weight_decay=0.),
+])
 def test_virtual_step_is_the_optimisers_step(kind):
     net = small(); opt = sgd(net, **({"weight_decay": .01} | kind)); x, y = batch(12, (1, 8, 8))
     for _ in range(3):
@@ -186,7 +202,10 @@ class Noisy(nn.Module):
 def noisy_net(): return EarlyExitNet(nn.Flatten(), [Noisy(6, 8), Noisy(8, 8)], [Exit(nn.Identity(), 8, 3) for _ in range(2)], (6,), 3)
 
 
-@pytest.mark.parametrize("build, shape, K", [(noisy_net, (6,), 3), (lambda: wrn(10, 1, (1, 8, 8), 10), (1, 8, 8), 10)])
+@pytest.mark.parametrize("build, shape, K", [
+    (noisy_net, (6,), 3),
+    (lambda: wrn(10, 1, (1, 8, 8), 10), (1, 8, 8), 10),
+])
 def test_meta_step_leaves_everything_else_alone(build, shape, K):
     net = build(); opt = sgd(net); x, y = batch(13, shape, K); p = L2W()
     p.loss(net(x), y)[0].backward(); opt.step(); grads = [v.grad.clone() for v in net.parameters()]
@@ -283,10 +302,15 @@ def test_last_exit_learns_from_labels_alone():
 # ---------------------------------------------------------------- all policies
 
 @pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("n, E, dtype, scale", [(1, 4, torch.float32, 1), (8, 4, torch.bfloat16, 1), (8, 4, torch.float16, 1), (8, 1, torch.float32, 1),
-                                                (8, 3, torch.float32, 1e4)])
+@pytest.mark.parametrize("n, E, dtype, scale", [
+    (1, 4, torch.float32, 1),
+    (8, 4, torch.bfloat16, 1),
+    (8, 4, torch.float16, 1),
+    (8, 1, torch.float32, 1),
+    (8, 3, torch.float32, 1e4),
+])
 def test_edges(name, n, E, dtype, scale):
-    p, raw = policy_by_name(name), [(scale * f.detach()).to(dtype).requires_grad_() for f in logits(E, n)]
+    p, raw = objective_by_name(name), [(scale * f.detach()).to(dtype).requires_grad_() for f in logits(E, n)]
     value, out = p.loss(raw, labels(n)); value.backward()
     assert torch.isfinite(value) and value.dtype == torch.float32 and len(out) == E
     assert all(torch.isfinite(f.grad).all() for f in raw) and all(map(torch.equal, out, p.predict(raw)))
@@ -297,7 +321,7 @@ def test_policies_train_and_travel(name):
     "Every policy drives `fit_exits` on float32 and bfloat16 networks, and can be sent to another process."
     data = load("digits", 200)[0]
     for amp in (False, True):
-        net, p = small(), policy_by_name(name)
+        net, p = small(), objective_by_name(name)
         rows = fit_exits(net, data, p, 2, lr=.05, batch_size=40, amp=amp, augment=CropFlip(1, flip=False))
         assert [r["epoch"] for r in rows] == [0, 1] and rows[1]["loss"] < rows[0]["loss"] and all(torch.isfinite(v).all() for v in net.parameters())
     raw, y = logits(3), labels()
@@ -307,9 +331,9 @@ def test_policies_train_and_travel(name):
 
 def test_names_and_options():
     assert set(POLICIES) == {"joint", "boostnet", "l2w", "self_distillation", "mutual"}
-    assert policy_by_name("l2w", eps=.3, mode="mat").eps == .3 and policy_by_name("joint", weights="eenet").weights == "eenet"
-    with pytest.raises(ValueError, match="policy='boost' is unknown; choose one of joint, boostnet, l2w, self_distillation, mutual"): policy_by_name("boost")
-    with pytest.raises(ValueError, match="policy 'mutual' has no option 'w'; it has ramp, T"): policy_by_name("mutual", w=1)
+    assert objective_by_name("l2w", eps=.3, mode="mat").eps == .3 and objective_by_name("joint", weights="eenet").weights == "eenet"
+    with pytest.raises(ValueError, match="policy='boost' is unknown; choose one of joint, boostnet, l2w, self_distillation, mutual"): objective_by_name("boost")
+    with pytest.raises(ValueError, match="policy 'mutual' has no option 'w'; it has ramp, T"): objective_by_name("mutual", w=1)
 
 
 # ---------------------------------------------------------------- the driver and the comparison
@@ -353,6 +377,295 @@ def test_pairs_share_first_weights_and_order():
     assert again["accuracy"] == r["L2W"][0]["accuracy"] and all(map(torch.equal, again["net"].parameters(), r["L2W"][0]["net"].parameters()))
     gain = paired_gain(r); assert gain["twin"].shape == (2, 3) and not gain["twin"].any()
     with pytest.raises(ValueError, match="base='Boost' was not trained"): paired_gain(r, "Boost")
+
+
+# ---------------------------------------------------------------- a checkpoint belongs to one training
+
+
+def with_checkpoint(
+    path, policy=None, data=None, seed=0, dropout=0.0, global_seed=0, net=None, **how
+):
+    data = data or load("digits", 100)[0]
+    net = net or small(seed=seed)
+    net.stem = nn.Sequential(net.stem, nn.Dropout(dropout))
+    torch.manual_seed(global_seed)
+    settings = {
+        **dict(epochs=2, lr=0.05, batch_size=40, generator=torch.Generator().manual_seed(seed)),
+        **how,
+    }
+    rows = fit_exits(net, data, policy or Joint(), checkpoint=path, **settings)
+    return net.state_dict(), rows
+
+
+def other_data(what):
+    data = load("digits", 100)[0]
+    data = data.subset(slice(None))
+    if what == "labels":
+        data.y = data.y.roll(1)
+    elif what == "pixel":
+        data.x = data.x.clone()
+        data.x[0, 0, 3, 3] += 1
+    else:
+        data = ArrayData(data.x, data.y, data.classes, (0.2,), data.std)
+    return data
+
+
+def frozen_net():
+    net = small()
+    net.stem.weight.requires_grad_(False)
+    return net
+
+
+OTHERS = dict(
+    policy=(lambda: dict(policy=BoostNet()), "policy"),
+    option=(lambda: dict(policy=Joint(kl=0.1)), "policy"),
+    own_policy=(
+        lambda: dict(
+            policy=type(
+                "Joint", (Joint,), dict(loss=lambda self, raw, y: Joint.loss(self, raw, y))
+            )()
+        ),
+        "policy",
+    ),
+    lr=(lambda: dict(lr=0.5), r"lr=0.5 \(in the file 0.05\)"),
+    epochs=(lambda: dict(epochs=1), r"epochs=1 \(in the file 2\)"),
+    more=(lambda: dict(epochs=3), r"epochs=3 \(in the file 2\)"),
+    batch_size=(lambda: dict(batch_size=20), "batch_size=20"),
+    momentum=(lambda: dict(momentum=0.5), "momentum=0.5"),
+    weight_decay=(lambda: dict(weight_decay=0.0), "weight_decay=0"),
+    cosine=(lambda: dict(cosine=False), "cosine=False"),
+    amp=(lambda: dict(amp=True), "amp=True"),
+    augment=(lambda: dict(augment=CropFlip(1)), "augment"),
+    optimizer=(lambda: dict(optimizer=lambda p: torch.optim.AdamW(p, lr=0.01)), "optimizer"),
+    order=(lambda: dict(generator=torch.Generator().manual_seed(5)), "another generator"),
+    stored_order=(lambda: dict(generator=None), "another generator"),
+    seed=(lambda: dict(seed=1), "another weights, another generator"),
+    labels=(lambda: dict(data=other_data("labels")), "another data"),
+    pixel=(lambda: dict(data=other_data("pixel")), "another data"),
+    mean=(lambda: dict(data=other_data("mean")), "another data"),
+    fewer=(lambda: dict(data=load("digits", 90)[0]), "another data"),
+    frozen=(lambda: dict(net=frozen_net()), "another weights"),
+)
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_checkpoint_of_another_training_is_refused(tmp_path, case):
+    path, (how, text) = tmp_path / "c.safetensors", OTHERS[case]
+    with_checkpoint(path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=text) as e:
+        with_checkpoint(path, **how())
+    assert (
+        str(path) in str(e.value)
+        and f"delete {path}" in str(e.value)
+        and path.read_bytes() == before
+    )
+
+
+def test_augmentations_differ_by_their_numbers(tmp_path):
+    def noise(size):
+        return lambda x, g: x + size * torch.randn(x.shape, generator=g)
+
+    with_checkpoint(tmp_path / "c", augment=noise(0.1))
+    assert len(with_checkpoint(tmp_path / "c", augment=noise(0.1))[1]) == 2
+    with pytest.raises(ValueError, match="another augment"):
+        with_checkpoint(tmp_path / "c", augment=noise(0.2))
+
+
+def test_dropout_follows_the_global_generator(tmp_path):
+    "Without dropout nobody asks where torch's own generator stands; with it the weights depend on that."
+    with_checkpoint(tmp_path / "a")
+    assert len(with_checkpoint(tmp_path / "a", global_seed=7)[1]) == 2
+    with_checkpoint(tmp_path / "b", dropout=0.5)
+    assert len(with_checkpoint(tmp_path / "b", dropout=0.5)[1]) == 2
+    with pytest.raises(ValueError, match="rng"):
+        with_checkpoint(tmp_path / "b", dropout=0.5, global_seed=7)
+
+
+def test_the_same_training_is_continued(tmp_path):
+    "numpy's numbers and a copy of the data are the same training; a finished one is read."
+    first, rows = with_checkpoint(tmp_path / "c")
+    data = load("digits", 100)[0]
+    again, read = with_checkpoint(
+        tmp_path / "c", data=data.subset(torch.arange(100)), lr=np.float64(0.05), epochs=np.int64(2)
+    )
+    assert read == rows and all(torch.equal(v, first[k]) for k, v in again.items())
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+    from darkdistill_nb.training import save_tensors
+
+    save_tensors(tmp_path / "w.safetensors", small().state_dict())
+    for path, text in (
+        (tmp_path / "w.safetensors", "does not say which training"),
+        (tmp_path, "the name of a file"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            with_checkpoint(path)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    with_checkpoint(tmp_path / "c")
+    data = bytearray((tmp_path / "c").read_bytes())
+    data[-20] ^= 4
+    (tmp_path / "c").write_bytes(data)
+    with pytest.raises(ValueError, match="checksum"):
+        with_checkpoint(tmp_path / "c")
+
+
+# ---------------------------------------------------------------- frozen parts, shared parts, batches of one
+
+
+def test_frozen_normalisation_stays_frozen():
+    with Streams(0).scope("init"):
+        net = wrn(10, 1, (1, 8, 8), 10)
+    norm = (
+        net.stages[1].bn1
+        if hasattr(net.stages[1], "bn1")
+        else next(m for m in net.stages[1].modules() if isinstance(m, nn.BatchNorm2d))
+    )
+    norm.requires_grad_(False).eval()
+    other = next(m for m in net.stages[0].modules() if isinstance(m, nn.BatchNorm2d))
+    start = norm.running_mean.clone(), other.running_mean.clone()
+    fit_exits(net, load("digits", 100)[0], Joint(), 2, on_epoch=lambda row, net: net.eval())
+    assert torch.equal(norm.running_mean, start[0]) and not torch.equal(
+        other.running_mean, start[1]
+    )
+
+
+def shared_net():
+    with Streams(0).scope("init"):
+        net = cnn((1, 8, 8), 10, stages=2, width=4)
+    net.exits[1].fc = net.exits[0].fc
+    return net
+
+
+def test_exits_that_share_a_classifier(tmp_path):
+    "Both names keep one value, also after a kill; the result is that of training without a checkpoint."
+
+    class Killed(Exception):
+        pass
+
+    def kill(row, net):
+        raise Killed
+
+    data, go = (
+        load("digits", 100)[0],
+        lambda net, **how: fit_exits(
+            net, data, Joint(), 2, generator=torch.Generator().manual_seed(0), **how
+        ),
+    )
+    whole, resumed = shared_net(), shared_net()
+    go(whole)
+    with pytest.raises(Killed):
+        go(shared_net(), checkpoint=tmp_path / "c", on_epoch=kill)
+    go(resumed, checkpoint=tmp_path / "c")
+    assert resumed.exits[1].fc.weight is resumed.exits[0].fc.weight
+    assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    "policy, n, good",
+    [
+        (Joint, 33, False),
+        (Joint, 34, True),
+        (L2W, 34, False),
+        (L2W, 35, False),
+        (L2W, 36, True),
+    ],
+)
+def test_batches_too_small_for_normalisation_are_refused(policy, n, good):
+    data = ArrayData(torch.randn(n, 1, 1, 6, generator=g.manual_seed(0)), labels(n, 3))
+    go = lambda: fit_exits(noisy_net(), data, policy(), batch_size=32)
+    if good:
+        assert len(go()) == 1
+    else:
+        with pytest.raises(ValueError, match="batch_size=32 must be another number"):
+            go()
+
+
+# ---------------------------------------------------------------- arguments
+
+nan, inf = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    "call, text",
+    [
+        (lambda: Joint(T=nan), "T=nan"),
+        (lambda: Joint(T=0), "T=0"),
+        (lambda: Joint(kl=inf), "kl=inf"),
+        (lambda: Joint(late=nan), "late=nan"),
+        (lambda: Joint(weights=5), "weights=5"),
+        (lambda: Joint(weights=[]), "weights="),
+        (lambda: Joint(weights=["1"]), "weights.0.='1'"),
+        (lambda: Joint(ge=None), "ge=None"),
+        (lambda: Joint().at(nan), "t=nan"),
+        (lambda: BoostNet(w=nan), "w=nan"),
+        (lambda: BoostNet(w=-1), "w=-1"),
+        (lambda: BoostNet(w="x"), "w='x'"),
+        (lambda: L2W(lr=nan), "lr=nan"),
+        (lambda: L2W(weight_decay=-1), "weight_decay=-1"),
+        (lambda: L2W(interval=1.5), "interval=1.5"),
+        (lambda: L2W(hidden=2.5), "hidden=2.5"),
+        (lambda: L2W(exits=0), "exits=0"),
+        (lambda: L2W(seed=0.5), "seed=0.5"),
+        (lambda: L2W(P=inf), "P=inf"),
+        (lambda: Mutual(ramp=1.5), "ramp=1.5"),
+        (lambda: Mutual(T=inf), "T=inf"),
+        (lambda: SelfDistillation(alpha=nan), "alpha=nan"),
+        (lambda: exit_weights(None, 0), "E=0"),
+        (lambda: exit_weights([1, 2], 1.5), "E=1.5"),
+        (lambda: exit_shares(0), "E=0"),
+        (lambda: exit_shares(4, nan), "P=nan"),
+        (lambda: exit_shares(4, 1e308), "P=1e.308"),
+        (lambda: exit_shares(4, 5e-324), "P=5e-324"),
+        (lambda: exit_partition(logits(3), -1), "P=-1"),
+        (lambda: exit_partition([]), "logits="),
+        (lambda: exit_partition([torch.rand(4, 3), torch.rand(5, 3)]), "must be equal"),
+        (lambda: exit_partition([torch.full((4, 3), nan)]), "logits of exit 1 must be free of NaN"),
+        (lambda: exit_losses(logits(2), labels(3)), "one label per sample"),
+        (lambda: Mutual().loss([torch.rand(4, 3), torch.rand(4, 1)], labels(4, 1)), "equal"),
+        (lambda: sample_weights(torch.rand(3), 0.5), "u="),
+        (lambda: sample_weights(torch.rand(3, 2), nan), "eps=nan"),
+        (lambda: WeightNet(0), "exits=0"),
+        (lambda: WeightNet(2, 1.5), "hidden=1.5"),
+        (lambda: objective_by_name(["joint"]), "policy="),
+        (lambda: fit_exits(small(), load("digits", 100)[0], "joint"), "policy='joint'"),
+        (lambda: fit_exits(small(), load("digits", 100)[0], Joint(), nan), "epochs=nan"),
+        (lambda: fit_exits(small(), load("digits", 100)[0], Joint(), lr=-1), "lr=-1"),
+        (lambda: fit_exits(small(), load("digits", 100)[0], Joint(), batch_size=1.5), "batch_size"),
+        (
+            lambda: fit_exits(small(), load("digits", 100)[0].subset(slice(0, 0)), Joint()),
+            "at least one image",
+        ),
+        (lambda: compare_exits({}, small, None, None), "ways="),
+        (lambda: compare_exits(dict(a=Joint), small, None, None, seeds=(1, 1)), "seeds="),
+        (lambda: compare_exits(dict(a=Joint), small, None, None, seeds=(0.5,)), "seeds.0.=0.5"),
+        (lambda: difficulty_experiment(n_train=0), "n_train=0"),
+        (lambda: difficulty_experiment(power=nan), "power=nan"),
+        (
+            lambda: gradient_share(Joint(), logits(2), labels(), torch.full((16,), nan)),
+            "difficulty=",
+        ),
+        (lambda: gradient_share(Joint(), logits(2), labels(), torch.rand(16), bins=0), "bins=0"),
+        (lambda: gradient_share(Joint(), logits(2), labels(), torch.rand(3)), "equal"),
+    ],
+)
+def test_bad_arguments_get_one_sentence(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert (
+        Joint(np.array([1.0, 2.0]), kl=np.float64(0.1)).weights == [1, 2]
+        and L2W(interval=np.int64(5)).interval == 5
+    )
+    assert (
+        exit_shares(np.int64(2), np.float64(30)) == pytest.approx([0.4, 0.6])
+        and Mutual(np.int64(3)).ramp == 3
+    )
 
 
 def test_gradient_share_by_hand():

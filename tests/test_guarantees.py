@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from darkdistill_nb.guarantees import (METHODS, BanditController, LatencyController, ShadowMonitor, control_risk, exit_losses, hb_p_value, last_of_prefix,
+from darkdistill_nb.guarantees import (METHODS, BanditController, LatencyController, ShadowMonitor, control_risk, grid_losses, hb_p_value, last_of_prefix,
                                        log_wealth, passes, sample_losses, simulate_queue)
 
 
@@ -36,10 +36,10 @@ two = np.zeros((2, 3))
 @pytest.mark.parametrize("call, words", [
     (lambda: sample_losses(torch.zeros(2, 3, 4), "gap"), "needs the labels"), (lambda: sample_losses(torch.zeros(2, 3, 4), "acc"), "one of consistency, gap"),
     (lambda: sample_losses(torch.zeros(2, 0, 4)), "at least one sample"), (lambda: sample_losses(torch.full((2, 3, 4), math.nan)), "hold NaN"),
-    (lambda: exit_losses(np.zeros((2, 0)), np.zeros((2, 0)), [.5]), "at least one sample"), (lambda: exit_losses(two, np.zeros((3, 3)), [.5]), "both be"),
-    (lambda: exit_losses([[math.nan], [0]], [[0], [0]], [.5]), "NaN"), (lambda: exit_losses(two, two, [.1, .5]), "fall strictly"),
-    (lambda: exit_losses(two, two, [.5, .5]), "fall strictly"), (lambda: exit_losses(two, two, [[.5] * 3]), "give one per exit"),
-    (lambda: exit_losses(two, two, [.5], costs=[1]), "1 costs for 2 exits"), (lambda: passes(row(1, 9), -.1), "epsilon=-0.1"),
+    (lambda: grid_losses(np.zeros((2, 0)), np.zeros((2, 0)), [.5]), "at least one sample"), (lambda: grid_losses(two, np.zeros((3, 3)), [.5]), "both be"),
+    (lambda: grid_losses([[math.nan], [0]], [[0], [0]], [.5]), "NaN"), (lambda: grid_losses(two, two, [.1, .5]), "fall strictly"),
+    (lambda: grid_losses(two, two, [.5, .5]), "fall strictly"), (lambda: grid_losses(two, two, [[.5] * 3]), "give one per exit"),
+    (lambda: grid_losses(two, two, [.5], costs=[1]), "1 costs for 2 exits"), (lambda: passes(row(1, 9), -.1), "epsilon=-0.1"),
     (lambda: passes(row(1, 9), .1, delta=1), "delta=1"), (lambda: passes(row(1, 9), .1, method="hb"), "method='hb'"),
     (lambda: passes(-row(1, 9), .1), "clip them"), (lambda: passes(2 * row(1, 9), .1), "at most bound"),
     (lambda: passes(np.full((1, 3), math.nan), .1), "must be finite"), (lambda: passes(np.zeros(3), .1), "(thresholds, samples)"),
@@ -58,7 +58,7 @@ def test_exit_losses_against_a_loop_and_with_vectors():
     s[0, :5] = .5                                                     # ties: a score equal to the threshold leaves
     vectors = np.sort(r.random((20, 4)), 0)[::-1]
     for grid in (np.linspace(1, 0, 21), vectors):
-        L, cost = exit_losses(torch.as_tensor(s), torch.as_tensor(l), grid, c)
+        L, cost = grid_losses(torch.as_tensor(s), torch.as_tensor(l), grid, c)
         for g in range(len(grid)):
             T = np.broadcast_to(grid[g], 4)
             e = [next((k for k in range(3) if s[k, i] >= T[k]), 3) for i in range(60)]
@@ -115,7 +115,7 @@ def test_prefix_rule():
     "The last index such that all up to it pass: not the last pass anywhere, and not the first failure."
     assert last_of_prefix([1, 1, 0, 1]) == 1 and last_of_prefix([0, 1]) == -1 and last_of_prefix([1, 1]) == 1
     s = np.array([np.linspace(0, 1, 1000)] * 2); l = np.zeros((2, 1000)); l[0, 400:500] = 1   # losses between scores .4 and .5
-    grid = np.array([.8, .6, .45, .2]); L, _ = exit_losses(s, l, grid)
+    grid = np.array([.8, .6, .45, .2]); L, _ = grid_losses(s, l, grid)
     for m in METHODS:
         ok = passes(L[:, np.random.default_rng(0).permutation(1000)], .02, .1, m); k = control_risk(s, l, .02, .1, m, grid).index
         assert ok.tolist() == [True, True, False, False] and k == 1, m                        # a rule one step too aggressive would answer 2
@@ -175,10 +175,10 @@ def test_guarantee_with_known_risk(kind):
 def test_guarantee_when_losses_are_not_monotone(signed):
     "Four exits; the true risk comes from a pool of 400,000 samples."
     rng = np.random.default_rng(0); pool = four_exits(rng, 400_000, signed)
-    true = np.concatenate([exit_losses(*pool, [g])[0].mean(1) for g in GRID])
+    true = np.concatenate([grid_losses(*pool, [g])[0].mean(1) for g in GRID])
     risk = {m: [] for m in METHODS if not (signed and m == "ltt")}
     for _ in range(10):
-        L = np.stack([exit_losses(*four_exits(rng, 200, signed), GRID)[0] for _ in range(100)])
+        L = np.stack([grid_losses(*four_exits(rng, 200, signed), GRID)[0] for _ in range(100)])
         assert (np.diff(L, axis=1) < 0).any()                         # losses do fall as well as rise along the grid
         for m in risk: risk[m].append(choose(L, .05, m))
     risk = {m: np.where((k := np.concatenate(v)) < 0, 0, true[k]) for m, v in risk.items()}
@@ -252,7 +252,7 @@ def test_shadow_monitor():
     rng = np.random.default_rng(0); s, l = four_exits(rng, 600); m = ShadowMonitor(GRID, .05, window=300, every=100)
     assert m.lam == math.inf
     for i in range(600): m.add(s[:, i], l[:, i])
-    assert m.index == last_of_prefix(passes(exit_losses(s[:, :299:-1], l[:, :299:-1], GRID)[0], .05, .1, "ucb")) >= 0
+    assert m.index == last_of_prefix(passes(grid_losses(s[:, :299:-1], l[:, :299:-1], GRID)[0], .05, .1, "ucb")) >= 0
     a = ShadowMonitor(GRID, .05, window=100, method="aci", gamma=.02)
     for t in range(3000):                                              # wrong exactly where the monitor would leave early
         a.add([.99, 1.] if t % 500 < 250 else [.1, 1.], [float(a.lam <= .99), 0.])

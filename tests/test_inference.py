@@ -454,7 +454,7 @@ def test_what_is_no_list_of_thresholds(data, T, words):
 
 def test_every_reader_takes_thresholds_as_they_are_written():
     "take_exit, evaluate_thresholds, ExitRunner, loop_exits, streams, risk control, system rules and the explorer's model: the same exits and the same cost."
-    from darkdistill_nb.guarantees import exit_losses
+    from darkdistill_nb.guarantees import grid_losses
     from darkdistill_nb.runner import ExitRunner, loop_exits
     from darkdistill_nb.widgets import ExitModel
     torch.manual_seed(0); net, x, y = cnn((1, 8, 8), 4, stages=3, width=8).eval(), torch.randn(40, 1, 8,
@@ -467,7 +467,7 @@ def test_every_reader_takes_thresholds_as_they_are_written():
             exits = inf.take_exit(conf, T)
             assert np.asarray(costs)[exits].mean() == pytest.approx(r["cost"])
             assert inf.evaluate_thresholds(conf, right, costs, T)["cost"] == pytest.approx(r["cost"])
-            assert exit_losses(conf, (~right).double(), [T], costs)[1][0] == pytest.approx(r["cost"])
+            assert grid_losses(conf, (~right).double(), [T], costs)[1][0] == pytest.approx(r["cost"])
             runner = ExitRunner(net, T)
             same = lambda e: (torch.as_tensor(e) == exits).float().mean() >= .9      # a threshold is a score, and a last bit decides
             assert same(runner(x).exit) and same(loop_exits(net, x, T)[0])

@@ -1,14 +1,14 @@
 """Latent-space distillation: the acceptance numbers of clients, tests and networks, and experiments that survive being killed."""
-import json, math, signal, subprocess, sys, time
+import json, math, os, signal, subprocess, sys, time
 from pathlib import Path
-import pytest, torch
+import numpy as np, pytest, torch
 import torch.nn.functional as F
 from darkdistill_nb.data import ArrayData, _one_thread, dirichlet_draw
 from darkdistill_nb.distillation import distill
-from darkdistill_nb.latent import (NETS, ORDERS, LatentNet, client_task, latent_net, latent_variance, latents, lkd, lkd_loss, map_latents, match_shape,
-                                   match_transfer, small_shapes)
+from darkdistill_nb.latent import (NETS, ORDERS, LatentNet, client_task, conv_group, latent_net, latent_variance, latents, lkd, lkd_loss, map_latents,
+                                   match_shape, match_transfer, plot_latents, small_shapes)
 from darkdistill_nb.cells import cell_key
-from darkdistill_nb.latent_experiments import (CLAIMS, METHODS, check_claims, differences, get_teacher, main, make_cell, pictures, run_cells, trend)
+from darkdistill_nb.latent_experiments import (CLAIMS, METHODS, check_claims, differences, latent_teacher, main, latent_cell, pictures, run_cells, trend)
 from darkdistill_nb.training import Record, accuracy, load_record, predict
 
 
@@ -136,6 +136,82 @@ def test_match_shape_keeps_grey_levels():
     assert (match_shape(rgb, like_grey).x == 128).all() and match_shape(rgb, like_grey).shape == (1, 28, 28)
 
 
+UNITS = {"bytes": lambda u: u, "0..255": lambda u: u.float(), "0..1": lambda u: u / 255, "-1..1": lambda u: u / 127.5 - 1}
+
+
+@pytest.mark.parametrize("a", UNITS)
+@pytest.mark.parametrize("b", UNITS)
+def test_match_shape_in_all_units(a, b):
+    "The unit of the transfer set and that of the private data change nothing; the normalised pictures have the private data's scale"
+    pool, other = small_shapes(40, 40)
+    want = match_shape(other, pool)[:][0]
+    got = match_shape(ArrayData(UNITS[a](other.x), other.y), ArrayData(UNITS[b](pool.x), pool.y))
+    assert torch.allclose(got[:][0], want, atol=1e-4) and abs(want.mean()) < .1 and abs(want.std() - 1) < .1
+
+
+@pytest.mark.parametrize("change", [lambda u: (u - 127) / 74, lambda u: u / 16, lambda u: u * 257, lambda u: u / 255 - .5, lambda u: u - 127])
+def test_match_shape_refuses_what_it_cannot_tell(change):
+    pool, _ = small_shapes(40, 40)
+    strange = ArrayData(change(pool.x.float()), pool.y)
+    for args, name in (((strange, pool), "data holds floats"), ((pool, strange), "like holds floats")):
+        with pytest.raises(ValueError, match=name):
+            match_shape(*args)
+
+
+NAN = float("nan")
+Z, LABELS = torch.arange(12.).view(3, 4) / 7, torch.arange(3)
+SMALL = blank(4, 8, 3)
+HOSTILE = {
+    "l": lambda: latent_net("mini", NAN), "K": lambda: latent_net("mini", 4, 0), "in_shape": lambda: latent_net("mini", 4, 2, (3, -8, 8)),
+    "in_shape 2": lambda: latent_net("mini", 4, 2, (8, 8)), "name": lambda: latent_net(["mini"], 4),
+    "dropout": lambda: latent_net("mini", 4, dropout=NAN), "relu": lambda: latent_net("mini", 4, relu_between="no"),
+    "widths": lambda: conv_group((1, 8, 8), (1.5,), 2), "no widths": lambda: conv_group((1, 8, 8), (), 2), "pool 0": lambda: conv_group((1, 8, 8), (4,), 0),
+    "pool stride": lambda: conv_group((1, 8, 8), (4,), (4, 0)), "pool text": lambda: conv_group((1, 8, 8), (4,), "all"),
+    "alpha": lambda: lkd(NAN), "tau": lambda: lkd(.5, float("inf")), "scale": lambda: lkd(.5, 1., -1), "scale NaN": lambda: lkd(.5, 1., torch.tensor([1., NAN])),
+    "scale shape": lambda: lkd_loss(Z, Z, Z, LABELS, scale=torch.ones(3)), "teacher NaN": lambda: lkd_loss(Z, Z * NAN, Z, LABELS),
+    "z broadcasts": lambda: lkd_loss(Z, Z[:1], Z, LABELS), "z 1-d": lambda: lkd_loss(Z[0], Z[0], Z, LABELS), "y": lambda: lkd_loss(Z, Z, Z, LABELS[:1]),
+    "logits": lambda: lkd_loss(Z, Z, Z[:1], LABELS), "variance NaN": lambda: latent_variance(Z * NAN), "variance 1-d": lambda: latent_variance(Z[0]),
+    "latents of nothing": lambda: latents(latent_net("mini", 4, 3, (1, 8, 8)), SMALL.subset([])),
+    "batch_size": lambda: latents(latent_net("mini", 4, 3, (1, 8, 8)), SMALL, .5),
+    "client n": lambda: client_task(SMALL, SMALL, 2.5, 1.), "client n 0": lambda: client_task(SMALL, SMALL, 0, 1.),
+    "client gamma": lambda: client_task(SMALL, SMALL, 3, 1e308), "client n_priv": lambda: client_task(SMALL, SMALL, 3, 1e3, n_priv=0),
+    "client test": lambda: client_task(SMALL, SMALL.subset(SMALL.y != 1), 3, 1e3), "client shapes": lambda: client_task(SMALL, blank(4, 4, 3), 3, 1.),
+    "client classes": lambda: client_task(SMALL, blank(4, 8, 4), 3, 1.),
+    "shapes": lambda: small_shapes(0), "shapes n": lambda: small_shapes(10**15), "shapes hardest": lambda: small_shapes(10, 10, NAN),
+    "shapes seed": lambda: small_shapes(10, 10, seed=1000),
+    "map how": lambda: map_latents({"a": torch.rand(9, 3)}, "mds"), "map nothing": lambda: map_latents({}), "map few": lambda: map_latents({"a": Z}),
+    "map NaN": lambda: map_latents({"a": torch.full((9, 3), NAN)}), "map l": lambda: map_latents({"a": torch.rand(9, 1)}),
+    "map seed": lambda: map_latents({"a": torch.rand(9, 3)}, seed=-1),
+    "plot y": lambda: plot_latents({"a": torch.rand(9, 2)}, LABELS), "plot classes": lambda: plot_latents({"a": torch.rand(3, 2)}, LABELS, ["x"]),
+    "plot nothing": lambda: plot_latents({}, LABELS), "plot height": lambda: plot_latents({"a": torch.rand(3, 2)}, LABELS, height=NAN),
+    **{f"transfer {k}": lambda k=k, v=v: match_transfer(*(latent_net("mini", 4, 3, (1, 8, 8)) for _ in "ab"), SMALL, **{k: v})
+       for k, v in dict(target="z", epochs=-1, lr=NAN, batch_size=0, scale=0).items()},
+}
+
+
+@pytest.mark.parametrize("call", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_arguments_are_one_sentence(call):
+    with pytest.raises(ValueError) as e:
+        call()
+    assert 10 < len(str(e.value)) < 400 and "\n" not in str(e.value)
+
+
+def test_numpy_numbers_are_numbers():
+    i, f = np.int64, np.float32
+    net = latent_net("mini", i(4), i(3), (i(1), i(8), i(8)), dropout=f(.25))
+    assert latents(net, SMALL, i(5)).shape == (12, 4) and conv_group((1, 8, 8), (i(4),), i(2))[1] == (4, 4, 4)
+    assert lkd_loss(Z, Z + 1, Z, LABELS, f(.5), i(1), np.float64(2)) == lkd_loss(Z, Z + 1, Z, LABELS, .5, 1., 2.)
+    assert torch.equal(small_shapes(i(20), i(10), f(.5), i(8), i(3))[0].x, small_shapes(20, 10, .5, 8, 3)[0].x)
+    assert len(client_task(SMALL, SMALL, i(3), f(1e3), i(0), i(6)).data) == 3
+
+
+def test_latents_leave_every_mode_as_it_was():
+    net = latent_net("mini", 4, 3, (1, 8, 8)).train()
+    net.perception[0].eval()
+    latents(net, SMALL)
+    assert net.training and not net.perception[0].training and net.perception[1].training
+
+
 # ---------------------------------------------------------------- experiments
 
 QUICK = dict(n=64, epochs=2, teacher_epochs=1)
@@ -143,7 +219,7 @@ QUICK = dict(n=64, epochs=2, teacher_epochs=1)
 def test_cells_of_all_methods_are_paired(tmp_path):
     "Same client, same test and same first weights for every method; one teacher file."
     from darkdistill_nb import latent_experiments as X
-    cells = [make_cell("shapes16", m, 1, **{**QUICK, "epochs": 0}) for m in METHODS]
+    cells = [latent_cell("shapes16", m, 1, **{**QUICK, "epochs": 0}) for m in METHODS]
     tasks = [X.train_cell(c, tmp_path) for c in cells]
     for net, _, task in tasks[1:]:
         assert torch.equal(task.data.x, tasks[0][2].data.x) and torch.equal(task.priv.x, tasks[0][2].priv.x)
@@ -157,7 +233,7 @@ def test_validation_pictures_are_nobody_elses():
 
 
 def test_workers_do_not_change_results(tmp_path):
-    cells = [make_cell("shapes16", m, 0, **QUICK) for m in ("CE", "LKD", "CRD")]
+    cells = [latent_cell("shapes16", m, 0, **QUICK) for m in ("CE", "LKD", "CRD")]
     one = run_cells(cells, tmp_path/"a", 1)
     (tmp_path/"b").mkdir(); (tmp_path/"a"/"teachers").rename(tmp_path/"b"/"teachers")
     two = run_cells(cells, tmp_path/"b", 2)
@@ -166,12 +242,12 @@ def test_workers_do_not_change_results(tmp_path):
 
 def test_same_transfer_and_new_latent_size(tmp_path):
     "A transfer set changes the result, a new l changes the parameters, and both keep the client."
-    base = make_cell("shapes16", "LKD", 0, **QUICK, transfer="digits")
-    r = run_cells([base, make_cell("shapes16", "LKD", 0, match="latent", **QUICK, transfer="digits"),
-                   make_cell("shapes16", "LKD", 0, l=8, **QUICK)], tmp_path, 1)
+    base = latent_cell("shapes16", "LKD", 0, **QUICK, transfer="digits")
+    r = run_cells([base, latent_cell("shapes16", "LKD", 0, match="latent", **QUICK, transfer="digits"),
+                   latent_cell("shapes16", "LKD", 0, l=8, **QUICK)], tmp_path, 1)
     assert base["transfer"] is None and r[1]["cell"]["transfer"] == "digits" and len({cell_key(x["cell"]) for x in r}) == 3
     assert r[2]["parameters"] < r[0]["parameters"] == r[1]["parameters"] and len({x["classes"] for x in r}) == 1
-    assert get_teacher(r[2]["cell"]["teacher"], tmp_path)[1]["d"] == get_teacher(base["teacher"], tmp_path)[1]["d"]
+    assert latent_teacher(r[2]["cell"]["teacher"], tmp_path)[1]["d"] == latent_teacher(base["teacher"], tmp_path)[1]["d"]
 
 
 def test_verdicts_follow_the_data():
@@ -220,8 +296,8 @@ def test_killed_experiment_continues_and_leaves_no_process(tmp_path):
 
 
 @pytest.mark.parametrize("args, word", [
-    (["--set", "n=100000"], "n=100000 exceeds"), (["--set", "speed=1"], "unknown setting 'speed'"), (["--set", "student=huge"], "net 'huge' is unknown"),
-    (["--set", "gamma=-1"], "gamma must be")])
+    (["--set", "n=100000"], "n=100000 exceeds"), (["--set", "speed=1"], "unknown setting 'speed'"), (["--set", "student=huge"], "student='huge': that net is unknown"),
+    (["--set", "gamma=-1"], "gamma=-1.0 must be")])
 def test_bad_settings_are_one_sentence(args, word, tmp_path, capsys):
     assert main(["compare", "--data", "shapes16", "--out", str(tmp_path), "--seeds", "1", "--workers", "1",
                  "--methods", "CE", args[0], "teacher_epochs=0", args[1]]) == 2

@@ -62,7 +62,7 @@ def test_pyproject_and_version_follow_settings():
 
 
 def test_sync_check_notices_a_change(tmp_path):
-    "The check itself can fail: a changed version, an unknown extra and a missing package file are all differences."
+    "The check itself can fail: a changed version, an unknown extra, a new sub-package and a missing package file are all differences."
     import shutil
     for name in ("settings.ini", "pyproject.toml", f"{LIB}/__init__.py", "tools/sync_settings.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -74,6 +74,11 @@ def test_sync_check_notices_a_change(tmp_path):
     r = run_tool(tool, "--check")
     assert r.returncode == 1 and "__init__.py" in r.stdout and "extra = " in r.stdout
     assert run_tool(tool).returncode == 0 and run_tool(tool, "--check").returncode == 0
+    (tmp_path / LIB / "sub").mkdir()
+    (tmp_path / LIB / "sub/__init__.py").write_text("")
+    r = run_tool(tool, "--check")
+    assert r.returncode == 1 and f'"{LIB}.sub"' in r.stdout, "a package that the wheel would not hold"
+    assert run_tool(tool).returncode == 0
     assert '__version__ = "7.' in (tmp_path / f"{LIB}/__init__.py").read_text()
 
 
@@ -84,8 +89,11 @@ def test_pyproject_keeps_what_the_migration_would_lose():
     extras = {k.removesuffix("_requirements"): v.split() for k, v in s.items() if k.endswith("_requirements")}
     assert toml["project"]["optional-dependencies"] == extras and "dev" in extras
     assert toml["project"]["dependencies"] == s["requirements"].split()
-    assert toml["tool"]["setuptools"]["packages"]["find"]["include"] == [LIB, LIB + ".*"]
-    assert "tutorials/*.ipynb" in toml["tool"]["setuptools"]["data-files"][f"share/{LIB}/tutorials"]
+    inside = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / LIB).rglob("__init__.py")}
+    setup = toml["tool"]["setuptools"]
+    assert sorted(setup["packages"]) == sorted([*inside, f"{LIB}._assets", f"{LIB}._tutorials"]), "every sub-package, and the files beside the package"
+    assert setup["package-dir"] == {f"{LIB}._assets": "assets", f"{LIB}._tutorials": "tutorials"}
+    assert setup["package-data"][f"{LIB}._tutorials"] == ["*.ipynb"], "the instructor's folder is not among them"
     assert "nbgrader" in toml["tool"]["nbdev"]["allowed_cell_metadata_keys"]
     assert toml["tool"]["nbdev"]["cell_timeout"] == s.getint("cell_timeout")
     assert toml["project"]["scripts"] == {"darkdistill": f"{LIB}.cli:main"}
@@ -133,7 +141,7 @@ def test_readme_follows_index():
 def test_notebook_numbers_and_modules_are_one_to_one():
     modules = [default_exp(p) for p in MODULE_NBS]
     assert len(set(modules)) == len(modules)
-    for p, m in zip(MODULE_NBS, modules): assert re.fullmatch(rf"\d\d[a-z]?_{m}\.ipynb", p.name), f"{p.name} exports {m}"
+    for p, m in zip(MODULE_NBS, modules): assert re.fullmatch(rf"\d\d[a-z]?_{m.strip('_')}\.ipynb", p.name), f"{p.name} exports {m}"
     files = {p.stem for p in (ROOT / LIB).glob("*.py")} - {"__init__", "_modidx"}
     assert files == set(modules), "modules without a notebook, or notebooks that were not exported"
 
@@ -315,3 +323,20 @@ def test_readme_first_screen():
     assert len(text.split("\n## ")[0].splitlines()) < 40, "the commands are on the first screen"
     for nb in MODULE_NBS: assert f"(nbs/{nb.name})" in text, f"{nb.name} is not in the README's map of notebooks"
     for target in re.findall(r"\]\(((?!https?:)[^)#]+)", text): assert (ROOT / target).exists(), f"the README links {target}, which is not there"
+
+
+def test_a_name_has_one_meaning():
+    "A function that two modules export under one name would hide the other where a reader writes `from ... import *`."
+    code = f"""
+import importlib
+from types import FunctionType
+found = {{}}
+for m in {[default_exp(nb) for nb in MODULE_NBS]}:
+    mod = importlib.import_module("{LIB}." + m)
+    for n in mod.__all__:
+        if isinstance(o := getattr(mod, n), FunctionType) and n not in ("main", "stored"):
+            found.setdefault(n, {{}}).setdefault(id(o), m)
+print({{n: list(w.values()) for n, w in found.items() if len(w) > 1}})
+"""
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert r.returncode == 0 and r.stdout.strip() == "{}", r.stdout + r.stderr

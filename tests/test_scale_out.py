@@ -12,7 +12,7 @@ from darkdistill_nb import scale_out
 from darkdistill_nb.data import ArrayData
 from darkdistill_nb.distributed import DistrEE, make_answers, student_net, system_answers
 from darkdistill_nb.scale_out import RaySystem, Seen, Student, live_policy, plot_requests, ray_cluster
-from darkdistill_nb.simulator import Cluster, Outcomes, Policy, fixed_policy, joint_policy, local_policy, simulate
+from darkdistill_nb.simulator import Cluster, Outcomes, Policy, fixed_policy, joint_policy, local_policy, simulate_devices
 from darkdistill_nb.system_policies import FeatureDifference, NeighbourSimilarity, PartialLogits, ProxyHead
 
 N, E, K, S, LONG = 2, 3, 10, 24, 60.           # LONG: a deadline that no machine misses
@@ -40,7 +40,7 @@ def live(world, ray):
     with RaySystem(world.system, deadline=LONG) as s: yield s
 
 
-def simulated(world, policy, **kw): return simulate(world.table, policy, Cluster.equal(N), np.arange(S) * 1e3, deadline=LONG, mean=world.mean, **kw)
+def simulated(world, policy, **kw): return simulate_devices(world.table, policy, Cluster.equal(N), np.arange(S) * 1e3, deadline=LONG, mean=world.mean, **kw)
 
 
 def says(world, o):
@@ -113,14 +113,24 @@ def test_live_rules_agree_with_their_table(rule, each):
 
 
 @pytest.mark.parametrize("make, words", [
-    (lambda: live_policy("quorum", 3), "policy=Quorum must be LastExit, PartialLogits"), (lambda: live_policy("random", 3), "policy=RandomExit"),
-    (lambda: live_policy("shared", 3), "policy=SharedScore"), (lambda: live_policy("proxy", 3, [.5]), "must be 3 thresholds"),
+    (lambda: live_policy("quorum", 3), "policy='Quorum' must be LastExit, PartialLogits"), (lambda: live_policy("random", 3), "policy='RandomExit'"),
+    (lambda: live_policy("shared", 3), "policy='SharedScore'"), (lambda: live_policy("proxy", 3, [.5]), "must be 3 thresholds"),
     (lambda: live_policy("proxy", 3).leave(0, 0, Seen(logits=[torch.zeros(1, 2)], features=[torch.zeros(1, 2)]), None), "T=None"),
     (lambda: [1][Seen()], "sample=None"), (lambda: ray_cluster(num_cpus=0).__enter__(), "num_cpus=0"), (lambda: ray_cluster(store=1).__enter__(), "store=1"),
+    (lambda: ray_cluster(num_cpus=1.5).__enter__(), "num_cpus=1.5"), (lambda: live_policy("proxy", 0), "n_exits=0"),
+    (lambda: Student(-1, None, None), "n=-1"), (lambda: RaySystem(3), "a trained DistrEE"),
     (lambda: plot_requests({}), "runs={}")])
 def test_clear_errors(make, words):
     with pytest.raises(ValueError) as e: make()
     assert words in str(e.value)
+
+
+@pytest.mark.parametrize("use, words", [(dict(speed=math.nan), "speed=nan"), (dict(speed=0), "speed=0"), (dict(fallback="last"), "fallback='last'"), (dict(policy=3), "a Policy")])
+def test_a_student_looks_at_its_settings(world, use, words):
+    with pytest.raises(ValueError, match=words):
+        Student(0, world.system.students[0], world.system.joint.weight.detach()[:, :6]).use(**{"policy": Policy(), **use})
+    with pytest.raises(ValueError, match="W.shape"):
+        Student(0, world.system.students[0], world.system.joint.weight.detach()[:, :5])
 
 
 def test_ray_missing_is_said(monkeypatch):
@@ -195,9 +205,11 @@ def test_use_while_requests_are_open(world, live):
 
 
 @pytest.mark.parametrize("settings, words", [
-    (dict(deadline=0), "deadline, margin=(0, 0.01)"), (dict(deadline=.01), "deadline, margin"), (dict(fallback="last"), "fallback='last'"),
-    (dict(policy=Policy(points=(2,))), "points=(2,) must be exits before the last, 0..1"), (dict(mean=np.zeros((1, K))), "mean=(1, 10)"),
-    (dict(suspect=0), "suspect=0"), (dict(speed=0), "speed=[0, 0]"), (dict(speed=[1.]), "or 2 of them")])
+    (dict(deadline=0), "deadline, margin=(0.0, 0.01)"), (dict(deadline=.01), "deadline, margin"), (dict(fallback="last"), "fallback='last'"),
+    (dict(policy=Policy(points=(2,))), "points=(2,) must be exits before the last, 0..1"), (dict(mean=np.zeros((1, K))), "mean.shape=(1, 10)"),
+    (dict(suspect=0), "suspect=0"), (dict(speed=0), "speed=0"), (dict(speed=[1.]), "or 2 of them"),
+    (dict(deadline=math.nan), "deadline=nan"), (dict(margin=-1), "deadline, margin"), (dict(speed=[1., math.inf]), "speed=inf"), (dict(policy="last"), "a Policy"),
+    (dict(knob=3), "knob=3"), (dict(mean=np.full((N, K), math.nan)), "mean must be finite"), (dict(suspect=math.nan), "suspect=nan")])
 def test_impossible_settings(live, settings, words):
     before = live.aggregator
     with pytest.raises(ValueError) as e: live.use(**settings)
@@ -205,9 +217,12 @@ def test_impossible_settings(live, settings, words):
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda s: s.submit(torch.zeros(1, 4, 4)), "x=a picture of shape (1, 4, 4) must be of shape (1, 8, 8)"), (lambda s: s.answer(10 ** 6), "key=1000000"),
+    (lambda s: s.submit(torch.zeros(1, 4, 4)), "x.shape=(1, 4, 4) must be (1, 8, 8)"), (lambda s: s.answer(10 ** 6), "key=1000000"),
     (lambda s: s.kill(2), "student=2 must be one that is alive, [0, 1]"), (lambda s: s.revive(0), "student=0 must be one that is dead, []"),
-    (lambda s: s.run(torch.zeros(2, 1, 8, 8), arrival=[1., 0.]), "2 rising times"), (lambda s: s.run(torch.zeros(0, 1, 8, 8)), "at least one")])
+    (lambda s: s.run(torch.zeros(2, 1, 8, 8), arrival=[1., 0.]), "2 rising times"), (lambda s: s.run(torch.zeros(0, 1, 8, 8)), "at least one"),
+    (lambda s: s.submit(torch.full((1, 8, 8), math.nan)), "x must be finite"), (lambda s: s.submit(torch.zeros(1, 8, 8), sample=.5), "sample=0.5"),
+    (lambda s: s.run(torch.zeros(1, 1, 8, 8), arrival=[math.nan]), "1 rising times"), (lambda s: s.run(torch.zeros(2, 1, 8, 8), [1]), "2 labels"),
+    (lambda s: s.wait_alive(math.nan), "timeout=nan"), (lambda s: s.kill(.5), "student=0.5")])
 def test_impossible_calls(live, call, words):
     with pytest.raises(ValueError) as e: call(live)
     assert words in str(e.value)

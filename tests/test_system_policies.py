@@ -278,11 +278,11 @@ bare = SystemAnswers(a5.partial, a5.bias, a5.proxy, a5.y, a5.costs, a5.sizes)
     (lambda: policy_by_name("cosine"), "choose one of last"), (lambda: DIFF.depth(bare), "features is None"),
     (lambda: NeighbourSimilarity().scores(bare), "keep them"),
     (lambda: ProxyHead().depth(a5), "T=None"), (lambda: DIFF.depth(a5, [1., 2.]), "one threshold per exit"), (lambda: DIFF.depth(a5, [math.nan] * 5), "NaN"),
-    (lambda: PartialLogits((1, 4)).scores(a5), "0..3"), (lambda: PartialLogits((2, 1)).scores(a5), "must rise"), (lambda: PartialLogits(rtt=-1), "negative"),
+    (lambda: PartialLogits((1, 4)).scores(a5), "0..3"), (lambda: PartialLogits((2, 1)).scores(a5), "must rise"), (lambda: PartialLogits(rtt=-1), "rtt=-1"),
     (lambda: PartialLogits(score="cosine"), "unknown"), (lambda: system_thresholds("difference", a5, 0.1), "must lie between"),
     (lambda: system_thresholds("partial", a5, 2.7e7), "must lie between"), (lambda: system_thresholds("partial", a5, .7, "best"), "lagrange, msdnet, path"),
-    (lambda: system_thresholds("partial", a5, .7, measure="bytes"), "latency or energy"),
-    (lambda: evaluate_system("last", a5.subset(slice(0, 0))), "no pictures"),
+    (lambda: system_thresholds("partial", a5, .7, measure="bytes"), "latency, energy"),
+    (lambda: evaluate_system("last", a5.subset(slice(0, 0))), "at least 1 image"),
     (lambda: mac_shares([[1., 2]], [[2]]), "0..1"), (lambda: mac_shares([[1., 2]], [[0], [1]]), "students"), (lambda: lambda_grid("last", a5), "no scores"),
     (lambda: system_losses("partial", a5, [.1, .9]), "fall strictly"), (lambda: control_system("partial", a5, .1), "lams=None"),
     (lambda: control_system("partial", a5, .1, method="luck", lams=[.5]), "must be one of")])
@@ -300,3 +300,59 @@ def test_small_systems():
             d = p.depth(a.subset(slice(0, 1)), [.5] * E); assert d.shape == (N, 1) and 0 <= int(d.min()) <= int(d.max()) < E
             assert evaluate_system(p, a, [math.inf] * E)["cost"] == 1
     with pytest.raises(NotImplementedError, match="must define"): SystemPolicy().scores(a5)
+
+
+nan, inf = math.nan, math.inf
+BAD = {
+    "table": (lambda: joint_right(3), "a SystemAnswers"), "costs": (lambda: mac_shares([[nan, 1.]], [[0]]), "costs must be finite"),
+    "costs 0": (lambda: mac_shares([[0., 0.]], [[0]]), "above 0 at the last exit"), "depth": (lambda: mac_shares([[1., 2.]], [[.5]]), "whole numbers"),
+    "shared": (lambda: RandomExit(shared=2), "shared=2"), "seed": (lambda: RandomExit(seed=.5), "seed=0.5"), "lam": (lambda: DIFF.path(nan, 3), "lam=nan"),
+    "lam 2": (lambda: PartialLogits().path(nan, 3), "lam=nan"), "exits": (lambda: DIFF.path(1, 0), "n_exits=0"), "points": (lambda: PartialLogits((1.5,)), "a point=1.5"),
+    "a point": (lambda: Quorum((-1,)), "a point=-1"), "rtt": (lambda: Quorum(rtt=nan), "rtt=nan"), "rtt inf": (lambda: Quorum(rtt=inf), "rtt=inf"),
+    "go on": (lambda: Quorum(speculative="x"), "speculative='x'"), "confident": (lambda: Quorum(confident=2), "confident=2"),
+    "local": (lambda: SharedScore(LastExit()), "stops alone"), "local 2": (lambda: SharedScore(3), "stops alone"), "decision": (lambda: decision_points(0), "n_exits=0"),
+    "header": (lambda: evaluate_system("last", a5, header=-1), "header=-1"), "auroc": (lambda: system_auroc("proxy", a5.subset(slice(0, 0))), "at least 1 image"),
+    "budget": (lambda: system_thresholds("proxy", a5, nan), "budget=nan"), "budgets": (lambda: system_curve("proxy", a5, a5, [nan]), "a budget=nan"),
+    "measure": (lambda: system_curve("proxy", a5, a5, measure="x"), "measure='x'"), "grid": (lambda: lambda_grid("proxy", a5, 0), "size=0"),
+    "lams": (lambda: system_losses("proxy", a5, [nan]), "lams must be free of NaN"), "epsilon": (lambda: control_system("proxy", a5, inf, lams=[.5]), "epsilon=inf"),
+    "delta": (lambda: control_system("proxy", a5, .1, 1, lams=[.5]), "delta=1"), "bound": (lambda: control_system("proxy", a5, .1, bound=0, lams=[.5]), "bound=0"),
+    "risk": (lambda: control_system("proxy", a5, -1, lams=[.5]), "epsilon=-1"), "rule": (lambda: policy_by_name(3), "choose one of"),
+    "option": (lambda: policy_by_name("proxy", speed=3), "no option .speed."),
+}
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_told_in_one_sentence(name):
+    call, words = BAD[name]
+    with pytest.raises(ValueError, match=words) as e:
+        call()
+    assert "\n" not in str(e.value)
+
+
+def test_thresholds_as_records_write_them(both):
+    a = both[1]
+    for p in (DIFF, PartialLogits(), ProxyHead()):
+        assert torch.equal(p.depth(a, [1, "inf", .5, "-inf", None, 2, None]), p.depth(a, [1, inf, .5, -inf, inf, 2, -inf]))
+    assert torch.equal(DIFF.depth(a, [T, [1, None, None, None, None, None, None]]), DIFF.depth(a, [T, [1] + [inf] * 5 + [0]]))
+    assert evaluate_system("proxy", a, np.float32([.5] * 7))["accuracy"] == evaluate_system("proxy", a, torch.full((7,), .5))["accuracy"]
+
+
+def votes(*rows):
+    "A table of one image and one exit before the last: `rows` are (class, confidence) of each student's local head, of three classes."
+    z = torch.zeros(len(rows), 2, 1, 3)
+    for n, (k, p) in enumerate(rows):
+        z[n, :, 0, k] = math.log(2 * p / (1 - p))
+    none = torch.zeros_like(z)
+    return SystemAnswers(none, torch.zeros(3), z, torch.zeros(1).long(), torch.tensor([[1., 2]]).repeat(len(rows), 1), [3] * len(rows))
+
+
+def test_a_quorum_counts_and_breaks_ties_by_the_confidence_of_those_who_agree():
+    score = lambda *rows: float(Quorum((0,), confident=True).scores(votes(*rows))[0, 0, 0])
+    byte = lambda p: math.floor(256 * p) / 256
+    assert score((1, .6), (1, .8), (2, .99)) == pytest.approx(2 + (byte(.6) + byte(.8)) / 2)       # the third does not agree, and does not count
+    assert score((1, .6), (1, .8), (1, .7)) == pytest.approx(3 + (byte(.6) + byte(.8) + byte(.7)) / 3)
+    assert score((1, .9), (1, .9), (0, .4)) > score((1, .6), (1, .6), (0, .99))                     # equal votes: the surer pair
+    assert score((1, .99), (1, .99), (0, .9)) < score((1, .4), (1, .4), (1, .4))                    # but never before more votes
+    assert score((1, 1 - 1e-9), (1, 1 - 1e-9)) == 2 + 255 / 256                                     # one byte: below the next whole vote
+    assert float(Quorum((0,)).scores(votes((1, .6), (1, .8), (2, .99)))[0, 0, 0]) == 2
+    two_and_two = score((2, .9), (2, .9), (0, .5), (0, .6))                                        # a tie of classes: the first of them
+    assert two_and_two == pytest.approx(2 + (byte(.5) + byte(.6)) / 2)

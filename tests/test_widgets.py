@@ -404,3 +404,149 @@ def test_module_brings_no_plotly_and_no_widgets():
 w.ExitModel(np.eye(3), np.eye(3), [1, 2, 3]).at([.5, .5, -np.inf])
 print(sorted({'plotly', 'ipywidgets', 'anywidget', 'PIL', 'IPython'} & set(sys.modules)))"""
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+# ---------------------------------------------------------------- what is shown is what is
+
+@needs_live
+@pytest.mark.parametrize("start", [dict(gamma=.001, clients=150, seed=1234), dict(gamma=np.float64(2e5), clients=np.int64(1), seed=0), dict(gamma=.5)])
+def test_controls_show_the_state_beyond_their_bounds(start):
+    e = DirichletExplorer(np.arange(3000) % 10, mode="live", **start)
+    e.live()
+    for change in ({}, dict(gamma=.0001, clients=2000), dict(seed=10**9)):
+        e.set(**change)
+        for k, c in e.control.items():
+            assert c.field.value == pytest.approx(e.state[k], rel=1e-4) and c.field.min <= c.field.value <= c.field.max
+            assert c.slider.min <= c.slider.value <= c.slider.max and float(c.slider.text) == c.field.value
+
+
+@needs_live
+def test_thresholds_from_code_move_the_bounds(explorer):
+    explorer.live()
+    explorer.set_threshold(2, -7.123456789)
+    c = explorer.control[2]
+    assert (c.field.value, c.slider.text) == (-7.12346, "-7.12346") and c.field.min <= -7.12346
+    explorer.set_threshold(2, -INF)
+    assert c.field.value == c.shown(c.low) and explorer.result()["shares"][1:].tolist() != [0, 0, 0]
+
+
+@needs_live
+def test_values_have_no_long_tail(explorer):
+    explorer.live()
+    for b in np.linspace(1e5, 4e5, 41):
+        explorer.set_budget(b)
+        for c in explorer.control.values():
+            assert len(str(c.field.value)) <= 9 and len(c.slider.text) <= 9, (c.field.value, c.slider.text)
+    explorer.set_threshold(3, -.00090632)
+    assert explorer.control[3].slider.text == "-0.00091" and explorer.to_table()["threshold (score)"][2] == "-0.00091"
+
+
+@needs_live
+def test_a_script_that_is_too_slow_is_said_and_done_without(explorer):
+    "While the figure has not reported, a sentence names `.to_frames()`; then it is drawn another way, which follows the controls, until it reports."
+    import asyncio
+    from darkdistill_nb import widgets
+    explorer.live()
+    assert ".to_frames()" in explorer.note.value and explorer.other.outputs == ()
+    explorer._await()                                                    # no running loop: nothing to wait for
+    assert explorer.waiting is None
+    async def shown():
+        explorer.widget._repr_mimebundle_()
+        await explorer.waiting
+    with mock.patch.object(widgets, "PATIENCE", 0): asyncio.run(shown())
+    drawn = lambda: explorer.other.outputs[0]["data"]["application/vnd.plotly.v1+json"]
+    assert ".to_frames()" in explorer.note.value and "has not answered" in explorer.note.value
+    before = drawn()["data"][2]
+    explorer.control["budget"].slider.value = 150.
+    assert drawn()["data"][2] != before and drawn()["config"]["showSendToCloud"] is False
+    explorer._reported(dict(new={}))
+    assert explorer.other.outputs == () and explorer.note.value == "" and explorer.note.layout.display == "none"
+    explorer.reset()
+    assert explorer.other.outputs == ()
+
+
+HOSTILE = [math.nan, INF, -INF, -1, 0, .5, "a", None, True, [1], 10**30]
+
+def test_explorers_refuse_nonsense_when_they_are_made():
+    "Every number, tried with hostile values, is either refused by one sentence or gives an explorer that works."
+    s, right = scores(40)
+    good = dict(y=np.arange(100) % 5, gamma=.5, clients=5, family="client", seed=0, mode="frames")
+    allowed = dict(gamma=[.5, 10**30], clients=[], family=[], seed=[0], mode=[])
+    for name in allowed:
+        for v in HOSTILE:
+            if any(v is a or (v == a and type(v) is type(a)) for a in allowed[name]): continue
+            with pytest.raises(ValueError, match=f"{name}|samples|None"): DirichletExplorer(**{**good, name: v})
+    for name, v in [(n, v) for n in ("m", "unit", "score", "mode", "costs", "scores", "right") for v in HOSTILE]:
+        if (name in ("unit", "score") and v == "a"): continue
+        with pytest.raises(ValueError): ExitExplorer(**{**dict(scores=s, right=right, costs=COSTS, mode="frames"), name: v})
+    e = ExitExplorer(s, right, COSTS, mode="frames")
+    for v in HOSTILE[:2] + ["a", None, True, [1], 10**30]:
+        with pytest.raises(ValueError): e.set_budget(v)
+    for v in ("a", None, True, [1], math.nan):
+        with pytest.raises(ValueError): e.set_threshold(1, v)
+    for v in HOSTILE:
+        if v == 10**30: continue
+        with pytest.raises(ValueError): e.to_frames(v)
+    d = DirichletExplorer(**good)
+    for gammas in ([1], [1, 1], [1, -1], [1, math.nan], [1, "a"], 1, []):
+        with pytest.raises(ValueError, match="gammas"): d.to_frames(gammas)
+        with pytest.raises(ValueError, match="gammas"): d.to_table("frames", gammas)
+
+
+def test_frames_of_nearly_equal_budgets_have_different_names():
+    s, right = scores(40)
+    f = ExitExplorer(s, right, [1000, 1000.1, 1000.2, 1000.3], mode="frames").to_frames(5)
+    assert len({fr.name for fr in f.frames}) == 5
+
+
+# ---------------------------------------------------------------- the look of classes, and the report's own checks
+
+@pytest.mark.parametrize("mark", ["bar", "dot"])
+def test_classes_look_different_and_can_be_seen(mark):
+    "100 classes have 100 looks; no fill is nearly white or nearly black; a pattern lies over its fill, in an ink that differs from it."
+    from darkdistill_nb.data import class_look
+    light = lambda c: sum(w * int(c[i:i + 2], 16) for w, i in ((.299, 1), (.587, 3), (.114, 5)))
+    looks = [class_look(c, mark) for c in range(100)]
+    assert len({json.dumps(v, sort_keys=True) for v in looks}) == 100
+    for v in looks:
+        assert 30 < light(v["color"]) < 235 and v["line"]["width"] > 0
+        if p := v.get("pattern"): assert p["fillmode"] == "overlay" and abs(light(p["fgcolor"]) - light(v["color"])) > 60
+    for wrong in (-1, .5, "a", None, math.nan):
+        with pytest.raises(ValueError, match="c="): class_look(wrong, mark)
+
+
+def test_one_look_everywhere():
+    "Bars of clients in 00, in the explorer and in the report have the same markers."
+    import plotly.graph_objects as go
+    from darkdistill_nb.data import class_look, plot_clients
+    from darkdistill_nb.report import clients_figure
+    from darkdistill_nb.training import Record
+    K, n = 23, np.random.default_rng(0).integers(1, 9, (4, 23))
+    info = dict(clients={"0": dict(tier=[1, 1, 2, 2], classes=n.tolist())}, classes=list(range(K)))
+    explorer = DirichletExplorer(np.arange(2300) % K, clients=4)
+    for bars in (plot_clients(torch.from_numpy(n)).data, clients_figure(Record({}, info=info)).data, explorer.draw(go.Figure).data[:K]):
+        assert [b.marker for b in bars] == [go.bar.Marker(class_look(c)) for c in range(K)]
+
+
+def test_report_functions_refuse_nonsense(tmp_path):
+    from darkdistill_nb.report import (agreement, compare_table, html_table, in_words, mean_effective_classes, spread, summary, text_table, write_compare,
+                                       write_report)
+    from darkdistill_nb.training import Record
+    for call in (lambda: spread([math.nan, .5]), lambda: spread([INF]), lambda: spread([.5], signed=3), lambda: agreement([math.nan]), lambda: spread(["a"]),
+                 lambda: summary(), lambda: summary({}), lambda: summary(Record({}), names=[]), lambda: html_table([], []), lambda: html_table(["a"], [["b", "c"]]),
+                 lambda: text_table(["a", "b"], [["c"]]), lambda: in_words({}), lambda: write_report({}, tmp_path / "a.html"),
+                 lambda: write_compare({}, names=["a"], path=tmp_path / "a.html"), lambda: compare_table({}, names=["a"]),
+                 lambda: mean_effective_classes(Record({}, info=dict(clients={"0": {}})), 3)):
+        with pytest.raises(ValueError): call()
+    assert not list(tmp_path.iterdir()), "nothing was written"
+
+
+def test_report_is_utf8_in_any_locale(tmp_path):
+    "Class names outside ASCII survive a console and a locale that know ASCII only."
+    code = f"""import sys; sys.path.insert(0, "tests")
+from test_site import a_record
+from darkdistill_nb.report import write_report
+r = a_record(3); r.info["classes"] = ["k\\u00e4fer", "\\u732b", "b"]
+write_report(r, r"{tmp_path / 'r.html'}")"""
+    subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], check=True, env={**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONCOERCECLOCALE": "0"})
+    assert "k\u00e4fer" in (page := (tmp_path / "r.html").read_bytes().decode("utf-8")) and "\u732b" in page

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Build the documentation site from the notebooks and their stored outputs, without a network.   build_docs.py [OUT_DIR]
 
-The pages are copies of nbs/*.ipynb without hidden cells and nbdev directives; plotly figures become HTML that uses the
-plotly.min.js of the installed plotly, equations are drawn by the KaTeX inside sphinxcontrib-katex. Warnings are errors.
+The pages are copies of nbs/*.ipynb without hidden cells and nbdev directives; plotly figures become data that one script
+draws in the width of the column with the plotly.min.js of the installed plotly, equations are drawn by the KaTeX inside sphinxcontrib-katex. Warnings are errors.
 The site lies in docs/_build/html unless OUT_DIR is given; open its index.html."""
 import ast, importlib.util, re, shutil, subprocess, sys
 from pathlib import Path
@@ -10,15 +10,11 @@ import nbformat
 
 from make_readme import ROOT, visible
 
+sys.path.insert(0, str(ROOT))
+from darkdistill_nb.report import DRAW_JS, figure_html
+
 DOCS, SRC, LIB = ROOT / "docs", ROOT / "docs/_src", ROOT / "darkdistill_nb"
 PLOTLY = "application/vnd.plotly.v1+json"
-
-
-def figure_html(spec):
-    "A plotly figure as HTML that needs `_static/plotly.min.js` only."
-    import plotly.io as pio
-    return pio.to_html(spec, full_html=False, include_plotlyjs=False, validate=False, auto_play=False,
-                       config={"responsive": True, "displaylogo": False, "showSendToCloud": False})
 
 
 def links(text):
@@ -29,14 +25,16 @@ def links(text):
 
 def page(path):
     "The notebook of one page: hidden cells and directives dropped, figures turned into HTML."
-    nb, script = visible(nbformat.read(path, 4)), '<script src="_static/plotly.min.js"></script>\n'
+    nb = visible(nbformat.read(path, 4))
+    scripts = "".join(f'<script defer src="_static/{name}"></script>' for name in ("plotly.min.js", "figures.js"))
+    drawn = 0
     for c in nb.cells:
         if c.cell_type == "markdown": c.source = links(c.source)
         for o in c.get("outputs", []):
             spec = o.get("data", {}).get(PLOTLY)
             if spec is None: continue
-            o["data"] = {"text/html": script + figure_html(spec)}
-            script = ""  # once a page
+            drawn += 1
+            o["data"] = {"text/html": scripts * (drawn == 1) + figure_html(spec, f"figure-{drawn}")}
     nb.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
     return nb
 
@@ -81,6 +79,7 @@ def prepare():
     (SRC / "reference.md").write_text(api(found), encoding="utf-8")
     site = {m: Path(importlib.util.find_spec(m).origin).parent for m in ("plotly", "sphinxcontrib.katex")}
     shutil.copy(site["plotly"] / "package_data/plotly.min.js", SRC / "_static")
+    (SRC / "_static/figures.js").write_text(DRAW_JS, encoding="utf-8")
     shutil.copy(site["sphinxcontrib.katex"] / "katex.min.js", SRC / "_static")
     for name in ("LICENSE", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff"): shutil.copy(ROOT / name, SRC / name)
 

@@ -80,9 +80,18 @@ def labs():
 def docs():
     "the documentation site builds without a warning"
     run(sys.executable, "tools/build_docs.py")
+    os.environ["SITE"] = str(ROOT / "docs/_build/html")
 
 
-STEPS = (settings, notebooks, readme, tests, nbs, labs, docs)
+def site():
+    "a browser looks at every page of the site and at the report, wide and narrow, light and dark"
+    names = ("chromium", "chromium-browser", "google-chrome")
+    if not (os.environ.get("CHROMIUM") or any(map(shutil.which, names))):
+        return "skipped: no Chromium on this machine"
+    run(sys.executable, "-m", "pytest", "-q", "-rs", "-m", "browser", "--durations=3", "tests/test_site.py")
+
+
+STEPS = (settings, notebooks, readme, tests, nbs, labs, docs, site)
 
 
 def main(argv=None):
@@ -97,10 +106,10 @@ def main(argv=None):
     for s in STEPS:
         if s.__name__ not in a.only or s.__name__ in a.skip: continue
         print(f"\n=== {s.__name__}: {s.__doc__}", flush=True)
-        start = time.perf_counter()
-        try: s()
-        except Failed as e: error = e
-        times.append((s.__name__, time.perf_counter() - start, "failed" if error else "ok"))
+        start, state = time.perf_counter(), None
+        try: state = s() or "ok"                      # a step that was skipped says so
+        except Failed as e: error, state = e, "failed"
+        times.append((s.__name__, time.perf_counter() - start, state))
         if error: break
     print("\n" + "\n".join(f"{n:10} {t:7.1f} s  {state}" for n, t, state in times) + f"\n{'total':10} {sum(t for _, t, _ in times):7.1f} s")
     if error: print(f"\n{error}", file=sys.stderr)

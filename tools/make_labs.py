@@ -1,22 +1,35 @@
 #!/usr/bin/env python3
 """Make the students' labs from the instructor's.   make_labs.py [--check]
 
-`tutorials/instructor/NAME.ipynb` holds each lab with its solutions (nbgrader format); nbgrader's own preprocessors
-strip them into `tutorials/NAME.ipynb`. With --check nothing is written and the exit code is 1 if a student's lab differs."""
+`tutorials/instructor/NAME.ipynb` holds each lab with its solutions and hidden tests (nbgrader format); nbgrader's own
+preprocessors, with the settings of `nbgrader_config.py` there, strip both into `tutorials/NAME.ipynb`. With --check nothing is
+written and the exit code is 1 if a student's lab differs."""
 import json, sys
 from pathlib import Path
 import nbformat
-from nbgrader.preprocessors import ClearOutput, ClearSolutions, LockCells
-from traitlets.config import Config
+from nbgrader.preprocessors import ClearHiddenTests, ClearOutput, ClearSolutions, LockCells
+from traitlets.config import PyFileConfigLoader
 
 ROOT = Path(__file__).resolve().parent.parent / "tutorials"
-STUB = Config(ClearSolutions={"code_stub": {"python": 'raise NotImplementedError("write your solution here")'}})
+STEPS = (ClearSolutions, ClearOutput, LockCells, ClearHiddenTests)
+REGIONS = ("SOLUTION", "HIDDEN TESTS")
+
+
+def check_marks(nb, name):
+    "Stop unless each BEGIN has its END: nbgrader drops an END that is alone, and shows the rest."
+    for i, c in enumerate(nb.cells):
+        for region in REGIONS:
+            begins, ends = [c.source.count(f"### {word} {region}") for word in ("BEGIN", "END")]
+            if begins != ends or begins + ends != c.source.count(region):
+                sys.exit(f"{name}, cell {i}: ### BEGIN {region} and ### END {region} do not pair up")
 
 
 def student(path):
     "Text of the student's version of an instructor's lab."
     nb = nbformat.read(path, 4)
-    for step in (ClearSolutions(config=STUB), ClearOutput(), LockCells()): nb, _ = step.preprocess(nb, {})
+    check_marks(nb, path.name)
+    config = PyFileConfigLoader("nbgrader_config.py", path=str(ROOT / "instructor")).load_config()
+    for step in STEPS: nb, _ = step(config=config).preprocess(nb, {})
     nb.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
     for c in nb.cells: c.source = c.source.splitlines(keepends=True)
     return json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n"    # as nbdev-clean would leave it
@@ -26,7 +39,6 @@ def main(check):
     stale = []
     for src in sorted((ROOT / "instructor").glob("*.ipynb")):
         out, text = ROOT / src.name, student(src)
-        if "BEGIN SOLUTION" in text: sys.exit(f"{src.name}: a solution was left in the student's version")
         if out.exists() and out.read_text(encoding="utf-8") == text: continue
         stale.append(out.name)
         if not check: out.write_text(text, encoding="utf-8")

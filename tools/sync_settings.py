@@ -28,19 +28,47 @@ def array(items): return "[" + ", ".join(f'"{o}"' for o in items) + "]"
 def scalar(v): return v.lower() if v.lower() in ("true", "false") else v if re.fullmatch(r"\d+", v) else f'"{v}"'
 
 
+def packages(root, lib):
+    "Names of the package and of its sub-packages: every folder with an `__init__.py`."
+    found = [p.parent.relative_to(root) for p in (root / lib).rglob("__init__.py")]
+    return [lib, *sorted(".".join(p.parts) for p in found if len(p.parts) > 1)]
+
+
+def resources(text):
+    "The lines `folder: patterns` of the key `resources`, as {folder: [pattern, ...]}."
+    rows = [line.partition(":") for line in text.splitlines() if line.strip()]
+    return {folder.strip(): patterns.split() for folder, _, patterns in rows}
+
+
+def setuptools_blocks(s, root, lib):
+    """What goes into the package, as lines of [tool.setuptools...].
+
+    A folder of `resources` becomes the data of a package without code, `LIB._FOLDER`, so that it is installed inside the
+    package and not at a place that differs from system to system (Debian, Colab, `--user`, `--target`)."""
+    data = resources(s.get("resources", ""))
+    names = {folder: f"{lib}._{folder}" for folder in data}
+    out = ["[tool.setuptools]", f"packages = {array([*packages(root, lib), *names.values()])}"]
+    out += ["include-package-data = false", ""]
+    if data:
+        out += ["[tool.setuptools.package-dir]"]
+        out += [*(f'"{name}" = "{folder}"' for folder, name in names.items()), ""]
+    out += ["[tool.setuptools.package-data]"]
+    if s.get("package_data"):
+        out += [f'{lib} = {array(s["package_data"].split())}']
+    return out + [*(f'"{names[folder]}" = {array(patterns)}' for folder, patterns in data.items()), ""]
+
+
 def pyproject(root):
     "The complete text of pyproject.toml."
     ini = configparser.ConfigParser(interpolation=None)
     ini.read(root / "settings.ini", encoding="utf-8")
     s, lib = ini["DEFAULT"], ini["DEFAULT"]["lib_name"]
-    txt = migrate(root).replace(', email = ""', "").replace(f'include = ["{lib}"]', f'include = ["{lib}", "{lib}.*"]')
+    txt = migrate(root).replace(', email = ""', "")
+    txt = re.sub(r"\n*\[tool\.setuptools\.packages\.find\]\n.*\n", "\n", txt)
     txt = re.sub(r"\n*\[project.optional-dependencies\]\ndev = .*\n", "\n", txt)
     extras = {k.removesuffix("_requirements"): v.split() for k, v in s.items() if k.endswith("_requirements") and k != "pip_requirements"}
     blocks = ["[project.optional-dependencies]", *(f"{k} = {array(v)}" for k, v in extras.items()), ""]
-    if s.get("package_data"): blocks += ["[tool.setuptools.package-data]", f'{lib} = {array(s["package_data"].split())}', ""]
-    if s.get("data_files"):
-        rows = [line.split(":") for line in s["data_files"].splitlines() if line.strip()]
-        blocks += ["[tool.setuptools.data-files]", *(f'"{k.strip()}" = {array(v.split())}' for k, v in rows), ""]
+    blocks += setuptools_blocks(s, root, lib)
     txt = txt.replace("[tool.nbdev]", "\n".join(blocks) + "\n[tool.nbdev]")
     nbdev = [f"{k} = {array(s[k].split())}" for k in LIST_KEYS if k in s] + [f"{k} = {scalar(s[k])}" for k in PLAIN_KEYS if k in s]
     txt = txt.rstrip() + "\n" + "\n".join(nbdev) + "\n"

@@ -43,10 +43,13 @@ def _float(v):
 def _flag(v):
     return flag(v, "value")
 
-def _text(v):
+def _path(v):
     if not isinstance(v, (str, os.PathLike)) or not str(v) or "\0" in str(v):
         raise ValueError
-    str(v).encode()            # raises for half a character, as odd names of files may hold
+    return str(v)
+
+def _text(v):
+    _path(v).encode()          # raises for half a character, as odd names of files may hold
     return str(v)
 
 def _words(v):
@@ -54,7 +57,7 @@ def _words(v):
         return [w.strip() for w in v.split(",") if w.strip()]
     return [_text(w) for w in v]
 
-# %% ../nbs/14_cli.ipynb #bc94ca57
+# %% ../nbs/14_cli.ipynb #f1c78e5f
 MOST = 10_000    # seeds, tiers: more of them is a slip of the pen
 
 def _seeds(v):
@@ -72,7 +75,8 @@ def _tiers(v):
     if isinstance(v, str):
         v = [float(w) for w in v.split(",")] if "," in v or "." in v else int(v)
     if isinstance(v, int):
-        return [1 / v] * whole(v, "value", 1, MOST)
+        v = whole(v, "value", 1, MOST)
+        return [1 / v] * v
     return v if v is None else [_float(s) for s in v]
 
 # %% ../nbs/14_cli.ipynb #a1c44bbc
@@ -80,9 +84,10 @@ def _value(text):
     "TOML where it is TOML (16, 0.5, true, [1, 2]), else the text itself."
     import tomllib
     try:
-        return tomllib.loads(f"v = {text}")["v"]
+        found = tomllib.loads(f"v = {text}")
     except (ValueError, RecursionError):
         return text
+    return found["v"] if list(found) == ["v"] else text
 
 def _jsonable(v):
     "A keyword's value as JSON keeps it; dates become text; raises `ValueError` for anything else."
@@ -185,7 +190,7 @@ def _npz_path(data):
     except (RuntimeError, OSError) as e:           # no such user; a circle of links
         raise ValueError(f"data={shown(data)} is not a path: {e}") from None
 
-# %% ../nbs/14_cli.ipynb #b8b3a193
+# %% ../nbs/14_cli.ipynb #6ba500c7
 def make_config(
     given:dict=None, # settings that differ from the defaults; values or texts
 )->dict:             # every setting
@@ -212,7 +217,7 @@ def _toml_text(data):
         raise ValueError("it is not text in UTF-8; save it with that encoding")
     return text.replace("\r\n", "\n")
 
-# %% ../nbs/14_cli.ipynb #7af33557
+# %% ../nbs/14_cli.ipynb #280fc9a3
 def read_toml(
     path, # a TOML file of settings; may also hold `out` and `workers`
 )->dict:
@@ -298,10 +303,10 @@ def method(self:Experiment, name):
     "A fresh method object by name; raises `ValueError` for keywords of DarkDistill that do not fit."
     import inspect
     from darkdistill_nb.darkdistill import DarkDistill
-    from darkdistill_nb.exit_training import objective_by_name
+    from darkdistill_nb.exit_training import policy_by_name
     from darkdistill_nb.federated import EEFL
     c, keys = self.config, ("lr", "decay", "momentum", "weight_decay", "batch_size", "epochs", "participation")
-    common = dict(policy=objective_by_name(c["policy"]), **{k: c[k] for k in keys})
+    common = dict(policy=policy_by_name(c["policy"]), **{k: c[k] for k in keys})
     if name == "eefl":
         return EEFL(**common)
     known = inspect.signature(DarkDistill.__init__).parameters
@@ -409,10 +414,9 @@ def _failed(job, e):
 
 def _lost(job, codes):
     "The `RunError` for a job whose process is gone."
-    codes = [c for c in codes if c is not None]
-    failed = RunError(f"{job[0]}, seed {job[1]} failed: {why_ended(codes)}")
-    failed.begun = UNGUARDED not in codes
-    failed.again = failed.begun
+    begun = UNGUARDED not in codes
+    failed = RunError(f"{job[0]}, seed {job[1]} failed: " * begun + why_ended(codes))
+    failed.begun = failed.again = begun
     return failed
 
 def _worker(conn, config, folder, workers, lock=None):
@@ -569,7 +573,7 @@ def _make_folder(folder, saved):
         raise type(e)(f"out={shown(str(folder))} cannot be made: {e.strerror or e}") from None
     return folder
 
-# %% ../nbs/14_cli.ipynb #9bc3c278
+# %% ../nbs/14_cli.ipynb #9d4089cc
 REPORT = 20_000_000      # bytes, generously: report, record and what else is small
 
 def _check_disk(folder, exp):
@@ -578,9 +582,10 @@ def _check_disk(folder, exp):
     jobs = len(exp.config["methods"]) * len(exp.config["seeds"])
     need = REPORT + 3 * weights * jobs                       # checkpoint, its successor, final weights
     there = _check_new(Path(folder))
-    if shutil.disk_usage(there).free < need:
-        free = shutil.disk_usage(there).free
-        raise OSError(f"out={shown(str(folder))} needs about {need / 1e6:.0f} MB of disk, but {there} has {free / 1e6:.0f} MB")
+    disk = shutil.disk_usage(there)
+    if disk.total and disk.free < need:                      # a total of 0: no disk, such as /proc
+        raise OSError(f"out={shown(str(folder))} needs about {need / 1e6:.0f} MB of disk, but {there} has "
+                      f"{disk.free / 1e6:.0f} MB")
 
 # %% ../nbs/14_cli.ipynb #0f2bad91
 def _try_lock(file, folder, seconds):
@@ -707,6 +712,8 @@ def run_experiment(
     except RunError as e:
         if not e.begun:
             shutil.rmtree(made, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder or made.parent.rmdir()          # runs/, if nothing else is in it
         raise
 
 def _check_workers(workers):
@@ -754,6 +761,8 @@ def _shown_from(path):
     "A record that lacks what is to be shown of it is a `ValueError` that names it."
     try:
         yield
+    except ValueError as e:
+        raise ValueError(str(e) if str(path) in str(e) else f"{path}: {e}") from None
     except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
         raise ValueError(f"the record in {path} lacks what is shown here ({type(e).__name__}: {e}); "
                          "it was changed, or written by another program") from None
@@ -841,7 +850,7 @@ def make_parser()->Parser:
 
 # %% ../nbs/14_cli.ipynb #521017b1
 WORKERS = Option("workers", _int, None, "", **_whole)
-OUT = Option("out", _text, None, "", "the path of a new folder")
+OUT = Option("out", _path, None, "", "the path of a new folder")
 
 def _either(a, b): return b if a is None else a
 
@@ -883,16 +892,10 @@ def _run(args, say, command):
         return _resume(args, say)
     given, out, workers = _settings(args)
     make_config(given)
-    record, folder = run_experiment(given, out and Path(out), workers, command=command)
+    folder = out and Path(os.path.expanduser(out))
+    record, folder = run_experiment(given, folder, workers, command=command)
     _show(record, folder, say)
     return 0
-
-# %% ../nbs/14_cli.ipynb #66c581a0
-def _reportable(record, path):
-    "A record of `darkdistill run`, which has all that a report shows; other experiments have records of another kind."
-    from darkdistill_nb.training import check_record
-    return check_record(record, path, config=("data", "seeds", "gamma", "tiers"),
-                        runs=("method", "seed", "rounds", "final"), info=("macs", "parameters", "classes", "clients"))
 
 # %% ../nbs/14_cli.ipynb #7d12a32a
 def _load(folder):
@@ -900,7 +903,7 @@ def _load(folder):
     config, record = (os.path.isfile(Path(folder)/f"{name}.json") for name in ("config", "record"))
     if config and not record:
         raise ValueError(f"run={shown(str(folder))} is not finished; continue it with: darkdistill run --resume {folder}")
-    return _reportable(load_record(folder), folder)
+    return load_record(folder)
 
 def _names(folders):
     "Shortest ends of the paths that tell the folders apart."
@@ -939,19 +942,22 @@ def _report(args, say, command):
 
 # %% ../nbs/14_cli.ipynb #c4f2fef8
 def tutorials(
-    folder=None, # copies go here; None: work in the checkout, or copy to ./darkdistill_tutorials
-    here=None,   # folder of the package; None: of the one that is imported
-)->Path:         # folder to open
+    folder=None,   # copies go here; None: work in the checkout, or copy to ./darkdistill_tutorials
+    here=None,     # folder of the package
+    prefix=None,   # where a wheel puts shared files
+)->Path:           # folder to open
     "The folder with the tutorials; copies never replace a file. Raises `FileNotFoundError` when none are installed."
-    from darkdistill_nb.training import shipped
-    source = shipped("tutorials", here)
-    if folder is None and source.name == "tutorials":  # a checkout
-        return source
-    folder = Path(folder or "darkdistill_tutorials")
-    folder.mkdir(parents=True, exist_ok=True)
-    for notebook in source.glob("*.ipynb"):            # and nothing of the instructor's
-        if not (folder/notebook.name).exists():
-            shutil.copy2(notebook, folder)
+    here, prefix = Path(here or __file__).resolve().parent, Path(prefix or sys.prefix)
+    root = here.parent
+    checkout = [root/d for d in ("tutorials", "nbs") if (root/"settings.ini").exists() and list((root/d).glob("*.ipynb"))]
+    source = (checkout + [p for p in [prefix/"share"/"darkdistill_nb"/"tutorials"] if list(p.glob("*.ipynb"))] + [None])[0]
+    if source is None: raise FileNotFoundError(f"no tutorials are installed below {prefix}; clone the repository to get them")
+    if checkout and folder is None: return source
+    name = "darkdistill_tutorials" if folder is None else str(folder)
+    check(name and "\0" not in name, "folder", name, "a path")
+    folder = Path(name)
+    shutil.copytree(source, folder, dirs_exist_ok=True, copy_function=lambda a, b: b if os.path.exists(b) else shutil.copy2(a, b),
+                    ignore=shutil.ignore_patterns(".*", "__pycache__", "instructor"))
     return folder
 
 # %% ../nbs/14_cli.ipynb #2d3d77aa
@@ -972,15 +978,19 @@ def _say(text):
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 def _complain(message):
-    "One line on the error stream, without words of endless length."
+    "One line of bearable length on the error stream."
     words = [w if len(w) < 300 else f"{w[:60]}...{w[-20:]}" for w in str(message).split()]
+    line = " ".join(words)
+    line = line if len(line) < 1500 else f"{line[:1000]} ... {line[-300:]}"
     with contextlib.suppress(OSError):
-        print("darkdistill: " + " ".join(words), file=sys.stderr, flush=True)
+        print(f"darkdistill: {line}", file=sys.stderr, flush=True)
 
 def _go_on(e):
     "How to continue, if there is something to continue and it can help."
-    if getattr(e, "folder", None) is None or not getattr(e, "again", True):
+    if getattr(e, "folder", None) is None:
         return ""
+    if not getattr(e, "again", True):          # the same would happen again, unless the user does as he is told
+        return f", then continue with: darkdistill run --resume {e.folder}" if "; delete " in str(e) else ""
     return f"; finished rounds are kept, continue with: darkdistill run --resume {e.folder}"
 
 def _version():
@@ -999,7 +1009,7 @@ def _parse(argv):
                          else f"unexpected argument {shown(extra[0])}")
     return parser, args
 
-# %% ../nbs/14_cli.ipynb #12f6705c
+# %% ../nbs/14_cli.ipynb #beb95840
 class Terminated(KeyboardInterrupt):
     "The process was asked to end."
 
@@ -1051,6 +1061,6 @@ def _obey(argv):
     command = shlex.join(["darkdistill", *argv]).encode("utf-8", "backslashreplace").decode()
     return dict(run=_run, compare=_compare, report=_report, lab=_lab)[args.command](args, _say, command)
 
-# %% ../nbs/14_cli.ipynb #9a2fd389
+# %% ../nbs/14_cli.ipynb #2a3081e2
 if __name__ == "__main__" and "__file__" in globals():    # not in a notebook
     sys.exit(main())

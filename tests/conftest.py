@@ -1,7 +1,12 @@
-"""Shared by all tests: markers, two threads, and the folder of real data."""
-import os
+"""Shared by all tests: markers, two threads, the folder of real data, and how to wait.
+
+Tests wait for events, not for seconds: on a machine with other work everything takes longer, and nothing is wrong.
+`LONG` is the safety net for what would otherwise hang for ever; no test is about it."""
+import os, time
 from pathlib import Path
 import pytest
+
+LONG = 1800     # s
 
 
 def pytest_configure(config):
@@ -25,6 +30,19 @@ def one_thread():
     before = torch.get_num_threads(); torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def wait_until():
+    "wait_until(event, process): until event() is true; fails if the process ends before, or after LONG seconds."
+    def wait(event, process=None):
+        end = time.monotonic() + LONG
+        while not event():
+            over = process is not None and process.poll() is not None and not event()
+            assert not over, f"the process ended with code {process.returncode} before {event.__name__} came"
+            assert time.monotonic() < end, f"{event.__name__} did not come within {LONG} s"
+            time.sleep(.02)
+    return wait
 
 
 @pytest.fixture(scope="session")

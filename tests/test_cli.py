@@ -1,15 +1,16 @@
 """The command `darkdistill`: what a user types wrong costs one sentence and nothing else; what is right leaves a whole run folder."""
-import contextlib, importlib.metadata, json, os, re, signal, subprocess, sys, threading, time
+import contextlib, importlib.metadata, json, os, re, shutil, signal, subprocess, sys, threading
 from pathlib import Path
 import numpy as np
 import pytest
+from conftest import LONG
 from darkdistill_nb import cli, training
 
 COMMAND = [sys.executable, "-c", "import sys; from darkdistill_nb.cli import main; sys.exit(main())"]
 TINY = "--rounds 2 --seeds 1 --clients 6 --tiers 2 --net width=8 stages=2 --darkdistill server_epochs=1 --workers 1".split()
 
 
-def darkdistill(*args, cwd, timeout=120, **env):
+def darkdistill(*args, cwd, timeout=LONG, **env):
     "The command in a process of its own."
     return subprocess.run([*COMMAND, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, **env})
 
@@ -49,6 +50,12 @@ def files(tmp_path_factory):
     (d / "value.toml").write_text("rounds = 0")
     (d / "kind.toml").write_text("rounds = true")
     (d / "net.toml").write_text("[net]\nwidht = 8")
+    for name, text in dict(list="net = [1]", number="net = 1.5", flags="darkdistill = [true]", day="rounds = 1979-05-27",
+                           tableday="[net]\nwidth = 1979-05-27", nested="rounds = " + "[" * 5000, home="out = ''").items():
+        (d / f"{name}.toml").write_text(text)
+    (d / "utf16.toml").write_bytes("rounds = 0".encode("utf-16"))
+    (d / "nomark.toml").write_bytes("rounds = 0".encode("utf-16-le"))
+    npz(d / "one.npz", y_train=np.zeros(60, int), y_test=np.zeros(12, int))
     (d / "file").write_text("a file, not a folder")
     (d / "old").mkdir(); (d / "old" / "note.txt").write_text("keep me")
     (d / "link").symlink_to(d / "nowhere")
@@ -118,6 +125,29 @@ BAD = {  # arguments of `run` -> words that the sentence must contain
     "toml value": ("--config {files}/value.toml", "rounds=0", "at least 1"),
     "toml kind": ("--config {files}/kind.toml", "rounds=True", "whole number"),
     "toml network keyword": ("--config {files}/net.toml", "net='widht'", "did you mean 'width'"),
+    "toml table is a list": ("--config {files}/list.toml", "net=[1]", "keywords"),
+    "toml table is a number": ("--config {files}/number.toml", "net=1.5", "keywords"),
+    "toml table is flags": ("--config {files}/flags.toml", "darkdistill=[True]", "keywords"),
+    "toml date": ("--config {files}/day.toml", "rounds=datetime.date(1979, 5, 27)", "whole number"),
+    "toml date in a table": ("--config {files}/tableday.toml", "width='1979-05-27'", "whole number"),
+    "toml nested": ("--config {files}/nested.toml", "nested.toml", "not valid TOML"),
+    "toml no name": ("--config {files}/home.toml", "out=''", "path"),
+    "toml in UTF-16": ("--config {files}/utf16.toml", "rounds=0", "at least 1"),
+    "toml in UTF-16 without mark": ("--config {files}/nomark.toml", "nomark.toml", "UTF-8"),
+    "one class": ("--data {files}/one.npz", "one.npz", "single class", "two"),
+    "long name": ("--out " + "x" * 5000, "out='xxx", "too long"),
+    "long name to resume": ("--resume " + "x" * 5000, "resume='xxx", "not a run folder"),
+    "long name of settings": ("--config " + "x" * 5000, "config='xxx", "not a file"),
+    "long name of data": ("--data " + "x" * 5000 + ".npz", "xxx"),
+    "nobody's home": ("--data ~nobody-at-all/x.npz", "data='~nobody-at-all/x.npz'", "not a path"),
+    "endless seeds": ("--seeds 99999999999", "seeds='99999999999'", "how many"),
+    "endless tiers": ("--tiers 99999999999", "tiers='99999999999'", "shares"),
+    "no tier": ("--tiers 0", "tiers='0'", "shares"),
+    "empty keyword": ("--net =8", "net=['=8']", "width=16"),
+    "deep keyword": ("--net width=" + "[" * 2000, "net=", "width"),
+    "darkdistill nan": ("--darkdistill tau=nan", "tau=nan", "finite number"),
+    "darkdistill nan, not used": ("--methods eefl --darkdistill P=nan", "P=nan", "finite number"),
+    "darkdistill keyword of another": ("--darkdistill lr=3", "darkdistill='lr'", "unknown"),
     "unknown option": ("--gama 1", "'--gama'", "did you mean '--gamma'"),
     "abbreviated option": ("--round 1", "'--round'", "did you mean '--rounds'"),
     "option without value": ("--rounds", "--rounds", "expected one argument"),
@@ -137,7 +167,7 @@ def test_bad_input(case, files, tmp_path, monkeypatch, capsys):
     before = contents(files)
     assert cli.main(["run", *(a.format(files=files) for a in line.split())]) == 2
     out, err = capsys.readouterr()
-    assert err.startswith("darkdistill: ") and err.count("\n") == 1 and out == "", err
+    assert err.startswith("darkdistill: ") and err.count("\n") == 1 and out == "" and len(err) < 1600, err
     assert "Traceback" not in err
     for w in words: assert w in err, err
     assert list(tmp_path.iterdir()) == [] and contents(files) == before
@@ -149,6 +179,46 @@ def test_no_permission(tmp_path, capsys):
     try: assert cli.main(["run", "--out", str(tmp_path / "locked" / "run")]) == 2
     finally: (tmp_path / "locked").chmod(0o700)
     assert "permission" in capsys.readouterr().err
+
+
+ODD = {"empty": "", "a zero inside": "a\0b", "half a character": "\udcff", "endless": "x" * 5000}
+
+@pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("words", ["run --out", "run --config", "run --resume", "run --data", "run --arch", "run --workers", "run --net", "compare",
+                                   "report", "compare x --html", "lab", ""])
+def test_odd_words(words, odd, tmp_path, monkeypatch, capsys):
+    "Nothing at all, NUL, bytes that are no text, 5000 characters: one sentence, exit code 2, nothing written."
+    if (words, odd) == ("run --out", "\udcff"): pytest.skip("bytes that are no text may name a folder")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(cli.subprocess, "call", lambda argv: pytest.fail("JupyterLab would be started"))
+    if (words, odd) == ("lab", "\udcff"): pytest.skip("bytes that are no text may name a folder")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*words.split(), odd]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("darkdistill: ") and err.count("\n") == 1 and out == "" and len(err) < 1600, err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_seen_before_the_training(tmp_path, monkeypatch, capsys):
+    "The room for weights and report is looked for first."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
+    assert cli.main(["run", *TINY]) == 2
+    err = capsys.readouterr().err
+    assert re.search(r"out='runs/digits-001' needs about \d+ MB of disk, but .* has 1 MB\n$", err), err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_from_numpy_are_stored_as_plain_numbers():
+    config = cli.make_config(dict(rounds=np.int64(3), gamma=np.float32(.5), seeds=np.arange(2), tiers=np.array([.5, .5]), alone=np.bool_(False),
+                                  lr=np.float64(.1), n_train=np.uint8(200), net=dict(width=np.int64(8), list=np.arange(2)), data=Path("digits")))
+    assert json.loads(json.dumps(config)) == config
+    assert (config["seeds"], config["tiers"], config["alone"], config["net"]) == ([0, 1], [.5, .5], False, dict(width=8, list=[0, 1]))
+    for name, value in (("rounds", np.float64(2)), ("rounds", np.bool_(True)), ("gamma", np.float32("nan")), ("seeds", np.array([.5])),
+                        ("alone", np.int64(1)), ("net", dict(width={1})), ("net", dict(width=b"8")), ("net", {1: 2}), ("data", np.array(["digits"]))):
+        with pytest.raises(ValueError, match=f"^{name}="): cli.make_config({name: value})
+    for given in ([], 5, "rounds=3"):
+        with pytest.raises(ValueError, match="config=.* must be a dict"): cli.make_config(given)
 
 
 @pytest.mark.parametrize("argv, word", [(["rnu"], "did you mean 'run'?"), (["compare"], "RUN"), (["compare", "nowhere"], "nowhere"),
@@ -198,6 +268,17 @@ def test_version_and_entry_point(capsys):
     assert capsys.readouterr().out.strip() == f"darkdistill {importlib.metadata.version('darkdistill_nb')}"
     scripts = [e for e in importlib.metadata.entry_points(group="console_scripts") if e.name == "darkdistill"]
     assert scripts and scripts[0].value == "darkdistill_nb.cli:main"
+
+
+@pytest.mark.parametrize("module", ["darkdistill_nb", "darkdistill_nb.cli"])
+def test_the_package_can_be_run(module, tmp_path):
+    "python -m darkdistill_nb and python -m darkdistill_nb.cli are the command, with worker processes, too."
+    command = [sys.executable, "-m", module]
+    r = subprocess.run([*command, "run", "--gamma", "0"], cwd=tmp_path, capture_output=True, text=True, timeout=LONG)
+    assert r.returncode == 2 and r.stderr.startswith("darkdistill: gamma='0'")
+    tiny = [*on_two_cores(1), "--methods", "eefl", "--out", "run"]
+    r = subprocess.run([*command, "run", *tiny], cwd=tmp_path, capture_output=True, text=True, timeout=LONG)
+    assert r.returncode == 0 and (tmp_path / "run/record.json").is_file(), r.stderr
 
 
 def test_no_command_prints_help(capsys):
@@ -310,44 +391,181 @@ def test_diverging_training_is_one_sentence(tmp_path):
     assert "Traceback" not in r.stderr and (tmp_path / "run/config.json").exists() and not (tmp_path / "run/record.json").exists()
 
 
-def group_ends(group, seconds=30):
-    "Does a process group become empty by itself? What is left is killed."
-    end = time.time() + seconds
-    while time.time() < end:
+def test_a_resume_is_not_promised_where_the_same_would_happen_again(tmp_path, capsys):
+    "Too large a learning rate diverges again; a full disk may have room tomorrow."
+    args = [*TINY, "--methods", "eefl", "--no-alone", "--out"]
+    assert cli.main(["run", *args, str(tmp_path / "a"), "--lr", "1e30"]) == 1
+    assert "lower lr" in (err := capsys.readouterr().err) and "--resume" not in err
+    def full(*_): raise OSError(28, "No space left on device")
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("darkdistill_nb.federated.save_state", full)
+        assert cli.main(["run", *args, str(tmp_path / "b")]) == 1
+    assert "No space left" in (err := capsys.readouterr().err) and f"continue with: darkdistill run --resume {tmp_path}/b" in err
+
+
+def group_is_empty(group):
+    def no_process_is_left():
         try: os.killpg(group, 0)
         except ProcessLookupError: return True
-        time.sleep(.1)
-    os.killpg(group, signal.SIGKILL)
-    return False
+        return False
+    return no_process_is_left
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_ctrl_c_stops_everything(tmp_path):
+@pytest.fixture
+def long_run(tmp_path, wait_until):
+    "A run of many rounds with worker processes, stopped in the middle: long_run() -> its process, with checkpoints in run/jobs."
+    started = []
+    def start():
+        p = subprocess.Popen([*COMMAND, "run", *on_two_cores(rounds=100_000), "--out", "run"], cwd=tmp_path, text=True, start_new_session=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # a background job would ignore it
+        started.append(p)
+        def a_checkpoint(): return list(tmp_path.glob("run/jobs/*.safetensors"))
+        wait_until(a_checkpoint, p)
+        return p
+    yield start
+    for p in started:
+        with contextlib.suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGKILL)
+        p.communicate()
+
+
+posix = pytest.mark.skipif(os.name != "posix", reason="signals and process groups")
+
+@posix
+def test_ctrl_c_stops_everything(tmp_path, long_run, wait_until):
     "Ctrl-C as a terminal sends it, to the whole process group: exit code 130, one sentence on how to go on, no process left."
-    args = on_two_cores(rounds=500)
-    p = subprocess.Popen([*COMMAND, "run", *args, "--out", "run"], cwd=tmp_path,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # tests run as a background job would ignore it
-    end = time.time() + 60
-    while time.time() < end and not list(tmp_path.glob("run/jobs/*.safetensors")): time.sleep(.1)
+    p = long_run()
     os.killpg(p.pid, signal.SIGINT)
-    out, err = p.communicate(timeout=60)
+    out, err = p.communicate(timeout=LONG)
     assert p.returncode == 130, err
     assert ("Traceback" not in err
             and err.strip().splitlines()[-1] == "darkdistill: stopped; finished rounds are kept, continue with: darkdistill run --resume run")
-    assert group_ends(p.pid), "a process is left"
+    wait_until(group_is_empty(p.pid))
     assert list((tmp_path / "run/jobs").glob("*.safetensors")) and not (tmp_path / "run/record.json").exists()
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_children_end_when_the_main_process_is_killed(tmp_path):
-    "SIGKILL for the main process alone: its workers notice and end by themselves."
-    args = on_two_cores(rounds=500)
-    p = subprocess.Popen([*COMMAND, "run", *args, "--out", "run"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    end = time.time() + 60
-    while time.time() < end and not list(tmp_path.glob("run/jobs/*.safetensors")): time.sleep(.1)
-    p.kill(); p.wait(10)
-    assert group_ends(p.pid), "workers went on without the main process"
+@posix
+def test_sigterm_stops_everything(long_run, wait_until):
+    "SIGTERM for the main process alone, as a computing centre sends it: the same, with exit code 143."
+    p = long_run()
+    p.terminate()
+    out, err = p.communicate(timeout=LONG)
+    assert p.returncode == 143 and "Traceback" not in err, err
+    assert err.strip().splitlines()[-1] == "darkdistill: stopped; finished rounds are kept, continue with: darkdistill run --resume run"
+    wait_until(group_is_empty(p.pid))
+
+
+@posix
+def test_children_end_when_the_main_process_is_killed(tmp_path, long_run, wait_until):
+    "SIGKILL for the main process alone: its workers end by themselves, and until then the folder stays locked."
+    p = long_run()
+    p.kill()
+    p.wait()
+    with cli._locked(tmp_path / "run", LONG):
+        wait_until(group_is_empty(p.pid))
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_a_worker_that_is_killed_ends_the_run(tmp_path, long_run, wait_until):
+    "By the system, when memory is short: one sentence, a way to go on, and the other workers end."
+    p = long_run()
+    children = [int(c) for t in Path(f"/proc/{p.pid}/task").iterdir() for c in (t / "children").read_text().split()]
+    workers = [c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+    os.kill(workers[0], signal.SIGKILL)
+    out, err = p.communicate(timeout=LONG)
+    last = err.strip().splitlines()[-1]
+    assert p.returncode == 1 and "exit code -9 (-9 often means: out of memory); finished rounds are kept" in last, err
+    wait_until(group_is_empty(p.pid))
+
+
+@posix
+def test_workers_hold_the_lock(tmp_path):
+    "As long as a worker lives, nobody else works in the folder, even if the process that took the lock has gone."
+    config = cli.make_config(dict(clients=4, net=dict(width=8)))
+    folder = cli._make_folder(tmp_path / "run", dict(config=config))
+    with cli._locked(folder, 0) as lock: spawn, procs = cli._start(1, config, str(folder), 1, lock)
+    try:
+        with pytest.raises(ValueError, match="in use"):
+            with cli._locked(folder, 0): pass
+    finally: spawn.end()
+    with cli._locked(folder, 0): pass
+
+
+UNGUARDED = {"an experiment": "from darkdistill_nb.cli import run_experiment\n"
+                              "small = dict(rounds=1, seeds=2, clients=4, alone=False, net=dict(width=8, stages=2), n_train=100, n_test=50)\n"
+                              "run_experiment(small, workers=2, progress=False)",
+             "a grid": "from darkdistill_nb.cells import each\nprint(list(each(abs, [1, 2, 3], 2)))",
+             "a simulation": "from darkdistill_nb.data import load\nfrom darkdistill_nb.early_exit import cnn\n"
+                             "from darkdistill_nb.federated import EEFL, make_clients, simulate\ntrain, test = load('digits', n_train=100, n_test=50)\n"
+                             "net = lambda: cnn(train.shape, 10, width=8)\n"
+                             "simulate(EEFL(participation=1.), net, train, test, make_clients(train.y, 4), 1, workers=2, progress=False)"}
+
+@pytest.mark.parametrize("script", UNGUARDED.values(), ids=UNGUARDED)
+def test_a_script_without_a_guard_is_told_so_once(script, tmp_path):
+    "Its workers import it, and leave where it would begin its work anew: one sentence, no folder, nothing about memory."
+    (tmp_path / "script.py").write_text(script)
+    r = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=LONG)
+    lines = r.stderr.strip().splitlines()
+    assert r.returncode == 1 and "__main__" in lines[-1] and "memory" not in r.stderr, r.stderr
+    assert r.stderr.count("Traceback") == 1 and [p.name for p in tmp_path.iterdir()] == ["script.py"], r.stderr
+    guarded = 'if __name__ == "__main__":\n' + "".join(f"    {line}\n" for line in script.splitlines())
+    (tmp_path / "script.py").write_text(guarded)
+    assert subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, timeout=LONG).returncode == 0
+
+
+# ---------------------------------------------------------------- consoles
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437", "cp932", "cp1252", "utf-8"])
+def test_every_console_can_show_the_table(encoding, tmp_path):
+    "A character that the console lacks is replaced; in no case does a command fail because of it."
+    from darkdistill_nb.training import asset
+    (tmp_path / "ä 漢").mkdir()
+    shutil.copy(asset("digits_default.json"), tmp_path / "ä 漢/record.json")
+    for words in (["compare", "ä 漢", "ä 漢", "--html", "é.html"], ["report", "ä 漢"], ["run", "--help"], ["report", "漢"]):
+        r = subprocess.run([*COMMAND, *words], cwd=tmp_path, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding}, timeout=LONG)
+        assert r.returncode == (2 if words == ["report", "漢"] else 0), r.stderr
+        r.stdout.decode(encoding), r.stderr.decode(encoding)
+    for page in ("é.html", "ä 漢/report.html"): assert "±" in (tmp_path / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("env", [dict(PYTHONIOENCODING="ascii"), dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")], ids=["ascii", "C"])
+def test_a_run_ends_well_on_a_console_of_ascii(env, tmp_path):
+    "Bar, table and errors, also where file names are read as ASCII; the files are in UTF-8 all the same."
+    data = "größe.npz" if "LC_ALL" not in env else "size.npz"
+    npz(tmp_path / data)
+    words = ["run", *TINY, "--methods", "eefl", "--data", data, "--out", "übung 漢"]
+    r = subprocess.run([*COMMAND, *words], cwd=tmp_path, capture_output=True, env={**os.environ, **env}, timeout=LONG)
+    assert r.returncode == 0 and b"EEFL" in r.stdout, r.stderr
+    assert f"on {data[:-4]}" in (tmp_path / "übung 漢/report.html").read_text(encoding="utf-8")
+
+
+def test_a_closed_pipe_is_no_failure(tmp_path):
+    "darkdistill report RUN | head -0"
+    from darkdistill_nb.training import asset
+    shutil.copy(asset("digits_default.json"), tmp_path / "record.json")
+    p = subprocess.Popen([*COMMAND, "compare", "."], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    p.stdout.close()
+    assert (p.stderr.read(), p.wait(LONG)) == (b"", 0)
+
+
+# ---------------------------------------------------------------- files from outside
+
+def test_damaged_records_are_one_sentence(tmp_path, capsys):
+    "Whatever a record.json holds, `report` and `compare` end with exit code 0, or 2 and one sentence that names it."
+    from darkdistill_nb.training import asset
+    good = json.loads(asset("digits_default.json").read_text(encoding="utf-8"))
+    run = good["runs"][0]
+    others = dict(no_runs=dict(runs=[]), number=dict(runs=[3]), empty=dict(runs=[{}]), config=dict(config={}), info=dict(info={}), text=dict(runs="x"),
+                  final=dict(runs=[{**run, "final": {}}]), rounds=dict(runs=[{**run, "rounds": 5}]), alone=dict(info={**good["info"], "alone": [1]}),
+                  accuracy=dict(runs=[{**run, "final": {**run["final"], "accuracy": "high"}}]), newer=dict(notes="a later version"))
+    texts = {**{k: json.dumps({**good, **v}) for k, v in others.items()}, "nested": "[" * 100_000, "binary": "\0\1", "list": "[]", "nothing": ""}
+    for name, text in texts.items():
+        (tmp_path / "record.json").write_text(text)
+        for words in (["report", str(tmp_path)], ["compare", str(tmp_path)]):
+            code = cli.main(words)
+            out, err = capsys.readouterr()
+            sentence = code == 2 and err.count("\n") == 1 and str(tmp_path) in err
+            assert (code, err) == (0, "") or sentence and name != "newer", (name, code, err)
 
 
 # ---------------------------------------------------------------- lab
@@ -374,7 +592,7 @@ def test_lab_opens_jupyterlab_on_the_tutorials(tmp_path):
     pytest.importorskip("jupyterlab")
     folder = tmp_path / "labs"
     p = subprocess.Popen([*COMMAND, "lab", str(folder), "--no-browser"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    timer = threading.Timer(90, lambda: os.killpg(p.pid, signal.SIGKILL)); timer.start()
+    timer = threading.Timer(LONG, lambda: os.killpg(p.pid, signal.SIGKILL)); timer.start()
     try:
         seen = ""
         for line in p.stdout:

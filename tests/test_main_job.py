@@ -1,16 +1,23 @@
 """The main job: `darkdistill run` as it stands, on the embedded digits. Accuracy, the control, the table, the report, and that it can be repeated."""
-import os, subprocess, sys, time
+import os, subprocess, sys
 import pytest
+from conftest import LONG
 
 COMMAND = [sys.executable, "-c", "import sys; from darkdistill_nb.cli import main; sys.exit(main())", "run"]
 
 
+def cpu_seconds():
+    "Processor seconds of all child processes so far; how busy the machine is with other things hardly matters."
+    t = os.times()
+    return t.children_user + t.children_system
+
+
 def run(folder, *args):
-    "The command in a process of its own: (seconds, output)."
-    t = time.time()
-    r = subprocess.run([*COMMAND, *args], cwd=folder, capture_output=True, text=True, timeout=900)
+    "The command in a process of its own: (processor seconds, output)."
+    before = cpu_seconds()
+    r = subprocess.run([*COMMAND, *args], cwd=folder, capture_output=True, text=True, timeout=4 * LONG)
     assert r.returncode == 0, r.stderr
-    return time.time() - t, r.stdout
+    return cpu_seconds() - before, r.stdout
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +63,9 @@ def test_methods_are_paired(main_job):
 
 @pytest.mark.slow
 def test_everything_is_left(main_job):
-    "Table on the screen, record, weights, report; within the time a reader was promised."
+    "Table on the screen, record, weights, report; within the time a reader was promised: two minutes of four cores."
     folder, record, seconds, out = main_job
-    assert seconds < 180 * max(1, 2 / (os.cpu_count() or 1)), f"{seconds:.0f} s"
+    assert seconds < 480, f"{seconds:.0f} s of processor time"
     for word in ("EEFL", "DarkDistill", "exit 4", "3 seeds (0, 1, 2)", "report: runs/digits-001/report.html"): assert word in out, word
     assert len(list((folder / "weights").iterdir())) == 6 and not (folder / "jobs").exists()
     page = (folder / "report.html").read_text()

@@ -343,7 +343,7 @@ def save_experiment(
         load_tensors(teacher_file(t, folder))[1]
         for t in {cell_key(r["cell"]["teacher"]): r["cell"]["teacher"] for r in results}.values()
     ]
-    varied = {k for k in last if any(r["cell"][k] != last[k] for r in results)}
+    varied = {k for r in results for k in r["cell"] if r["cell"][k] != last.get(k)}
     record = Record.begin(
         dict(
             experiment=name,

@@ -8,7 +8,9 @@ from darkdistill_nb.distillation import distill
 from darkdistill_nb.latent import (NETS, ORDERS, LatentNet, client_task, conv_group, latent_net, latent_variance, latents, lkd, lkd_loss, map_latents,
                                    match_shape, match_transfer, plot_latents, small_shapes)
 from darkdistill_nb.cells import cell_key
-from darkdistill_nb.latent_experiments import (CLAIMS, METHODS, check_claims, differences, latent_teacher, main, latent_cell, pictures, run_cells, trend)
+from darkdistill_nb.latent_experiments import (CLAIMS, HYPER, METHODS, SETUPS, check_claims, chosen_hyper, compare, differences, latent_teacher,
+                                               latent_space, main, latent_cell, pictures, run_cells, setup, sweep_n, trend, tune)
+from darkdistill_nb.latent_results import CLAIM_LIST, Claim, at_an_edge, best_value, judge, step_differences, stored, verdict_table
 from darkdistill_nb.training import Record, accuracy, load_record, predict
 
 
@@ -297,11 +299,118 @@ def test_killed_experiment_continues_and_leaves_no_process(tmp_path):
 
 @pytest.mark.parametrize("args, word", [
     (["--set", "n=100000"], "n=100000 exceeds"), (["--set", "speed=1"], "unknown setting 'speed'"), (["--set", "student=huge"], "student='huge': that net is unknown"),
-    (["--set", "gamma=-1"], "gamma=-1.0 must be")])
+    (["--set", "gamma=-1"], "gamma=-1 must be")])
 def test_bad_settings_are_one_sentence(args, word, tmp_path, capsys):
     assert main(["compare", "--data", "shapes16", "--out", str(tmp_path), "--seeds", "1", "--workers", "1",
                  "--methods", "CE", args[0], "teacher_epochs=0", args[1]]) == 2
     assert word in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- any data set
+
+def own_file(path, seed=0, size=12, channels=(), per_class=20, classes=3):
+    "A small npz whose classes differ in brightness."
+    rng, y = np.random.default_rng(seed), np.arange(per_class * classes) % classes
+    draw = lambda y: (rng.integers(0, 120, (len(y), size, size, *channels)) + 60 * (y % 3).reshape(-1, *[1] * (2 + len(channels)))).astype(np.uint8)
+    np.savez(path, x_train=draw(y), y_train=y, x_test=draw(y[:30]), y_test=y[:30])
+    return path
+
+
+@pytest.mark.parametrize("size, channels, like", [(12, (), "digits"), (24, (), "fashion_mnist"), (24, (3,), "cifar10")])
+def test_setup_of_an_own_file(tmp_path, size, channels, like):
+    path = own_file(tmp_path/"mine.npz", size=size, channels=channels)
+    s = setup(path)
+    assert s["student"] == SETUPS[like]["student"] and s["n"] == 18 and s["transfer"] == "shapes"
+    assert setup(str(path)) == s and json.loads(json.dumps(latent_cell(path, "LKD"))) == latent_cell(path, "LKD")
+
+
+def test_experiments_on_an_own_file(tmp_path, capsys):
+    "All experiments run from the command line; a transfer set may be an own file too; the name of the file names the record."
+    path = str(own_file(tmp_path/"mine.npz"))
+    quick = ["--data", path, "--out", str(tmp_path/"out"), "--workers", "1", "--set", "epochs=1", "teacher_epochs=1"]
+    for words in (["tune", "--seeds", "1", "--methods", "LKD"], ["compare", "--seeds", "2"], ["sweep_gamma", "--seeds", "1", "--values", "0.5", "10"],
+                  ["sweep_n", "--seeds", "1", "--values", "9", "18", "--methods", "CE"], ["sweep_l", "--seeds", "1", "--values", "4", "8", "--methods", "LKD"],
+                  ["sweep_transfer", "--seeds", "1", "--methods", "LKD"], ["latent_space", "--methods", "CE", "LKD"]):
+        more = [f"transfer={own_file(tmp_path/'other.npz', 1)}"] if words[0] == "sweep_transfer" else []
+        assert main([words[0], *quick, *more, *words[1:]]) == 0, capsys.readouterr().err
+    names = sorted(p.name for p in (tmp_path/"out").glob("latent_*"))
+    assert names == [f"latent_{n}_mine" for n in ("compare", "gamma", "l", "n", "space", "transfer", "tune")]
+    record = load_record(tmp_path/"out"/"latent_compare_mine")
+    assert record.config["data"] == path and len(record.runs) == 10 and record.runs[0]["n"] == 18
+    assert len(check_claims(record)) == len(CLAIMS)
+
+
+def test_a_changed_file_is_another_cell(tmp_path):
+    path = own_file(tmp_path/"mine.npz")
+    cell = latent_cell(path, "CE")
+    os.utime(own_file(path, 1), (10, 10))
+    other = latent_cell(path, "CE")
+    assert cell["digest"] != other["digest"] != other["teacher"]["net"] and cell_key(cell["teacher"]) != cell_key(other["teacher"])
+    os.utime(own_file(path, 0), (20, 20))
+    assert latent_cell(path, "CE") == cell
+
+
+def test_tuned_settings_of_another_file_of_that_name_are_not_taken(tmp_path):
+    a, b = tmp_path/"a"/"mine.npz", tmp_path/"b"/"mine.npz"
+    for p in (a, b):
+        p.parent.mkdir()
+        own_file(p)
+    tune(a, tmp_path, 1, ("LKD",), {"LKD": [dict(alpha=.9)]}, workers=1, epochs=1, teacher_epochs=1)
+    assert chosen_hyper(a, tmp_path)["LKD"]["alpha"] == .9 and chosen_hyper(b, tmp_path)["LKD"] == HYPER["LKD"]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_teacher_does_not_depend_on_the_number_of_threads(tmp_path, threads):
+    code = "import sys, torch; from darkdistill_nb.latent_experiments import *; " \
+           "t, _ = latent_teacher(latent_cell('shapes16', 'CE', teacher_epochs=1)['teacher'], sys.argv[1]); print(t.output.weight.double().sum().item())"
+    out = [subprocess.run([sys.executable, "-c", code, str(tmp_path/n)], env=os.environ | {"OMP_NUM_THREADS": n}, capture_output=True, text=True, check=True).stdout
+           for n in (str(threads), "2")]
+    assert out[0] == out[1] and float(out[0])
+
+
+HOSTILE_EXPERIMENTS = {
+    "data": lambda d: latent_cell("mnits", "CE"), "data 5": lambda d: latent_cell(5, "CE"), "method": lambda d: latent_cell("shapes16", "AT"),
+    "gamma": lambda d: latent_cell("shapes16", "CE", gamma=NAN), "seed": lambda d: latent_cell("shapes16", "CE", 1.5), "l": lambda d: latent_cell("shapes16", "CE", l=0),
+    "split": lambda d: latent_cell("shapes16", "CE", split="train"), "match": lambda d: latent_cell("shapes16", "CE", match="labels"),
+    "keep": lambda d: latent_cell("shapes16", "CE", keep=-1), "hyper": lambda d: latent_cell("shapes16", "LKD", hyper=dict(beta=1)),
+    "hyper 3": lambda d: latent_cell("shapes16", "LKD", hyper=3), "setting": lambda d: latent_cell("shapes16", "CE", speed=1),
+    **{k: lambda d, k=k, v=v: latent_cell("shapes16", "CE", **{k: v})
+       for k, v in dict(n=0, epochs=1.5, lr=NAN, batch_size=0, teacher="big", student=3, teacher_lr=-1, teacher_epochs=-1, transfer=3).items()},
+    "seeds": lambda d: compare("shapes16", d, 0), "methods": lambda d: compare("shapes16", d, 1, ("AT",)), "no methods": lambda d: compare("shapes16", d, 1, ()),
+    "values": lambda d: sweep_n("shapes16", d, 1, ()), "no cells": lambda d: run_cells([], d), "workers": lambda d: compare("shapes16", d, 1, workers=-3),
+    "space": lambda d: latent_space("shapes16", d, keep=3),
+    "metric": lambda d: differences(Record({}), "CE", "KD", "all"), "where": lambda d: differences(Record({}), "CE", "KD", seed=1),
+    "axis": lambda d: trend(Record({}), axis="seed"), "no runs": lambda d: best_value(Record({}), "n"), "no pairs": lambda d: step_differences(Record({}), "CE", "n", 1, 2),
+    "experiment": lambda d: stored("sweep_all", "cifar10"), "edge": lambda d: at_an_edge("AT", {}),
+}
+
+
+@pytest.mark.parametrize("call", HOSTILE_EXPERIMENTS.values(), ids=HOSTILE_EXPERIMENTS)
+def test_hostile_settings_of_experiments_are_one_sentence(call, tmp_path):
+    with pytest.raises(ValueError) as e:
+        call(tmp_path)
+    assert 10 < len(str(e.value)) < 400 and "\n" not in str(e.value) and not list(tmp_path.iterdir()), "before any work"
+
+
+def test_a_claim_is_as_good_as_its_weakest_part():
+    "A part that is refuted refutes the claim; else one that is undecided leaves it open; a record without the data says nothing."
+    sure, open_, never = [.1, .11, .12], [-.2, .3, .25], [-.1, -.11, -.12]
+    for parts, want in (([sure, sure], "holds"), ([sure, open_], "undecided"), ([open_, never], "does not hold"), ([], "no data")):
+        j = judge(Claim("c", "compare", lambda r: dict(enumerate(parts))), Record({}))
+        assert j["verdict"] == want and len(j["parts"]) == len(parts)
+        assert want in verdict_table({("c", "d"): j})
+
+
+def test_best_width_needs_every_other_size():
+    "The claim that l = d is best: known accuracies, known verdicts; without l = d among the sizes there is no verdict."
+    claim = next(c for c in CLAIM_LIST if "as wide as" in c.text and "T_uni" in c.text)
+    def record(at, noise=.001):
+        runs = [dict(method="LKD", seed=s, l=l, uni=v + noise * (-1)**(s + i)) for i, (l, v) in enumerate(at.items()) for s in range(4)]
+        return Record({}, runs=runs, info=dict(teachers=[dict(d=64)]))
+    assert judge(claim, record({16: .5, 64: .6, 256: .55}))["verdict"] == "holds"
+    assert judge(claim, record({16: .5, 64: .6, 256: .599}, .05))["verdict"] == "undecided"
+    assert judge(claim, record({16: .5, 64: .6, 256: .65}))["verdict"] == "does not hold"
+    assert judge(claim, record({16: .5, 32: .6}))["verdict"] == "no data"
 
 
 # ---------------------------------------------------------------- real data

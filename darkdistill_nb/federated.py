@@ -340,7 +340,7 @@ def _check_weights(weights, sent, expected):
         raise FloatingPointError(f"{wrong[0]} holds values that are not finite")
     for name, v, limit in zip(names, new.tolist(), (ABSURD * old.clamp_min(1)).tolist()):
         if v > limit:
-            raise ValueError(f"{name} reaches {v:.1g}, but {limit:.1g} is the most that is sane")
+            raise FloatingPointError(f"{name} reaches {v:.1g}, but {limit:.1g} is the most that is sane")
 
 # %% ../nbs/06_federated.ipynb #921b562c
 @patch
@@ -356,7 +356,7 @@ def check_update(self:EEFL,
     sent:dict,     # what it had received
     client:Client,
 )->Update:         # `update`, its numbers as Python's own
-    "Raise `ValueError`, or `FloatingPointError` for NaN and infinity, if the server cannot use `update`."
+    "Raise `ValueError`, or `FloatingPointError` for NaN, infinity and absurd size, if the server cannot use `update`."
     check(isinstance(update, Update), "answer", update, "an Update")
     check(scalar(update.client) == client.id, "client", update.client, f"{client.id}, who was asked")
     check(scalar(update.tier) == client.tier, "tier", update.tier, f"{client.tier}, that of the client")
@@ -674,6 +674,11 @@ def _sort_out(method, everyone, drawn, sent, answers, rnd, faults):
     out = {str(c.id): _reason(a, f) for c, a, f in found}
     for cid, reason in out.items():
         warnings.warn(f"round {rnd + 1}: client {cid} is left out, {reason}", stacklevel=4)
+    if not updates:
+        hint = f"; if their training runs away, lower lr={method.lr}"
+        numeric = found and all(isinstance(f, FloatingPointError) for _, _, f in found)
+        warnings.warn(f"round {rnd + 1}: no client {'is left' if drawn else 'was drawn'}, the network stays "
+                      f"as it is{hint if numeric else ''}", stacklevel=4)
     return updates, out
 
 # %% ../nbs/06_federated.ipynb #fc03b933
@@ -699,8 +704,6 @@ def play_round(
     if updates:
         state, info = method.aggregate(state, updates, rnd, streams)
     else:
-        warnings.warn(f"round {rnd + 1}: no client {'is left' if drawn else 'was drawn'}, the network stays as it is",
-                      stacklevel=3)
         info = method.server_step(state, {}, [], rnd, streams)[2]
     samples = sum(u.samples for u in updates)
     return state, dict(round=rnd + 1, loss=sum(u.loss * u.samples for u in updates) / samples if updates else None,

@@ -9,18 +9,23 @@ __all__ = ['cell_key', 'cell_file', 'run_stored', 'every_tenth', 'json_or_text',
            't_interval', 'verdict', 'kept', 'publish', 'stored_record']
 
 # %% ../nbs/01b_cells.ipynb #86dd3c95
-import functools, hashlib, json, math, os, sys, threading, time
+import functools, hashlib, json, math, os, sys, time
+from concurrent.futures import as_completed
 from pathlib import Path
 import torch
+from .checks import check, number, whole
 from .data import _one_thread
-from .training import asset, load_record, load_tensors, mean_std, save_tensors, write_atomic
+from .process import WorkerPool, forgiving_console, leave_with_parent, only_from_main
+from .training import asset, check_json, load_record, load_tensors, mean_std, read_json, save_tensors, write_atomic
 
 # %% ../nbs/01b_cells.ipynb #9a7c4bec
 def cell_key(
-    cell:dict, # JSON values
+    cell:dict, # JSON values; numpy's numbers count as the numbers they are
 )->str:        # 16 hexadecimal digits
-    "Name of a cell: a hash of its content, whatever the order of its entries."
-    return hashlib.blake2b(json.dumps(cell, sort_keys=True).encode(), digest_size=8).hexdigest()
+    "Name of a cell: a hash of its content, whatever the order of its entries; raises `ValueError` for what JSON cannot hold."
+    check(isinstance(cell, dict), "cell", cell, "a dict of JSON values")
+    text = check_json(cell, indent=None, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 # %% ../nbs/01b_cells.ipynb #e2540d46
 def cell_file(
@@ -35,22 +40,33 @@ def run_stored(
     cell:dict, # JSON values
     folder,    # of the experiments
 )->dict:       # {"cell", whatever the job returned, "seconds", "cpu_seconds"}
-    "Run a cell on one thread and keep its result; a result that is there is read instead."
+    "Run a cell on one thread and keep its result; a result that is there is read; raises `ValueError` if that is damaged or has a NaN."
     path = cell_file(cell, folder)
-    if path.is_file(): return json.loads(path.read_text())
+    if path.is_file():
+        return _stored(path, cell)
     start, cpu = time.perf_counter(), time.process_time()
-    with _one_thread(): out = dict(cell=cell, **job(cell, folder))       # the same numbers, whether in this process or in a worker
+    with _one_thread():       # the same numbers, whether in this process or in a worker
+        out = dict(cell=cell, **job(cell, folder))
     out["seconds"], out["cpu_seconds"] = round(time.perf_counter() - start, 2), round(time.process_time() - cpu, 2)
-    write_atomic(path, json.dumps(out).encode())
+    write_atomic(path, check_json(out, indent=None).encode())
+    return read_json(path)
+
+def _stored(path, cell):
+    "The result in a file, if it is the result of this cell."
+    out = read_json(path)
+    if not isinstance(out, dict) or not isinstance(out.get("cell"), dict) or cell_key(out["cell"]) != cell_key(cell):
+        raise ValueError(f"{path} is not the result of its cell; delete it, and it is computed anew")
     return out
 
 # %% ../nbs/01b_cells.ipynb #5908444e
 def every_tenth(
     y:torch.Tensor, # (N,) labels
 )->torch.Tensor:    # (N,) bool
-    "Every tenth sample of each class."
-    rank = torch.empty_like(y)                                    # the how-manieth sample of its class
-    for c in y.unique(): rank[y == c] = torch.arange(int((y == c).sum()))
+    "Every tenth sample of each class; raises `ValueError` unless `y` is a row of labels."
+    check(isinstance(y, torch.Tensor) and y.ndim == 1, "y", y, "a tensor (N,) of labels")
+    rank = torch.empty_like(y)                                    # place of a sample among those of its class
+    for c in y.unique():
+        rank[y == c] = torch.arange(int((y == c).sum()))
     return rank % 10 == 9
 
 # %% ../nbs/01b_cells.ipynb #b019cfca
@@ -58,51 +74,67 @@ def json_or_text(
     text:str, # e.g. the part after KEY= on a command line
 ):            # a number, None, a list, ..., or the text
     "JSON where it is JSON, else the text itself."
-    try: return json.loads(text)
-    except ValueError: return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 # %% ../nbs/01b_cells.ipynb #ff281309
 def key_values(
     words:list, # e.g. ["epochs=3", "net=wrn"]
 )->dict:
-    "Settings typed on a command line; raises `ValueError` for a word without =."
-    if bad := [w for w in words if "=" not in w]: raise ValueError(f"{bad[0]!r} must have the form KEY=VALUE")
-    return {k: json_or_text(v) for k, v in (w.split("=", 1) for w in words)}
+    "Settings typed on a command line; raises `ValueError` for a word without KEY or =, and for a KEY that comes twice."
+    out = {}
+    for w in words:
+        k, sign, v = w.partition("=")
+        if not k.strip() or not sign:
+            raise ValueError(f"{w!r} must have the form KEY=VALUE")
+        if k in out:
+            raise ValueError(f"{k!r} is set twice: {k}={out[k]} and {w}")
+        out[k] = json_or_text(v)
+    return out
 
 # %% ../nbs/01b_cells.ipynb #80c64465
 def run_command(
     work, # work() does it, and returns the line to print at its end
-)->int:   # exit code: 0; 2 for bad input, told in one line; 130 when interrupted
-    "The end of every experiment's command line."
-    try: print(work()); return 0
-    except KeyboardInterrupt: print("interrupted; the same command continues", file=sys.stderr); return 130
-    except (ValueError, TypeError, OSError) as e: print(f"error: {e}", file=sys.stderr); return 2
+)->int:   # exit code: 0; 1 if a worker died; 2 for bad input; 130 when interrupted
+    "The end of every experiment's command line: errors are one line each."
+    forgiving_console()
+    try:
+        print(work())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
+    except (RuntimeError, ValueError, TypeError, OSError, FloatingPointError) as e:
+        print("error: " + " ".join(str(e).split()), file=sys.stderr)
+        return 1 if isinstance(e, RuntimeError) else 2
 
 # %% ../nbs/01b_cells.ipynb #16fca78b
 def _worker_start():
     "One thread; leave when the parent has gone."
+    leave_with_parent()
     torch.set_num_threads(1)
-    parent = os.getppid()
-    def watch():
-        while os.getppid() == parent: time.sleep(1)
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/01b_cells.ipynb #13751c08
+def _each_in_pool(job, items, workers):
+    with WorkerPool(workers, _worker_start) as pool, pool.explained():
+        for future in as_completed([pool.submit(job, i) for i in items]):
+            yield future.result()
+
+# %% ../nbs/01b_cells.ipynb #337afcc8
 def each(
     job,         # job(item) -> result; with several workers a function of an importable module
     items:list,
     workers:int, # processes; 1: this one
 ):               # iterator over the results
-    "Results of `job(item)` as they come: from this process, or from several new ones."
-    if workers == 1 or len(items) < 2: yield from map(job, items); return
-    import multiprocessing as mp
-    from concurrent.futures import ProcessPoolExecutor, as_completed
-    with ProcessPoolExecutor(min(workers, len(items)), mp.get_context("spawn"), _worker_start) as pool:
-        futures = [pool.submit(job, i) for i in items]
-        try:
-            for f in as_completed(futures): yield f.result()
-        finally: pool.shutdown(wait=False, cancel_futures=True)
+    "Results as they come, here or from workers; `ValueError` for workers < 1, `RuntimeError` if one dies."
+    whole(workers, "workers")
+    items = list(items)
+    if workers == 1 or len(items) < 2:
+        return map(job, items)
+    only_from_main()
+    return _each_in_pool(job, items, min(workers, len(items)))
 
 # %% ../nbs/01b_cells.ipynb #8c9541ca
 def run_grid(
@@ -112,13 +144,14 @@ def run_grid(
     workers=None,  # processes; default: one per core; 1: this process (in a notebook, where new processes cannot import what is defined here)
     on_cell=None,  # called after each new cell with (number done, number of all, result)
 )->list:           # results, in the order of `cells`
-    "Run the cells that are not there yet; may be killed at any moment and started again."
-    cells = list(cells)
+    "Run the cells that are not there yet; may be killed at any moment and started again; raises `ValueError` before the first cell for bad ones."
+    cells, workers = list(cells), None if workers is None else whole(workers, "workers")
     missing = [c for c in {cell_key(c): c for c in cells}.values() if not cell_file(c, folder).is_file()]
     done = len(cells) - len(missing)
     for r in each(functools.partial(run_stored, job, folder=folder), missing, workers or os.cpu_count() or 1):
         done += 1
-        if on_cell: on_cell(done, len(cells), r)
+        if on_cell:
+            on_cell(done, len(cells), r)
     return [run_stored(job, c, folder) for c in cells]
 
 # %% ../nbs/01b_cells.ipynb #7c05ce5c
@@ -126,10 +159,12 @@ def t_interval(
     values,            # paired differences, one per seed
     level:float=.95,   # confidence
 )->tuple:              # (mean, low, high)
-    "Mean and its confidence interval by Student's t; raises `ValueError` for fewer than two values."
+    "Mean and its confidence interval by Student's t; raises `ValueError` for fewer than two values, NaN, or a level outside (0, 1)."
     from scipy import stats
-    values = [float(v) for v in values]
-    if len(values) < 2: raise ValueError(f"an interval needs at least two seeds, not {len(values)}")
+    values = [number(v, f"values[{i}]") for i, v in enumerate(values)]
+    level = number(level, "level", above=0, below=1)
+    if len(values) < 2:
+        raise ValueError(f"an interval needs at least two seeds, not {len(values)}")
     m, sd = mean_std(values)
     half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * sd / math.sqrt(len(values))
     return m, m - half, m + half
@@ -141,9 +176,12 @@ def verdict(
     below:float=math.inf, # ... and smaller than this
 )->str:                 # "holds", "does not hold" or "undecided"
     "Judge a claim on a difference by its interval; raises `ValueError` if there is no interval."
-    _, low, high = (float(v) for v in interval)
-    if not low <= high:
-        raise ValueError(f"interval={tuple(interval)} must be (mean, low, high) with low <= high and without NaN")
+    interval = tuple(interval)
+    check(len(interval) == 3, "interval", interval, "(mean, low, high)")
+    _, low, high = (number(v, f"interval[{i}]", inf=True) for i, v in enumerate(interval))
+    above, below = number(above, "above", inf=True), number(below, "below", inf=True)
+    check(low <= high, "interval", interval, "(mean, low, high) with low <= high")
+    check(above < below, "below", below, f"larger than above={above}")
     if above < low and high < below:
         return "holds"
     return "does not hold" if high <= above or low >= below else "undecided"
@@ -154,7 +192,8 @@ def kept(
     make, # make() -> (tensors, header), called if the file is not there
 )->tuple: # (tensors, header)
     "Something that takes long to make, a teacher or its answers, made once and read from then on."
-    if not Path(path).is_file(): save_tensors(path, *make())
+    if not Path(path).is_file():
+        save_tensors(path, *make())
     return load_tensors(path)
 
 # %% ../nbs/01b_cells.ipynb #2732330a
@@ -175,5 +214,7 @@ def stored_record(
     command:str, # that makes it
 ):               # `Record`, or None if it is not there
     "A stored record; without one, print the command that makes it."
-    try: return load_record(asset(f"{name}.json"))
-    except FileNotFoundError: print(f"not stored: {name}. Make it with\n  {command}")
+    try:
+        return load_record(asset(f"{name}.json"))
+    except FileNotFoundError:
+        print(f"not stored: {name}. Make it with\n  {command}")

@@ -19,7 +19,7 @@ def shown(
         value = value.item()
     short = reprlib.Repr()
     short.maxstring = short.maxother = 80
-    return short.repr(value)
+    return " ".join(short.repr(value).split())
 
 # %% ../nbs/00_checks.ipynb #a3c9aa1b
 def check(

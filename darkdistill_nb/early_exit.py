@@ -10,12 +10,32 @@ __all__ = ['Exit', 'ClassToken', 'PooledMap', 'scale_gradient', 'EarlyExitNet', 
            'msdnet', 'TokenStem', 'TokenMean', 'token_features', 'vit', 'build_net']
 
 # %% ../nbs/04_early_exit.ipynb #e93c5b81
-import math
+import inspect, math
 from pathlib import Path
 import torch
 import torch.nn.functional as F
+from .checks import check, choice, flag, number, whole
+from .training import evaluating
 from fastcore.basics import patch
 from torch import nn
+
+# %% ../nbs/04_early_exit.ipynb #611f9dc0
+def _sizes(low=1, **numbers):
+    "Whole numbers of at least `low`, and not so large that no network can have them."
+    return [whole(v, name, low, 100_000) for name, v in numbers.items()]
+
+def _shape(input_shape, axes=3):
+    "A shape as a tuple of whole numbers; `axes` None: any number of them."
+    ok = isinstance(input_shape, (tuple, list, torch.Size)) and len(input_shape) == (axes or max(len(input_shape), 1))
+    check(ok, "input_shape", input_shape, "(C, H, W)" if axes else "a tuple of sizes")
+    return tuple(whole(v, f"input_shape[{i}]", 1, 100_000) for i, v in enumerate(input_shape))
+
+def _exits_at(exits, low, high, what):
+    "Places of exits as rising whole numbers."
+    exits = tuple(whole(e, f"exits[{i}]", None) for i, e in enumerate(exits))
+    if not exits or list(exits) != sorted(set(exits)) or not low <= exits[0] <= exits[-1] <= high:
+        raise ValueError(f"exits={exits} must rise and lie between {low} and {high}, {what}")
+    return exits
 
 # %% ../nbs/04_early_exit.ipynb #d0e3fde9
 class Exit(nn.Module):
@@ -26,6 +46,7 @@ class Exit(nn.Module):
         n_classes:int,    # K
     ):
         super().__init__()
+        width, n_classes = _sizes(width=width, n_classes=n_classes)
         self.reduce, self.norm, self.fc = reduce, nn.LayerNorm(width), nn.Linear(width, n_classes)
     def features(self, z): return self.reduce(z)
     def classify(self, a): return self.fc(self.norm(a))
@@ -41,7 +62,8 @@ class PooledMap(nn.Module):
     def __init__(self,
         grid:int=4 # cells along each side
     ):
-        super().__init__(); self.grid = grid
+        super().__init__()
+        self.grid, = _sizes(grid=grid)
     def forward(self, z): return F.adaptive_avg_pool2d(F.relu(z), self.grid).flatten(1)
 
 # %% ../nbs/04_early_exit.ipynb #3905e0a2
@@ -55,7 +77,8 @@ def scale_gradient(
     x:torch.Tensor, # any shape
     s:float,        # factor
 )->torch.Tensor:    # the same values
-    "Identity whose gradient is multiplied by `s`."
+    "Identity whose gradient is multiplied by `s`; raises `ValueError` unless `s` is finite."
+    s = number(s, "s")
     return x if s == 1 else _Scale.apply(x, s)
 
 # %% ../nbs/04_early_exit.ipynb #9a5d810f
@@ -71,11 +94,14 @@ class EarlyExitNet(nn.Module):
         super().__init__()
         if len(stages) != len(exits) or not len(stages):
             raise ValueError(f"{len(stages)} stages and {len(exits)} exits: both lists must be equally long and not empty")
+        for name, part in dict(stem=[stem], stages=stages, exits=exits).items():
+            check(all(isinstance(m, nn.Module) for m in part), name, part, "modules of PyTorch")
         self.stem, self.stages, self.exits = stem, nn.ModuleList(stages), nn.ModuleList(exits)
-        self.input_shape, self.n_classes = tuple(input_shape), n_classes
+        self.input_shape, (self.n_classes,) = _shape(input_shape, None), _sizes(n_classes=n_classes)
     def __len__(self): return len(self.stages)
     def features(self, z, ge="none"):
         a, E = [], len(self)
+        choice(ge, "ge", ("none", "full", "released"))
         for e, (stage, exit) in enumerate(zip(self.stages, self.exits), 1):
             z, k = stage(z), E - e + 1
             if ge != "none": z = scale_gradient(z, 1 / k)
@@ -100,15 +126,17 @@ def take_rows(
 def prefix(self:EarlyExitNet,
     m:int # stages to keep, 1..len(self)
 )->EarlyExitNet:
-    "The network of the first `m` blocks, sharing parameters and their names with this one."
-    if not 1 <= m <= len(self): raise ValueError(f"prefix m={m} must be between 1 and {len(self)}, the number of stages")
+    "The network of the first `m` blocks, sharing parameters and their names with this one; raises `ValueError` if there are fewer."
+    m = whole(m, "m", 1, len(self))
     return EarlyExitNet(self.stem, list(self.stages[:m]), list(self.exits[:m]), self.input_shape, self.n_classes)
 
 def block_of(
     name:str # name of a parameter or buffer of an `EarlyExitNet`
 )->int:      # 1-based block
     "The block a parameter belongs to: stem, stage 1 and exit 1 are block 1; stage b and exit b are block b."
-    part, _, rest = name.partition(".")
+    part, _, rest = str(name).partition(".")
+    known = part == "stem" or (part in ("stages", "exits") and rest.partition(".")[0].isdecimal())
+    check(known, "name", name, "one that starts with stem., stages.B. or exits.B.")
     return 1 if part == "stem" else int(rest.partition(".")[0]) + 1
 
 # %% ../nbs/04_early_exit.ipynb #d57f4c7c
@@ -116,30 +144,34 @@ def block_of(
 def _count(f, *args):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as c, sdpa_kernel(SDPBackend.MATH): out = f(*args)   # attention as plain matrix products, which the counter sees
+    with FlopCounterMode(display=False) as c, sdpa_kernel(SDPBackend.MATH):   # attention as plain matrix products, which the counter sees
+        out = f(*args)
     return c.get_total_flops() // 2, out
+
+def _blank(net):
+    "One black image on the network's device, in its type."
+    p = next(net.parameters())
+    return torch.zeros(1, *net.input_shape, device=p.device, dtype=p.dtype)
 
 @patch
 def macs(self:EarlyExitNet,
     heads:bool=True # False: stem and stages only, without the exits on the way
 )->list:            # one int per exit: MACs of a picture that leaves there
     "Multiply-accumulates of one picture up to and including each exit, counted on a forward pass (convolutions and matrix products)."
-    was = self.training; self.eval()
-    p = next(self.parameters())
-    total, z = _count(self.stem, torch.zeros(1, *self.input_shape, device=p.device, dtype=p.dtype))
-    out = []
-    for stage, exit in zip(self.stages, self.exits):
-        n, z = _count(stage, z)
-        total += n + (_count(exit, z)[0] if heads else 0); out.append(total)
-    self.train(was)
+    with evaluating(self):
+        total, z = _count(self.stem, _blank(self))
+        out = []
+        for stage, exit in zip(self.stages, self.exits):
+            n, z = _count(stage, z)
+            total += n + (_count(exit, z)[0] if heads else 0)
+            out.append(total)
     return out
 
 @patch
 def latent_shape(self:EarlyExitNet)->tuple: # shape of one sample's latents
     "Shape of what enters the first stage, without the batch axis."
-    was = self.training; self.eval(); p = next(self.parameters())
-    with torch.no_grad(): z = self.stem(torch.zeros(1, *self.input_shape, device=p.device, dtype=p.dtype))
-    self.train(was)
+    with evaluating(self), torch.no_grad():
+        z = self.stem(_blank(self))
     return tuple(z.shape[1:])
 
 # %% ../nbs/04_early_exit.ipynb #04e60e6d
@@ -151,7 +183,9 @@ class ConvStage(nn.Module):
         depth:int=1,      # convolutions on the residual path
     ):
         super().__init__()
-        self.halve = halve
+        width, depth = _sizes(width=width, depth=depth)
+        check(width % 4 == 0, "width", width, "a multiple of 4 (GroupNorm with 4 groups)")
+        self.halve = flag(halve, "halve")
         self.norms = nn.ModuleList(nn.GroupNorm(4, width) for _ in range(depth))
         self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth))
     def forward(self, z):
@@ -167,10 +201,13 @@ def cnn(
     width:int=32,                # channels; a multiple of 4
     depth:int=1,                 # convolutions per stage
 )->EarlyExitNet:
-    "A small residual CNN with an exit after every stage."
-    C, H, W = input_shape
-    if min(H, W) < 4: raise ValueError(f"input_shape={tuple(input_shape)} is too small; the exits need maps of at least 4x4")
-    if width % 4 or width < 4: raise ValueError(f"width={width} must be a multiple of 4 (GroupNorm with 4 groups)")
+    "A small residual CNN with an exit after every stage; raises `ValueError` for sizes that cannot be."
+    C, H, W = input_shape = _shape(input_shape)
+    if min(H, W) < 4:
+        raise ValueError(f"input_shape={input_shape} is too small; the exits need maps of at least 4x4")
+    n_classes, width = _sizes(n_classes=n_classes, width=width)
+    stages, depth = whole(stages, "stages", 1, 1000), whole(depth, "depth", 1, 1000)
+    check(width % 4 == 0, "width", width, "a multiple of 4 (GroupNorm with 4 groups)")
     big = min(H, W) >= 16
     stem, size = nn.Conv2d(C, width, 3, stride=2 if big else 1, padding=1), min(H, W) // (2 if big else 1)
     parts = []
@@ -189,7 +226,8 @@ class WideBlock(nn.Module):
         bias:bool=False, # of the convolutions
     ):
         super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(cin), nn.Conv2d(cin, cout, 3, stride, 1, bias=bias)
+        cin, cout, stride = _sizes(cin=cin, cout=cout, stride=stride)
+        self.bn1, self.conv1 = nn.BatchNorm2d(cin), nn.Conv2d(cin, cout, 3, stride, 1, bias=flag(bias, "bias"))
         self.bn2, self.conv2 = nn.BatchNorm2d(cout), nn.Conv2d(cout, cout, 3, 1, 1, bias=bias)
         self.short = nn.Conv2d(cin, cout, 1, stride, bias=bias) if cin != cout or stride != 1 else None
     def forward(self, z):
@@ -205,7 +243,8 @@ class Project(nn.Module):
         width:int,        # what `reduce` gives
         length:int,       # features per sample
     ):
-        super().__init__(); self.reduce, self.fc = reduce, nn.Linear(width, length)
+        super().__init__()
+        self.reduce, self.fc = reduce, nn.Linear(*_sizes(width=width, length=length))
     def forward(self, z): return self.fc(self.reduce(z))
 
 # %% ../nbs/04_early_exit.ipynb #3cea776b
@@ -219,13 +258,13 @@ def wrn(
     features:int=None,            # length of every exit's features, by a linear map after pooling; None: channels * pool * pool
     bias:bool=False,              # of the convolutions; the original has none
 )->EarlyExitNet:
-    "WideResNet-`depth`-`widen` with exits after chosen residual blocks."
+    "WideResNet-`depth`-`widen` with exits after chosen residual blocks; raises `ValueError` for sizes that cannot be."
+    depth, input_shape = whole(depth, "depth", None), _shape(input_shape)
+    check(10 <= depth <= 10_000 and depth % 6 == 4, "depth", depth, "6n+4: 10, 16, 22, 28, 40, ...")
     n = (depth - 4) // 6
-    if depth != 6 * n + 4 or n < 1: raise ValueError(f"depth={depth} must be 6n+4: 10, 16, 22, 28, 40, ...")
-    exits = tuple(exits or (n, 2 * n, 3 * n))
-    if list(exits) != sorted(set(exits)) or not 0 <= exits[0] <= exits[-1] <= 3 * n:
-        raise ValueError(f"exits={exits} must rise and lie between 0 (after the stem) and {3 * n}")
-    if pool < 1 or (features is not None and features < 1): raise ValueError(f"pool={pool} and features={features} must be at least 1")
+    exits = _exits_at((n, 2 * n, 3 * n) if exits is None else exits, 0, 3 * n, "after the stem and after the last block")
+    widen, n_classes, pool = _sizes(widen=widen, n_classes=n_classes, pool=pool)
+    features = None if features is None else whole(features, "features", 1, 100_000)
     widths, blocks, c = [16, *(16 * widen * 2 ** (i // n) for i in range(3 * n))], [], 16   # widths[b]: channels after block b
     for i, w in enumerate(widths[1:exits[-1] + 1]): blocks.append(WideBlock(c, w, 2 if i % n == 0 and i else 1, bias)); c = w
     stages = [nn.Sequential(*blocks[a:b]) for a, b in zip((0, *exits), exits)]
@@ -243,7 +282,8 @@ def conv_norm(
     norm:str="batch",   # batch | group (at most 4 groups)
 )->nn.Sequential:
     "Convolution, normalisation, ReLU."
-    if norm not in ("batch", "group"): raise ValueError(f"norm={norm!r} must be batch or group")
+    choice(norm, "norm", ("batch", "group"))
+    cin, cout, kernel, stride = _sizes(cin=cin, cout=cout, kernel=kernel, stride=stride)
     n = nn.BatchNorm2d(cout) if norm == "batch" else nn.GroupNorm(math.gcd(cout, 4), cout)
     return nn.Sequential(nn.Conv2d(cin, cout, kernel, stride, kernel // 2, bias=False), n, nn.ReLU())
 
@@ -259,6 +299,8 @@ class ScaleLayer(nn.Module):
         norm:str="batch", # as in `conv_norm`
     ):
         super().__init__()
+        (scale, fine), (cin, new) = _sizes(0, scale=scale, fine=fine), _sizes(cin=cin, new=new)
+        out = None if out is None else whole(out, "out", 1, 100_000)
         def narrow(c, n, stride, s): # bottleneck: 1x1 to 1, 2 or 4 times the new channels, then 3x3
             m = min(c, n * min(2 ** s, 4)); return nn.Sequential(conv_norm(c, m, 1, norm=norm), conv_norm(m, n, 3, stride, norm))
         half = new // 2 if fine else 0
@@ -280,8 +322,9 @@ def unpack(
     z:torch.Tensor, # what `pack` gave
     shapes,         # (C_i, H_i, W_i) each
 )->list:            # views of z: (B, C_i, H_i, W_i)
-    "The maps that `pack` laid end to end, without copying."
+    "The maps that `pack` laid end to end, without copying; raises `ValueError` for shapes that do not add up."
     shapes = list(shapes)
+    check(sum(map(math.prod, shapes)) == z.shape[1], "shapes", shapes, f"those of {z.shape[1]} numbers")
     return [v.unflatten(1, s) for v, s in zip(z.split([math.prod(s) for s in shapes], 1), shapes)]
 
 # %% ../nbs/04_early_exit.ipynb #a18783ba
@@ -311,7 +354,8 @@ class CoarseHead(nn.Module):
         norm:str="batch", # as in `conv_norm`
     ):
         super().__init__()
-        self.shape, size, convs = tuple(shape), min(shape[1:]), []
+        self.shape, (width,) = _shape(shape), _sizes(width=width)
+        size, convs = min(self.shape[1:]), []
         for c in (shape[0], width):
             stride = 2 if size > 2 else 1; size = -(-size // stride)   # a single pixel would leave BatchNorm no statistics
             convs.append(conv_norm(c, width, 3, stride, norm))
@@ -358,12 +402,15 @@ def msdnet(
     norm:str="batch",              # batch (as published) | group
 )->EarlyExitNet:
     "Multi-scale dense network with exits on its coarsest scale (Huang et al. 2018, arXiv 1703.09844)."
+    input_shape = _shape(input_shape)
     size = min(input_shape[1:])
-    S = max([1] + [s for s in (2, 3) if size >> s - 1 >= 4]) if scales is None else scales
-    for k, v in dict(exits=exits, first=first, step=step, channels=channels, head=head, scales=S).items():
-        if v < 1: raise ValueError(f"{k}={v} must be at least 1")
-    if growth < 2 or growth % 2: raise ValueError(f"growth={growth} must be even and at least 2: half of the new channels come from the finer scale")
-    if size >> S - 1 < 2: raise ValueError(f"scales={S} is too many for input_shape={tuple(input_shape)}: the coarsest map would be smaller than 2x2")
+    S = max([1] + [s for s in (2, 3) if size >> s - 1 >= 4]) if scales is None else whole(scales, "scales", 1, 30)
+    exits, first, step = (whole(v, k, 1, 1000) for k, v in dict(exits=exits, first=first, step=step).items())
+    n_classes, channels, head, growth = _sizes(n_classes=n_classes, channels=channels, head=head, growth=growth)
+    choice(norm, "norm", ("batch", "group"))
+    check(growth % 2 == 0, "growth", growth, "even: half of the new channels come from the finer scale")
+    if size >> S - 1 < 2:
+        raise ValueError(f"scales={S} is too many for input_shape={input_shape}: the coarsest map would be smaller than 2x2")
     plan = _Plan(S, first + step * (exits - 1), channels, growth, input_shape[1:], norm)
     ends = [first + step * i for i in range(exits)]
     stages = [ScaleStage(plan.layers(a, b), plan.alive(a) if a else {}, plan.alive(b), None if a else plan.start()) for a, b in zip((0, *ends), ends)]
@@ -391,7 +438,9 @@ class TokenMean(nn.Module):
         start:int=0,   # first token
         stop:int=None, # end; None: to the last
     ):
-        super().__init__(); self.start, self.stop = start, stop
+        super().__init__()
+        self.start = whole(start, "start", 0)
+        self.stop = None if stop is None else whole(stop, "stop", self.start + 1)
     def forward(self, z): return z[:, self.start:self.stop].mean(1)
 
 def token_features(
@@ -409,15 +458,17 @@ def _timm_vit(name, pretrained, kwargs):
     ensure_torchvision()
     import timm
     from timm.models.vision_transformer import VisionTransformer
+    check(isinstance(name, str), "name", name, "the name of a timm model")
     if ":" not in name and not timm.is_model(name): raise ValueError(f"name={name!r} is not a timm model; timm.list_models('*vit*') lists them")
     file = (kwargs.get("pretrained_cfg_overlay") or {}).get("file")
     if pretrained and file and not Path(file).is_file(): raise FileNotFoundError(f"pretrained_cfg_overlay names the file {file}, which is not there")
     on = "use pretrained=False, or give a file of weights: pretrained_cfg_overlay=dict(file=...)"
     try: m = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
-    except (TypeError, AssertionError) as e: raise ValueError(f"name={name!r} cannot be built with {kwargs}: {e}") from None
+    except (TypeError, AssertionError, ZeroDivisionError) as e: raise ValueError(f"name={name!r} cannot be built with {kwargs}: {e}") from None
     except OSError as e: raise ConnectionError(f"the weights of {name!r} could not be fetched (no connection?): {on} [{type(e).__name__}]") from e
     except RuntimeError as e:
-        if not pretrained: raise
+        if not pretrained:
+            raise ValueError(f"name={name!r} cannot be built with {kwargs}: {str(e).splitlines()[0]}") from None
         raise ValueError(f"no weights of {name!r} that fit {kwargs}: {on} [{str(e).splitlines()[0]}]") from e
     if not isinstance(m, VisionTransformer): raise ValueError(f"name={name!r} is not a plain ViT but a {type(m).__name__}")
     return m
@@ -430,11 +481,13 @@ def vit(
     **kwargs                          # more for `timm.create_model`: img_size, patch_size, embed_dim, depth, num_heads, in_chans, pretrained_cfg_overlay
 )->EarlyExitNet:
     "A timm ViT with exits after chosen blocks; raises `ValueError` for other models, `ConnectionError` if weights cannot be fetched."
-    m = _timm_vit(name, pretrained, kwargs)
+    n_classes, = _sizes(n_classes=n_classes)
+    for k in set(kwargs) & {"embed_dim", "depth", "num_heads", "in_chans"}:
+        kwargs[k], = _sizes(**{k: kwargs[k]})
+    m = _timm_vit(name, flag(pretrained, "pretrained"), kwargs)
     L = len(m.blocks)
-    exits = tuple(exits) if exits is not None else tuple(sorted({-(-L * q // 4) for q in (1, 2, 3, 4)}))
-    if not exits or list(exits) != sorted(set(exits)) or not 1 <= exits[0] <= exits[-1] <= L:
-        raise ValueError(f"exits={exits} must rise and lie between 1 and {L}, the number of blocks")
+    exits = sorted({-(-L * q // 4) for q in (1, 2, 3, 4)}) if exits is None else exits
+    exits = _exits_at(exits, 1, L, "the number of blocks")
     stages = [nn.Sequential(*m.blocks[a:b]) for a, b in zip((0, *exits), exits)]
     shape = (kwargs.get("in_chans", m.pretrained_cfg["input_size"][0]), *m.patch_embed.img_size)
     return EarlyExitNet(TokenStem(m), stages, [Exit(token_features(m), m.embed_dim, n_classes) for _ in exits], shape, n_classes)
@@ -446,10 +499,15 @@ def build_net(
     n_classes:int,     # K
     **kwargs           # passed to the builder
 )->EarlyExitNet:
-    "An early-exit network by name for pictures of a given shape."
-    if arch == "cnn": return cnn(input_shape, n_classes, **kwargs)
-    if arch == "wrn": return wrn(input_shape=input_shape, n_classes=n_classes, **kwargs)
-    if arch == "msdnet": return msdnet(input_shape, n_classes, **kwargs)
+    "An early-exit network by name for images of a given shape; raises `ValueError` for an unknown name or option."
+    input_shape, own = _shape(input_shape), dict(cnn=cnn, wrn=wrn, msdnet=msdnet)
+    check(isinstance(arch, str), "arch", arch, f"{', '.join(own)}, or the name of a timm ViT")
+    if arch in own:
+        takes = [k for k in inspect.signature(own[arch]).parameters if k not in ("input_shape", "n_classes")]
+        for k in kwargs:
+            if k not in takes:
+                raise ValueError(f"arch {arch!r} has no option {k!r}; it has {', '.join(takes)}")
+        return own[arch](input_shape=input_shape, n_classes=n_classes, **kwargs)
     H, W = input_shape[1:]
     kwargs = {"patch_size": max(1, min(H, W) // 8), **kwargs} if min(H, W) < 64 else kwargs
     return vit(arch, n_classes=n_classes, in_chans=input_shape[0], img_size=(H, W), **kwargs)

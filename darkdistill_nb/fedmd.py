@@ -8,16 +8,17 @@ Docs: https://darkdistill.github.io/darkdistill_nb/fedmd.html.md"""
 __all__ = ['single_exit', 'FedAvg', 'consensus', 'Party', 'digest_loss', 'FedMD', 'score_bytes']
 
 # %% ../nbs/06b_fedmd.ipynb #b8acdd30
-import copy, time
+import copy, math
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from .checks import check, choice, finite, flag, number, same_shape, whole
 from .data import ArrayData
 from .early_exit import EarlyExitNet, Exit
 from .exit_training import Joint
 from .federated import EEFL
-from .training import Streams, accuracy, fit, predict
+from .training import Streams, accuracy, check_batches, fit, predict, start_training
 
 # %% ../nbs/06b_fedmd.ipynb #5c4bd939
 class _Plain(Exit):
@@ -47,12 +48,14 @@ def consensus(
     scores:list,  # one (N, C) tensor per party
     weights=None, # one number per party; None: all equal
 )->torch.Tensor:  # (N, C)
-    "Weighted mean of what the parties say about the same pictures; raises `ValueError` for unequal shapes."
+    "Weighted mean of what the parties say about the same images; raises `ValueError` for unequal shapes, NaN and infinity."
     if len({tuple(t.shape) for t in scores}) != 1:
-        raise ValueError(f"scores have shapes {[tuple(t.shape) for t in scores]}; all parties must answer about the same pictures in the same size")
-    w = torch.tensor(weights if weights is not None else [1.] * len(scores), dtype=torch.double)
-    if len(w) != len(scores) or bool((w < 0).any()) or not float(w.sum()) > 0:
-        raise ValueError(f"weights={weights} must be {len(scores)} numbers >= 0, not all zero")
+        raise ValueError(f"scores have shapes {[tuple(t.shape) for t in scores]}; all parties must answer about the same images in the same size")
+    for i, t in enumerate(scores):
+        finite(t, f"scores[{i}]")
+    w = [1.] * len(scores) if weights is None else [number(v, f"weights[{i}]", low=0) for i, v in enumerate(weights)]
+    check(len(w) == len(scores) and sum(w) > 0, "weights", w, f"{len(scores)} numbers >= 0, not all 0")
+    w = torch.tensor(w, dtype=torch.double)
     return sum(k * t.double() for k, t in zip(w / w.sum(), scores)).to(scores[0].dtype)
 
 # %% ../nbs/06b_fedmd.ipynb #35a9985b
@@ -68,7 +71,7 @@ def digest_loss(
     kind:str # "mae" (FedMD) or "mse"
 ):
     "Distance between scores and consensus, mean over all numbers."
-    if kind not in ("mae", "mse"): raise ValueError(f"kind={kind!r} must be mae or mse")
+    choice(kind, "kind", ("mae", "mse"))
     return F.l1_loss if kind == "mae" else F.mse_loss
 
 # %% ../nbs/06b_fedmd.ipynb #af7249d2
@@ -87,11 +90,16 @@ class FedMD:
     batch_size:int=32
     loss:str="mae"           # of the digest
     def __post_init__(self):
-        if self.what not in ("logits", "latent"): raise ValueError(f"what={self.what!r} must be logits or latent")
-        if self.mode not in ("average", "teacher"): raise ValueError(f"mode={self.mode!r} must be average or teacher")
-        if self.n_align < 1: raise ValueError(f"n_align={self.n_align} must be at least 1")
-        digest_loss(self.loss)
-    def say(self, net): return net if self.what == "logits" else nn.Sequential(net.perception, net.representation)
+        choice(self.what, "what", ("logits", "latent"))
+        choice(self.mode, "mode", ("average", "teacher"))
+        choice(self.loss, "loss", ("mae", "mse"))
+        for k in ("public_epochs", "private_epochs", "digest_epochs", "revisit_epochs"):
+            setattr(self, k, whole(getattr(self, k), k, 0))
+        for k in ("n_align", "batch_size"):     # the digest leaves out batches of one
+            setattr(self, k, whole(getattr(self, k), k, 2))
+        self.lr, self.digest_lr = number(self.lr, "lr", low=0), number(self.digest_lr, "digest_lr", low=0)
+    def say(self, net):
+        return net if self.what == "logits" else nn.Sequential(net.perception, net.representation)
 
 # %% ../nbs/06b_fedmd.ipynb #d0c3d5a5
 from fastcore.basics import patch
@@ -104,17 +112,27 @@ def digest(self:FedMD,
     epochs:int,
     generator:torch.Generator,
 )->float:                      # mean loss of the last epoch
-    "Train a party to say `targets`; the gradient reaches only the layers that produce what is shared."
+    "Train a party to say `targets`, the shared layers only; raises `ValueError` unless there is one finite target per image."
+    check(len(targets) == len(data), "targets", targets, f"a tensor with {len(data)} rows, one per image")
+    finite(targets, "targets")
+    epochs = whole(epochs, "epochs", 0)
     say, distance, total = self.say(net), digest_loss(self.loss), 0.
     opt = torch.optim.SGD(say.parameters(), lr=self.digest_lr, momentum=.9)
-    net.train()
+    start_training(net)
     for _ in range(epochs):
         total = 0.
         for idx in torch.randperm(len(data), generator=generator).split(self.batch_size):
-            if len(idx) < 2: continue                      # batch statistics of a single picture do not exist
-            value = distance(say(data[idx][0]), targets[idx])
-            opt.zero_grad(set_to_none=True); value.backward(); opt.step()
+            if len(idx) < 2:                               # batch statistics of a single image do not exist
+                continue
+            said = say(data[idx][0])
+            same_shape(answers=said, targets=targets[idx])
+            value = distance(said, targets[idx])
+            opt.zero_grad(set_to_none=True)
+            value.backward()
+            opt.step()
             total += float(value.detach()) * len(idx)
+        if not math.isfinite(total):
+            raise FloatingPointError(f"the loss of the digest is {total}; lower digest_lr={self.digest_lr}")
     return total / max(len(data), 1)
 
 # %% ../nbs/06b_fedmd.ipynb #0b5507d4
@@ -141,8 +159,25 @@ def score_bytes(
     pictures:int, # N_align
     width:int,    # K logits, or l numbers of a latent
 )->int:
-    "Bytes of the scores of one party in one direction, 32 bit a number."
-    return pictures * width * 4
+    "Bytes of the scores of one party in one direction, 32 bit a number; raises `ValueError` for fractions and negative numbers."
+    return whole(pictures, "pictures", 0) * whole(width, "width", 0) * 4
+
+# %% ../nbs/06b_fedmd.ipynb #2ac1c1f6
+def _accuracies(parties):
+    "Accuracy of each party on its own test images."
+    return [float(accuracy(predict(p.net, p.test), p.test.y)) for p in parties]
+
+def _check_parties(method, parties, public, teacher):
+    "Parties with different ids and data that their networks can be trained on, and a teacher where one is needed."
+    ids = [p.id for p in parties]
+    check(ids and len(set(ids)) == len(ids), "parties", ids, "at least one party, with different ids")
+    check(len(public), "public", public, "a set with at least one image")
+    if method.mode == "teacher" or method.what == "latent":
+        check(teacher is not None, "teacher", teacher, f"a network for what={method.what!r}, mode={method.mode!r}")
+    for p in parties:
+        check(len(p.train) and len(p.test), f"parties[{p.id!r}]", (len(p.train), len(p.test)), "one with training and test images")
+        for data in [p.train] if method.what == "latent" else [p.train, public]:
+            check_batches(p.net, len(data), method.batch_size, data[:1][0])
 
 # %% ../nbs/06b_fedmd.ipynb #5dfe6224
 @patch
@@ -165,7 +200,7 @@ def play_round(self:FedMD,
         with streams.scope("round", rnd, p.id):
             self.digest(p.net, d, target, self.digest_epochs, streams.generator("digest", rnd, p.id))
             fit(p.net, p.train, self.revisit_epochs, self.lr, batch_size=self.batch_size, generator=streams.generator("revisit", rnd, p.id))
-    acc = [float(accuracy(predict(p.net, p.test), p.test.y)) for p in parties]
+    acc = _accuracies(parties)
     return dict(round=rnd + 1, accuracy=acc, mean=sum(acc) / len(acc), bytes_up=up, bytes_down=score_bytes(*target.shape) * len(parties))
 
 # %% ../nbs/06b_fedmd.ipynb #abd4aeee
@@ -178,13 +213,16 @@ def run(self:FedMD,
     teacher:nn.Module=None, # for latents, or mode="teacher"
     share:bool=True,      # False: no digest; what the parties reach alone with the same own training
 )->list:                  # one log entry per round, the first (round 0) after the preparation
-    "The whole of FedMD: preparation, then rounds."
-    if self.mode == "teacher" and teacher is None: raise ValueError("mode='teacher' needs a teacher")
+    "The whole of FedMD: preparation, then rounds; raises `ValueError` before any training for what cannot be trained."
+    rounds, share = whole(rounds, "rounds", 0), flag(share, "share")
+    _check_parties(self, parties, public, teacher)
     streams = Streams(seed)
-    for p in parties: self.prepare(p, public, streams, teacher)
-    acc = [float(accuracy(predict(p.net, p.test), p.test.y)) for p in parties]
+    for p in parties:
+        self.prepare(p, public, streams, teacher)
+    acc = _accuracies(parties)
     log = [dict(round=0, accuracy=acc, mean=sum(acc) / len(acc), bytes_up=0, bytes_down=0)]
-    quiet = copy.copy(self); quiet.digest_epochs = 0
+    quiet = copy.copy(self)
+    quiet.digest_epochs = 0
     for r in range(rounds):
         row = (self if share else quiet).play_round(parties, public, r, streams, teacher)
         log.append(row if share else {**row, "bytes_up": 0, "bytes_down": 0})

@@ -12,6 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from .checks import check, number, whole
 from .early_exit import EarlyExitNet
 
 # %% ../nbs/04c_lora.ipynb #b4cbaff8
@@ -26,6 +27,10 @@ class LoRALinear(nn.Linear):
         dropout:float=.01, # on the input of the correction, while training
     ):
         nn.Module.__init__(self)   # not Linear's, which would make and initialise a weight
+        of, rank = whole(of, "of"), whole(rank, "rank")
+        alpha, dropout = number(alpha, "alpha"), number(dropout, "dropout", low=0, below=1)
+        check(parts and all(whole(i, f"parts[{k!r}]", 0, of - 1) >= 0 for k, i in parts.items()), "parts", parts, "a dict: name -> part, from 0")
+        check(base.out_features % of == 0, "of", of, f"a divisor of the {base.out_features} outputs")
         self.in_features, self.out_features, width = base.in_features, base.out_features, base.out_features // of
         self.weight, self.bias, self.dropout = base.weight, base.bias, nn.Dropout(dropout)
         self.parts, self.scale = {k: (i * width, (i + 1) * width) for k, i in parts.items()}, alpha / rank
@@ -74,12 +79,12 @@ def add_lora(
     targets=("q", "v"),  # of q, k, v, proj, fc1, fc2
 )->EarlyExitNet:         # `net`
     "Adapt a ViT by LoRA: only corrections and exits stay trainable; raises `ValueError` where there is nothing to adapt or it is done."
-    targets = (targets,) if isinstance(targets, str) else tuple(dict.fromkeys(targets))
+    targets = (targets,) if isinstance(targets, str) else tuple(dict.fromkeys(map(str, targets)))
     unknown = [t for t in targets if t not in TARGETS]
-    if unknown or not targets: raise ValueError(f"targets={targets} must be some of {', '.join(TARGETS)}")
-    if rank < 1: raise ValueError(f"rank={rank} must be at least 1")
-    if not 0 <= dropout < 1: raise ValueError(f"dropout={dropout} must be in [0, 1)")
-    if _adapted(net): raise ValueError("this network has LoRA already; merge_lora(net) folds it in before new one is added")
+    check(targets and not unknown, "targets", targets, f"some of {', '.join(TARGETS)}")
+    rank, alpha, dropout = whole(rank, "rank"), number(alpha, "alpha"), number(dropout, "dropout", low=0, below=1)
+    if _adapted(net):
+        raise ValueError("this network has LoRA already; merge_lora(net) folds it in before new one is added")
     found = _find(net, targets)
     net.requires_grad_(False); net.exits.requires_grad_(True)
     for name, base, parts, of in found: _replace(net, name, LoRALinear(base, parts, of, rank, alpha, dropout))

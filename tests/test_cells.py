@@ -1,7 +1,10 @@
 "Cells in several processes, and after a kill."
-import json, os, signal, subprocess, sys, time
+import json, math, os, signal, subprocess, sys, time
+import numpy as np
 import pytest
-from darkdistill_nb.cells import cell_file, each, run_grid, t_interval
+import torch
+from darkdistill_nb.cells import (cell_file, cell_key, each, every_tenth, json_or_text, key_values, run_command,
+                                  run_grid, run_stored, t_interval, verdict)
 
 JOB = """
 import os, sys, time
@@ -50,3 +53,60 @@ def test_each_needs_no_process_for_one_item(): assert list(each(lambda i: -i, [3
 def test_the_interval_narrows_with_seeds():
     widths = [t_interval([0, 1] * m)[2] for m in (1, 2, 4)]
     assert widths[0] > 6 > widths[1] > widths[2] > .5
+
+
+# ---------------------------------------------------------------- what a stored result must be
+
+def test_numbers_of_numpy_name_the_same_cell():
+    plain = dict(seed=1, lr=.5, sizes=[1, 2], flag=True)
+    numpy = dict(seed=np.int64(1), lr=np.float32(.5), sizes=np.array([1, 2]), flag=np.bool_(True))
+    assert cell_key(plain) == cell_key(numpy)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[3]", "null", "[" * 100_000, '{"square": 4}', '{"cell": {"i": 3}, "square": 9}', '{"cell": {"i": 2}, "square": NaN}'])
+def test_a_damaged_result_is_said_and_not_used(tmp_path, text):
+    path = cell_file(dict(i=2), tmp_path)
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(ValueError, match=path.name):
+        run_stored(lambda cell, folder: dict(square=4), dict(i=2), tmp_path)
+    assert path.read_text() == text
+
+
+def test_a_result_with_nan_is_not_stored(tmp_path):
+    with pytest.raises(ValueError, match="loss=nan"):
+        run_stored(lambda cell, folder: dict(loss=math.nan), dict(i=1), tmp_path)
+    assert not cell_file(dict(i=1), tmp_path).exists()
+
+
+def test_nothing_runs_when_a_cell_is_bad(tmp_path):
+    done = []
+    with pytest.raises(ValueError, match="lr=inf"):
+        run_grid(lambda cell, folder: done.append(cell) or {}, [dict(i=1), dict(lr=math.inf)], tmp_path, 1)
+    with pytest.raises(ValueError, match="workers=0"):
+        run_grid(lambda cell, folder: done.append(cell) or {}, [dict(i=1)], tmp_path, 0)
+    assert not done
+
+
+# ---------------------------------------------------------------- arguments
+
+@pytest.mark.parametrize("call, text", [
+    (lambda: t_interval([math.nan, 1]), "values.0.=nan"), (lambda: t_interval([1, math.inf]), "values.1.=inf"),
+    (lambda: t_interval([1, 2], 0), "level=0"), (lambda: t_interval([1, 2], 1), "level=1"), (lambda: t_interval([1, 2], math.nan), "level=nan"),
+    (lambda: t_interval(["1", 2]), "values.0.='1'"), (lambda: verdict((1, 2)), "interval="), (lambda: verdict((0, 1, -1)), "interval="),
+    (lambda: verdict((0, math.nan, 1)), "interval.1.=nan"), (lambda: verdict((0, -1, 1), 2, 1), "below=1"), (lambda: verdict((0, -1, 1), math.nan), "above=nan"),
+    (lambda: cell_key([1]), "cell="), (lambda: cell_key(dict(a=object())), "a=<object"), (lambda: every_tenth(torch.zeros(3, 1)), "y="),
+    (lambda: key_values(["=3"]), "KEY=VALUE"), (lambda: key_values(["lr=1", "lr=2"]), "'lr' is set twice")])
+def test_bad_arguments_get_one_sentence(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()
+
+
+def test_deeply_nested_words_are_text():
+    assert json_or_text("[" * 100_000) == "[" * 100_000
+
+
+def test_a_training_that_diverged_ends_a_command_with_a_sentence(capsys):
+    def diverges():
+        raise FloatingPointError("the training loss is nan; lower lr=9")
+    assert run_command(diverges) == 2 and capsys.readouterr().err == "error: the training loss is nan; lower lr=9\n"

@@ -1,5 +1,5 @@
 """Data sets, files and splits under bad conditions: damaged files, no internet, extreme parameters (the notebook 00_data tests the normal ones)."""
-import hashlib, io, os, pickle, subprocess, sys, threading
+import hashlib, io, os, pickle, struct, subprocess, sys, threading, warnings, zipfile
 from pathlib import Path
 import numpy as np, pytest, torch
 from darkdistill_nb import data as D
@@ -103,9 +103,11 @@ def test_splits_take_lists_and_arrays():
 
 
 @pytest.mark.parametrize("change, word", [
-    (dict(gamma=0), "gamma must be"), (dict(gamma=-1), "gamma must be"), (dict(gamma=float("nan")), "gamma must be"), (dict(gamma="x"), "gamma must be"),
-    (dict(clients=0), "clients must be"), (dict(clients=2.5), "clients must be"), (dict(clients=10_001), "must not exceed the number of samples"),
-    (dict(seed=-1), "seed must be"), (dict(family="iid"), "family must be"), (dict(y=torch.tensor([.5])), "y must be"),
+    (dict(gamma=0), "gamma=0 must be"), (dict(gamma=-1), "gamma=-1 must be"), (dict(gamma=float("nan")), "gamma=nan must be"),
+    (dict(gamma="x"), "gamma='x' must be"), (dict(gamma=1e308), "at most 1e"), (dict(min_size=float("nan")), "min_size=nan"),
+    (dict(min_size=-5), "min_size=-5"), (dict(tries=0), "tries=0"), (dict(tries=2.5), "tries=2.5"), (dict(y=[0, 10**12]), "labels must be 0..65535"),
+    (dict(clients=0), "clients=0 must be"), (dict(clients=2.5), "clients=2.5 must be"), (dict(clients=10_001), "must not exceed the number of samples"),
+    (dict(seed=-1), "seed=-1 must be"), (dict(family="iid"), "family='iid' must be"), (dict(y=torch.tensor([.5])), "y must be"),
     (dict(y=torch.zeros(0).long()), "y must be"),
     (dict(min_size=5000), "needs 50000 samples")])
 def test_bad_split_arguments(change, word):
@@ -195,12 +197,14 @@ def test_load_shapes_keeps_train_and_test_apart():
     flat = lambda d: {x.tobytes() for x in d.x.numpy()}
     assert not flat(train) & flat(test) and not flat(other) & flat(test) and not flat(train) & flat(other)
     assert test.mean == train.mean and test.difficulty is not None
-    with pytest.raises(ValueError, match="seed must be"): load("shapes", seed=2**32)
+    with pytest.raises(ValueError, match="seed="): load("shapes", seed=2**32)
 
 
 # ---- one's own file
 
 @pytest.mark.parametrize("change, word", [
+    (dict(classes=np.array(list("aba"))), "the name 'a' 2 times"), (dict(y_train=np.zeros(30, int), y_test=np.zeros(12, int)), "single class"),
+    (dict(y_train=np.ones(30, int), y_test=np.ones(12, int), classes=np.array(list("abc"))), "single class"),
     (dict(x_test=None), "lacks x_test"), (dict(y_train=np.array([{}] * 30)), "never unpickled"), (dict(y_train=np.arange(29) % 3), "29 labels for 30 pictures"),
     (dict(y_train=np.arange(30) % 3 - 1), "0..K-1"), (dict(y_train=np.arange(30) % 3 * 2), "0..K-1"), (dict(y_train=np.arange(30) % 3 + 10**12), "0..K-1"),
     (dict(y_test=np.arange(12)), "y_test holds the label 11"), (dict(classes=np.array(["a", "b"])), "y_train holds the label 2"),
@@ -249,6 +253,213 @@ def test_damaged_files_give_one_error(npz, tmp_path):
         except ValueError as e: refused += "bit.npz" in str(e)
         else: assert all(torch.equal(a.x, b.x) and torch.equal(a.y, b.y) for a, b in zip(got, want))
     assert refused > 200
+
+
+def header(shape, descr="|u1"):
+    "The header of a npy file that claims this shape."
+    h = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape}, }}".encode()
+    h += b" " * (63 - (len(h) + 10) % 64) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(h)) + h
+
+
+@pytest.fixture
+def forged(npz, tmp_path):
+    "Write my.npz anew, with these bytes as the member x_train.npy"
+    def write(body, method=zipfile.ZIP_STORED):
+        with zipfile.ZipFile(npz()) as old, zipfile.ZipFile(tmp_path / "bomb.npz", "w", method) as new:
+            for k in old.namelist():
+                new.writestr(k, body if k == "x_train.npy" else old.read(k))
+        return tmp_path / "bomb.npz"
+    return write
+
+
+@pytest.mark.parametrize("body, word", [
+    (header("(100000000, 1000, 1000)"), "100,000,000,000,000 bytes, but holds 0"),
+    (header("(10, 6, 6)") + bytes(359), "360 bytes, but holds 359"),
+    (header("(10, 6, 6)") + bytes(361), "360 bytes, but holds 361"),
+    (header("(-10, 6, 6)") + bytes(360), "claims the shape"),
+    (header("(10, 6, 6").replace(b"}", b" ") + bytes(360), "damaged|parse"),
+    (header("(10.5, 6, 6)") + bytes(360), "shape"),
+    (header("(10, 6, 6)", "|O") + bytes(2880), "never unpickled"),
+    (b"\x93NUMPY\x09\x00" + bytes(100), "version"),
+    (b"\x93NUMPY\x01\x00\xff\xff{", "header|EOF"),
+    (b"no array at all", "magic"), (b"", "damaged|EOF"),
+    (header("(" * 3000 + "6," + ")" * 3000), "bomb.npz")])
+def test_headers_are_not_believed(forged, body, word):
+    with pytest.raises(ValueError, match=word) as e:
+        load(forged(body))
+    assert "bomb.npz" in str(e.value) and len(str(e.value)) < 500 and "\n" not in str(e.value)
+
+
+def test_large_claims_are_refused_before_memory_is_asked_for(forged, monkeypatch):
+    "A file that packs zeros well is read, unless it unpacks to more than the memory"
+    path = forged(header("(30, 600, 600)") + bytes(30 * 600 * 600), zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match="differ"):
+        load(path) # read, and then the test images are smaller
+    monkeypatch.setattr(os, "sysconf", lambda name: 1000)
+    monkeypatch.setattr(np, "load", lambda *a, **k: pytest.fail("read before it was checked"))
+    with pytest.raises(ValueError, match="would take 10,8.* this machine has 1,000,000 bytes"):
+        load(path)
+
+
+def test_bytes_missing_in_the_middle(npz, tmp_path):
+    blob = npz(classes=np.array(["a", "b", "c"])).read_bytes()
+    for start in range(0, len(blob) - 41, 37):
+        (tmp_path / "hole.npz").write_bytes(blob[:start] + blob[start + 40:])
+        with pytest.raises(ValueError, match="hole.npz"):
+            load(tmp_path / "hole.npz")
+
+
+def test_member_twice(npz, tmp_path):
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(npz(), "a") as z:
+        z.writestr("y_test.npy", z.read("y_test.npy"))
+    with pytest.raises(ValueError, match="y_test twice"):
+        load(tmp_path / "my.npz")
+
+
+@pytest.mark.parametrize("name", ["a" * 5000 + ".npz", "\0.npz", ".npz"])
+def test_names_that_no_file_has(name):
+    with pytest.raises(FileNotFoundError, match="no such file") as e:
+        load(name)
+    assert len(str(e.value)) < 200
+
+
+# ---- units
+
+UNITS = {"0..255": lambda u: u, "0..1": lambda u: u / 255, "-1..1": lambda u: u / 127.5 - 1, "standardised": lambda u: (u - 120) / 65}
+
+
+def natural(n, seed=0):
+    "Something like images: smooth, dark and bright ones, floats 0..255"
+    x = torch.nn.functional.interpolate(torch.rand(n, 1, 4, 4, generator=torch.Generator().manual_seed(seed)), (12, 12), mode="bilinear")
+    return ((x - x.min()) / (x.max() - x.min()) * 255).round()
+
+
+def in_units(npz, a, b):
+    x, t = UNITS[a](natural(90)), UNITS[b](natural(60, 1))
+    return npz(x_train=x[:, 0].numpy(), y_train=np.arange(90) % 3, x_test=t[:, 0].numpy(), y_test=np.arange(60) % 3)
+
+
+@pytest.mark.parametrize("a", UNITS)
+@pytest.mark.parametrize("b", UNITS)
+def test_train_and_test_in_different_units(npz, a, b):
+    "The same unit gives the same batches as any other, without a warning; two units are refused, or warned of"
+    path = in_units(npz, a, b)
+    if a == b:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            train, test = load(path)
+        want = load(in_units(npz, "0..1", "0..1"))[1]
+        assert torch.allclose(test[:][0], want[:][0], atol=1e-4)
+    elif "standardised" in (a, b):
+        with pytest.warns(UserWarning, match="same unit"):
+            load(path)
+    else:
+        with pytest.raises(ValueError, match="my.npz: .* must be in the same unit"):
+            load(path)
+
+
+@pytest.mark.parametrize("a", UNITS)
+@pytest.mark.parametrize("b", UNITS)
+def test_statistics_of_another_unit(a, b):
+    "A test split with mean and std of a training split: the same, a warning, or (bytes) an error; -1..1 and standardised lie too close to tell"
+    y = torch.arange(60) % 3
+    train = ArrayData(UNITS[a](natural(60)), y)
+    test = lambda: ArrayData(UNITS[b](natural(60, 1)), y, None, train.mean, train.std)
+    if a == b:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert abs(test()[:][0].std() - 1) < .2
+    elif {a, b} == {"-1..1", "standardised"}:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            test()
+    else:
+        with pytest.warns(UserWarning, match="unit of x"):
+            test()
+    byte = lambda: ArrayData(natural(60, 1).to(torch.uint8), y, None, train.mean, train.std)
+    if a == "0..255":
+        with pytest.raises(ValueError, match="that of x/255"):
+            byte()
+    if a == "0..1":
+        assert torch.allclose(byte()[:][0], ArrayData(natural(60, 1) / 255, y, None, train.mean, train.std)[:][0], atol=1e-4)
+
+
+@pytest.mark.parametrize("mean, std", [(.5, .2), ((.5,), (.2,)), ((.5,) * 3, (.2,) * 2), ((.5,) * 3, (.2, 0., .2)), ((.5,) * 3, (.2, -1, .2)),
+                                       ((.5, float("nan"), .5), (.2,) * 3), ((.5,) * 3, (float("inf"),) * 3), ((.5,) * 3, "abc"), ((.5,) * 3, 5j),
+                                       ((.5,) * 3, (1e-60,) * 3), (dict(), (.2,) * 3)])
+def test_statistics_that_cannot_be(mean, std):
+    with pytest.raises(ValueError, match="(mean|std)=.* must be"):
+        ArrayData(torch.rand(8, 3, 4, 4), torch.arange(8) % 2, mean=mean, std=std)
+
+
+@pytest.mark.parametrize("make", [tuple, list, np.array, torch.tensor, lambda v: torch.tensor(v, requires_grad=True),
+                                  lambda v: np.array(v, np.float32)])
+def test_statistics_in_any_container(make):
+    x, y = torch.rand(8, 3, 4, 4), torch.arange(8) % 2
+    want = (x - torch.tensor([.4, .5, .6])[:, None, None]) / .2
+    assert torch.allclose(ArrayData(x, y, mean=make([.4, .5, .6]), std=make([.2] * 3))[:][0], want, atol=1e-5)
+
+
+# ---- hostile arguments
+
+NAN, INF = float("nan"), float("inf")
+IMAGES = ArrayData(torch.zeros(6, 1, 8, 8, dtype=torch.uint8), torch.arange(6) % 3)
+HOSTILE = {
+    "x of numpy": lambda: ArrayData(np.zeros((6, 1, 8, 8), np.uint8), torch.arange(6)),
+    "label 10**12": lambda: ArrayData(IMAGES.x, torch.arange(6) + 10**12),
+    "classes 'abc'": lambda: ArrayData(IMAGES.x, IMAGES.y, "abc"), "classes 3": lambda: ArrayData(IMAGES.x, IMAGES.y, 3),
+    "difficulty NaN": lambda: ArrayData(IMAGES.x, IMAGES.y, difficulty=torch.full((6,), NAN)),
+    "difficulty 2": lambda: ArrayData(IMAGES.x, IMAGES.y, difficulty=torch.full((6,), 2.)),
+    "difficulty text": lambda: ArrayData(IMAGES.x, IMAGES.y, difficulty="hard"),
+    "batches 1.5": lambda: IMAGES.batches(1.5), "batches NaN": lambda: IMAGES.batches(NAN), "batches None": lambda: IMAGES.batches(None),
+    "generator 3": lambda: IMAGES.batches(2, 3), "drop_last 'no'": lambda: IMAGES.batches(2, drop_last="no"),
+    "subset 6": lambda: IMAGES.subset([6]), "subset -7": lambda: IMAGES.subset([-7]), "subset .5": lambda: IMAGES.subset([.5]),
+    "subset mask": lambda: IMAGES.subset([True, False]), "subset 2-d": lambda: IMAGES.subset([[0]]), "subset 0": lambda: IMAGES.subset(0),
+    "device": lambda: IMAGES.to("toaster"), "pixel_stats list": lambda: D.pixel_stats([1]), "pixel_stats empty": lambda: D.pixel_stats(IMAGES.x[:0]),
+    "outlines 0": lambda: D.outlines(0), "outlines 2.5": lambda: D.outlines(2.5),
+    "difficulty_law 2": lambda: D.difficulty_law(2), "difficulty_law NaN": lambda: D.difficulty_law(NAN),
+    "difficulty_law tensor": lambda: D.difficulty_law(torch.tensor([.5, NAN])),
+    "shapes 1.5": lambda: shapes(1.5), "shapes 10**13": lambda: shapes(10**13), "shapes size": lambda: shapes(10, size=INF),
+    "shapes difficulty": lambda: shapes(10, difficulty="easy"), "shapes seed": lambda: shapes(10, seed=NAN),
+    "sheet of nothing": lambda: D.show_pictures(IMAGES, []), "sheet columns": lambda: D.show_pictures(IMAGES, columns=0),
+    "sheet rows": lambda: D.show_pictures(IMAGES, rows=["a", "b"]), "sheet zoom": lambda: D.show_pictures(IMAGES, zoom=.5),
+    "sheet data": lambda: D.show_pictures([1]), "sheet idx": lambda: D.show_pictures(IMAGES, [9]),
+    "load 5": lambda: load(5), "load n": lambda: load("digits", n_train=2.5), "load None": lambda: load(None), "load one class": lambda: load("digits", n_train=1),
+    "load seed": lambda: load("digits", seed=-1),
+    "effective_classes": lambda: D.effective_classes(-1, 10), "effective_classes K": lambda: D.effective_classes(1, 0),
+    "effective_classes inf": lambda: D.effective_classes(INF, 10),
+    "class_mix clients": lambda: class_mix(0, 3, 1.), "class_mix K": lambda: class_mix(3, 2.5, 1.), "class_mix gamma": lambda: class_mix(3, 2, 1e308),
+    "class_mix huge": lambda: class_mix(10**12, 10**3, 1.), "class_mix seed": lambda: class_mix(3, 2, 1., seed=.5),
+    "histogram parts": lambda: client_histogram([0, 1], [[5]], 2), "histogram no parts": lambda: client_histogram([0, 1], [], 2),
+    "histogram K": lambda: client_histogram([0, 1], [[0]], NAN), "histogram y": lambda: client_histogram([.5], [[0]], 2),
+    "plot NaN": lambda: D.plot_clients(torch.full((2, 3), NAN)), "plot negative": lambda: D.plot_clients(-torch.ones(2, 3)),
+    "plot classes": lambda: D.plot_clients(torch.ones(2, 3), ["a"]), "plot gamma": lambda: D.plot_clients(torch.ones(2, 3), gamma=-1),
+    "plot nobody": lambda: D.plot_clients(torch.ones(0, 3)),
+    "draw overlap": lambda: dirichlet_draw([0, 1], 1, 1., overlap="no"), "draw n": lambda: dirichlet_draw([0, 1], NAN, 1.),
+    "draw more": lambda: dirichlet_draw([0, 1], 10**9, 1.), "draw y": lambda: dirichlet_draw("abc", 1, 1.),
+    "resample NaN": lambda: resample_test([0, 1], [NAN, 1]), "resample text": lambda: resample_test([0, 1], "ab"),
+    "resample n": lambda: resample_test([0, 1], [.5, .5], INF), "resample empty": lambda: resample_test([0, 1], []),
+}
+
+
+@pytest.mark.parametrize("call", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_arguments_are_one_sentence(call):
+    with pytest.raises(ValueError) as e:
+        call()
+    assert 10 < len(str(e.value)) < 400 and "\n" not in str(e.value)
+
+
+def test_numpy_and_torch_scalars_are_numbers():
+    i, f, t = np.int64, np.float32, torch.tensor
+    assert torch.equal(shapes(i(10), t(3), f(.5), np.uint8(16)).x, shapes(10, 3, .5, 16).x)
+    same = lambda a, b: all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+    assert same(dirichlet_split(Y10K, i(7), f(.5), seed=t(3), min_size=i(2), tries=t(4)), dirichlet_split(Y10K, 7, .5, seed=3))
+    assert same(dirichlet_draw(Y10K, t(50), t(.5), i(3), np.uint8(1), np.bool_(True))[0], dirichlet_draw(Y10K, 50, .5, 3, 1, True)[0])
+    assert torch.equal(class_mix(i(3), t(4), f(.5)), class_mix(3, 4, .5)) and D.effective_classes(f(.5), i(10)) == 4
+    assert torch.equal(resample_test(Y10K, np.full(10, .1, np.float64), i(100), t(0)), resample_test(Y10K, [.1] * 10, 100))
+    assert [len(y) for _, y in IMAGES.batches(i(4), drop_last=np.bool_(False))] == [4, 2] and len(load("digits", n_train=i(50))[0]) == 50
+    assert same(IMAGES.subset(np.array([1, 2], np.int32))[:], IMAGES.subset([1, 2])[:]) and len(IMAGES.subset([])) == 0
 
 
 def test_never_unpickled(tmp_path):

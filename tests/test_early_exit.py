@@ -141,7 +141,7 @@ def test_a_batch_of_one_trains_with_batch_norm():
     sum(f.sum() for f in net(torch.randn(1, 1, 8, 8))).backward()
 
 
-@pytest.mark.parametrize("kw, text", [(dict(growth=3), "growth=3"), (dict(exits=0), "exits=0"), (dict(norm="layer"), "batch or group"),
+@pytest.mark.parametrize("kw, text", [(dict(growth=3), "growth=3"), (dict(exits=0), "exits=0"), (dict(norm="layer"), "norm=.layer. must be one of batch, group"),
     (dict(scales=6), "scales=6"), (dict(input_shape=(1, 1, 1)), "too many")])
 def test_msdnet_refuses(kw, text):
     with pytest.raises(ValueError, match=text): msdnet(**kw)

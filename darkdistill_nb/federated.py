@@ -10,16 +10,16 @@ __all__ = ['Client', 'tier_sizes', 'make_clients', 'check_clients', 'average', '
            'train_alone']
 
 # %% ../nbs/06_federated.ipynb #6d49db8a
-import copy, math, pickle, signal, sys, time, warnings
+import copy, math, pickle, sys, threading, time, warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
-from .cells import _worker_start
 from .checks import check, choice, flag, number, same_shape, scalar, shown, whole
 from .data import ArrayData, client_histogram, dirichlet_split
 from .early_exit import EarlyExitNet, block_of
 from .exit_training import BoostNet
+from .process import Spawn, _begin, only_from_main, why_ended
 from .training import (Streams, accuracy, check_batches, check_fingerprints,
                                      fingerprints, fit, load_tensors, pick_device, predict,
                                      save_tensors, shared_names)
@@ -544,12 +544,9 @@ def _portable(answer):
         return pickle.dumps(kind(f"{type(answer).__name__}: {answer}"))
 
 # %% ../nbs/06_federated.ipynb #734a3c84
-_NO_GUARD = 97   # exit code of a script that would start processes while it is itself being started
-
 def _worker(conn, timm, packed):
-    "A process: answers the jobs that come through the pipe, until the other end is closed."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C is for the parent, which ends its workers
-    _worker_start()                                  # one thread; ends when its parent has gone
+    "What a worker process does: answers the jobs that come through the pipe, until the other end is closed."
+    torch.set_num_threads(1)
     answer = _open(timm, packed)
     while True:
         try:
@@ -562,17 +559,16 @@ def _worker(conn, timm, packed):
             result = e
         conn.send_bytes(_portable(result))
 
-# %% ../nbs/06_federated.ipynb #af47ec4f
+# %% ../nbs/06_federated.ipynb #95db2d80
 class _Pool:
     "Worker processes that each train one client at a time, single-threaded; raises `RuntimeError` if one dies."
     def __init__(self, workers, *start): # start: as of `_pack`
-        import multiprocessing as mp
-        if getattr(mp.current_process(), "_inheriting", False):
-            sys.exit(_NO_GUARD)
-        packed, context, self.procs = _pack(*start), mp.get_context("spawn"), {}
+        only_from_main()
+        main = threading.current_thread() is threading.main_thread()
+        work, self.spawn, self.procs = pickle.dumps((_worker, _pack(*start))), Spawn(), {}
         for _ in range(workers):
-            mine, theirs = context.Pipe()
-            p = context.Process(target=_worker, args=(theirs, *packed), daemon=True)
+            mine, theirs = self.spawn.Pipe()
+            p = self.spawn.Process(target=_begin, args=(main, work, theirs), daemon=True)
             self.procs[mine] = p
             p.start()
             theirs.close()
@@ -604,17 +600,11 @@ class _Pool:
         "Name the process that has gone, and what it was doing."
         p = self.procs[conn]
         p.join(5)
-        hint = {-9: " (often: out of memory)", 1: "; its own message is above",
-                _NO_GUARD: '; a script that uses workers needs: if __name__ == "__main__":'}
-        raise RuntimeError(f"round {job[2] + 1}: the worker process {p.pid}, which had client {job[1]}, "
-                           f"ended with exit code {p.exitcode}{hint.get(p.exitcode, '')}") from None
+        why = f"it ended with exit code {p.exitcode}" if p.exitcode in (None, 0, -15) else why_ended([p.exitcode])
+        raise RuntimeError(f"round {job[2] + 1}: client {job[1]} was with worker process {p.pid}: {why}") from None
     def close(self):
-        for p in self.procs.values():
-            p.terminate()
-        for conn, p in self.procs.items():
-            p.join(10)
-            if p.is_alive():
-                p.kill()
+        self.spawn.end()
+        for conn in self.procs:
             conn.close()
 
 # %% ../nbs/06_federated.ipynb #79eb59a3

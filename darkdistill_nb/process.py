@@ -99,13 +99,13 @@ class Spawn(context.SpawnContext):
                 p.kill()
                 p.join()
 
-def _begin(at_once, packed):
-    "What each worker does first; `packed` is read, and what it names imported, afterwards."
+def _begin(at_once, packed, *own):
+    "What each worker does first; `packed` is read, and what it names imported, afterwards. `own`: this worker's alone, e.g. a pipe."
     leave_with_parent(at_once)
     try:
         start, args = pickle.loads(packed)
         if start:
-            start(*args)
+            start(*own, *args)
     except Exception as e:
         print(f"{type(e).__name__}: {e}", file=sys.stderr, flush=True)
         os._exit(NO_START)

@@ -10,16 +10,16 @@ __all__ = ['Client', 'tier_sizes', 'make_clients', 'check_clients', 'average', '
            'train_alone']
 
 # %% ../nbs/06_federated.ipynb #6d49db8a
-import copy, math, pickle, signal, sys, time, warnings
+import copy, math, pickle, sys, threading, time, warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
-from .cells import _worker_start
 from .checks import check, choice, flag, number, same_shape, scalar, shown, whole
 from .data import ArrayData, client_histogram, dirichlet_split
 from .early_exit import EarlyExitNet, block_of
 from .exit_training import BoostNet
+from .process import Spawn, _begin, only_from_main, why_ended
 from .training import (Streams, accuracy, check_batches, check_fingerprints,
                                      fingerprints, fit, load_tensors, pick_device, predict,
                                      save_tensors, shared_names)
@@ -340,7 +340,7 @@ def _check_weights(weights, sent, expected):
         raise FloatingPointError(f"{wrong[0]} holds values that are not finite")
     for name, v, limit in zip(names, new.tolist(), (ABSURD * old.clamp_min(1)).tolist()):
         if v > limit:
-            raise ValueError(f"{name} reaches {v:.1g}, but {limit:.1g} is the most that is sane")
+            raise FloatingPointError(f"{name} reaches {v:.1g}, but {limit:.1g} is the most that is sane")
 
 # %% ../nbs/06_federated.ipynb #921b562c
 @patch
@@ -356,7 +356,7 @@ def check_update(self:EEFL,
     sent:dict,     # what it had received
     client:Client,
 )->Update:         # `update`, its numbers as Python's own
-    "Raise `ValueError`, or `FloatingPointError` for NaN and infinity, if the server cannot use `update`."
+    "Raise `ValueError`, or `FloatingPointError` for NaN, infinity and absurd size, if the server cannot use `update`."
     check(isinstance(update, Update), "answer", update, "an Update")
     check(scalar(update.client) == client.id, "client", update.client, f"{client.id}, who was asked")
     check(scalar(update.tier) == client.tier, "tier", update.tier, f"{client.tier}, that of the client")
@@ -544,12 +544,9 @@ def _portable(answer):
         return pickle.dumps(kind(f"{type(answer).__name__}: {answer}"))
 
 # %% ../nbs/06_federated.ipynb #734a3c84
-_NO_GUARD = 97   # exit code of a script that would start processes while it is itself being started
-
 def _worker(conn, timm, packed):
-    "A process: answers the jobs that come through the pipe, until the other end is closed."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C is for the parent, which ends its workers
-    _worker_start()                                  # one thread; ends when its parent has gone
+    "What a worker process does: answers the jobs that come through the pipe, until the other end is closed."
+    torch.set_num_threads(1)
     answer = _open(timm, packed)
     while True:
         try:
@@ -562,17 +559,16 @@ def _worker(conn, timm, packed):
             result = e
         conn.send_bytes(_portable(result))
 
-# %% ../nbs/06_federated.ipynb #af47ec4f
+# %% ../nbs/06_federated.ipynb #95db2d80
 class _Pool:
     "Worker processes that each train one client at a time, single-threaded; raises `RuntimeError` if one dies."
     def __init__(self, workers, *start): # start: as of `_pack`
-        import multiprocessing as mp
-        if getattr(mp.current_process(), "_inheriting", False):
-            sys.exit(_NO_GUARD)
-        packed, context, self.procs = _pack(*start), mp.get_context("spawn"), {}
+        only_from_main()
+        main = threading.current_thread() is threading.main_thread()
+        work, self.spawn, self.procs = pickle.dumps((_worker, _pack(*start))), Spawn(), {}
         for _ in range(workers):
-            mine, theirs = context.Pipe()
-            p = context.Process(target=_worker, args=(theirs, *packed), daemon=True)
+            mine, theirs = self.spawn.Pipe()
+            p = self.spawn.Process(target=_begin, args=(main, work, theirs), daemon=True)
             self.procs[mine] = p
             p.start()
             theirs.close()
@@ -604,17 +600,11 @@ class _Pool:
         "Name the process that has gone, and what it was doing."
         p = self.procs[conn]
         p.join(5)
-        hint = {-9: " (often: out of memory)", 1: "; its own message is above",
-                _NO_GUARD: '; a script that uses workers needs: if __name__ == "__main__":'}
-        raise RuntimeError(f"round {job[2] + 1}: the worker process {p.pid}, which had client {job[1]}, "
-                           f"ended with exit code {p.exitcode}{hint.get(p.exitcode, '')}") from None
+        why = f"it ended with exit code {p.exitcode}" if p.exitcode in (None, 0, -15) else why_ended([p.exitcode])
+        raise RuntimeError(f"round {job[2] + 1}: client {job[1]} was with worker process {p.pid}: {why}") from None
     def close(self):
-        for p in self.procs.values():
-            p.terminate()
-        for conn, p in self.procs.items():
-            p.join(10)
-            if p.is_alive():
-                p.kill()
+        self.spawn.end()
+        for conn in self.procs:
             conn.close()
 
 # %% ../nbs/06_federated.ipynb #79eb59a3
@@ -674,6 +664,11 @@ def _sort_out(method, everyone, drawn, sent, answers, rnd, faults):
     out = {str(c.id): _reason(a, f) for c, a, f in found}
     for cid, reason in out.items():
         warnings.warn(f"round {rnd + 1}: client {cid} is left out, {reason}", stacklevel=4)
+    if not updates:
+        hint = f"; if their training runs away, lower lr={method.lr}"
+        numeric = found and all(isinstance(f, FloatingPointError) for _, _, f in found)
+        warnings.warn(f"round {rnd + 1}: no client {'is left' if drawn else 'was drawn'}, the network stays "
+                      f"as it is{hint if numeric else ''}", stacklevel=4)
     return updates, out
 
 # %% ../nbs/06_federated.ipynb #fc03b933
@@ -699,8 +694,6 @@ def play_round(
     if updates:
         state, info = method.aggregate(state, updates, rnd, streams)
     else:
-        warnings.warn(f"round {rnd + 1}: no client {'is left' if drawn else 'was drawn'}, the network stays as it is",
-                      stacklevel=3)
         info = method.server_step(state, {}, [], rnd, streams)[2]
     samples = sum(u.samples for u in updates)
     return state, dict(round=rnd + 1, loss=sum(u.loss * u.samples for u in updates) / samples if updates else None,

@@ -32,7 +32,8 @@ from .inference import static_mixture
 from .simulator import Cluster, Device, Link, arrivals, fixed_policy, joint_policy, simulate
 from .system_policies import (FeatureDifference, LastExit, NeighbourSimilarity, PartialLogits, ProxyHead, Quorum, RandomExit, control_system,
                                             SharedScore, align_exits, evaluate_system, lambda_grid, system_auroc, system_curve)
-from .training import (Record, Streams, accuracy, asset, data_digest, figure, load_record, load_tensors, mean_std, save_record, save_tensors, style)
+from .training import (Record, Streams, accuracy, asset, data_digest, figure, load_record, load_tensors, mean_std, save_record,
+                                     save_tensors, style)
 
 # %% ../nbs/11d_distree_experiments.ipynb #2fc10284
 def _settings(s):
@@ -71,6 +72,7 @@ SMALL = SETUPS["shapes16"]                          # for every other data set
 SMALL_VIT = {k: {a: b for a, b in v.items() if a != "patch_size"} if isinstance(v, dict) else v for k, v in VITS["digits"].items()}
 GENERATED = ("shapes", "shapes16")                  # as many images as one asks for
 
+# %% ../nbs/11d_distree_experiments.ipynb #446d7c4c
 def make_cell(
     data:str,          # one of `SETUPS`, another name that `load` knows, or the path of an .npz file
     n_students:int=2,  # N
@@ -518,6 +520,28 @@ def comparison_table(
     return "\n".join(lines)
 
 # %% ../nbs/11d_distree_experiments.ipynb #b451ef04
+def _all_of(verdicts):
+    "The verdict on a claim about every one of several."
+    if "does not hold" in verdicts:
+        return "does not hold"
+    return "holds" if set(verdicts) == {"holds"} else "undecided"
+
+def _reach(budgets, had):
+    out = [f"{b:g}" for b in budgets if b not in had]
+    words = f"does not hold, out of reach: {', '.join(out)}" if out else "holds"
+    return dict(goal="thresholds for every cost below 0.8", unit="costs", least=float(len(budgets)), interval=[float(len(had))] * 3, verdict=words)
+
+def _bytes_goal(runs, rule, other):
+    "No more bytes than the other rule."
+    spent = lambda r, n: r["curves"][n]["bytes"][r["curves"][n]["budget"].index(.724)] if .724 in r["curves"][n]["budget"] else None
+    pairs = [(spent(r, rule), spent(r, other)) for r in runs]
+    row = dict(goal=f"no more bytes than {other} at cost 0.724", unit="bytes", least=0.)
+    if any(v is None for p in pairs for v in p):
+        return row | dict(interval=[], verdict="out of reach")
+    m, low, high = t_interval([a - b for a, b in pairs])
+    return row | dict(interval=[m, low, high], verdict=verdict((-m, -high, -low), above=-1e-9))
+
+# %% ../nbs/11d_distree_experiments.ipynb #b717ed6c
 def check_goals(
     record:Record,               # of "systems"
     way="2 students",
@@ -539,27 +563,6 @@ def check_goals(
     rows.append(_reach(budgets, [c["budget"] for c in had]))
     rows.append(row(f"over {other} at cost 0.724", 2., compare_rules(runs, rule, other, .724, 2.)))
     return rows + [_bytes_goal(runs, rule, other)]
-
-def _all_of(verdicts):
-    "The verdict on a claim about every one of several."
-    if "does not hold" in verdicts:
-        return "does not hold"
-    return "holds" if set(verdicts) == {"holds"} else "undecided"
-
-def _reach(budgets, had):
-    out = [f"{b:g}" for b in budgets if b not in had]
-    words = f"does not hold, out of reach: {', '.join(out)}" if out else "holds"
-    return dict(goal="thresholds for every cost below 0.8", unit="costs", least=float(len(budgets)), interval=[float(len(had))] * 3, verdict=words)
-
-def _bytes_goal(runs, rule, other):
-    "No more bytes than the other rule."
-    spent = lambda r, n: r["curves"][n]["bytes"][r["curves"][n]["budget"].index(.724)] if .724 in r["curves"][n]["budget"] else None
-    pairs = [(spent(r, rule), spent(r, other)) for r in runs]
-    row = dict(goal=f"no more bytes than {other} at cost 0.724", unit="bytes", least=0.)
-    if any(v is None for p in pairs for v in p):
-        return row | dict(interval=[], verdict="out of reach")
-    m, low, high = t_interval([a - b for a, b in pairs])
-    return row | dict(interval=[m, low, high], verdict=verdict((-m, -high, -low), above=-1e-9))
 
 # %% ../nbs/11d_distree_experiments.ipynb #1a6fc1b5
 PUBLISHED = (.4716, .66, .73, .79, .87, .89, .9057)   # DistrEE's branches on CIFAR-10 (arXiv 2502.15735); those in the middle are rounded in our source

@@ -247,6 +247,7 @@ class Policy:
         self.patience = number(self.patience, "patience", above=0)
         self.need = None if self.need is None else whole(self.need, "need")
 
+# %% ../nbs/11c_simulator.ipynb #fba9f158
 def fixed_policy(
     depth, # (N, S) exits, counted from 0
 )->Policy:

@@ -6,11 +6,11 @@ Docs: https://darkdistill.github.io/darkdistill_nb/distree_experiments.html.md""
 
 # %% auto #0
 __all__ = ['SEVEN', 'VIT', 'SETUPS', 'VITS', 'SMALL', 'SMALL_VIT', 'GENERATED', 'RULES', 'BUDGETS', 'CONDITIONS', 'VARIANTS',
-           'CHANCE', 'PUBLISHED', 'distree_cell', 'image_parts', 'is_vit', 'teacher_net', 'distree_teacher',
-           'image_digests', 'teacher_answers', 'split_filters', 'new_system', 'train_system', 'save_answers',
-           'load_answers', 'joint_accuracy', 'answers_file', 'run_system', 'keep_system', 'load_system', 'centred',
-           'rule_pairs', 'measure_policies', 'measure_failures', 'rounded', 'run_distree', 'value_of', 'way_gain',
-           'over_mixture', 'compare_rules', 'rule_table', 'check_goals', 'plot_branches', 'plot_systems', 'bill_table',
+           'CHANCE', 'PUBLISHED', 'make_cell', 'image_parts', 'is_vit', 'teacher_net', 'get_teacher', 'image_digests',
+           'teacher_answers', 'split_filters', 'new_system', 'train_system', 'save_answers', 'load_answers',
+           'joint_accuracy', 'answers_file', 'run_system', 'keep_system', 'load_system', 'centred', 'rule_pairs',
+           'measure_policies', 'measure_failures', 'rounded', 'run_experiment', 'value_of', 'way_gain', 'over_mixture',
+           'compare_rules', 'comparison_table', 'check_goals', 'plot_branches', 'plot_systems', 'bill_table',
            'plot_sensitivity', 'plot_failures', 'stored', 'made_on', 'failure_cost', 'main']
 
 # %% ../nbs/11d_distree_experiments.ipynb #5a0f0d5f
@@ -29,10 +29,11 @@ from .early_exit import build_net
 from .exit_experiments import from_16_bits, load_trained, three_parts, to_16_bits
 from .exit_training import Joint, train_exits
 from .inference import static_mixture
-from .simulator import Cluster, Device, Link, arrivals, fixed_policy, joint_policy, simulate_devices
+from .simulator import Cluster, Device, Link, arrivals, fixed_policy, joint_policy, simulate
 from .system_policies import (FeatureDifference, LastExit, NeighbourSimilarity, PartialLogits, ProxyHead, Quorum, RandomExit, control_system,
                                             SharedScore, align_exits, evaluate_system, lambda_grid, system_auroc, system_curve)
-from .training import (Record, Streams, accuracy, asset, data_digest, figure, load_record, load_tensors, mean_std, save_record, save_tensors, style)
+from .training import (Record, Streams, accuracy, asset, data_digest, figure, load_record, load_tensors, mean_std, save_record,
+                                     save_tensors, style)
 
 # %% ../nbs/11d_distree_experiments.ipynb #2fc10284
 def _settings(s):
@@ -71,7 +72,8 @@ SMALL = SETUPS["shapes16"]                          # for every other data set
 SMALL_VIT = {k: {a: b for a, b in v.items() if a != "patch_size"} if isinstance(v, dict) else v for k, v in VITS["digits"].items()}
 GENERATED = ("shapes", "shapes16")                  # as many images as one asks for
 
-def distree_cell(
+# %% ../nbs/11d_distree_experiments.ipynb #446d7c4c
+def make_cell(
     data:str,          # one of `SETUPS`, another name that `load` knows, or the path of an .npz file
     n_students:int=2,  # N
     seed:int=0,        # of first weights, order and missing students
@@ -95,7 +97,7 @@ def distree_cell(
 
 # %% ../nbs/11d_distree_experiments.ipynb #105dfd81
 def image_parts(
-    cell:dict,   # from `distree_cell`
+    cell:dict,   # from `make_cell`
 )->tuple:        # (the teacher's, the students', validation, test) of `ArrayData`
     "Training images of teacher and students, validation images that trained neither, and test images; raises `ValueError` for too few."
     n = cell["n_train"]
@@ -142,8 +144,8 @@ def teacher_net(
 
 def _optimizer(part, lr): return (lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=.05)) if is_vit(part) else None
 
-def distree_teacher(
-    cell:dict,   # from `distree_cell`
+def get_teacher(
+    cell:dict,   # from `make_cell`
     folder,      # of the experiments
 )->tuple:        # (`Teacher`, test accuracy)
     "Read the teacher, or train it; an interrupted training goes on. Raises `ValueError` for a damaged file, or one of other settings or images."
@@ -164,7 +166,7 @@ def distree_teacher(
 
 # %% ../nbs/11d_distree_experiments.ipynb #e56d847f
 def image_digests(
-    cell:dict,   # from `distree_cell`
+    cell:dict,   # from `make_cell`
 )->dict:         # teacher_images, images, valid, test: 16 hexadecimal digits each
     "Which images a result came from: data of the same name may be other data."
     return dict(zip(("teacher_images", "images", "valid", "test"), map(data_digest, image_parts(cell))))
@@ -177,11 +179,11 @@ def _table(folder, text):
     views = Views(train, CropFlip(4), part["crops"]) if part["crops"] else Views(train)
     def make():
         with _one_thread():
-            return teacher_table(distree_teacher(part, folder)[0], views, {"features": "last.reduce"}), {}
+            return teacher_table(get_teacher(part, folder)[0], views, {"features": "last.reduce"}), {}
     return views, _kept(Path(folder)/"teachers"/f"table_{cell_key(part)}.safetensors", part, make)[0]
 
 def teacher_answers(
-    cell:dict,   # from `distree_cell`
+    cell:dict,   # from `make_cell`
     folder,      # of the experiments
 )->tuple:        # (`Views` of the training pictures, the teacher's table for them)
     "The students' training pictures and what the teacher says of them."
@@ -190,7 +192,7 @@ def teacher_answers(
 
 # %% ../nbs/11d_distree_experiments.ipynb #c32d21da
 def split_filters(
-    cell:dict,     # from `distree_cell`: rule, n_students, seed (of the random rule)
+    cell:dict,     # from `make_cell`: rule, n_students, seed (of the random rule)
     table:dict,    # of `teacher_answers`
 )->tuple:          # (parts, W, importance)
     "Divide the teacher's filters by the cell's rule."
@@ -203,7 +205,7 @@ def split_filters(
 
 # %% ../nbs/11d_distree_experiments.ipynb #621bb14f
 def new_system(
-    cell:dict,      # from `distree_cell`
+    cell:dict,      # from `make_cell`
     parts:list,     # the teacher's filters of each student
     shape:tuple,    # (C, H, W) of a picture
     n_classes:int,  # K
@@ -214,7 +216,7 @@ def new_system(
 
 # %% ../nbs/11d_distree_experiments.ipynb #f4deb031
 def train_system(
-    cell:dict,   # from `distree_cell`
+    cell:dict,   # from `make_cell`
     folder,      # of the experiments
 )->tuple:        # (system, rows, parts, report on the division)
     "Train the students of a cell; what is random follows from its seed."
@@ -270,7 +272,7 @@ def answers_file(cell, folder)->Path:
     return Path(folder)/"answers"/f"{cell_key(cell)}.safetensors"
 
 def run_system(
-    cell:dict,   # from `distree_cell`
+    cell:dict,   # from `make_cell`
     folder,      # of the experiments
 )->dict:         # joint (E,), local (N, E) accuracies; costs (E,) shares; report, loss, parameters, teacher
     "Train a system, store its answers, and report its accuracy at every exit; a job for `run_grid`."
@@ -280,11 +282,11 @@ def run_system(
     save_answers(answers_file(cell, folder), dict(cell=cell, **images), valid=system_answers(system, valid), test=t)
     costs = (t.costs.amax(0) / t.costs.amax()).tolist()
     return dict(images=images, joint=joint_accuracy(t), local=accuracy(t.proxy, t.y).tolist(), costs=costs, report=report, loss=rows[-1]["loss"],
-                parameters=sum(p.numel() for p in system.parameters()), teacher=distree_teacher(cell, folder)[1])
+                parameters=sum(p.numel() for p in system.parameters()), teacher=get_teacher(cell, folder)[1])
 
 # %% ../nbs/11d_distree_experiments.ipynb #4aee2d9f
 def keep_system(
-    cell:dict,   # from `distree_cell`
+    cell:dict,   # from `make_cell`
     folder,      # of the experiments; a system that was trained there is read
     assets=None, # folder that also gets the result
 )->Record:
@@ -380,7 +382,7 @@ def measure_failures(
             here = cluster.with_links(loss=c.get("loss", 0.))
             for k in range(min(dead, N - 1)): here = here.with_device((first + k) % N, dies=0.)
             when = arrivals(requests // (N if dead else 1), 2., seed=0)
-            run = lambda **k: simulate_devices(test, policy, here, when, deadline=deadline, seed=0, **k).summary()
+            run = lambda **k: simulate(test, policy, here, when, deadline=deadline, seed=0, **k).summary()
             rows.append((run(mean=valid.means()), run(), run(mean=valid.means(), fallback="every")))
         mean = lambda i, k: float(np.mean([r[i][k] for r in rows]))
         out[name] = {k: mean(0, k) for k in ("accuracy", "unanswered", "degraded", "p95", "energy")}
@@ -403,22 +405,22 @@ def rounded(o, digits=5):
     return round(o, digits) if isinstance(o, float) else o
 
 # %% ../nbs/11d_distree_experiments.ipynb #10025afd
-def run_distree(
+def run_experiment(
     name:str,      # of `VARIANTS`
-    data:str,      # as for `distree_cell`
+    data:str,      # as for `make_cell`
     folder,        # of the experiments; cells are shared between them
     seeds:int=3,   # pairs
     ways=None,     # ways of the experiment; None: all
     workers=None,  # processes, see `run_grid`
     on_cell=None,  # see `run_grid`
     requests:int=2000, # simulated per condition, for "failures"
-    **changes      # see `distree_cell`
+    **changes      # see `make_cell`
 )->Record:
     "Train what is missing, measure, and store the record as distree_NAME_DATA; raises `ValueError` for an unknown experiment, or results of other images."
     choice(name, "experiment", VARIANTS)
     ways = [choice(w, "a way", VARIANTS[name]) for w in ways or VARIANTS[name]]
     of = lambda w: VITS.get(data, SMALL_VIT) if name == "vit" else VARIANTS[name][w]
-    cells = [distree_cell(data, seed=s, **{**of(w), **changes}) for s in range(whole(seeds, "seeds")) for w in ways]
+    cells = [make_cell(data, seed=s, **{**of(w), **changes}) for s in range(whole(seeds, "seeds")) for w in ways]
     teacher_answers(cells[0], folder)                                  # before several processes ask for it at once
     images = image_digests(cells[0])
     results = run_grid(run_system, cells, folder, workers, on_cell)
@@ -503,7 +505,7 @@ def _strongest(runs, budget):
     return max((n for n, v in levels.items() if None not in v), key=lambda n: np.mean(levels[n]))
 
 # %% ../nbs/11d_distree_experiments.ipynb #0418f0f9
-def rule_table(
+def comparison_table(
     runs:list,      # runs of one way of a record
     pairs,          # (rule, other) pairs, see `compare_rules`
     budgets=(.2, .3, .4, .5, .6, .65, .724, .8),
@@ -518,6 +520,28 @@ def rule_table(
     return "\n".join(lines)
 
 # %% ../nbs/11d_distree_experiments.ipynb #b451ef04
+def _all_of(verdicts):
+    "The verdict on a claim about every one of several."
+    if "does not hold" in verdicts:
+        return "does not hold"
+    return "holds" if set(verdicts) == {"holds"} else "undecided"
+
+def _reach(budgets, had):
+    out = [f"{b:g}" for b in budgets if b not in had]
+    words = f"does not hold, out of reach: {', '.join(out)}" if out else "holds"
+    return dict(goal="thresholds for every cost below 0.8", unit="costs", least=float(len(budgets)), interval=[float(len(had))] * 3, verdict=words)
+
+def _bytes_goal(runs, rule, other):
+    "No more bytes than the other rule."
+    spent = lambda r, n: r["curves"][n]["bytes"][r["curves"][n]["budget"].index(.724)] if .724 in r["curves"][n]["budget"] else None
+    pairs = [(spent(r, rule), spent(r, other)) for r in runs]
+    row = dict(goal=f"no more bytes than {other} at cost 0.724", unit="bytes", least=0.)
+    if any(v is None for p in pairs for v in p):
+        return row | dict(interval=[], verdict="out of reach")
+    m, low, high = t_interval([a - b for a, b in pairs])
+    return row | dict(interval=[m, low, high], verdict=verdict((-m, -high, -low), above=-1e-9))
+
+# %% ../nbs/11d_distree_experiments.ipynb #b717ed6c
 def check_goals(
     record:Record,               # of "systems"
     way="2 students",
@@ -539,27 +563,6 @@ def check_goals(
     rows.append(_reach(budgets, [c["budget"] for c in had]))
     rows.append(row(f"over {other} at cost 0.724", 2., compare_rules(runs, rule, other, .724, 2.)))
     return rows + [_bytes_goal(runs, rule, other)]
-
-def _all_of(verdicts):
-    "The verdict on a claim about every one of several."
-    if "does not hold" in verdicts:
-        return "does not hold"
-    return "holds" if set(verdicts) == {"holds"} else "undecided"
-
-def _reach(budgets, had):
-    out = [f"{b:g}" for b in budgets if b not in had]
-    words = f"does not hold, out of reach: {', '.join(out)}" if out else "holds"
-    return dict(goal="thresholds for every cost below 0.8", unit="costs", least=float(len(budgets)), interval=[float(len(had))] * 3, verdict=words)
-
-def _bytes_goal(runs, rule, other):
-    "No more bytes than the other rule."
-    spent = lambda r, n: r["curves"][n]["bytes"][r["curves"][n]["budget"].index(.724)] if .724 in r["curves"][n]["budget"] else None
-    pairs = [(spent(r, rule), spent(r, other)) for r in runs]
-    row = dict(goal=f"no more bytes than {other} at cost 0.724", unit="bytes", least=0.)
-    if any(v is None for p in pairs for v in p):
-        return row | dict(interval=[], verdict="out of reach")
-    m, low, high = t_interval([a - b for a, b in pairs])
-    return row | dict(interval=[m, low, high], verdict=verdict((-m, -high, -low), above=-1e-9))
 
 # %% ../nbs/11d_distree_experiments.ipynb #1a6fc1b5
 PUBLISHED = (.4716, .66, .73, .79, .87, .89, .9057)   # DistrEE's branches on CIFAR-10 (arXiv 2502.15735); those in the middle are rounded in our source
@@ -652,7 +655,7 @@ def plot_failures(
 # %% ../nbs/11d_distree_experiments.ipynb #efdb7d02
 def stored(
     name:str, # of `VARIANTS`
-    data:str, # as for `distree_cell`
+    data:str, # as for `make_cell`
 ):            # Record, or None if there is none
     "A stored record; without one, print the command that makes it."
     command = f"python -m darkdistill_nb.distree_experiments {name} --data {data} --out runs/distree --assets assets"
@@ -700,9 +703,9 @@ def main(
     a = p.parse_args(argv)
     def work():
         how = key_values(a.set)
-        if a.experiment == "keep": record = keep_system(distree_cell(a.data, **how), a.out, a.assets)
+        if a.experiment == "keep": record = keep_system(make_cell(a.data, **how), a.out, a.assets)
         else:
-            record = run_distree(a.experiment, a.data, a.out, a.seeds, a.ways, a.workers, _tell, **how)
+            record = run_experiment(a.experiment, a.data, a.out, a.seeds, a.ways, a.workers, _tell, **how)
             publish(f"distree_{a.experiment}_{short_name(a.data)}", a.out, a.assets)
         return f"done: {record.seconds:.0f} s of training"
     return run_command(work)

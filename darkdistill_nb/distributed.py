@@ -398,8 +398,21 @@ def _pass(system, loss, views, v, table, opt, rate, order, amp):
         total += value.detach() * len(y)
     return float(total) / len(views)
 
-def _check_lesson(system, loss, views, table, batch_size):
-    "Do system, loss, data and the teacher's table belong together?"
+def _epoch(e, epochs, lr, system, loss, views, table, opt, batch_size, generator, amp):
+    "One epoch; returns its row."
+    start, N = time.perf_counter(), len(views)
+    order = (torch.arange(N) if generator is None else torch.randperm(N, generator=generator)).split(batch_size)
+    rate = lambda part: lr * (1 + math.cos(math.pi * (e + part) / epochs)) / 2
+    value = _pass(system, loss, views, e % views.n, table, opt, rate, order, amp)
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the loss is {value}; lower lr={lr} or beta={loss.beta}")
+    return dict(epoch=e, loss=value, seconds=time.perf_counter() - start)
+
+# %% ../nbs/11_distributed.ipynb #2dd7967b
+def _lesson(system, loss, data, table, batch_size):
+    "The data as `Views`, if system, loss, data and the teacher's table belong together."
+    check(isinstance(data, (ArrayData, Views)), "data", type(data).__name__, "an ArrayData, or Views of one")
+    views = data if isinstance(data, Views) else Views(data)
     check(isinstance(system, DistrEE), "system", type(system).__name__, "a DistrEE")
     check(isinstance(loss, DistrEELoss) and loss.system is system, "loss", type(loss).__name__, "a DistrEELoss of this system")
     check(isinstance(views.data, ArrayData) and len(views), "data", type(views.data).__name__, "an ArrayData with samples")
@@ -412,6 +425,7 @@ def _check_lesson(system, loss, views, table, batch_size):
     check(labels[0] >= 0 and labels[1] < system.n_classes, "data.y", labels, f"labels from 0 to {system.n_classes - 1}")
     check(any(p.requires_grad for p in system.parameters()), "system", "one with all weights frozen", "one with weights to train")
     check_batches(system, len(views), batch_size, views.data[:1][0])
+    return views
 
 def _training_of(system, loss, views, table, opt, generator, **settings):
     "Fingerprints of everything that the students' weights follow from."
@@ -447,11 +461,9 @@ def train_distree(
     "Train all students; raises `ValueError` for bad settings or another training's checkpoint, `FloatingPointError` if the loss is not finite."
     epochs, batch_size, amp = whole(epochs, "epochs", 0), whole(batch_size, "batch_size"), flag(amp, "amp")
     lr, weight_decay = number(lr, "lr", 0), number(weight_decay, "weight_decay", 0)
-    check(isinstance(data, (ArrayData, Views)), "data", type(data).__name__, "an ArrayData, or Views of one")
-    views = data if isinstance(data, Views) else Views(data)
-    _check_lesson(system, loss, views, table, batch_size)
+    views = _lesson(system, loss, data, table, batch_size)
     make = optimizer or (lambda p: torch.optim.SGD(p, lr=lr, momentum=.9, weight_decay=weight_decay))
-    opt, N = make([p for p in system.parameters() if p.requires_grad]), len(views)
+    opt = make([p for p in system.parameters() if p.requires_grad])
     drawn, rows, marks = [g for g in (_generator(generator), loss.generator) if g], [], None
     if checkpoint:
         marks = _training_of(system, loss, views, table, opt, generator, epochs=epochs, lr=lr, batch_size=batch_size, amp=amp)
@@ -460,13 +472,7 @@ def train_distree(
     for e in range(len(rows), epochs):
         for m, mode in modes:                          # whatever `on_epoch` did to them
             m.training = mode
-        start = time.perf_counter()
-        order = (torch.arange(N) if generator is None else torch.randperm(N, generator=generator)).split(batch_size)
-        rate = lambda part: lr * (1 + math.cos(math.pi * (e + part) / epochs)) / 2
-        value = _pass(system, loss, views, e % views.n, table, opt, rate, order, amp)
-        rows.append(dict(epoch=e, loss=value, seconds=time.perf_counter() - start))
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the loss is {value}; lower lr={lr} or beta={loss.beta}")
+        rows.append(_epoch(e, epochs, lr, system, loss, views, table, opt, batch_size, generator, amp))
         if checkpoint:
             _save_progress(checkpoint, system, opt, drawn, rows, marks)
         if on_epoch:

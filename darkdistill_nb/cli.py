@@ -303,10 +303,10 @@ def method(self:Experiment, name):
     "A fresh method object by name; raises `ValueError` for keywords of DarkDistill that do not fit."
     import inspect
     from darkdistill_nb.darkdistill import DarkDistill
-    from darkdistill_nb.exit_training import policy_by_name
+    from darkdistill_nb.exit_training import objective_by_name
     from darkdistill_nb.federated import EEFL
     c, keys = self.config, ("lr", "decay", "momentum", "weight_decay", "batch_size", "epochs", "participation")
-    common = dict(policy=policy_by_name(c["policy"]), **{k: c[k] for k in keys})
+    common = dict(policy=objective_by_name(c["policy"]), **{k: c[k] for k in keys})
     if name == "eefl":
         return EEFL(**common)
     known = inspect.signature(DarkDistill.__init__).parameters
@@ -897,13 +897,20 @@ def _run(args, say, command):
     _show(record, folder, say)
     return 0
 
+# %% ../nbs/14_cli.ipynb #66c581a0
+def _reportable(record, path):
+    "A record of `darkdistill run`, which has all that a report shows; other experiments have records of another kind."
+    from darkdistill_nb.training import check_record
+    return check_record(record, path, config=("data", "seeds", "gamma", "tiers"),
+                        runs=("method", "seed", "rounds", "final"), info=("macs", "parameters", "classes", "clients"))
+
 # %% ../nbs/14_cli.ipynb #7d12a32a
 def _load(folder):
     from darkdistill_nb.training import load_record
     config, record = (os.path.isfile(Path(folder)/f"{name}.json") for name in ("config", "record"))
     if config and not record:
         raise ValueError(f"run={shown(str(folder))} is not finished; continue it with: darkdistill run --resume {folder}")
-    return load_record(folder)
+    return _reportable(load_record(folder), folder)
 
 def _names(folders):
     "Shortest ends of the paths that tell the folders apart."
@@ -942,22 +949,21 @@ def _report(args, say, command):
 
 # %% ../nbs/14_cli.ipynb #c4f2fef8
 def tutorials(
-    folder=None,   # copies go here; None: work in the checkout, or copy to ./darkdistill_tutorials
-    here=None,     # folder of the package
-    prefix=None,   # where a wheel puts shared files
-)->Path:           # folder to open
+    folder=None, # copies go here; None: work in the checkout, or copy to ./darkdistill_tutorials
+    here=None,   # folder of the package; None: of the one that is imported
+)->Path:         # folder to open
     "The folder with the tutorials; copies never replace a file. Raises `FileNotFoundError` when none are installed."
-    here, prefix = Path(here or __file__).resolve().parent, Path(prefix or sys.prefix)
-    root = here.parent
-    checkout = [root/d for d in ("tutorials", "nbs") if (root/"settings.ini").exists() and list((root/d).glob("*.ipynb"))]
-    source = (checkout + [p for p in [prefix/"share"/"darkdistill_nb"/"tutorials"] if list(p.glob("*.ipynb"))] + [None])[0]
-    if source is None: raise FileNotFoundError(f"no tutorials are installed below {prefix}; clone the repository to get them")
-    if checkout and folder is None: return source
+    from darkdistill_nb.training import shipped
+    source = shipped("tutorials", here)
+    if folder is None and source.name == "tutorials":  # a checkout
+        return source
     name = "darkdistill_tutorials" if folder is None else str(folder)
     check(name and "\0" not in name, "folder", name, "a path")
     folder = Path(name)
-    shutil.copytree(source, folder, dirs_exist_ok=True, copy_function=lambda a, b: b if os.path.exists(b) else shutil.copy2(a, b),
-                    ignore=shutil.ignore_patterns(".*", "__pycache__", "instructor"))
+    folder.mkdir(parents=True, exist_ok=True)
+    for notebook in source.glob("*.ipynb"):            # and nothing of the instructor's
+        if not (folder/notebook.name).exists():
+            shutil.copy2(notebook, folder)
     return folder
 
 # %% ../nbs/14_cli.ipynb #2d3d77aa

@@ -6,11 +6,11 @@ Docs: https://darkdistill.github.io/darkdistill_nb/distree_experiments.html.md""
 
 # %% auto #0
 __all__ = ['SEVEN', 'VIT', 'SETUPS', 'VITS', 'SMALL', 'SMALL_VIT', 'GENERATED', 'RULES', 'BUDGETS', 'CONDITIONS', 'VARIANTS',
-           'CHANCE', 'PUBLISHED', 'make_cell', 'image_parts', 'is_vit', 'teacher_net', 'get_teacher', 'image_digests',
-           'teacher_answers', 'split_filters', 'new_system', 'train_system', 'save_answers', 'load_answers',
-           'joint_accuracy', 'answers_file', 'run_system', 'keep_system', 'load_system', 'centred', 'rule_pairs',
-           'measure_policies', 'measure_failures', 'rounded', 'run_experiment', 'value_of', 'way_gain', 'over_mixture',
-           'compare_rules', 'comparison_table', 'check_goals', 'plot_branches', 'plot_systems', 'bill_table',
+           'CHANCE', 'PUBLISHED', 'distree_cell', 'image_parts', 'is_vit', 'teacher_net', 'distree_teacher',
+           'image_digests', 'teacher_answers', 'split_filters', 'new_system', 'train_system', 'save_answers',
+           'load_answers', 'joint_accuracy', 'answers_file', 'run_system', 'keep_system', 'load_system', 'centred',
+           'rule_pairs', 'measure_policies', 'measure_failures', 'rounded', 'run_distree', 'value_of', 'way_gain',
+           'over_mixture', 'compare_rules', 'rule_table', 'check_goals', 'plot_branches', 'plot_systems', 'bill_table',
            'plot_sensitivity', 'plot_failures', 'stored', 'made_on', 'failure_cost', 'main']
 
 # %% ../nbs/11d_distree_experiments.ipynb #5a0f0d5f
@@ -29,7 +29,7 @@ from .early_exit import build_net
 from .exit_experiments import from_16_bits, load_trained, three_parts, to_16_bits
 from .exit_training import Joint, train_exits
 from .inference import static_mixture
-from .simulator import Cluster, Device, Link, arrivals, fixed_policy, joint_policy, simulate
+from .simulator import Cluster, Device, Link, arrivals, fixed_policy, joint_policy, simulate_devices
 from .system_policies import (FeatureDifference, LastExit, NeighbourSimilarity, PartialLogits, ProxyHead, Quorum, RandomExit, control_system,
                                             SharedScore, align_exits, evaluate_system, lambda_grid, system_auroc, system_curve)
 from .training import (Record, Streams, accuracy, asset, data_digest, figure, load_record, load_tensors, mean_std, save_record,
@@ -73,7 +73,7 @@ SMALL_VIT = {k: {a: b for a, b in v.items() if a != "patch_size"} if isinstance(
 GENERATED = ("shapes", "shapes16")                  # as many images as one asks for
 
 # %% ../nbs/11d_distree_experiments.ipynb #446d7c4c
-def make_cell(
+def distree_cell(
     data:str,          # one of `SETUPS`, another name that `load` knows, or the path of an .npz file
     n_students:int=2,  # N
     seed:int=0,        # of first weights, order and missing students
@@ -97,7 +97,7 @@ def make_cell(
 
 # %% ../nbs/11d_distree_experiments.ipynb #105dfd81
 def image_parts(
-    cell:dict,   # from `make_cell`
+    cell:dict,   # from `distree_cell`
 )->tuple:        # (the teacher's, the students', validation, test) of `ArrayData`
     "Training images of teacher and students, validation images that trained neither, and test images; raises `ValueError` for too few."
     n = cell["n_train"]
@@ -144,8 +144,8 @@ def teacher_net(
 
 def _optimizer(part, lr): return (lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=.05)) if is_vit(part) else None
 
-def get_teacher(
-    cell:dict,   # from `make_cell`
+def distree_teacher(
+    cell:dict,   # from `distree_cell`
     folder,      # of the experiments
 )->tuple:        # (`Teacher`, test accuracy)
     "Read the teacher, or train it; an interrupted training goes on. Raises `ValueError` for a damaged file, or one of other settings or images."
@@ -166,7 +166,7 @@ def get_teacher(
 
 # %% ../nbs/11d_distree_experiments.ipynb #e56d847f
 def image_digests(
-    cell:dict,   # from `make_cell`
+    cell:dict,   # from `distree_cell`
 )->dict:         # teacher_images, images, valid, test: 16 hexadecimal digits each
     "Which images a result came from: data of the same name may be other data."
     return dict(zip(("teacher_images", "images", "valid", "test"), map(data_digest, image_parts(cell))))
@@ -179,11 +179,11 @@ def _table(folder, text):
     views = Views(train, CropFlip(4), part["crops"]) if part["crops"] else Views(train)
     def make():
         with _one_thread():
-            return teacher_table(get_teacher(part, folder)[0], views, {"features": "last.reduce"}), {}
+            return teacher_table(distree_teacher(part, folder)[0], views, {"features": "last.reduce"}), {}
     return views, _kept(Path(folder)/"teachers"/f"table_{cell_key(part)}.safetensors", part, make)[0]
 
 def teacher_answers(
-    cell:dict,   # from `make_cell`
+    cell:dict,   # from `distree_cell`
     folder,      # of the experiments
 )->tuple:        # (`Views` of the training pictures, the teacher's table for them)
     "The students' training pictures and what the teacher says of them."
@@ -192,7 +192,7 @@ def teacher_answers(
 
 # %% ../nbs/11d_distree_experiments.ipynb #c32d21da
 def split_filters(
-    cell:dict,     # from `make_cell`: rule, n_students, seed (of the random rule)
+    cell:dict,     # from `distree_cell`: rule, n_students, seed (of the random rule)
     table:dict,    # of `teacher_answers`
 )->tuple:          # (parts, W, importance)
     "Divide the teacher's filters by the cell's rule."
@@ -205,7 +205,7 @@ def split_filters(
 
 # %% ../nbs/11d_distree_experiments.ipynb #621bb14f
 def new_system(
-    cell:dict,      # from `make_cell`
+    cell:dict,      # from `distree_cell`
     parts:list,     # the teacher's filters of each student
     shape:tuple,    # (C, H, W) of a picture
     n_classes:int,  # K
@@ -216,7 +216,7 @@ def new_system(
 
 # %% ../nbs/11d_distree_experiments.ipynb #f4deb031
 def train_system(
-    cell:dict,   # from `make_cell`
+    cell:dict,   # from `distree_cell`
     folder,      # of the experiments
 )->tuple:        # (system, rows, parts, report on the division)
     "Train the students of a cell; what is random follows from its seed."
@@ -272,7 +272,7 @@ def answers_file(cell, folder)->Path:
     return Path(folder)/"answers"/f"{cell_key(cell)}.safetensors"
 
 def run_system(
-    cell:dict,   # from `make_cell`
+    cell:dict,   # from `distree_cell`
     folder,      # of the experiments
 )->dict:         # joint (E,), local (N, E) accuracies; costs (E,) shares; report, loss, parameters, teacher
     "Train a system, store its answers, and report its accuracy at every exit; a job for `run_grid`."
@@ -282,11 +282,11 @@ def run_system(
     save_answers(answers_file(cell, folder), dict(cell=cell, **images), valid=system_answers(system, valid), test=t)
     costs = (t.costs.amax(0) / t.costs.amax()).tolist()
     return dict(images=images, joint=joint_accuracy(t), local=accuracy(t.proxy, t.y).tolist(), costs=costs, report=report, loss=rows[-1]["loss"],
-                parameters=sum(p.numel() for p in system.parameters()), teacher=get_teacher(cell, folder)[1])
+                parameters=sum(p.numel() for p in system.parameters()), teacher=distree_teacher(cell, folder)[1])
 
 # %% ../nbs/11d_distree_experiments.ipynb #4aee2d9f
 def keep_system(
-    cell:dict,   # from `make_cell`
+    cell:dict,   # from `distree_cell`
     folder,      # of the experiments; a system that was trained there is read
     assets=None, # folder that also gets the result
 )->Record:
@@ -382,7 +382,7 @@ def measure_failures(
             here = cluster.with_links(loss=c.get("loss", 0.))
             for k in range(min(dead, N - 1)): here = here.with_device((first + k) % N, dies=0.)
             when = arrivals(requests // (N if dead else 1), 2., seed=0)
-            run = lambda **k: simulate(test, policy, here, when, deadline=deadline, seed=0, **k).summary()
+            run = lambda **k: simulate_devices(test, policy, here, when, deadline=deadline, seed=0, **k).summary()
             rows.append((run(mean=valid.means()), run(), run(mean=valid.means(), fallback="every")))
         mean = lambda i, k: float(np.mean([r[i][k] for r in rows]))
         out[name] = {k: mean(0, k) for k in ("accuracy", "unanswered", "degraded", "p95", "energy")}
@@ -405,22 +405,22 @@ def rounded(o, digits=5):
     return round(o, digits) if isinstance(o, float) else o
 
 # %% ../nbs/11d_distree_experiments.ipynb #10025afd
-def run_experiment(
+def run_distree(
     name:str,      # of `VARIANTS`
-    data:str,      # as for `make_cell`
+    data:str,      # as for `distree_cell`
     folder,        # of the experiments; cells are shared between them
     seeds:int=3,   # pairs
     ways=None,     # ways of the experiment; None: all
     workers=None,  # processes, see `run_grid`
     on_cell=None,  # see `run_grid`
     requests:int=2000, # simulated per condition, for "failures"
-    **changes      # see `make_cell`
+    **changes      # see `distree_cell`
 )->Record:
     "Train what is missing, measure, and store the record as distree_NAME_DATA; raises `ValueError` for an unknown experiment, or results of other images."
     choice(name, "experiment", VARIANTS)
     ways = [choice(w, "a way", VARIANTS[name]) for w in ways or VARIANTS[name]]
     of = lambda w: VITS.get(data, SMALL_VIT) if name == "vit" else VARIANTS[name][w]
-    cells = [make_cell(data, seed=s, **{**of(w), **changes}) for s in range(whole(seeds, "seeds")) for w in ways]
+    cells = [distree_cell(data, seed=s, **{**of(w), **changes}) for s in range(whole(seeds, "seeds")) for w in ways]
     teacher_answers(cells[0], folder)                                  # before several processes ask for it at once
     images = image_digests(cells[0])
     results = run_grid(run_system, cells, folder, workers, on_cell)
@@ -505,7 +505,7 @@ def _strongest(runs, budget):
     return max((n for n, v in levels.items() if None not in v), key=lambda n: np.mean(levels[n]))
 
 # %% ../nbs/11d_distree_experiments.ipynb #0418f0f9
-def comparison_table(
+def rule_table(
     runs:list,      # runs of one way of a record
     pairs,          # (rule, other) pairs, see `compare_rules`
     budgets=(.2, .3, .4, .5, .6, .65, .724, .8),
@@ -655,7 +655,7 @@ def plot_failures(
 # %% ../nbs/11d_distree_experiments.ipynb #efdb7d02
 def stored(
     name:str, # of `VARIANTS`
-    data:str, # as for `make_cell`
+    data:str, # as for `distree_cell`
 ):            # Record, or None if there is none
     "A stored record; without one, print the command that makes it."
     command = f"python -m darkdistill_nb.distree_experiments {name} --data {data} --out runs/distree --assets assets"
@@ -703,9 +703,9 @@ def main(
     a = p.parse_args(argv)
     def work():
         how = key_values(a.set)
-        if a.experiment == "keep": record = keep_system(make_cell(a.data, **how), a.out, a.assets)
+        if a.experiment == "keep": record = keep_system(distree_cell(a.data, **how), a.out, a.assets)
         else:
-            record = run_experiment(a.experiment, a.data, a.out, a.seeds, a.ways, a.workers, _tell, **how)
+            record = run_distree(a.experiment, a.data, a.out, a.seeds, a.ways, a.workers, _tell, **how)
             publish(f"distree_{a.experiment}_{short_name(a.data)}", a.out, a.assets)
         return f"done: {record.seconds:.0f} s of training"
     return run_command(work)

@@ -6,11 +6,11 @@ Docs: https://darkdistill.github.io/darkdistill_nb/latent_experiments.html.md"""
 
 # %% auto #0
 __all__ = ['SETUPS', 'METHODS', 'GAMMAS', 'NS', 'HYPER', 'CANDIDATES', 'METRICS', 'AXES', 'PUBLISHED', 'CLAIMS', 'SIGNS',
-           'EXPERIMENTS', 'pictures', 'setup', 'data_name', 'make_cell', 'train_teacher', 'teacher_file', 'get_teacher',
-           'make_loss', 'train_cell', 'run_cell', 'run_cells', 'save_experiment', 'tune', 'best_hyper', 'chosen_hyper',
-           'sweep_gamma', 'sweep_n', 'sweep_l', 'sweep_transfer', 'compare', 'latent_space', 'differences',
-           'plot_sweep', 'plot_differences', 'check_claims', 'claims_table', 'comparison_table', 'trend', 'slopes',
-           'main']
+           'EXPERIMENTS', 'pictures', 'setup', 'data_name', 'latent_cell', 'train_teacher', 'teacher_file',
+           'latent_teacher', 'make_loss', 'train_cell', 'run_cell', 'run_cells', 'save_experiment', 'tune',
+           'best_hyper', 'chosen_hyper', 'sweep_gamma', 'sweep_n', 'sweep_l', 'sweep_transfer', 'compare',
+           'latent_space', 'differences', 'plot_sweep', 'plot_differences', 'check_claims', 'claims_table',
+           'comparison_table', 'trend', 'slopes', 'main']
 
 # %% ../nbs/03b_latent_experiments.ipynb #9f12929b
 import argparse, functools, itertools, json, math, os, sys, time
@@ -145,7 +145,7 @@ HYPER = {
     "LKD": dict(alpha=.5, tau=1., scale="variance"),      # scale None: as published
 }
 
-def make_cell(
+def latent_cell(
     data:str,        # one of `SETUPS`, a name that `load` knows, or the path of an npz
     method:str,      # one of `METHODS`
     seed:int=0,      # of the client, the first weights and the order
@@ -214,7 +214,7 @@ def teacher_file(
     "Where a teacher is kept."
     return Path(folder) / "teachers" / f"{cell_key(spec)}.safetensors"
 
-def get_teacher(
+def latent_teacher(
     spec:dict,  # the entry "teacher" of a cell
     folder,     # folder of the experiments
 )->tuple:       # (teacher in evaluation mode, dict with its accuracy and training seconds)
@@ -223,7 +223,7 @@ def get_teacher(
 
     def make():
         base = (
-            get_teacher({**spec, "l": spec["base_l"], "base_l": None}, folder)[0]
+            latent_teacher({**spec, "l": spec["base_l"], "base_l": None}, folder)[0]
             if spec["base_l"]
             else None
         )
@@ -262,12 +262,12 @@ def make_loss(
 
 # %% ../nbs/03b_latent_experiments.ipynb #cd9a9bc3
 def train_cell(
-    cell:dict, # from `make_cell`
+    cell:dict, # from `latent_cell`
     folder,    # folder of the experiments, for the teacher
 )->tuple:      # (student, teacher, `ClientTask`)
     "Draw the client, match the transfer set if asked, and train the student of a cell."
     pool, test = pictures(cell["data"], cell["split"])
-    teacher, _ = get_teacher(cell["teacher"], folder)
+    teacher, _ = latent_teacher(cell["teacher"], folder)
     st = Streams(cell["seed"])
     task = client_task(pool, test, cell["n"], cell["gamma"], st.seed_of("client"))
     with st.scope("init"): net = latent_net(cell["student"], cell["l"], pool.n_classes, pool.shape).to(memory_format=torch.channels_last)
@@ -299,16 +299,16 @@ def _measure(cell, folder):
 
 # %% ../nbs/03b_latent_experiments.ipynb #ee408646
 def run_cell(
-    cell:dict, # from `make_cell`
+    cell:dict, # from `latent_cell`
     folder,    # folder of the experiments
 )->dict:       # {"cell", "priv", "uni", "present", "absent", "seconds", ...}
     "Train and test one cell and keep its result in FOLDER/cells; a result that is there is read instead."
-    if not cell_file(cell, folder).is_file(): get_teacher(cell["teacher"], folder)      # before the clock starts
+    if not cell_file(cell, folder).is_file(): latent_teacher(cell["teacher"], folder)      # before the clock starts
     return run_stored(_measure, cell, folder)
 
 # %% ../nbs/03b_latent_experiments.ipynb #0ce0824b
 def run_cells(
-    cells,         # from `make_cell`
+    cells,         # from `latent_cell`
     folder,        # results and teachers; made if needed
     workers=None,  # processes; default: one per core; 1: this process
     on_cell=None,  # called after each new cell with (number done, number of all, result)
@@ -325,7 +325,7 @@ def run_cells(
     }
     for specs in (bases, teachers):
         missing = [s for s in specs.values() if not teacher_file(s, folder).is_file()]
-        for _ in each(functools.partial(get_teacher, folder=folder), missing, workers):
+        for _ in each(functools.partial(latent_teacher, folder=folder), missing, workers):
             pass
     return run_grid(_measure, cells, folder, workers, on_cell)
 
@@ -383,12 +383,12 @@ def tune(
     methods=METHODS,
     candidates=None,      # method -> list of settings; default: `CANDIDATES`
     workers=None, on_cell=None, # see `run_cells`
-    **changes             # see `make_cell`
+    **changes             # see `latent_cell`
 )->Record:
     "Try all candidates of each method on validation pictures; `best_hyper` reads the result."
     candidates, seeds = candidates or CANDIDATES, whole(seeds, "seeds")
     cells = [
-        make_cell(data, m, 100 + s, hyper=h, split="val", **changes)
+        latent_cell(data, m, 100 + s, hyper=h, split="val", **changes)
         for s in range(seeds)
         for m in methods
         for h in candidates[m]
@@ -429,7 +429,7 @@ def _sweep(name, data, folder, axes, seeds, hyper=None, workers=None, on_cell=No
     hyper = chosen_hyper(data, folder) if hyper is None else {**HYPER, **hyper}
     axes = dict(seed=range(whole(seeds, "seeds")), **{**axes, "method": methods})
     grid = [dict(zip(axes, v)) for v in itertools.product(*axes.values())]
-    cells = [make_cell(data, hyper=hyper[g["method"]], **{**changes, **g}) for g in grid]
+    cells = [latent_cell(data, hyper=hyper[g["method"]], **{**changes, **g}) for g in grid]
     return save_experiment(name, data, run_cells(cells, folder, workers, on_cell), folder)
 
 def sweep_gamma(
@@ -508,9 +508,9 @@ def latent_space(
     check(len(test) >= 8, "data", data, "a data set of at least 8 test pictures")
     hyper = {**chosen_hyper(data, folder), **(hyper or {})}
     methods = [choice(m, "methods", METHODS) for m in methods]
-    cells = [make_cell(data, m, keep=keep, hyper=hyper[m], **how) for m in methods]
+    cells = [latent_cell(data, m, keep=keep, hyper=hyper[m], **how) for m in methods]
     results = run_cells(cells, folder, workers, on_cell)
-    teacher = get_teacher(results[0]["cell"]["teacher"], folder)[0]
+    teacher = latent_teacher(results[0]["cell"]["teacher"], folder)[0]
     z = latents(teacher, test.subset(slice(0, keep)))
     spaces = {"teacher": z}
     for m, r in zip(methods, results):

@@ -7,30 +7,33 @@ Docs: https://darkdistill.github.io/darkdistill_nb/process.html.md"""
 # %% auto #0
 __all__ = ['only_from_main', 'leave_with_parent', 'why_ended', 'WorkerPool', 'forgiving_console']
 
-# %% ../nbs/01a_process.ipynb #19502745
+# %% ../nbs/01a_process.ipynb #530b8f25
 import codecs, contextlib, os, pickle, signal, sys, threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import context, process
 
-# %% ../nbs/01a_process.ipynb #5ff08bff
+# %% ../nbs/01a_process.ipynb #f7eff643
 UNGUARDED = 87   # exit code of a worker that was led into the work of its own script
 NO_START = 86    # exit code of a worker that failed before its first job
 GUARD = ('a script that uses several processes begins its work below the line '
          '`if __name__ == "__main__":`, because each process imports the script first')
 
-# %% ../nbs/01a_process.ipynb #8a106103
-def only_from_main()->None:
+# %% ../nbs/01a_process.ipynb #b92ed752
+def only_from_main(
+    workers:int=2, # processes that are going to be started; 1: none
+)->None:
     "Leave, with an exit code, in a worker that still imports its script; `RuntimeError` in a script from stdin."
     if getattr(process.current_process(), "_inheriting", False):
         raise SystemExit(UNGUARDED)
     main = sys.modules["__main__"]
     file = getattr(main, "__file__", None)
-    if file and getattr(main, "__spec__", None) is None and not os.path.exists(file):
+    script = file and getattr(main, "__spec__", None) is None
+    if script and workers > 1 and not os.path.exists(file):
         raise RuntimeError(f"several processes need a script in a file, not {file}; save it, "
                            "or use one process")
 
-# %% ../nbs/01a_process.ipynb #d68c3625
+# %% ../nbs/01a_process.ipynb #84ecf3c1
 def _kill_with_parent():
     "Ask Linux to kill this process when its parent dies: True if it will."
     if not sys.platform.startswith("linux"):
@@ -47,7 +50,7 @@ def _wait_for_end(sentinel, seconds=None):
     if wait([sentinel], seconds):
         os._exit(1)
 
-# %% ../nbs/01a_process.ipynb #10c41163
+# %% ../nbs/01a_process.ipynb #425d1400
 def leave_with_parent(
     at_once:bool=True, # False: the thread that started this process may end before its process
 )->bool:               # True where there is a parent to end with
@@ -63,7 +66,7 @@ def leave_with_parent(
     _wait_for_end(parent.sentinel, 0)            # it may be gone already
     return True
 
-# %% ../nbs/01a_process.ipynb #f7690a2b
+# %% ../nbs/01a_process.ipynb #5939d18d
 def why_ended(
     codes, # exit codes of workers; None: it is running, or never came so far
 )->str:    # a sentence
@@ -78,7 +81,7 @@ def why_ended(
     script = f"; if it complains about the script: {GUARD}" if codes[0] == 1 else ""
     return f"a worker process ended with exit code {codes[0]}{memory}{script}"
 
-# %% ../nbs/01a_process.ipynb #80356e91
+# %% ../nbs/01a_process.ipynb #8b3a329c
 class Spawn(context.SpawnContext):
     "Starts processes by spawning, and remembers them."
     def __init__(self):
@@ -110,7 +113,7 @@ def _begin(at_once, packed, *own):
         print(f"{type(e).__name__}: {e}", file=sys.stderr, flush=True)
         os._exit(NO_START)
 
-# %% ../nbs/01a_process.ipynb #894d6a50
+# %% ../nbs/01a_process.ipynb #e41efeee
 class WorkerPool(ProcessPoolExecutor):
     "Workers that end with this process; `explained` and `with` say in a sentence why one died."
     def __init__(self,
@@ -136,7 +139,7 @@ class WorkerPool(ProcessPoolExecutor):
             self.spawn.end()
         self.shutdown(cancel_futures=True)
 
-# %% ../nbs/01a_process.ipynb #5a9a0cc2
+# %% ../nbs/01a_process.ipynb #69558038
 PLAIN = dict(zip("–—−‐×·•…“”‘’→←≤≥≈±", "----x...\"\"''><<>~~"))
 
 def _plain(error):
@@ -147,7 +150,7 @@ def _plain(error):
 
 codecs.register_error("plain", _plain)
 
-# %% ../nbs/01a_process.ipynb #0b63a4ee
+# %% ../nbs/01a_process.ipynb #b1645182
 def forgiving_console(
     *streams, # default: standard output and standard error
 )->None:

@@ -6,8 +6,8 @@ Docs: https://darkdistill.github.io/darkdistill_nb/simulator.html.md"""
 
 # %% auto #0
 __all__ = ['Device', 'Link', 'Cluster', 'noise', 'Answer', 'Aggregator', 'Policy', 'fixed_policy', 'local_policy',
-           'confidence_of', 'joint_policy', 'Outcomes', 'summary_table', 'simulate', 'arrivals', 'plot_timeline',
-           'plot_latency']
+           'confidence_of', 'joint_policy', 'Outcomes', 'outcome_table', 'simulate_devices', 'arrivals',
+           'plot_timeline', 'plot_latency']
 
 # %% ../nbs/11c_simulator.ipynb #8afa672d
 import dataclasses, math
@@ -327,7 +327,7 @@ def summary(self:Outcomes)->dict:
                 energy=float(self.energy.mean()), idle=self.idle / len(self), bytes=float(self.bytes.mean()), macs=float(self.macs.sum(1).mean()),
                 wasted=float(self.wasted.mean()), degraded=float(self.degraded.mean()), unanswered=float((~self.answered).mean()))
 
-def summary_table(
+def outcome_table(
     runs:dict, # name -> Outcomes
 )->str:
     "Summaries as lines of text; times in ms, shares in percent; raises `ValueError` without runs."
@@ -479,7 +479,7 @@ def _requests(arrival, sample, S):
     return arrival, sample
 
 # %% ../nbs/11c_simulator.ipynb #02a212c0
-def simulate(
+def simulate_devices(
     answers,                 # `SystemAnswers` of S pictures
     policy:Policy,           # when students leave
     cluster:Cluster,         # as many devices as students
@@ -539,7 +539,7 @@ def plot_timeline(
 ):
     "Draw the stages and messages of one request on all devices; raises `ValueError` without a trace."
     import plotly.graph_objects as go
-    check(len(o.trace), "trace", o.trace, "kept: simulate(..., trace=True)")
+    check(len(o.trace), "trace", o.trace, "kept: simulate_devices(..., trace=True)")
     request = whole(request, "request", 0, len(o) - 1)
     N, start, fig = o.exits.shape[1], o.arrival[request], figure(title=f"{title} (simulated)".strip(), x="ms after arrival", height=height)
     looks = dict(compute=(0, "computing, used"), unused=(7, "computing, not in the answer"), up=(1, "partial logits"), GO=(2, "GO"), STOP=(3, "STOP"))

@@ -3,7 +3,7 @@ import json, math, os, signal, subprocess, sys, textwrap, time, warnings
 import numpy as np
 import pytest, torch
 from torch import nn
-from darkdistill_nb.darkdistill import DarkDistill, exit_weights, pair_loss
+from darkdistill_nb.darkdistill import DarkDistill, alignment_weights, pair_loss
 from darkdistill_nb.data import ArrayData, load
 from darkdistill_nb.difficulty import DifficultyHistogram, bins_of, difficulty
 from darkdistill_nb.early_exit import ConvStage, EarlyExitNet, Exit, PooledMap, cnn, wrn
@@ -666,8 +666,8 @@ CALLS = {
     "histogram: width": lambda: hist(width=0), "histogram: width nan": lambda: hist(width=nan), "histogram: bins": lambda: hist(bins=2.5), "histogram: column": lambda: hist(d=torch.rand(4, 1)),
     "histogram: counts": lambda: DifficultyHistogram(-torch.ones(3, 10).long()), "histogram: fractions": lambda: DifficultyHistogram(torch.rand(3, 10)),
     "histogram: widths": lambda: hist() + hist(width=.5), "sample: n": lambda: hist().sample(0, g0), "sample: smoothing": lambda: hist().sample(1, g0, nan),
-    "exit_weights: tau": lambda: exit_weights(torch.rand(3), torch.rand(4), 0), "exit_weights: empty": lambda: exit_weights(torch.rand(0), torch.rand(4)),
-    "exit_weights: NaN": lambda: exit_weights(torch.rand(3), torch.full((4,), nan)), "exit_weights: no ranges": lambda: exit_weights(torch.rand(3), torch.rand(0)),
+    "alignment_weights: tau": lambda: alignment_weights(torch.rand(3), torch.rand(4), 0), "alignment_weights: empty": lambda: alignment_weights(torch.rand(0), torch.rand(4)),
+    "alignment_weights: NaN": lambda: alignment_weights(torch.rand(3), torch.full((4,), nan)), "alignment_weights: no ranges": lambda: alignment_weights(torch.rand(3), torch.rand(0)),
     "pair_loss: d": lambda: pair_loss(build().prefix(1), build().prefix(2), torch.rand(8, 4, 8, 8), torch.rand(1), BoostNet()),
     "pair_loss: weights": lambda: pair_loss(build().prefix(1), build().prefix(2), torch.rand(8, 4, 8, 8), torch.rand(8), BoostNet(), weights="far"),
     "average: 0": lambda: average([one], [0]), "average: negative": lambda: average([one, one], [-5, 6]), "average: none": lambda: average([], []), "average: lengths": lambda: average([one], [1, 2]),

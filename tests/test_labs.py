@@ -207,11 +207,12 @@ def hand_in(course, student, name, answers):
 @pytest.mark.slow
 @each_lab
 def test_nbgrader_makes_and_grades_the_lab(path, tmp_path):
-    "With our settings: all points for the solutions, all but one exercise's for a wrong answer."
+    "All points for the solutions, and all but one exercise's where one answer is wrong."
     name, course = path.stem, tmp_path / "course"
     (course / "source" / name).mkdir(parents=True)
     source = course / "source" / name / path.name
-    source.write_text(shorter((INSTRUCTOR / path.name).read_text(encoding="utf-8")), encoding="utf-8")
+    text = (INSTRUCTOR / path.name).read_text(encoding="utf-8")
+    source.write_text(shorter(text), encoding="utf-8")
     shutil.copy(INSTRUCTOR / "nbgrader_config.py", course)
 
     def nbgrader(*args):
@@ -230,7 +231,8 @@ def test_nbgrader_makes_and_grades_the_lab(path, tmp_path):
     nbgrader("autograde", name)
     nbgrader("generate_feedback", name)
     nbgrader("export")
-    assert len(list((course / "feedback").rglob("*.html"))) == 2 and (course / "grades.csv").is_file()
+    pages = list((course / "feedback").rglob("*.html"))
+    assert len(pages) == 2 and (course / "grades.csv").is_file()
 
     from nbgrader.api import Gradebook
     with Gradebook(f"sqlite:///{course}/gradebook.db") as book:

@@ -284,18 +284,21 @@ class Experiment:
         self.clients = {s: make_clients(self.train.y, seed=s, **{k: c[k] for k in ("clients", "gamma", "tiers", "family", "valid", "cover")})
                         for s in c["seeds"]}
         self.costs = self.net.macs()
-    def build(self):
-        "A fresh network; raises `ValueError` for keywords that do not fit."
-        import inspect
-        from darkdistill_nb import early_exit
-        c = self.config
-        if c["arch"] in ("cnn", "wrn", "msdnet"):
-            known = inspect.signature(getattr(early_exit, c["arch"])).parameters
-            _keywords("net", c["net"], [k for k in known if k not in ("input_shape", "n_classes")])
-        try:
-            return early_exit.build_net(c["arch"], self.train.shape, self.train.n_classes, **c["net"])
-        except (TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as e:
-            raise ValueError(f"net={shown(c['net'])} with arch={shown(c['arch'])} does not fit: {e}") from None
+
+# %% ../nbs/14_cli.ipynb #ac42c3ae
+@patch
+def build(self:Experiment):
+    "A fresh network; raises `ValueError` for keywords that do not fit."
+    import inspect
+    from darkdistill_nb import early_exit
+    c = self.config
+    if c["arch"] in ("cnn", "wrn", "msdnet"):
+        known = inspect.signature(getattr(early_exit, c["arch"])).parameters
+        _keywords("net", c["net"], [k for k in known if k not in ("input_shape", "n_classes")])
+    try:
+        return early_exit.build_net(c["arch"], self.train.shape, self.train.n_classes, **c["net"])
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as e:
+        raise ValueError(f"net={shown(c['net'])} with arch={shown(c['arch'])} does not fit: {e}") from None
 
 # %% ../nbs/14_cli.ipynb #5c07129c
 @patch
@@ -419,6 +422,7 @@ def _lost(job, codes):
     failed.begun = failed.again = begun
     return failed
 
+# %% ../nbs/14_cli.ipynb #0d050f50
 def _worker(conn, config, folder, workers, lock=None):
     "A process: runs the jobs that come through the pipe, until None comes or the other end is gone."
     leave_with_parent()
@@ -485,6 +489,7 @@ def _hear(conn, job, procs):
         raise failed
     return kind, what
 
+# %% ../nbs/14_cli.ipynb #34f0c246
 def _parallel(config, folder, todo, cores, on_step, lock=None):
     "Run jobs in worker processes: {job: result}; raises `RunError` as soon as one fails."
     from multiprocessing.connection import wait
@@ -554,6 +559,7 @@ def _check_new(folder):
         raise PermissionError(f"{name} cannot be made: no permission to write in {there}")
     return there
 
+# %% ../nbs/14_cli.ipynb #fcea88a5
 def _make_folder(folder, saved):
     "Make the run folder with its config.json in one step; nothing is left if that fails."
     from darkdistill_nb.training import check_json
@@ -615,6 +621,7 @@ def _locked(
         _try_lock(f, folder, seconds)
         yield f
 
+# %% ../nbs/14_cli.ipynb #df20c2f4
 def _read_config(folder):
     "config.json of a run folder; raises if there is none or it is damaged."
     from darkdistill_nb.training import read_json
@@ -664,6 +671,7 @@ def _saying_where(folder):
         failed.folder, failed.again = folder, True
         raise failed from e
 
+# %% ../nbs/14_cli.ipynb #0ef638f9
 def _execute(exp, folder, saved, workers, progress, resumed):
     "Run what is left, then write weights, record and report, and remove the checkpoints."
     from darkdistill_nb.federated import load_state
@@ -721,6 +729,7 @@ def _check_workers(workers):
         whole(workers, "workers")
     only_from_main(workers or _cores())
 
+# %% ../nbs/14_cli.ipynb #6967c731
 def _new_folder(folder, exp, saved):
     "Make the folder of a run, if need be with the next number."
     while True:
@@ -938,6 +947,7 @@ def _compare(args, say, command):
             say(f"\npage: {write_compare(*records, names=names, path=path)}")
     return 0
 
+# %% ../nbs/14_cli.ipynb #be23c665
 def _report(args, say, command):
     from darkdistill_nb.report import write_report
     folder = Path(args.run)

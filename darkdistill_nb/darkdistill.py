@@ -80,6 +80,11 @@ def _rkd(rkd):
     check(isinstance(rkd, (tuple, list)) and len(rkd) == 2, "rkd", rkd, "two numbers, the weights of distance and angle")
     return tuple(number(v, "rkd", low=0) for v in rkd)
 
+# %% ../nbs/10_darkdistill.ipynb #b59493df
+def _from_zero(read, **values):
+    "Settings that must be 0 or more, read by `number` or `whole`."
+    return {name: read(v, name, 0) for name, v in values.items()}
+
 # %% ../nbs/10_darkdistill.ipynb #a9434d1d
 class DarkDistill(EEFL):
     "EEFL with difficulty-aligned progressive reverse distillation on the server (KDD 2025, paper profile)."
@@ -107,20 +112,15 @@ class DarkDistill(EEFL):
         **kwargs                   # passed to `EEFL`
     ):
         super().__init__(policy, **kwargs)
-        self.kd_lr, self.gen_lr = number(kd_lr, "kd_lr", low=0), number(gen_lr, "gen_lr", low=0)
-        self.kd_steps, self.gen_steps = whole(kd_steps, "kd_steps", 0), whole(gen_steps, "gen_steps", 0)
-        self.server_epochs = whole(server_epochs, "server_epochs", 0)
-        self.kd_weight_decay = number(kd_weight_decay, "kd_weight_decay", low=0)
-        self.lam_ce, self.lam_dif = number(lam_ce, "lam_ce", low=0), number(lam_dif, "lam_dif", low=0)
-        self.lam_div = number(lam_div, "lam_div", low=0)
+        vars(self).update(_from_zero(number, kd_lr=kd_lr, gen_lr=gen_lr, kd_weight_decay=kd_weight_decay))
+        vars(self).update(_from_zero(number, lam_ce=lam_ce, lam_dif=lam_dif, lam_div=lam_div))
+        vars(self).update(_from_zero(whole, kd_steps=kd_steps, gen_steps=gen_steps, server_epochs=server_epochs))
         self.ce, self.dif = choice(ce, "ce", CE), choice(dif, "dif", DIF)
         self.d_eps, self.d_h = whole(d_eps, "d_eps"), whole(d_h, "d_h")
-        self.norm = choice(norm, "norm", ("layer", "batch"))
+        self.norm, self.weights = choice(norm, "norm", ("layer", "batch")), choice(weights, "weights", WEIGHTS)
         self.server_batch = whole(server_batch, "server_batch", 2 if norm == "batch" else 1)
         self.rkd, self.tau = _rkd(rkd), number(tau, "tau", low=1e-6)
-        self.weights = choice(weights, "weights", WEIGHTS)
-        self.P = number(P, "P", low=1e-3, high=1000)
-        self.bin_width = number(bin_width, "bin_width", low=.01, high=CAP)
+        self.P, self.bin_width = number(P, "P", low=1e-3, high=1000), number(bin_width, "bin_width", low=.01, high=CAP)
 
 # %% ../nbs/10_darkdistill.ipynb #5eb263c4
 @patch

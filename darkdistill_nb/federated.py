@@ -10,7 +10,7 @@ __all__ = ['Client', 'tier_sizes', 'make_clients', 'check_clients', 'average', '
            'train_alone']
 
 # %% ../nbs/06_federated.ipynb #6d49db8a
-import copy, math, pickle, sys, threading, time, warnings
+import contextlib, copy, math, pickle, sys, threading, time, warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,8 +213,7 @@ class EEFL:
         participation:float=.5,   # share of clients in a round, above 0 and at most 1
     ):
         self.policy = _policy(policy)
-        self.lr = number(lr, "lr", low=0)
-        self.decay = number(decay, "decay", above=0, high=1)
+        self.lr, self.decay = number(lr, "lr", low=0), number(decay, "decay", above=0, high=1)
         self.momentum = number(momentum, "momentum", low=0, below=1)
         self.weight_decay = number(weight_decay, "weight_decay", low=0)
         self.batch_size, self.epochs = whole(batch_size, "batch_size"), whole(epochs, "epochs")
@@ -586,26 +585,36 @@ class _Pool:
                 answers[i] = self._receive(conn, jobs[i])
                 free.append(conn)
         return answers
-    def _send(self, conn, job):
-        try:
-            conn.send_bytes(pickle.dumps(job))
-        except OSError:
-            self._lost(conn, job)
-    def _receive(self, conn, job):
-        try:
-            return pickle.loads(conn.recv_bytes())
-        except (EOFError, OSError):
-            self._lost(conn, job)
-    def _lost(self, conn, job):
-        "Name the process that has gone, and what it was doing."
-        p = self.procs[conn]
-        p.join(5)
-        why = f"it ended with exit code {p.exitcode}" if p.exitcode in (None, 0, -15) else why_ended([p.exitcode])
-        raise RuntimeError(f"round {job[2] + 1}: client {job[1]} was with worker process {p.pid}: {why}") from None
-    def close(self):
-        self.spawn.end()
-        for conn in self.procs:
-            conn.close()
+
+# %% ../nbs/06_federated.ipynb #1f85792e
+@patch
+def _send(self:_Pool, conn, job):
+    try:
+        conn.send_bytes(pickle.dumps(job))
+    except OSError:
+        self._lost(conn, job)
+
+@patch
+def _receive(self:_Pool, conn, job):
+    try:
+        return pickle.loads(conn.recv_bytes())
+    except (EOFError, OSError):
+        self._lost(conn, job)
+
+@patch
+def _lost(self:_Pool, conn, job):
+    "Name the process that has gone, and what it was doing."
+    p = self.procs[conn]
+    p.join(5)
+    why = f"it ended with exit code {p.exitcode}" if p.exitcode in (None, 0, -15) else why_ended([p.exitcode])
+    raise RuntimeError(f"round {job[2] + 1}: client {job[1]} was with worker process {p.pid}: {why}") from None
+
+@patch
+def close(self:_Pool):
+    "End all processes."
+    self.spawn.end()
+    for conn in self.procs:
+        conn.close()
 
 # %% ../nbs/06_federated.ipynb #79eb59a3
 def evaluate(
@@ -645,6 +654,7 @@ def _strict(answer, fault):
         return FloatingPointError
     return RuntimeError if fault is answer else ValueError
 
+# %% ../nbs/06_federated.ipynb #27662261
 def _sort_out(method, everyone, drawn, sent, answers, rnd, faults):
     "(updates that can be used, {client id: reason} of those that cannot); warns, or raises the first fault."
     updates, found = [], []
@@ -761,6 +771,43 @@ def remark(self:EEFL,
     "What the reader of a finished run should know."
     return ""
 
+# %% ../nbs/06_federated.ipynb #54edeaf1
+@contextlib.contextmanager
+def _workers(workers, bar, *start):
+    "One thread in this process, and a pool of `workers` more, or None; what was opened is closed."
+    threads, pool = torch.get_num_threads(), None
+    torch.set_num_threads(1)
+    try:
+        if workers > 1:
+            pool = _Pool(workers, *start)
+        yield pool
+    finally:
+        torch.set_num_threads(threads)
+        if bar is not None:
+            bar.close()
+        if pool:
+            pool.close()
+
+def _continued(checkpoint, started, rounds, device):
+    "(state, log, marks): the first state, or the one that `checkpoint` holds."
+    method, net = started[:2]
+    state = method.setup(net)
+    if not checkpoint:
+        return state, [], None
+    marks = _marks(*started)
+    if Path(checkpoint).exists():
+        return *_resume(checkpoint, marks, state, rounds, device), marks
+    return state, [], marks
+
+def _rounds(method, state, done, rounds, play, test, eval_every):
+    "Play the rounds that are left, timed and evaluated: yields (state, log entry)."
+    for r in range(done, rounds):
+        t = time.perf_counter()
+        state, row = play(state, r)
+        if (r + 1) % eval_every == 0 or r + 1 == rounds:
+            row["accuracy"] = evaluate(method, state, test)
+        yield state, {**row, "seconds": time.perf_counter() - t}
+
 # %% ../nbs/06_federated.ipynb #970f8da9
 def simulate(
     method:EEFL,
@@ -772,8 +819,7 @@ def simulate(
     eval_every:int=1,   # rounds between evaluations on `test`; the last round is always evaluated
     checkpoint=None,    # file for the state after each round; continued from if it is there
     on_round=None,      # called with each new log entry
-    device="cpu",
-    workers:int=1,      # processes that train clients on a CPU; the result does not depend on it
+    device="cpu", workers:int=1,      # processes that train clients on a CPU; the result does not depend on it
     progress:bool=None, # a progress bar; None: in a terminal and in a live notebook
     faults:str="warn",  # warn: leave out answers that cannot be used, with a warning; raise: end with the first
 )->Run:
@@ -782,36 +828,21 @@ def simulate(
     seed, device = whole(seed, "seed", 0), pick_device(str(device))
     choice(faults, "faults", ("warn", "raise"))
     net, train, test = _start(method, build, train, test, clients, seed, device)
-    streams, state, log, marks = Streams(seed), method.setup(net), [], None
-    if checkpoint:
-        marks = _marks(method, net, train, test, clients, seed)
-        if Path(checkpoint).exists():
-            state, log = _resume(checkpoint, marks, state, rounds, device)
-    threads, pool = torch.get_num_threads(), None
+    streams, started = Streams(seed), (method, net, train, test, clients, seed)
+    state, log, marks = _continued(checkpoint, started, rounds, device)
     bar = _bar(rounds, len(log), "round", progress)
-    torch.set_num_threads(1)
-    try:
-        if workers > 1 and device.type == "cpu" and len(log) < rounds:
-            pool = _Pool(min(workers, len(clients)), method, net, train, clients, seed)
-        for r in range(len(log), rounds):
-            t = time.perf_counter()
-            state, row = play_round(method, state, train, clients, r, streams, pool, faults)
-            if (r + 1) % eval_every == 0 or r + 1 == rounds:
-                row["accuracy"] = evaluate(method, state, test)
-            log.append({**row, "seconds": time.perf_counter() - t})
+    processes = min(workers, len(clients)) if device.type == "cpu" and len(log) < rounds else 1
+    with _workers(processes, bar, method, net, train, clients, seed) as pool:
+        play = lambda state, r: play_round(method, state, train, clients, r, streams, pool, faults)
+        for state, row in _rounds(method, state, len(log), rounds, play, test, eval_every):
+            log.append(row)
             if checkpoint:
                 save_state(checkpoint, state, dict(fingerprint=marks, log=log))
             if on_round:
-                on_round(log[-1])
+                on_round(row)
             _advance(bar, "" if row["loss"] is None else f"loss {row['loss']:.3f}")
-        if "accuracy" not in log[-1]:                        # a checkpoint from the middle of a longer run
+        if "accuracy" not in log[-1]:    # a checkpoint from the middle of a longer run
             log[-1]["accuracy"] = evaluate(method, state, test)
-    finally:
-        torch.set_num_threads(threads)
-        if bar is not None:
-            bar.close()
-        if pool:
-            pool.close()
     _last_words(method, log)
     return Run(method, seed, state, log)
 

@@ -137,8 +137,10 @@ def frozen(
                 p.requires_grad_(needed)
 
 # %% ../nbs/09_generator.ipynb #7b9b60db
-def _check_training(gen, steps, batch_size, **numbers):
-    "Whole numbers, and weights and rates of at least 0."
+def _check_training(gen, steps, batch_size, ce, dif, **numbers):
+    "Known losses, whole numbers, and weights and rates of at least 0."
+    choice(ce, "ce", CE)
+    choice(dif, "dif", DIF)
     whole(steps, "steps", 0)
     whole(batch_size, "batch_size", 2 if isinstance(gen.norm, nn.BatchNorm1d) else 1)
     for name, v in numbers.items():
@@ -149,8 +151,7 @@ def train_generator(
     gen:Generator,             # trained in place
     teacher:EarlyExitNet,      # tier model
     reference:EarlyExitNet,    # global model
-    policy,
-    pool,                      # has `sample(n, generator)` -> (labels, difficulties), e.g. a `DifficultyHistogram`
+    policy, pool,              # the pool has `sample(n, generator)` -> (labels, difficulties), e.g. a `DifficultyHistogram`
     steps:int,
     generator:torch.Generator, # draws samples and noise
     batch_size:int=32,
@@ -162,9 +163,7 @@ def train_generator(
     opt=None,                  # continue with this optimiser
 )->dict:                       # last values of ce, dif, and the scale (standard deviation) of the latents
     "Train a generator against a frozen teacher and a frozen reference; raises `ValueError` for bad settings."
-    _check_training(gen, steps, batch_size, lr=lr, lam_ce=lam_ce, lam_dif=lam_dif, lam_div=lam_div)
-    choice(ce, "ce", CE)
-    choice(dif, "dif", DIF)
+    _check_training(gen, steps, batch_size, ce, dif, lr=lr, lam_ce=lam_ce, lam_dif=lam_dif, lam_div=lam_div)
     opt = opt or torch.optim.Adam(gen.parameters(), lr)
     dev, out = gen.out.weight.device, {}
     gen.train()

@@ -90,7 +90,7 @@ def summary(
     *records,   # `Record`s
     names=None, # one name per record, put before the method; None: no names
 )->list:        # one dict per row: name, method, seeds, exits (E lists over seeds), mean (over seeds), versus (paired differences), record
-    "Rows of the table: every method of every record, with paired differences to the first record's EEFL (or first method); raises `ValueError` for what is no record."
+    "Rows of the table, with paired differences to the first record's EEFL (or first method); raises `ValueError` for what is no record."
     _check_records(records, names)
     rows = []
     for i, r in enumerate(records):
@@ -571,8 +571,7 @@ function fit(spec, width) {
     Object.assign(m, {l: Math.min(m.l, 50), r: Math.min(m.r, 10)});
   }
   const more = wrapTitle(layout, layout.width) + wrapAxes(layout, layout.width - 70);
-  m.t += more;
-  layout.height += more;
+  m.t += more, layout.height += more;
   return layout;
 }
 
@@ -636,8 +635,10 @@ code{font:.86rem/1.5 ui-monospace,Menlo,Consolas,monospace;background:var(--head
 .drawing:not(.pictures){filter:invert(.9) hue-rotate(180deg)}}
 @media print{details{display:none}}
 """
+
 _MARK = '<meta name="generator" content="darkdistill_nb">'
 
+# %% ../nbs/13a_report.ipynb #822283aa
 def _page(title, parts):
     "A whole page with plotly.js inside; no request leaves it."
     from plotly.offline import get_plotlyjs

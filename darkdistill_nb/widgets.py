@@ -166,7 +166,9 @@ def as_cells(
 )->np.ndarray:  # (N, h, w, 1 or 3) uint8
     "Pictures as bytes for the screen; raises `ValueError` for another shape."
     x, side = _array("pictures", x), whole(side, "side")
-    if x.ndim != 4 or x.shape[1] not in (1, 3) or x.size == 0 or x.dtype.kind not in "fiub": raise ValueError(f"pictures must have shape (N, 1 or 3, H, W), not {x.shape}")
+    fits = x.ndim == 4 and x.shape[1] in (1, 3) and x.size > 0 and x.dtype.kind in "fiub"
+    if not fits:
+        raise ValueError(f"pictures must have shape (N, 1 or 3, H, W), not {x.shape}")
     step = -(-max(x.shape[2:]) // side)
     x = x[:, :, ::step, ::step].transpose(0, 2, 3, 1)
     if x.dtype == np.uint8: return x
@@ -312,48 +314,62 @@ class Control:
         for w in (self.field, self.slider):
             w.observe(self._changed, "value")
         self.row = W.HBox([self.field, self.slider], layout=dict(align_items="center", width="100%"))
-    def _bounds(self):
-        "Both twins get the bounds; the field's are rounded outwards to what it shows."
-        ten = 10 ** self.digits
-        outer = not (self.whole or self.log)
-        self.field.max = math.ceil(self.high * ten) / ten if outer else self.high
-        self.field.min = math.floor(self.low * ten) / ten if outer else self.low
-        self.slider.min, self.slider.max = float(self.low), float(self.high)
-    def _steps(self, value):
-        return (math.log10(value / self.low) if self.log else value - self.low) / self.step
-    def _changed(self, change):
-        near = abs(self._steps(change["new"]) - self._steps(self.value)) < .5
-        tidied = change["owner"] is self.slider and near                     # a browser moves the handle to a step
-        if self.quiet or tidied:
-            return
-        new = round(change["new"]) if self.whole else change["new"]
-        self.show(new)
-        self.send(new)
-    def _widen(self, value):
-        "A value from outside the bounds moves them; the slider's steps stay where they are."
-        if value < self.low:
-            more = math.ceil(-self._steps(value)) * self.step
-            self.low = self.low / 10 ** more if self.log else self.low - more
-            self.low = min(self.low, value)
-        self.high = max(self.high, value)
-        self._bounds()
-    def shown(self, value):
-        "The value as the field shows it: three digits more than the slider's step has."
-        if self.whole:
-            return int(value)
-        return float(f"{value:.5g}") if self.log else round(value, self.digits) + 0.
-    def show(self, value):
-        "Show a finite value, the slider at the step that is nearest, without sending it."
-        self.quiet = True
-        try:
-            if not self.low <= value <= self.high:
-                self._widen(value)
-            self.value, near = value, round(self._steps(value)) * self.step
-            self.field.value = self.shown(value)
-            self.slider.text = f"{self.shown(value):.12g}"
-            self.slider.value = float(value) if self.whole else self.low * 10 ** near if self.log else self.low + near
-        finally:
-            self.quiet = False
+
+# %% ../nbs/13_widgets.ipynb #6aec1c7a
+@patch
+def _bounds(self:Control):
+    "Both twins get the bounds; the field's are rounded outwards to what it shows."
+    ten = 10 ** self.digits
+    outer = not (self.whole or self.log)
+    self.field.max = math.ceil(self.high * ten) / ten if outer else self.high
+    self.field.min = math.floor(self.low * ten) / ten if outer else self.low
+    self.slider.min, self.slider.max = float(self.low), float(self.high)
+
+@patch
+def _steps(self:Control, value):
+    return (math.log10(value / self.low) if self.log else value - self.low) / self.step
+
+@patch
+def _changed(self:Control, change):
+    near = abs(self._steps(change["new"]) - self._steps(self.value)) < .5
+    tidied = change["owner"] is self.slider and near                     # a browser moves the handle to a step
+    if self.quiet or tidied:
+        return
+    new = round(change["new"]) if self.whole else change["new"]
+    self.show(new)
+    self.send(new)
+
+# %% ../nbs/13_widgets.ipynb #2eb33104
+@patch
+def _widen(self:Control, value):
+    "A value from outside the bounds moves them; the slider's steps stay where they are."
+    if value < self.low:
+        more = math.ceil(-self._steps(value)) * self.step
+        self.low = self.low / 10 ** more if self.log else self.low - more
+        self.low = min(self.low, value)
+    self.high = max(self.high, value)
+    self._bounds()
+
+@patch
+def shown(self:Control, value):
+    "The value as the field shows it: three digits more than the slider's step has."
+    if self.whole:
+        return int(value)
+    return float(f"{value:.5g}") if self.log else round(value, self.digits) + 0.
+
+@patch
+def show(self:Control, value):
+    "Show a finite value, the slider at the step that is nearest, without sending it."
+    self.quiet = True
+    try:
+        if not self.low <= value <= self.high:
+            self._widen(value)
+        self.value, near = value, round(self._steps(value)) * self.step
+        self.field.value = self.shown(value)
+        self.slider.text = f"{self.shown(value):.12g}"
+        self.slider.value = float(value) if self.whole else self.low * 10 ** near if self.log else self.low + near
+    finally:
+        self.quiet = False
 
 # %% ../nbs/13_widgets.ipynb #9681cc09
 class Explorer:

@@ -2,24 +2,33 @@
 
 Tests wait for events, not for seconds: on a machine with other work everything takes longer, and nothing is wrong.
 `LONG` is the safety net for what would otherwise hang for ever; no test is about it."""
+
 import os, time
 from pathlib import Path
 import pytest
 
-LONG = 1800     # s
+LONG = 1800  # s
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "browser: drives Chromium by Playwright, about a minute; only runs when asked for: -m browser")
-    config.addinivalue_line("markers", "slow: takes more than about 20 s (deselect with -m 'not slow')")
-    if not config.option.markexpr: config.option.markexpr = "not browser"
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"): os.environ.setdefault(name, "2")  # inherited by subprocesses
+    config.addinivalue_line(
+        "markers",
+        "browser: drives Chromium by Playwright, about a minute; only runs when asked for: -m browser",
+    )
+    config.addinivalue_line(
+        "markers", "slow: takes more than about 20 s (deselect with -m 'not slow')"
+    )
+    if not config.option.markexpr:
+        config.option.markexpr = "not browser"
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "2")  # inherited by subprocesses
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads():
     "The same arithmetic and the same load on every machine; thread counts may change the last bits of a sum."
     import torch
+
     torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
@@ -27,7 +36,9 @@ def _two_threads():
 def one_thread():
     "For tests of tiny networks and tables, where two threads would wait for each other; a file asks for it by `pytestmark`."
     import torch
-    before = torch.get_num_threads(); torch.set_num_threads(1)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
@@ -35,13 +46,17 @@ def one_thread():
 @pytest.fixture(scope="session")
 def wait_until():
     "wait_until(event, process): until event() is true; fails if the process ends before, or after LONG seconds."
+
     def wait(event, process=None):
         end = time.monotonic() + LONG
         while not event():
             over = process is not None and process.poll() is not None and not event()
-            assert not over, f"the process ended with code {process.returncode} before {event.__name__} came"
+            assert not over, (
+                f"the process ended with code {process.returncode} before {event.__name__} came"
+            )
             assert time.monotonic() < end, f"{event.__name__} did not come within {LONG} s"
-            time.sleep(.02)
+            time.sleep(0.02)
+
     return wait
 
 
@@ -49,7 +64,9 @@ def wait_until():
 def real_data():
     "Folder with real data sets as NAME.npz (environment variable DARKDISTILL_DATA), or skip."
     folder = os.environ.get("DARKDISTILL_DATA")
-    if not folder: pytest.skip("DARKDISTILL_DATA is not set: no folder with real data sets")
+    if not folder:
+        pytest.skip("DARKDISTILL_DATA is not set: no folder with real data sets")
     folder = Path(folder)
-    if not folder.is_dir(): pytest.fail(f"DARKDISTILL_DATA={folder} is not a folder")
+    if not folder.is_dir():
+        pytest.fail(f"DARKDISTILL_DATA={folder} is not a folder")
     return folder

@@ -1,4 +1,5 @@
 """The command `darkdistill`: what a user types wrong costs one sentence and nothing else; what is right leaves a whole run folder."""
+
 import contextlib, importlib.metadata, json, os, re, shutil, signal, subprocess, sys, threading
 from pathlib import Path
 import numpy as np
@@ -6,25 +7,49 @@ import pytest
 from conftest import LONG
 from darkdistill_nb import cli, training
 
-COMMAND = [sys.executable, "-c", "import sys; from darkdistill_nb.cli import main; sys.exit(main())"]
+COMMAND = [
+    sys.executable,
+    "-c",
+    "import sys; from darkdistill_nb.cli import main; sys.exit(main())",
+]
 TINY = "--rounds 2 --seeds 1 --clients 6 --tiers 2 --net width=8 stages=2 --darkdistill server_epochs=1 --workers 1".split()
 
 
 def darkdistill(*args, cwd, timeout=LONG, **env):
     "The command in a process of its own."
-    return subprocess.run([*COMMAND, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, **env})
+    return subprocess.run(
+        [*COMMAND, *map(str, args)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **env},
+    )
 
 
-def on_two_cores(rounds=2): return ["--rounds", str(rounds), *TINY[2:-1], "2"]
-def contents(folder): return {p.relative_to(folder): p.read_bytes() if p.is_file() else None for p in Path(folder).rglob("*")}
+def on_two_cores(rounds=2):
+    return ["--rounds", str(rounds), *TINY[2:-1], "2"]
+
+
+def contents(folder):
+    return {
+        p.relative_to(folder): p.read_bytes() if p.is_file() else None
+        for p in Path(folder).rglob("*")
+    }
 
 
 # ---------------------------------------------------------------- bad input
 
+
 def npz(path, **change):
     "A small data file of 3 classes, with some arrays replaced."
     rng = np.random.default_rng(0)
-    arrays = dict(x_train=rng.random((60, 8, 8), np.float32), y_train=np.arange(60) % 3, x_test=rng.random((12, 8, 8), np.float32), y_test=np.arange(12) % 3)
+    arrays = dict(
+        x_train=rng.random((60, 8, 8), np.float32),
+        y_train=np.arange(60) % 3,
+        x_test=rng.random((12, 8, 8), np.float32),
+        y_test=np.arange(12) % 3,
+    )
     np.savez(path, **{**arrays, **change})
 
 
@@ -33,31 +58,49 @@ def files(tmp_path_factory):
     "A folder with data files and settings, good ones and bad ones."
     d = tmp_path_factory.mktemp("files")
     npz(d / "good.npz")
-    x = np.random.default_rng(0).random((60, 8, 8), np.float32); x[3, 2, 1] = np.nan
+    x = np.random.default_rng(0).random((60, 8, 8), np.float32)
+    x[3, 2, 1] = np.nan
     npz(d / "nan.npz", x_train=x)
     npz(d / "labels.npz", y_train=np.arange(60) % 3 + 1)
     npz(d / "negative.npz", y_train=np.arange(60) % 3 - 1)
     npz(d / "unseen.npz", y_test=np.arange(12) % 4)
     npz(d / "short.npz", y_train=np.arange(59) % 3)
-    np.savez(d / "pickle.npz", x_train=np.array([{}]), y_train=np.array([0]), x_test=np.array([{}]), y_test=np.array([0]))
+    np.savez(
+        d / "pickle.npz",
+        x_train=np.array([{}]),
+        y_train=np.array([0]),
+        x_test=np.array([{}]),
+        y_test=np.array([0]),
+    )
     np.savez(d / "lacks.npz", x_train=x)
     whole = (d / "good.npz").read_bytes()
-    for name, size in (("cut.npz", len(whole) // 2), ("stump.npz", 30), ("empty.npz", 0)): (d / name).write_bytes(whole[:size])
-    broken = bytearray(whole); broken[len(whole) // 3] ^= 255; (d / "flipped.npz").write_bytes(broken)
+    for name, size in (("cut.npz", len(whole) // 2), ("stump.npz", 30), ("empty.npz", 0)):
+        (d / name).write_bytes(whole[:size])
+    broken = bytearray(whole)
+    broken[len(whole) // 3] ^= 255
+    (d / "flipped.npz").write_bytes(broken)
     (d / "text.npz").write_text("not an archive")
     (d / "broken.toml").write_text("rounds = = 3")
     (d / "unknown.toml").write_text("round = 3")
     (d / "value.toml").write_text("rounds = 0")
     (d / "kind.toml").write_text("rounds = true")
     (d / "net.toml").write_text("[net]\nwidht = 8")
-    for name, text in dict(list="net = [1]", number="net = 1.5", flags="darkdistill = [true]", day="rounds = 1979-05-27",
-                           tableday="[net]\nwidth = 1979-05-27", nested="rounds = " + "[" * 5000, home="out = ''").items():
+    for name, text in dict(
+        list="net = [1]",
+        number="net = 1.5",
+        flags="darkdistill = [true]",
+        day="rounds = 1979-05-27",
+        tableday="[net]\nwidth = 1979-05-27",
+        nested="rounds = " + "[" * 5000,
+        home="out = ''",
+    ).items():
         (d / f"{name}.toml").write_text(text)
     (d / "utf16.toml").write_bytes("rounds = 0".encode("utf-16"))
     (d / "nomark.toml").write_bytes("rounds = 0".encode("utf-16-le"))
     npz(d / "one.npz", y_train=np.zeros(60, int), y_test=np.zeros(12, int))
     (d / "file").write_text("a file, not a folder")
-    (d / "old").mkdir(); (d / "old" / "note.txt").write_text("keep me")
+    (d / "old").mkdir()
+    (d / "old" / "note.txt").write_text("keep me")
     (d / "link").symlink_to(d / "nowhere")
     return d
 
@@ -66,7 +109,11 @@ BAD = {  # arguments of `run` -> words that the sentence must contain
     "unknown data": ("--data digts", "'digts'", "did you mean 'digits'"),
     "unknown data 2": ("--data quux", "'quux'", "shapes"),
     "no such file": ("--data none.npz", "none.npz", "no such file"),
-    "unknown method": ("--methods eefl,darkdistil", "methods='darkdistil'", "did you mean 'darkdistill'"),
+    "unknown method": (
+        "--methods eefl,darkdistil",
+        "methods='darkdistil'",
+        "did you mean 'darkdistill'",
+    ),
     "method twice": ("--methods eefl,eefl", "methods='eefl,eefl'", "different"),
     "no method": ("--methods ,", "methods=','", "eefl, darkdistill"),
     "unknown policy": ("--policy boostnt", "policy='boostnt'", "did you mean 'boostnet'"),
@@ -75,7 +122,11 @@ BAD = {  # arguments of `run` -> words that the sentence must contain
     "network value": ("--net width=7", "width=7", "multiple of 4"),
     "network type": ("--net stages=two", "net=", "two"),
     "keyword without value": ("--net width", "net=['width']", "width=16"),
-    "darkdistill keyword": ("--darkdistill weight=uniform", "darkdistill='weight'", "did you mean 'weights'"),
+    "darkdistill keyword": (
+        "--darkdistill weight=uniform",
+        "darkdistill='weight'",
+        "did you mean 'weights'",
+    ),
     "darkdistill value": ("--darkdistill weights=none", "weights='none'", "uniform"),
     "gamma zero": ("--gamma 0", "gamma='0'", "above 0"),
     "gamma negative": ("--gamma -0.5", "gamma='-0.5'", "above 0"),
@@ -129,7 +180,11 @@ BAD = {  # arguments of `run` -> words that the sentence must contain
     "toml table is a number": ("--config {files}/number.toml", "net=1.5", "keywords"),
     "toml table is flags": ("--config {files}/flags.toml", "darkdistill=[True]", "keywords"),
     "toml date": ("--config {files}/day.toml", "rounds=datetime.date(1979, 5, 27)", "whole number"),
-    "toml date in a table": ("--config {files}/tableday.toml", "width='1979-05-27'", "whole number"),
+    "toml date in a table": (
+        "--config {files}/tableday.toml",
+        "width='1979-05-27'",
+        "whole number",
+    ),
     "toml nested": ("--config {files}/nested.toml", "nested.toml", "not valid TOML"),
     "toml no name": ("--config {files}/home.toml", "out=''", "path"),
     "toml in UTF-16": ("--config {files}/utf16.toml", "rounds=0", "at least 1"),
@@ -154,75 +209,149 @@ BAD = {  # arguments of `run` -> words that the sentence must contain
     "stray argument": ("digits", "unexpected argument 'digits'"),
     "resume nothing": ("--resume nowhere", "resume='nowhere'", "not a run folder"),
     "resume a folder of something else": ("--resume {files}/old", "old'", "no config.json"),
-    "resume with settings": ("--resume {files}/old --rounds 9 --out x", "resume=", "leave out --rounds, --out"),
+    "resume with settings": (
+        "--resume {files}/old --rounds 9 --out x",
+        "resume=",
+        "leave out --rounds, --out",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case, files, tmp_path, monkeypatch, capsys):
     "Exit code 2 and one line on the error stream that names argument and value; nothing is written, nothing is lost."
-    if case == "cannot be written" and not Path("/proc").is_dir(): pytest.skip("no /proc on this system")
+    if case == "cannot be written" and not Path("/proc").is_dir():
+        pytest.skip("no /proc on this system")
     line, *words = BAD[case]
     monkeypatch.chdir(tmp_path)
     before = contents(files)
     assert cli.main(["run", *(a.format(files=files) for a in line.split())]) == 2
     out, err = capsys.readouterr()
-    assert err.startswith("darkdistill: ") and err.count("\n") == 1 and out == "" and len(err) < 1600, err
+    assert (
+        err.startswith("darkdistill: ") and err.count("\n") == 1 and out == "" and len(err) < 1600
+    ), err
     assert "Traceback" not in err
-    for w in words: assert w in err, err
+    for w in words:
+        assert w in err, err
     assert list(tmp_path.iterdir()) == [] and contents(files) == before
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere"
+)
 def test_no_permission(tmp_path, capsys):
-    (tmp_path / "locked").mkdir(); (tmp_path / "locked").chmod(0o500)
-    try: assert cli.main(["run", "--out", str(tmp_path / "locked" / "run")]) == 2
-    finally: (tmp_path / "locked").chmod(0o700)
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked").chmod(0o500)
+    try:
+        assert cli.main(["run", "--out", str(tmp_path / "locked" / "run")]) == 2
+    finally:
+        (tmp_path / "locked").chmod(0o700)
     assert "permission" in capsys.readouterr().err
 
 
 ODD = {"empty": "", "a zero inside": "a\0b", "half a character": "\udcff", "endless": "x" * 5000}
 
+
 @pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
-@pytest.mark.parametrize("words", ["run --out", "run --config", "run --resume", "run --data", "run --arch", "run --workers", "run --net", "compare",
-                                   "report", "compare x --html", "lab", ""])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "run --out",
+        "run --config",
+        "run --resume",
+        "run --data",
+        "run --arch",
+        "run --workers",
+        "run --net",
+        "compare",
+        "report",
+        "compare x --html",
+        "lab",
+        "",
+    ],
+)
 def test_odd_words(words, odd, tmp_path, monkeypatch, capsys):
     "Nothing at all, NUL, bytes that are no text, 5000 characters: one sentence, exit code 2, nothing written."
-    if (words, odd) == ("run --out", "\udcff"): pytest.skip("bytes that are no text may name a folder")
+    if (words, odd) == ("run --out", "\udcff"):
+        pytest.skip("bytes that are no text may name a folder")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    monkeypatch.setattr(cli.subprocess, "call", lambda argv: pytest.fail("JupyterLab would be started"))
-    if (words, odd) == ("lab", "\udcff"): pytest.skip("bytes that are no text may name a folder")
+    monkeypatch.setattr(
+        cli.subprocess, "call", lambda argv: pytest.fail("JupyterLab would be started")
+    )
+    if (words, odd) == ("lab", "\udcff"):
+        pytest.skip("bytes that are no text may name a folder")
     monkeypatch.chdir(tmp_path)
     assert cli.main([*words.split(), odd]) == 2
     out, err = capsys.readouterr()
-    assert err.startswith("darkdistill: ") and err.count("\n") == 1 and out == "" and len(err) < 1600, err
+    assert (
+        err.startswith("darkdistill: ") and err.count("\n") == 1 and out == "" and len(err) < 1600
+    ), err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_seen_before_the_training(tmp_path, monkeypatch, capsys):
     "The room for weights and report is looked for first."
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
+    )
     assert cli.main(["run", *TINY]) == 2
     err = capsys.readouterr().err
-    assert re.search(r"out='runs/digits-001' needs about \d+ MB of disk, but .* has 1 MB\n$", err), err
+    assert re.search(
+        r"out='runs/digits-001' needs about \d+ MB of disk, but .* has 1 MB\n$", err
+    ), err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_settings_from_numpy_are_stored_as_plain_numbers():
-    config = cli.make_config(dict(rounds=np.int64(3), gamma=np.float32(.5), seeds=np.arange(2), tiers=np.array([.5, .5]), alone=np.bool_(False),
-                                  lr=np.float64(.1), n_train=np.uint8(200), net=dict(width=np.int64(8), list=np.arange(2)), data=Path("digits")))
+    config = cli.make_config(
+        dict(
+            rounds=np.int64(3),
+            gamma=np.float32(0.5),
+            seeds=np.arange(2),
+            tiers=np.array([0.5, 0.5]),
+            alone=np.bool_(False),
+            lr=np.float64(0.1),
+            n_train=np.uint8(200),
+            net=dict(width=np.int64(8), list=np.arange(2)),
+            data=Path("digits"),
+        )
+    )
     assert json.loads(json.dumps(config)) == config
-    assert (config["seeds"], config["tiers"], config["alone"], config["net"]) == ([0, 1], [.5, .5], False, dict(width=8, list=[0, 1]))
-    for name, value in (("rounds", np.float64(2)), ("rounds", np.bool_(True)), ("gamma", np.float32("nan")), ("seeds", np.array([.5])),
-                        ("alone", np.int64(1)), ("net", dict(width={1})), ("net", dict(width=b"8")), ("net", {1: 2}), ("data", np.array(["digits"]))):
-        with pytest.raises(ValueError, match=f"^{name}="): cli.make_config({name: value})
+    assert (config["seeds"], config["tiers"], config["alone"], config["net"]) == (
+        [0, 1],
+        [0.5, 0.5],
+        False,
+        dict(width=8, list=[0, 1]),
+    )
+    for name, value in (
+        ("rounds", np.float64(2)),
+        ("rounds", np.bool_(True)),
+        ("gamma", np.float32("nan")),
+        ("seeds", np.array([0.5])),
+        ("alone", np.int64(1)),
+        ("net", dict(width={1})),
+        ("net", dict(width=b"8")),
+        ("net", {1: 2}),
+        ("data", np.array(["digits"])),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}="):
+            cli.make_config({name: value})
     for given in ([], 5, "rounds=3"):
-        with pytest.raises(ValueError, match="config=.* must be a dict"): cli.make_config(given)
+        with pytest.raises(ValueError, match="config=.* must be a dict"):
+            cli.make_config(given)
 
 
-@pytest.mark.parametrize("argv, word", [(["rnu"], "did you mean 'run'?"), (["compare"], "RUN"), (["compare", "nowhere"], "nowhere"),
-                                        (["report", "nowhere"], "nowhere"), (["--verion"], "did you mean '--version'?")])
+@pytest.mark.parametrize(
+    "argv, word",
+    [
+        (["rnu"], "did you mean 'run'?"),
+        (["compare"], "RUN"),
+        (["compare", "nowhere"], "nowhere"),
+        (["report", "nowhere"], "nowhere"),
+        (["--verion"], "did you mean '--version'?"),
+    ],
+)
 def test_bad_commands(argv, word, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(argv) == 2
@@ -233,40 +362,64 @@ def test_bad_commands(argv, word, capsys, tmp_path, monkeypatch):
 def test_bad_input_from_a_shell(tmp_path):
     "The same through a real process: exit code, one line, no traceback."
     r = darkdistill("run", "--gamma", "0", cwd=tmp_path)
-    assert (r.returncode, r.stdout, r.stderr.count("\n")) == (2, "", 1) and r.stderr.startswith("darkdistill: gamma='0'")
+    assert (r.returncode, r.stdout, r.stderr.count("\n")) == (2, "", 1) and r.stderr.startswith(
+        "darkdistill: gamma='0'"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------- help
 
+
 def test_help_costs_no_torch(tmp_path):
     "--help, --version and a mistyped option are answered without loading PyTorch or anything else heavy."
-    for args in (["--help"], ["run", "--help"], ["--version"], ["run", "--gamma", "0"], ["run", "--methods", "x"]):
-        code = (f"import sys; from darkdistill_nb.cli import main\ntry: main({args})\nexcept SystemExit: pass\n"
-                f"print('LOADED', sorted({{m.split('.')[0] for m in sys.modules}} & {{'torch', 'numpy', 'plotly', 'timm', 'sklearn', 'tqdm'}}))")
-        r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    for args in (
+        ["--help"],
+        ["run", "--help"],
+        ["--version"],
+        ["run", "--gamma", "0"],
+        ["run", "--methods", "x"],
+    ):
+        code = (
+            f"import sys; from darkdistill_nb.cli import main\ntry: main({args})\nexcept SystemExit: pass\n"
+            f"print('LOADED', sorted({{m.split('.')[0] for m in sys.modules}} & {{'torch', 'numpy', 'plotly', 'timm', 'sklearn', 'tqdm'}}))"
+        )
+        r = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+        )
         assert r.stdout.splitlines()[-1] == "LOADED []", r.stdout + r.stderr
 
 
 def test_help_teaches(capsys):
     "Every setting is one entry with its default; there are examples; nothing is wider than a terminal."
-    with pytest.raises(SystemExit) as e: cli.main(["run", "--help"])
+    with pytest.raises(SystemExit) as e:
+        cli.main(["run", "--help"])
     text = capsys.readouterr().out
     assert e.value.code == 0
-    for o in cli.OPTIONS.values(): assert re.search(rf"^  --{o.name.replace('_', '-')}\b", text, re.M), o.name
+    for o in cli.OPTIONS.values():
+        assert re.search(rf"^  --{o.name.replace('_', '-')}\b", text, re.M), o.name
     assert text.count("\n  darkdistill run") >= 6
-    for default in ("[digits]", "[20]", "[0.5]", "[40]", "[0,1,2]", "[eefl,darkdistill]", "[cpu]"): assert default in " ".join(text.split()), default
+    for default in ("[digits]", "[20]", "[0.5]", "[40]", "[0,1,2]", "[eefl,darkdistill]", "[cpu]"):
+        assert default in " ".join(text.split()), default
 
 
 def test_every_example_in_the_help_parses():
     for line in cli.EXAMPLES.splitlines():
-        if m := re.match(r"  darkdistill (.*?)(  |$)", line): cli._parse(m[1].split())
+        if m := re.match(r"  darkdistill (.*?)(  |$)", line):
+            cli._parse(m[1].split())
 
 
 def test_version_and_entry_point(capsys):
     assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out.strip() == f"darkdistill {importlib.metadata.version('darkdistill_nb')}"
-    scripts = [e for e in importlib.metadata.entry_points(group="console_scripts") if e.name == "darkdistill"]
+    assert (
+        capsys.readouterr().out.strip()
+        == f"darkdistill {importlib.metadata.version('darkdistill_nb')}"
+    )
+    scripts = [
+        e
+        for e in importlib.metadata.entry_points(group="console_scripts")
+        if e.name == "darkdistill"
+    ]
     assert scripts and scripts[0].value == "darkdistill_nb.cli:main"
 
 
@@ -274,10 +427,18 @@ def test_version_and_entry_point(capsys):
 def test_the_package_can_be_run(module, tmp_path):
     "python -m darkdistill_nb and python -m darkdistill_nb.cli are the command, with worker processes, too."
     command = [sys.executable, "-m", module]
-    r = subprocess.run([*command, "run", "--gamma", "0"], cwd=tmp_path, capture_output=True, text=True, timeout=LONG)
+    r = subprocess.run(
+        [*command, "run", "--gamma", "0"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=LONG,
+    )
     assert r.returncode == 2 and r.stderr.startswith("darkdistill: gamma='0'")
     tiny = [*on_two_cores(1), "--methods", "eefl", "--out", "run"]
-    r = subprocess.run([*command, "run", *tiny], cwd=tmp_path, capture_output=True, text=True, timeout=LONG)
+    r = subprocess.run(
+        [*command, "run", *tiny], cwd=tmp_path, capture_output=True, text=True, timeout=LONG
+    )
     assert r.returncode == 0 and (tmp_path / "run/record.json").is_file(), r.stderr
 
 
@@ -288,6 +449,7 @@ def test_no_command_prints_help(capsys):
 
 # ---------------------------------------------------------------- good input
 
+
 @pytest.fixture(scope="module")
 def two_runs(tmp_path_factory):
     "The same command twice in one place, without --out: two folders."
@@ -297,35 +459,67 @@ def two_runs(tmp_path_factory):
 
 def test_same_command_twice_same_weights(two_runs):
     d, results = two_runs
-    for r in results: assert r.returncode == 0, r.stderr
+    for r in results:
+        assert r.returncode == 0, r.stderr
     a, b = d / "runs/digits-001", d / "runs/digits-002"
-    assert sorted(p.name for p in a.iterdir()) == ["config.json", "record.json", "report.html", "weights"]
+    assert sorted(p.name for p in a.iterdir()) == [
+        "config.json",
+        "record.json",
+        "report.html",
+        "weights",
+    ]
     weights = sorted(p.name for p in (a / "weights").iterdir())
     assert weights == ["darkdistill-seed0.safetensors", "eefl-seed0.safetensors"]
-    for w in weights: assert (a / "weights" / w).read_bytes() == (b / "weights" / w).read_bytes()
+    for w in weights:
+        assert (a / "weights" / w).read_bytes() == (b / "weights" / w).read_bytes()
 
 
 def test_output_of_a_run(two_runs):
     "The table with both methods, and the path of the report, on the output stream; progress on the error stream."
     d, (r, _) = two_runs
-    for word in ("EEFL", "DarkDistill", "exit 2", "mean of exits", "minus EEFL", "one client alone", "report: runs/digits-001/report.html"):
+    for word in (
+        "EEFL",
+        "DarkDistill",
+        "exit 2",
+        "mean of exits",
+        "minus EEFL",
+        "one client alone",
+        "report: runs/digits-001/report.html",
+    ):
         assert word in r.stdout, word
     assert "100%" in r.stderr and "mean accuracy" not in r.stdout
 
 
 def test_record_of_a_run(two_runs):
     from darkdistill_nb.training import load_record, load_tensors
+
     folder = two_runs[0] / "runs/digits-001"
     record = load_record(folder)
     assert [(r["method"], r["seed"]) for r in record.runs] == [("eefl", 0), ("darkdistill", 0)]
-    assert record.config["clients"] == 6 and record.config["tiers"] == [.5, .5] and record.config["net"] == {"width": 8, "stages": 2}
-    assert record.command == " ".join(["darkdistill run", *TINY]) and record.seconds > 0 and record.versions["torch"]
+    assert (
+        record.config["clients"] == 6
+        and record.config["tiers"] == [0.5, 0.5]
+        and record.config["net"] == {"width": 8, "stages": 2}
+    )
+    assert (
+        record.command == " ".join(["darkdistill run", *TINY])
+        and record.seconds > 0
+        and record.versions["torch"]
+    )
     for r in record.runs:
-        assert len(r["rounds"]) == 2 and len(r["final"]["accuracy"]) == 2 and len(r["final"]["budget"]) == 39
+        assert (
+            len(r["rounds"]) == 2
+            and len(r["final"]["accuracy"]) == 2
+            and len(r["final"]["budget"]) == 39
+        )
         assert r["final"]["bytes_up"] == sum(row["bytes_up"] for row in r["rounds"]) > 0
         assert set(r["final"]["difficulty"]) == {"1", "2"}
-        load_tensors(folder / r["weights"], record.info["files"][r["weights"]])   # raises if the hash differs
-    assert len(record.info["alone"]["0"]) == 6 and sorted(c["tier"] for c in record.info["alone"]["0"]) == [1, 1, 1, 2, 2, 2]
+        load_tensors(
+            folder / r["weights"], record.info["files"][r["weights"]]
+        )  # raises if the hash differs
+    assert len(record.info["alone"]["0"]) == 6 and sorted(
+        c["tier"] for c in record.info["alone"]["0"]
+    ) == [1, 1, 1, 2, 2, 2]
     config = json.loads((folder / "config.json").read_text())
     assert config["config"] == record.config
 
@@ -337,43 +531,62 @@ def test_report_is_self_contained(two_runs):
     assert not re.findall(r"<script[^>]*\ssrc|<img|<iframe|https?://|url\(|@import", tags)
     assert re.findall(r"<link[^>]*>", tags) == ['<link rel="icon" href="data:,">']
     assert page.count("plotly.js v") == 1 and page.count("<figure") == 7
-    assert len(re.findall(r'"showSendToCloud": ?false', page)) == 7     # one per figure
+    assert len(re.findall(r'"showSendToCloud": ?false', page)) == 7  # one per figure
 
 
 def test_compare_and_report(two_runs, capsys, monkeypatch):
     d, _ = two_runs
     monkeypatch.chdir(d)
-    r = darkdistill("run", *TINY, "--gamma", "5", "--methods", "eefl", "--no-alone", "--out", "other", cwd=d)
+    r = darkdistill(
+        "run", *TINY, "--gamma", "5", "--methods", "eefl", "--no-alone", "--out", "other", cwd=d
+    )
     assert r.returncode == 0, r.stderr
     assert "one client alone" not in r.stdout
     assert cli.main("compare runs/digits-001 runs/digits-002 other --html both.html".split()) == 0
     out = capsys.readouterr().out
     row = lambda name: next(l for l in out.splitlines() if l.startswith(name))
-    assert "+0.00" in row("digits-002: EEFL") and "not paired" in row("other: EEFL")     # the same run again; other clients
+    assert "+0.00" in row("digits-002: EEFL") and "not paired" in row(
+        "other: EEFL"
+    )  # the same run again; other clients
     assert re.search(r"^gamma +0\.5 +0\.5 +5$", out, re.M)
     page = (d / "both.html").read_text()
     assert "other: EEFL" in page and page.count("<figure") == 1
     (d / "runs/digits-001/report.html").unlink()
-    assert cli.main(["report", "runs/digits-001"]) == 0 and (d / "runs/digits-001/report.html").stat().st_size > 1_000_000
+    assert (
+        cli.main(["report", "runs/digits-001"]) == 0
+        and (d / "runs/digits-001/report.html").stat().st_size > 1_000_000
+    )
     (d / "notes.html").write_text("my notes")
-    assert cli.main("compare runs/digits-001 --html notes.html".split()) == 2 and (d / "notes.html").read_text() == "my notes"
+    assert (
+        cli.main("compare runs/digits-001 --html notes.html".split()) == 2
+        and (d / "notes.html").read_text() == "my notes"
+    )
 
 
 def test_config_file_and_options(tmp_path, monkeypatch, capsys, files):
     "A file for all settings; options win; own data from an npz file."
-    (tmp_path / "c.toml").write_text(f'data = "{files}/good.npz"\nrounds = 9\nseeds = [4]\n'
-                                     'clients = 4\nalone = false\nmethods = ["eefl"]\nout = "from_file"\nworkers = 1\n[net]\nwidth = 8\nstages = 2\n')
+    (tmp_path / "c.toml").write_text(
+        f'data = "{files}/good.npz"\nrounds = 9\nseeds = [4]\n'
+        'clients = 4\nalone = false\nmethods = ["eefl"]\nout = "from_file"\nworkers = 1\n[net]\nwidth = 8\nstages = 2\n'
+    )
     monkeypatch.chdir(tmp_path)
     assert cli.main("run --config c.toml --rounds 1".split()) == 0, capsys.readouterr().err
     config = json.loads((tmp_path / "from_file/config.json").read_text())["config"]
-    assert (config["rounds"], config["seeds"], config["net"], config["methods"]) == (1, [4], {"width": 8, "stages": 2}, ["eefl"])
+    assert (config["rounds"], config["seeds"], config["net"], config["methods"]) == (
+        1,
+        [4],
+        {"width": 8, "stages": 2},
+        ["eefl"],
+    )
     assert "good" in capsys.readouterr().out or (tmp_path / "from_file/report.html").exists()
 
 
 def test_workers_do_not_change_the_result(two_runs):
     "One job on two cores: its clients are spread over two processes, and the weights are the same."
     d, _ = two_runs
-    r = darkdistill("run", *on_two_cores(), "--methods", "eefl", "--no-alone", "--out", "spread", cwd=d)
+    r = darkdistill(
+        "run", *on_two_cores(), "--methods", "eefl", "--no-alone", "--out", "spread", cwd=d
+    )
     assert r.returncode == 0, r.stderr
     name = "weights/eefl-seed0.safetensors"
     assert (d / "spread" / name).read_bytes() == (d / "runs/digits-001" / name).read_bytes()
@@ -381,14 +594,23 @@ def test_workers_do_not_change_the_result(two_runs):
 
 # ---------------------------------------------------------------- failures on the way
 
+
 def test_diverging_training_is_one_sentence(tmp_path):
     "A job that fails in its process ends the run with one sentence and exit code 1, and the folder stays."
     args = on_two_cores()
     r = darkdistill("run", *args, "--lr", "1e30", "--out", "run", cwd=tmp_path)
     assert r.returncode == 1
     last = r.stderr.strip().splitlines()[-1]
-    assert last.startswith("darkdistill: ") and "seed 0 failed: the training loss is" in last and "lower lr" in last, r.stderr
-    assert "Traceback" not in r.stderr and (tmp_path / "run/config.json").exists() and not (tmp_path / "run/record.json").exists()
+    assert (
+        last.startswith("darkdistill: ")
+        and "seed 0 failed: the training loss is" in last
+        and "lower lr" in last
+    ), r.stderr
+    assert (
+        "Traceback" not in r.stderr
+        and (tmp_path / "run/config.json").exists()
+        and not (tmp_path / "run/record.json").exists()
+    )
 
 
 def test_a_resume_is_not_promised_where_the_same_would_happen_again(tmp_path, capsys):
@@ -396,18 +618,27 @@ def test_a_resume_is_not_promised_where_the_same_would_happen_again(tmp_path, ca
     args = [*TINY, "--methods", "eefl", "--no-alone", "--out"]
     assert cli.main(["run", *args, str(tmp_path / "a"), "--lr", "1e30"]) == 1
     assert "lower lr" in (err := capsys.readouterr().err) and "--resume" not in err
-    def full(*_): raise OSError(28, "No space left on device")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
     with pytest.MonkeyPatch.context() as m:
         m.setattr("darkdistill_nb.federated.save_state", full)
         assert cli.main(["run", *args, str(tmp_path / "b")]) == 1
-    assert "No space left" in (err := capsys.readouterr().err) and f"continue with: darkdistill run --resume {tmp_path}/b" in err
+    assert (
+        "No space left" in (err := capsys.readouterr().err)
+        and f"continue with: darkdistill run --resume {tmp_path}/b" in err
+    )
 
 
 def group_is_empty(group):
     def no_process_is_left():
-        try: os.killpg(group, 0)
-        except ProcessLookupError: return True
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
         return False
+
     return no_process_is_left
 
 
@@ -415,21 +646,34 @@ def group_is_empty(group):
 def long_run(tmp_path, wait_until):
     "A run of many rounds with worker processes, stopped in the middle: long_run() -> its process, with checkpoints in run/jobs."
     started = []
+
     def start():
-        p = subprocess.Popen([*COMMAND, "run", *on_two_cores(rounds=100_000), "--out", "run"], cwd=tmp_path, text=True, start_new_session=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # a background job would ignore it
+        p = subprocess.Popen(
+            [*COMMAND, "run", *on_two_cores(rounds=100_000), "--out", "run"],
+            cwd=tmp_path,
+            text=True,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # a background job would ignore it
         started.append(p)
-        def a_checkpoint(): return list(tmp_path.glob("run/jobs/*.safetensors"))
+
+        def a_checkpoint():
+            return list(tmp_path.glob("run/jobs/*.safetensors"))
+
         wait_until(a_checkpoint, p)
         return p
+
     yield start
     for p in started:
-        with contextlib.suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(p.pid, signal.SIGKILL)
         p.communicate()
 
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and process groups")
+
 
 @posix
 def test_ctrl_c_stops_everything(tmp_path, long_run, wait_until):
@@ -438,10 +682,16 @@ def test_ctrl_c_stops_everything(tmp_path, long_run, wait_until):
     os.killpg(p.pid, signal.SIGINT)
     out, err = p.communicate(timeout=LONG)
     assert p.returncode == 130, err
-    assert ("Traceback" not in err
-            and err.strip().splitlines()[-1] == "darkdistill: stopped; finished rounds are kept, continue with: darkdistill run --resume run")
+    assert (
+        "Traceback" not in err
+        and err.strip().splitlines()[-1]
+        == "darkdistill: stopped; finished rounds are kept, continue with: darkdistill run --resume run"
+    )
     wait_until(group_is_empty(p.pid))
-    assert list((tmp_path / "run/jobs").glob("*.safetensors")) and not (tmp_path / "run/record.json").exists()
+    assert (
+        list((tmp_path / "run/jobs").glob("*.safetensors"))
+        and not (tmp_path / "run/record.json").exists()
+    )
 
 
 @posix
@@ -451,7 +701,10 @@ def test_sigterm_stops_everything(long_run, wait_until):
     p.terminate()
     out, err = p.communicate(timeout=LONG)
     assert p.returncode == 143 and "Traceback" not in err, err
-    assert err.strip().splitlines()[-1] == "darkdistill: stopped; finished rounds are kept, continue with: darkdistill run --resume run"
+    assert (
+        err.strip().splitlines()[-1]
+        == "darkdistill: stopped; finished rounds are kept, continue with: darkdistill run --resume run"
+    )
     wait_until(group_is_empty(p.pid))
 
 
@@ -469,12 +722,19 @@ def test_children_end_when_the_main_process_is_killed(tmp_path, long_run, wait_u
 def test_a_worker_that_is_killed_ends_the_run(tmp_path, long_run, wait_until):
     "By the system, when memory is short: one sentence, a way to go on, and the other workers end."
     p = long_run()
-    children = [int(c) for t in Path(f"/proc/{p.pid}/task").iterdir() for c in (t / "children").read_text().split()]
+    children = [
+        int(c)
+        for t in Path(f"/proc/{p.pid}/task").iterdir()
+        for c in (t / "children").read_text().split()
+    ]
     workers = [c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
     os.kill(workers[0], signal.SIGKILL)
     out, err = p.communicate(timeout=LONG)
     last = err.strip().splitlines()[-1]
-    assert p.returncode == 1 and "exit code -9 (-9 often means: out of memory); finished rounds are kept" in last, err
+    assert (
+        p.returncode == 1
+        and "exit code -9 (-9 often means: out of memory); finished rounds are kept" in last
+    ), err
     wait_until(group_is_empty(p.pid))
 
 
@@ -483,58 +743,100 @@ def test_workers_hold_the_lock(tmp_path):
     "As long as a worker lives, nobody else works in the folder, even if the process that took the lock has gone."
     config = cli.make_config(dict(clients=4, net=dict(width=8)))
     folder = cli._make_folder(tmp_path / "run", dict(config=config))
-    with cli._locked(folder, 0) as lock: spawn, procs = cli._start(1, config, str(folder), 1, lock)
+    with cli._locked(folder, 0) as lock:
+        spawn, procs = cli._start(1, config, str(folder), 1, lock)
     try:
         with pytest.raises(ValueError, match="in use"):
-            with cli._locked(folder, 0): pass
-    finally: spawn.end()
-    with cli._locked(folder, 0): pass
+            with cli._locked(folder, 0):
+                pass
+    finally:
+        spawn.end()
+    with cli._locked(folder, 0):
+        pass
 
 
-UNGUARDED = {"an experiment": "from darkdistill_nb.cli import run_experiment\n"
-                              "small = dict(rounds=1, seeds=2, clients=4, alone=False, net=dict(width=8, stages=2), n_train=100, n_test=50)\n"
-                              "run_experiment(small, workers=2, progress=False)",
-             "a grid": "from darkdistill_nb.cells import each\nprint(list(each(abs, [1, 2, 3], 2)))",
-             "a simulation": "from darkdistill_nb.data import load\nfrom darkdistill_nb.early_exit import cnn\n"
-                             "from darkdistill_nb.federated import EEFL, make_clients, simulate\ntrain, test = load('digits', n_train=100, n_test=50)\n"
-                             "net = lambda: cnn(train.shape, 10, width=8)\n"
-                             "simulate(EEFL(participation=1.), net, train, test, make_clients(train.y, 4), 1, workers=2, progress=False)"}
+UNGUARDED = {
+    "an experiment": "from darkdistill_nb.cli import run_experiment\n"
+    "small = dict(rounds=1, seeds=2, clients=4, alone=False, net=dict(width=8, stages=2), n_train=100, n_test=50)\n"
+    "run_experiment(small, workers=2, progress=False)",
+    "a grid": "from darkdistill_nb.cells import each\nprint(list(each(abs, [1, 2, 3], 2)))",
+    "a simulation": "from darkdistill_nb.data import load\nfrom darkdistill_nb.early_exit import cnn\n"
+    "from darkdistill_nb.federated import EEFL, make_clients, simulate\ntrain, test = load('digits', n_train=100, n_test=50)\n"
+    "net = lambda: cnn(train.shape, 10, width=8)\n"
+    "simulate(EEFL(participation=1.), net, train, test, make_clients(train.y, 4), 1, workers=2, progress=False)",
+}
+
 
 @pytest.mark.parametrize("script", UNGUARDED.values(), ids=UNGUARDED)
 def test_a_script_without_a_guard_is_told_so_once(script, tmp_path):
     "Its workers import it, and leave where it would begin its work anew: one sentence, no folder, nothing about memory."
     (tmp_path / "script.py").write_text(script)
-    r = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=LONG)
+    r = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=LONG
+    )
     lines = r.stderr.strip().splitlines()
     assert r.returncode == 1 and "__main__" in lines[-1] and "memory" not in r.stderr, r.stderr
-    assert r.stderr.count("Traceback") == 1 and [p.name for p in tmp_path.iterdir()] == ["script.py"], r.stderr
-    guarded = 'if __name__ == "__main__":\n' + "".join(f"    {line}\n" for line in script.splitlines())
+    assert r.stderr.count("Traceback") == 1 and [p.name for p in tmp_path.iterdir()] == [
+        "script.py"
+    ], r.stderr
+    guarded = 'if __name__ == "__main__":\n' + "".join(
+        f"    {line}\n" for line in script.splitlines()
+    )
     (tmp_path / "script.py").write_text(guarded)
-    assert subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, timeout=LONG).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, timeout=LONG
+        ).returncode
+        == 0
+    )
 
 
 # ---------------------------------------------------------------- consoles
+
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437", "cp932", "cp1252", "utf-8"])
 def test_every_console_can_show_the_table(encoding, tmp_path):
     "A character that the console lacks is replaced; in no case does a command fail because of it."
     from darkdistill_nb.training import asset
+
     (tmp_path / "ä 漢").mkdir()
     shutil.copy(asset("digits_default.json"), tmp_path / "ä 漢/record.json")
-    for words in (["compare", "ä 漢", "ä 漢", "--html", "é.html"], ["report", "ä 漢"], ["run", "--help"], ["report", "漢"]):
-        r = subprocess.run([*COMMAND, *words], cwd=tmp_path, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding}, timeout=LONG)
+    for words in (
+        ["compare", "ä 漢", "ä 漢", "--html", "é.html"],
+        ["report", "ä 漢"],
+        ["run", "--help"],
+        ["report", "漢"],
+    ):
+        r = subprocess.run(
+            [*COMMAND, *words],
+            cwd=tmp_path,
+            capture_output=True,
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+            timeout=LONG,
+        )
         assert r.returncode == (2 if words == ["report", "漢"] else 0), r.stderr
         r.stdout.decode(encoding), r.stderr.decode(encoding)
-    for page in ("é.html", "ä 漢/report.html"): assert "±" in (tmp_path / page).read_text(encoding="utf-8")
+    for page in ("é.html", "ä 漢/report.html"):
+        assert "±" in (tmp_path / page).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("env", [dict(PYTHONIOENCODING="ascii"), dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")], ids=["ascii", "C"])
+@pytest.mark.parametrize(
+    "env",
+    [dict(PYTHONIOENCODING="ascii"), dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")],
+    ids=["ascii", "C"],
+)
 def test_a_run_ends_well_on_a_console_of_ascii(env, tmp_path):
     "Bar, table and errors, also where file names are read as ASCII; the files are in UTF-8 all the same."
     data = "größe.npz" if "LC_ALL" not in env else "size.npz"
     npz(tmp_path / data)
     words = ["run", *TINY, "--methods", "eefl", "--data", data, "--out", "übung 漢"]
-    r = subprocess.run([*COMMAND, *words], cwd=tmp_path, capture_output=True, env={**os.environ, **env}, timeout=LONG)
+    r = subprocess.run(
+        [*COMMAND, *words],
+        cwd=tmp_path,
+        capture_output=True,
+        env={**os.environ, **env},
+        timeout=LONG,
+    )
     assert r.returncode == 0 and b"EEFL" in r.stdout, r.stderr
     assert f"on {data[:-4]}" in (tmp_path / "übung 漢/report.html").read_text(encoding="utf-8")
 
@@ -542,23 +844,44 @@ def test_a_run_ends_well_on_a_console_of_ascii(env, tmp_path):
 def test_a_closed_pipe_is_no_failure(tmp_path):
     "darkdistill report RUN | head -0"
     from darkdistill_nb.training import asset
+
     shutil.copy(asset("digits_default.json"), tmp_path / "record.json")
-    p = subprocess.Popen([*COMMAND, "compare", "."], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    p = subprocess.Popen(
+        [*COMMAND, "compare", "."], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     p.stdout.close()
     assert (p.stderr.read(), p.wait(LONG)) == (b"", 0)
 
 
 # ---------------------------------------------------------------- files from outside
 
+
 def test_damaged_records_are_one_sentence(tmp_path, capsys):
     "Whatever a record.json holds, `report` and `compare` end with exit code 0, or 2 and one sentence that names it."
     from darkdistill_nb.training import asset
+
     good = json.loads(asset("digits_default.json").read_text(encoding="utf-8"))
     run = good["runs"][0]
-    others = dict(no_runs=dict(runs=[]), number=dict(runs=[3]), empty=dict(runs=[{}]), config=dict(config={}), info=dict(info={}), text=dict(runs="x"),
-                  final=dict(runs=[{**run, "final": {}}]), rounds=dict(runs=[{**run, "rounds": 5}]), alone=dict(info={**good["info"], "alone": [1]}),
-                  accuracy=dict(runs=[{**run, "final": {**run["final"], "accuracy": "high"}}]), newer=dict(notes="a later version"))
-    texts = {**{k: json.dumps({**good, **v}) for k, v in others.items()}, "nested": "[" * 100_000, "binary": "\0\1", "list": "[]", "nothing": ""}
+    others = dict(
+        no_runs=dict(runs=[]),
+        number=dict(runs=[3]),
+        empty=dict(runs=[{}]),
+        config=dict(config={}),
+        info=dict(info={}),
+        text=dict(runs="x"),
+        final=dict(runs=[{**run, "final": {}}]),
+        rounds=dict(runs=[{**run, "rounds": 5}]),
+        alone=dict(info={**good["info"], "alone": [1]}),
+        accuracy=dict(runs=[{**run, "final": {**run["final"], "accuracy": "high"}}]),
+        newer=dict(notes="a later version"),
+    )
+    texts = {
+        **{k: json.dumps({**good, **v}) for k, v in others.items()},
+        "nested": "[" * 100_000,
+        "binary": "\0\1",
+        "list": "[]",
+        "nothing": "",
+    }
     for name, text in texts.items():
         (tmp_path / "record.json").write_text(text)
         for words in (["report", str(tmp_path)], ["compare", str(tmp_path)]):
@@ -570,18 +893,30 @@ def test_damaged_records_are_one_sentence(tmp_path, capsys):
 
 # ---------------------------------------------------------------- lab
 
+
 def test_lab(tmp_path, monkeypatch, capsys):
     "Copies of the tutorials never replace a student's work, and JupyterLab is started on them; without it there is one sentence."
-    shared = tmp_path / "_tutorials"; shared.mkdir()
-    (shared / "lab1.ipynb").write_text("fresh"); (shared / "lab2.ipynb").write_text("fresh")
-    (tmp_path / "mine").mkdir(); (tmp_path / "mine/lab1.ipynb").write_text("my answers")
+    shared = tmp_path / "_tutorials"
+    shared.mkdir()
+    (shared / "lab1.ipynb").write_text("fresh")
+    (shared / "lab2.ipynb").write_text("fresh")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/lab1.ipynb").write_text("my answers")
     started = []
     monkeypatch.setattr(training, "shipped", lambda what, here=None: shared)
     monkeypatch.setattr(cli.subprocess, "call", lambda argv: started.append(argv) or 0)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     assert cli.main(["lab", str(tmp_path / "mine"), "--no-browser"]) == 0
-    assert [a for a in started[0] if a != "--allow-root"] == [sys.executable, "-m", "jupyterlab", str(tmp_path / "mine"), "--no-browser"]
-    assert (tmp_path / "mine/lab1.ipynb").read_text() == "my answers" and (tmp_path / "mine/lab2.ipynb").read_text() == "fresh"
+    assert [a for a in started[0] if a != "--allow-root"] == [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        str(tmp_path / "mine"),
+        "--no-browser",
+    ]
+    assert (tmp_path / "mine/lab1.ipynb").read_text() == "my answers" and (
+        tmp_path / "mine/lab2.ipynb"
+    ).read_text() == "fresh"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["lab"]) == 2
     assert 'pip install "darkdistill-nb[lab]"' in capsys.readouterr().err
@@ -591,16 +926,25 @@ def test_lab_opens_jupyterlab_on_the_tutorials(tmp_path):
     "The server really starts (also in a container, where everybody is root) on copies without the instructor's solutions."
     pytest.importorskip("jupyterlab")
     folder = tmp_path / "labs"
-    p = subprocess.Popen([*COMMAND, "lab", str(folder), "--no-browser"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    timer = threading.Timer(LONG, lambda: os.killpg(p.pid, signal.SIGKILL)); timer.start()
+    p = subprocess.Popen(
+        [*COMMAND, "lab", str(folder), "--no-browser"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    timer = threading.Timer(LONG, lambda: os.killpg(p.pid, signal.SIGKILL))
+    timer.start()
     try:
         seen = ""
         for line in p.stdout:
             seen += line
-            if "/lab?token=" in line or "/lab/tree" in line: break
+            if "/lab?token=" in line or "/lab/tree" in line:
+                break
         assert "http://" in seen and "/lab" in seen, seen
         assert list(folder.glob("lab01*.ipynb")) and not (folder / "instructor").exists()
     finally:
         timer.cancel()
-        with contextlib.suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(p.pid, signal.SIGKILL)
         p.wait()

@@ -1,11 +1,14 @@
 """torchvision beside a PyTorch it was not built for: repaired where broken, untouched where healthy. Each case runs in its own process."""
+
 import subprocess, sys, textwrap
 import pytest
 
 
 def python(code, ok=True):
     "Run `code` in a fresh interpreter and return what it printed."
-    r = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    r = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120
+    )
     assert (r.returncode == 0) == ok, r.stdout + r.stderr
     return r.stdout + r.stderr
 
@@ -34,7 +37,10 @@ assert torch.ops.torchvision.nms(torch.zeros(1, 4), torch.ones(1), 0.5).tolist()
 
 
 def test_broken_install_is_repaired():
-    python(BROKEN + ASK + """
+    python(
+        BROKEN
+        + ASK
+        + """
 assert shimmed is True and compat.ensure_torchvision() is True
 import torchvision
 from torchvision import datasets
@@ -45,7 +51,8 @@ assert fake[0][0].shape == (3, 8, 8) and 0 <= fake[1][1] < 4
 import timm
 net = timm.create_model("deit_tiny_patch16_224", num_classes=10).eval()
 with torch.no_grad(): assert net(torch.zeros(1, 3, 224, 224)).shape == (1, 10)
-""")
+"""
+    )
 
 
 def test_without_the_repair_the_broken_install_fails():
@@ -55,43 +62,70 @@ def test_without_the_repair_the_broken_install_fails():
 
 @pytest.mark.parametrize("first", ["torchvision", "timm"])
 def test_repair_after_a_failed_import(first):
-    python(BROKEN + f"""
+    python(
+        BROKEN
+        + f"""
 import sys
 try: import {first}
 except Exception: pass
 else: raise SystemExit("the import was expected to fail")
-""" + ASK + """
+"""
+        + ASK
+        + """
 assert shimmed and "torchvision" not in sys.modules and not [m for m in sys.modules if m.startswith("torchvision.")]
 import torchvision, timm, torchvision.transforms
 assert torchvision.extension._has_ops() is False
 assert timm.create_model("vit_tiny_patch16_224", num_classes=2).num_classes == 2
-""")
+"""
+    )
 
 
 def test_a_missing_operator_is_an_error_not_an_answer():
-    out = python(BROKEN + ASK + """
+    out = python(
+        BROKEN
+        + ASK
+        + """
 import torchvision
 for call in (torchvision.ops.nms, torch.ops.torchvision.nms, torch.ops.torchvision.qnms):
     try: call(torch.tensor([[0., 0., 1., 1.]]), torch.ones(1), 0.5)
     except RuntimeError as e: print("refused:", e)
-""")
+"""
+    )
     assert out.count("refused:") == 3 and out.count("torchvision") >= 3
 
 
 def test_healthy_install_operators_already_there():
-    python(REGISTER + "register()\n" + ASK + "assert shimmed is False and not compat._declared\n" + USE)
+    python(
+        REGISTER + "register()\n" + ASK + "assert shimmed is False and not compat._declared\n" + USE
+    )
 
 
 def test_healthy_install_library_loads():
-    python(REGISTER + "torch.ops.load_library = register\n" + ASK + "assert shimmed is False and not compat._declared\n" + USE)
+    python(
+        REGISTER
+        + "torch.ops.load_library = register\n"
+        + ASK
+        + "assert shimmed is False and not compat._declared\n"
+        + USE
+    )
 
 
 def test_torchvision_already_imported_is_left_alone():
-    python(REGISTER + "register()\nimport torchvision\n" + ASK + "assert shimmed is False and not compat._declared\n" + USE)
+    python(
+        REGISTER
+        + "register()\nimport torchvision\n"
+        + ASK
+        + "assert shimmed is False and not compat._declared\n"
+        + USE
+    )
 
 
 def test_asking_does_not_import_torchvision():
-    python(BROKEN + ASK + "import sys; assert not [m for m in sys.modules if m.split('.')[0] in ('torchvision', 'timm')]")
+    python(
+        BROKEN
+        + ASK
+        + "import sys; assert not [m for m in sys.modules if m.split('.')[0] in ('torchvision', 'timm')]"
+    )
 
 
 def test_missing_torchvision_is_named():
@@ -108,9 +142,12 @@ def test_missing_torchvision_is_named():
 
 def test_this_install_imports_after_one_call():
     "Whatever this machine has, after the call torchvision and timm import, and a real nms either works or refuses."
-    python(ASK + """
+    python(
+        ASK
+        + """
 import torch, torchvision, timm
 try: keep = torchvision.ops.nms(torch.tensor([[0., 0., 1., 1.]]), torch.ones(1), 0.5)
 except RuntimeError: assert shimmed
 else: assert not shimmed and keep.tolist() == [0]
-""")
+"""
+    )

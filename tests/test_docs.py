@@ -1,4 +1,5 @@
 """The documentation site as files: a page for every notebook, its equations, figures and table headings. `test_site.py` looks at it in a browser."""
+
 import json, re, subprocess, sys
 from pathlib import Path
 import pytest
@@ -10,15 +11,23 @@ ROOT = Path(__file__).resolve().parent.parent
 def site(tmp_path_factory):
     "A freshly built site."
     out = tmp_path_factory.mktemp("site") / "html"
-    r = subprocess.run([sys.executable, "tools/build_docs.py", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    r = subprocess.run(
+        [sys.executable, "tools/build_docs.py", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert r.returncode == 0, r.stdout + r.stderr
     return out
 
 
 def test_site_has_a_page_for_every_notebook_and_name(site):
-    for nb in (ROOT / "nbs").glob("[0-9]*.ipynb"): assert (site / f"{nb.stem}.html").exists()
+    for nb in (ROOT / "nbs").glob("[0-9]*.ipynb"):
+        assert (site / f"{nb.stem}.html").exists()
     text = (site / "reference.html").read_text(encoding="utf-8")
-    for name in ("ensure_torchvision", "EarlyExitNet", "simulate", "DarkDistill"): assert name in text, f"{name} is not in the reference"
+    for name in ("ensure_torchvision", "EarlyExitNet", "simulate", "DarkDistill"):
+        assert name in text, f"{name} is not in the reference"
 
 
 def test_site_holds_equations_figures_and_headings(site):
@@ -26,7 +35,9 @@ def test_site_holds_equations_figures_and_headings(site):
     whole = "".join(pages.values())
     assert whole.count('class="tex') > 50 and whole.count('class="plotly-graph-div drawing"') > 50
     for name, page in pages.items():
-        assert page.count("plotly.min.js") == page.count("figures.js") == ("plotly-graph-div" in page), name
+        assert (
+            page.count("plotly.min.js") == page.count("figures.js") == ("plotly-graph-div" in page)
+        ), name
     heads = re.findall(r"<th[\s>][^>]*", whole)
     assert len(heads) > 50 and all("scope=" in h for h in heads)
 

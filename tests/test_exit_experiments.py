@@ -109,7 +109,7 @@ def test_bad_settings_get_one_sentence(how, text):
         (["train", "--data", "digits", "--device", "abacus"], "abacus"),
         (["train", "--data", "digits", "--set", "lr=1", "lr=2"], "'lr' is set twice"),
         (["rates", "--data", "digits", "--set", "lr=1"], "setting='lr'"),
-        (["train", "--data", "digits", "--set", "net_options={\"deep\": 3}"], "no option 'deep'"),
+        (["train", "--data", "digits", "--set", 'net_options={"deep": 3}'], "no option 'deep'"),
         (["pays", "--data", "digits", "--workers", "0"], "workers=0"),
     ],
 )

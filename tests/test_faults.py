@@ -1,4 +1,5 @@
 """Clients that lie or fail, federations that do not fit, checkpoints of other runs: what a federated run does when something is wrong."""
+
 import json, math, os, signal, subprocess, sys, textwrap, time, warnings
 import numpy as np
 import pytest, torch
@@ -8,15 +9,24 @@ from darkdistill_nb.data import ArrayData, load
 from darkdistill_nb.difficulty import DifficultyHistogram, bins_of, difficulty
 from darkdistill_nb.early_exit import ConvStage, EarlyExitNet, Exit, PooledMap, cnn, wrn
 from darkdistill_nb.exit_training import BoostNet
-from darkdistill_nb.federated import (EEFL, Client, Update, average, block_average, make_clients,
-                                      simulate, tier_sizes, train_alone)
+from darkdistill_nb.federated import (
+    EEFL,
+    Client,
+    Update,
+    average,
+    block_average,
+    make_clients,
+    simulate,
+    tier_sizes,
+    train_alone,
+)
 from darkdistill_nb.generator import Generator, diversity_loss, train_generator
 from darkdistill_nb.training import Streams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 nan, inf = math.nan, math.inf
 TRAIN, TEST = load("digits", n_train=160, n_test=40)
-CLIENTS = make_clients(TRAIN.y, 8, .5)
+CLIENTS = make_clients(TRAIN.y, 8, 0.5)
 METHODS = [EEFL, DarkDistill]
 
 
@@ -45,6 +55,7 @@ def put(**kw):
     def f(u):
         for k, v in kw.items():
             setattr(u, k, v)
+
     return f
 
 
@@ -55,7 +66,10 @@ def fail(u):
 # what is done to an update -> words of the reason
 FAULTS = {
     "all NaN": (lambda u: floats(u, lambda v: v * nan), "not finite"),
-    "one infinity": (lambda u: first(u, lambda v: v.index_fill(0, torch.tensor([1]), -inf)), "not finite"),
+    "one infinity": (
+        lambda u: first(u, lambda v: v.index_fill(0, torch.tensor([1]), -inf)),
+        "not finite",
+    ),
     "huge": (lambda u: floats(u, lambda v: v * 1e30), "sane"),
     "wrong shape": (lambda u: first(u, lambda v: v[..., :1]), "was sent"),
     "broadcast shape": (lambda u: first(u, lambda v: v[:1]), "was sent"),
@@ -63,7 +77,10 @@ FAULTS = {
     "no tensor": (lambda u: first(u, lambda v: v.tolist()), "was sent"),
     "missing name": (lambda u: u.weights.pop(next(iter(u.weights))), "is missing"),
     "extra name": (lambda u: u.weights.update({"stages.0.evil": torch.ones(3)}), "evil"),
-    "blocks of another tier": (lambda u: u.weights.update({"stages.9.x": torch.ones(1)}), "stages.9.x"),
+    "blocks of another tier": (
+        lambda u: u.weights.update({"stages.9.x": torch.ones(1)}),
+        "stages.9.x",
+    ),
     "no weights": (put(weights=None), "weights=None"),
     "no samples": (put(samples=0), "samples=0"),
     "negative samples": (put(samples=-5), "samples=-5"),
@@ -81,13 +98,17 @@ HISTOGRAMS = {
     "no histogram": (put(extra={}), "no histogram"),
     "histogram of another shape": (put(extra={"histogram": torch.ones(3, 3)}), "histogram="),
     "negative histogram": (put(extra={"histogram": -torch.ones(10, 10).int()}), "negative"),
-    "histogram of more samples": (put(extra={"histogram": 99 * torch.ones(10, 10).int()}), "histogram=9900"),
+    "histogram of more samples": (
+        put(extra={"histogram": 99 * torch.ones(10, 10).int()}),
+        "histogram=9900",
+    ),
     "fractions": (put(extra={"histogram": torch.rand(10, 10)}), "histogram="),
 }
 
 
 class Faulty:
     "Client `ill` answers with what `kind` makes of its update; None for all clients."
+
     kind, ill = "raises", 0
 
     def local_update(self, weights, data, client, rnd, streams):
@@ -99,14 +120,25 @@ class Faulty:
 
 class Without:
     "Client 0 is never drawn."
+
     def configure(self, rnd, clients, streams):
         return [c for c in super().configure(rnd, clients, streams) if c.id != 0]
 
 
-class FaultyEEFL(Faulty, EEFL): pass
-class FaultyDarkDistill(Faulty, DarkDistill): pass
-class WithoutEEFL(Without, EEFL): pass
-class WithoutDarkDistill(Without, DarkDistill): pass
+class FaultyEEFL(Faulty, EEFL):
+    pass
+
+
+class FaultyDarkDistill(Faulty, DarkDistill):
+    pass
+
+
+class WithoutEEFL(Without, EEFL):
+    pass
+
+
+class WithoutDarkDistill(Without, DarkDistill):
+    pass
 
 
 FAULTY = {EEFL: FaultyEEFL, DarkDistill: FaultyDarkDistill}
@@ -114,7 +146,7 @@ WITHOUT = {EEFL: WithoutEEFL, DarkDistill: WithoutDarkDistill}
 
 
 def faulty(base, kind, ill=0, **kw):
-    m = FAULTY[base](participation=1., **kw)
+    m = FAULTY[base](participation=1.0, **kw)
     m.kind, m.ill = kind, ill
     return m
 
@@ -124,12 +156,15 @@ def healthy():
     "For each method: a run in which client 0 is never drawn."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return {base: go(WITHOUT[base](participation=1.), rounds=2) for base in METHODS}
+        return {base: go(WITHOUT[base](participation=1.0), rounds=2) for base in METHODS}
 
 
 # ---------------------------------------------------------------- answers that cannot be used
 
-@pytest.mark.parametrize("base, kind", [(b, k) for b in METHODS for k in FAULTS] + [(DarkDistill, k) for k in HISTOGRAMS])
+
+@pytest.mark.parametrize(
+    "base, kind", [(b, k) for b in METHODS for k in FAULTS] + [(DarkDistill, k) for k in HISTOGRAMS]
+)
 def test_a_bad_answer_is_left_out(base, kind, healthy):
     "The run is that without the client; a warning names client, round and reason; the log keeps it as JSON."
     with pytest.warns(UserWarning) as told:
@@ -139,7 +174,10 @@ def test_a_bad_answer_is_left_out(base, kind, healthy):
     for n, row in enumerate(run.log, 1):
         assert list(row["left_out"]) == ["0"] and 0 in row["clients"]
         assert {**FAULTS, **HISTOGRAMS}[kind][1] in row["left_out"]["0"]
-        assert any(f"round {n}: client 0 " in str(w.message) and row["left_out"]["0"] in str(w.message) for w in told)
+        assert any(
+            f"round {n}: client 0 " in str(w.message) and row["left_out"]["0"] in str(w.message)
+            for w in told
+        )
         assert row["bytes_up"] < row["bytes_down"] + 8 * 400
     assert json.loads(json.dumps(run.log, allow_nan=False)) == run.log
 
@@ -148,28 +186,40 @@ def test_a_bad_answer_is_left_out(base, kind, healthy):
 def test_an_answer_that_is_no_update(answer, healthy):
     class Odd(EEFL):
         def local_update(self, weights, data, client, rnd, streams):
-            return answer if client.id == 0 else super().local_update(weights, data, client, rnd, streams)
+            return (
+                answer
+                if client.id == 0
+                else super().local_update(weights, data, client, rnd, streams)
+            )
+
     with pytest.warns(UserWarning, match="round 1: client 0 is left out, answer="):
-        run = go(Odd(participation=1.), rounds=2)
+        run = go(Odd(participation=1.0), rounds=2)
     assert same(run.state["net"], healthy[EEFL].state["net"])
 
 
 def test_integer_buffers_are_looked_at_too():
     "A batch counter of 2**62 would stay in the global network for ever."
+
     class Old(EEFL):
         def local_update(self, weights, data, client, rnd, streams):
             u = super().local_update(weights, data, client, rnd, streams)
             if client.id == 0:
-                u.weights = {k: v if v.is_floating_point() else v + 2**62 for k, v in u.weights.items()}
+                u.weights = {
+                    k: v if v.is_floating_point() else v + 2**62 for k, v in u.weights.items()
+                }
             return u
-    clients = make_clients(TRAIN.y, 3, 1., (1 / 3,) * 3)
+
+    clients = make_clients(TRAIN.y, 3, 1.0, (1 / 3,) * 3)
     with pytest.warns(UserWarning, match="num_batches_tracked reaches"):
-        run = go(Old(participation=1.), clients, net=lambda: wrn(10, 1, TRAIN.shape, exits=(1, 2, 3)))
+        run = go(
+            Old(participation=1.0), clients, net=lambda: wrn(10, 1, TRAIN.shape, exits=(1, 2, 3))
+        )
     assert list(run.log[0]["left_out"]) == ["0"]
 
 
 def test_training_in_place_does_not_reach_the_server(healthy):
     "A client that writes into what it was given, and then fails, changes nothing."
+
     class Vandal(EEFL):
         def local_update(self, weights, data, client, rnd, streams):
             u = super().local_update(weights, data, client, rnd, streams)
@@ -178,8 +228,9 @@ def test_training_in_place_does_not_reach_the_server(healthy):
                     v.fill_(nan)
                 raise OSError("gone")
             return u
+
     with pytest.warns(UserWarning, match="OSError: gone"):
-        run = go(Vandal(participation=1.), rounds=2)
+        run = go(Vandal(participation=1.0), rounds=2)
     assert same(run.state["net"], healthy[EEFL].state["net"])
 
 
@@ -204,33 +255,47 @@ def test_nobody_drawn_keeps_the_network(base):
     m.configure = lambda rnd, clients, streams: []
     with pytest.warns(UserWarning, match="no client was drawn"):
         run = go(m, rounds=2)
-    assert run.log[0]["loss"] is None and run.log[0]["clients"] == [] and len(run.log[1]["accuracy"]) == 4
+    assert (
+        run.log[0]["loss"] is None
+        and run.log[0]["clients"] == []
+        and len(run.log[1]["accuracy"]) == 4
+    )
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, MemoryError, torch.cuda.OutOfMemoryError])
+@pytest.mark.parametrize(
+    "stop", [KeyboardInterrupt, SystemExit, MemoryError, torch.cuda.OutOfMemoryError]
+)
 def test_what_concerns_the_whole_program_is_not_caught(stop):
     class Stops(EEFL):
-        def local_update(self, *args): raise stop("enough")
+        def local_update(self, *args):
+            raise stop("enough")
+
     with pytest.raises(stop):
-        go(Stops(participation=1.))
+        go(Stops(participation=1.0))
 
 
 def test_a_learning_rate_that_is_too_high_is_an_error():
     "If the loss of everybody runs away, no client is to blame."
-    with pytest.raises(FloatingPointError, match="^the training loss is .*; lower lr=.*round 1, all 8 clients"):
-        go(EEFL(lr=1e20, epochs=2, participation=1.))
+    with pytest.raises(
+        FloatingPointError, match="^the training loss is .*; lower lr=.*round 1, all 8 clients"
+    ):
+        go(EEFL(lr=1e20, epochs=2, participation=1.0))
     with pytest.raises(FloatingPointError, match="lower lr=.*round 1, all 8 clients"):
         go(faulty(EEFL, "NaN loss", None))
     with pytest.raises(FloatingPointError, match="lower lr="):
         go(EEFL(lr=1e20), [Client(0, 4, torch.arange(64), torch.arange(0))])
-    with pytest.warns(UserWarning, match="the network stays as it is; if their training runs away, lower lr=1e"):
-        go(EEFL(lr=1e20, participation=1.))      # one batch a client: the loss was finite, the weights are not
+    with pytest.warns(
+        UserWarning, match="the network stays as it is; if their training runs away, lower lr=1e"
+    ):
+        go(
+            EEFL(lr=1e20, participation=1.0)
+        )  # one batch a client: the loss was finite, the weights are not
 
 
 def test_one_diverged_client_of_a_round_of_one_is_left_out():
     "Its loss alone does not say that the learning rate is too high."
     m = faulty(EEFL, "NaN loss", None)
-    m.participation = .1
+    m.participation = 0.1
     with pytest.warns(UserWarning, match="left out"):
         assert go(m, rounds=2).log[1]["loss"] is None
 
@@ -249,7 +314,7 @@ def test_faults_can_be_errors():
 
 def test_a_server_that_diverges_says_so():
     with pytest.raises(FloatingPointError, match="server step of round .*lower kd_lr=1e"):
-        go(DarkDistill(kd_lr=1e30, participation=1.), rounds=3)
+        go(DarkDistill(kd_lr=1e30, participation=1.0), rounds=3)
 
 
 def test_alone_refuses_weights_that_cannot_be_used():
@@ -271,49 +336,67 @@ def test_looking_at_answers_is_cheap():
         u.samples, t = len(c.train), time.perf_counter()
         m.check_update(u, sent, c)
         look.append(time.perf_counter() - t)
-    assert min(look) < .02 * min(train), (look, train)
+    assert min(look) < 0.02 * min(train), (look, train)
 
 
 # ---------------------------------------------------------------- worker processes
 
+
 def test_workers_leave_out_the_same(healthy):
-    with pytest.warns(UserWarning, match="round 1: client 0 is left out, it raised RuntimeError: battery empty"):
+    with pytest.warns(
+        UserWarning, match="round 1: client 0 is left out, it raised RuntimeError: battery empty"
+    ):
         run = go(faulty(DarkDistill, "raises"), rounds=2, workers=2)
-    assert same(run.state["net"], healthy[DarkDistill].state["net"]) and list(run.log[1]["left_out"]) == ["0"]
+    assert same(run.state["net"], healthy[DarkDistill].state["net"]) and list(
+        run.log[1]["left_out"]
+    ) == ["0"]
 
 
 class Odd(EEFL):
     "Client 0 raises what cannot be read elsewhere, client 1 returns what cannot be sent, client 2 finds no memory in round 2."
+
     def local_update(self, weights, data, client, rnd, streams):
         u = super().local_update(weights, data, client, rnd, streams)
-        class Local(Exception): pass
-        if client.id == 0: raise Local("not importable")
-        if client.id == 1: u.extra = {"f": lambda: 1}
-        if client.id == 2 and rnd == 1: raise MemoryError("no memory for client 2")
+
+        class Local(Exception):
+            pass
+
+        if client.id == 0:
+            raise Local("not importable")
+        if client.id == 1:
+            u.extra = {"f": lambda: 1}
+        if client.id == 2 and rnd == 1:
+            raise MemoryError("no memory for client 2")
         return u
 
 
 def test_workers_with_answers_that_cannot_travel():
     rows = []
     with pytest.warns(UserWarning), pytest.raises(MemoryError, match="client 2"):
-        go(Odd(participation=1.), rounds=2, workers=2, on_round=rows.append)
+        go(Odd(participation=1.0), rounds=2, workers=2, on_round=rows.append)
     assert list(rows[0]["left_out"]) == ["0", "1"] and "not importable" in rows[0]["left_out"]["0"]
 
 
 class Dies(EEFL):
     def local_update(self, weights, data, client, rnd, streams):
-        if client.id == 3: os.kill(os.getpid(), signal.SIGKILL)
+        if client.id == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
         return super().local_update(weights, data, client, rnd, streams)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 def test_a_worker_that_dies_is_named():
-    with pytest.raises(RuntimeError, match=r"round 1: client 3 was with worker process \d+: a worker process ended with exit code -9"):
-        go(Dies(participation=1.), workers=2)
+    with pytest.raises(
+        RuntimeError,
+        match=r"round 1: client 3 was with worker process \d+: a worker process ended with exit code -9",
+    ):
+        go(Dies(participation=1.0), workers=2)
 
 
 def test_a_method_that_cannot_be_sent_says_so():
-    class Here(EEFL): pass
+    class Here(EEFL):
+        pass
+
     with pytest.raises(ValueError, match="workers must be 1 here"):
         go(Here(), workers=2)
 
@@ -332,7 +415,9 @@ SCRIPT = """
 
 def children(pid):
     "Processes whose parent is `pid`, without the resource tracker."
-    out = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()[1:]
+    out = subprocess.run(
+        ["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True
+    ).stdout.splitlines()[1:]
     rows = [line.split(None, 2) for line in out]
     return [int(p) for p, parent, args in rows if parent == str(pid) and "spawn_main" in args]
 
@@ -354,17 +439,19 @@ def seconds_of_cpu(pid):
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
 def test_workers_end_with_their_parent(sign, tmp_path):
     "They are in the middle of a training that would take minutes."
-    (tmp_path / "s.py").write_text(textwrap.dedent(SCRIPT).format(start='if __name__ == "__main__": main()'))
+    (tmp_path / "s.py").write_text(
+        textwrap.dedent(SCRIPT).format(start='if __name__ == "__main__": main()')
+    )
     p = subprocess.Popen([sys.executable, tmp_path / "s.py"], stderr=subprocess.DEVNULL)
     try:
         while len(workers := children(p.pid)) < 2 or min(map(seconds_of_cpu, workers)) < 6:
             assert p.poll() is None, "the script ended before its workers could be watched"
-            time.sleep(.1)
+            time.sleep(0.1)
         p.send_signal(sign)
         p.wait()
         end = time.time() + 60
         while any(map(running, workers)) and time.time() < end:
-            time.sleep(.05)
+            time.sleep(0.05)
         assert not any(map(running, workers))
     finally:
         p.kill()
@@ -374,15 +461,19 @@ def test_workers_end_with_their_parent(sign, tmp_path):
 
 def test_a_script_without_a_guard_gets_one_sentence(tmp_path):
     (tmp_path / "s.py").write_text(textwrap.dedent(SCRIPT).format(start="main()"))
-    r = subprocess.run([sys.executable, tmp_path / "s.py"], capture_output=True, text=True, timeout=300)
+    r = subprocess.run(
+        [sys.executable, tmp_path / "s.py"], capture_output=True, text=True, timeout=300
+    )
     assert r.returncode == 1
     assert 'if __name__ == "__main__":' in r.stderr.splitlines()[-1]
 
 
 # ---------------------------------------------------------------- what is refused before the first round
 
+
 class Never(EEFL):
-    def local_update(self, *args): raise AssertionError("trained")
+    def local_update(self, *args):
+        raise AssertionError("trained")
 
 
 def changed(i=0, **kw):
@@ -408,9 +499,13 @@ BAD_CLIENTS = {
 
 @pytest.mark.parametrize("text", BAD_CLIENTS)
 def test_clients_are_looked_at_before_the_first_round(text):
-    match = text.replace("[0]", r"\[0\]").replace("=[]", r"=\[\]") if text in ("client id=[0]", "clients=[]") else text
+    match = (
+        text.replace("[0]", r"\[0\]").replace("=[]", r"=\[\]")
+        if text in ("client id=[0]", "clients=[]")
+        else text
+    )
     with pytest.raises(ValueError, match=match):
-        go(Never(participation=1.), BAD_CLIENTS[text])
+        go(Never(participation=1.0), BAD_CLIENTS[text])
     with pytest.raises(ValueError, match=match):
         train_alone(Never(), build, TRAIN, TEST, BAD_CLIENTS[text], 1)
 
@@ -418,14 +513,31 @@ def test_clients_are_looked_at_before_the_first_round(text):
 OTHER = load("shapes", n_train=20, n_test=20)[0]
 
 
-@pytest.mark.parametrize("kw, text", [(dict(rounds=0), "rounds=0"), (dict(rounds=nan), "rounds=nan"), (dict(rounds=1.5), "rounds=1.5"),
-    (dict(seed=-1), "seed=-1"), (dict(seed=1.5), "seed=1.5"), (dict(eval_every=0), "eval_every=0"), (dict(eval_every=1.5), "eval_every=1.5"),
-    (dict(workers=-3), "workers=-3"), (dict(workers=0), "workers=0"), (dict(workers=2.), "workers=2.0"), (dict(device="x"), "device='x'"),
-    (dict(progress="no"), "progress='no'"), (dict(test=OTHER), "test: shape of an image"), (dict(train=None), "train=None"),
-    (dict(net=lambda: cnn(TRAIN.shape, 9, width=4)), "largest label=9"), (dict(net=lambda: nn.Linear(2, 2)), "build="), (dict(net=build()), "build=")])
+@pytest.mark.parametrize(
+    "kw, text",
+    [
+        (dict(rounds=0), "rounds=0"),
+        (dict(rounds=nan), "rounds=nan"),
+        (dict(rounds=1.5), "rounds=1.5"),
+        (dict(seed=-1), "seed=-1"),
+        (dict(seed=1.5), "seed=1.5"),
+        (dict(eval_every=0), "eval_every=0"),
+        (dict(eval_every=1.5), "eval_every=1.5"),
+        (dict(workers=-3), "workers=-3"),
+        (dict(workers=0), "workers=0"),
+        (dict(workers=2.0), "workers=2.0"),
+        (dict(device="x"), "device='x'"),
+        (dict(progress="no"), "progress='no'"),
+        (dict(test=OTHER), "test: shape of an image"),
+        (dict(train=None), "train=None"),
+        (dict(net=lambda: cnn(TRAIN.shape, 9, width=4)), "largest label=9"),
+        (dict(net=lambda: nn.Linear(2, 2)), "build="),
+        (dict(net=build()), "build="),
+    ],
+)
 def test_settings_are_looked_at_before_the_first_round(kw, text):
     with pytest.raises(ValueError, match=text):
-        go(Never(participation=1.), **kw)
+        go(Never(participation=1.0), **kw)
 
 
 def test_a_method_must_be_one():
@@ -437,19 +549,33 @@ def test_a_last_batch_of_one_is_refused_where_batch_normalisation_cannot_train()
     def flat():
         block = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8))
         return EarlyExitNet(nn.Identity(), [block], [Exit(nn.Identity(), 8, 10)], TRAIN.shape, 10)
+
     with pytest.raises(ValueError, match="17 samples leave"):
-        go(Never(participation=1.), [Client(0, 1, torch.arange(17), none)], net=flat)
+        go(Never(participation=1.0), [Client(0, 1, torch.arange(17), none)], net=flat)
 
 
 def test_numpy_numbers_are_numbers():
     i, f = np.int64, np.float32
-    m = DarkDistill(lr=f(.05), epochs=i(1), batch_size=i(16), participation=f(1), tau=np.float64(.1), kd_steps=i(2), d_h=i(16), rkd=(f(5), i(10)))
-    clients = [Client(i(c.id), i(c.tier), c.train, c.valid) for c in make_clients(TRAIN.y.numpy(), i(4), f(.5), seed=i(0))]
+    m = DarkDistill(
+        lr=f(0.05),
+        epochs=i(1),
+        batch_size=i(16),
+        participation=f(1),
+        tau=np.float64(0.1),
+        kd_steps=i(2),
+        d_h=i(16),
+        rkd=(f(5), i(10)),
+    )
+    clients = [
+        Client(i(c.id), i(c.tier), c.train, c.valid)
+        for c in make_clients(TRAIN.y.numpy(), i(4), f(0.5), seed=i(0))
+    ]
     run = go(m, clients, i(1), seed=i(0), eval_every=i(1), workers=i(1))
     json.dumps(run.log)
 
 
 # ---------------------------------------------------------------- checkpoints
+
 
 @pytest.fixture
 def checkpoint(tmp_path):
@@ -462,28 +588,36 @@ def other_images(data):
 
 
 def moved(net):
-    net.stem.weight.data[0] += .1
+    net.stem.weight.data[0] += 0.1
     return net
 
 
-@pytest.mark.parametrize("kw, text", [
-    (dict(train=other_images(TRAIN)), "another training data"),
-    (dict(train=ArrayData(TRAIN.x, (TRAIN.y + 1) % 10)), "another training data"),
-    (dict(train=ArrayData(TRAIN.x, TRAIN.y, mean=(.5,), std=(.5,))), "another training data"),
-    (dict(test=other_images(TEST)), "another test data"),
-    (dict(clients=changed(train=CLIENTS[0].train.flip(0))), "another clients"),      # the same sum and length
-    (dict(clients=changed(valid=CLIENTS[0].valid[:-1])), "another clients"),
-    (dict(clients=changed(tier=CLIENTS[0].tier % 4 + 1)), "another clients"),
-    (dict(net=lambda: moved(build())), "another network"),
-    (dict(seed=1), r"seed=1 \(in the file 0\)"),
-    (dict(method=EEFL(lr=.1)), r"lr=0.1 \(in the file 0.05\)"),
-    (dict(method=EEFL(BoostNet(w=.5))), "another policy"),
-    (dict(method=Never()), "another method"),
-    (dict(method=DarkDistill()), "another method"),
-])
+@pytest.mark.parametrize(
+    "kw, text",
+    [
+        (dict(train=other_images(TRAIN)), "another training data"),
+        (dict(train=ArrayData(TRAIN.x, (TRAIN.y + 1) % 10)), "another training data"),
+        (dict(train=ArrayData(TRAIN.x, TRAIN.y, mean=(0.5,), std=(0.5,))), "another training data"),
+        (dict(test=other_images(TEST)), "another test data"),
+        (
+            dict(clients=changed(train=CLIENTS[0].train.flip(0))),
+            "another clients",
+        ),  # the same sum and length
+        (dict(clients=changed(valid=CLIENTS[0].valid[:-1])), "another clients"),
+        (dict(clients=changed(tier=CLIENTS[0].tier % 4 + 1)), "another clients"),
+        (dict(net=lambda: moved(build())), "another network"),
+        (dict(seed=1), r"seed=1 \(in the file 0\)"),
+        (dict(method=EEFL(lr=0.1)), r"lr=0.1 \(in the file 0.05\)"),
+        (dict(method=EEFL(BoostNet(w=0.5))), "another policy"),
+        (dict(method=Never()), "another method"),
+        (dict(method=DarkDistill()), "another method"),
+    ],
+)
 def test_a_checkpoint_is_of_one_run(checkpoint, kw, text):
     before = checkpoint.read_bytes()
-    with pytest.raises(ValueError, match=f"written by another training: .*{text}.*delete {checkpoint}"):
+    with pytest.raises(
+        ValueError, match=f"written by another training: .*{text}.*delete {checkpoint}"
+    ):
         go(**{"method": EEFL(), "rounds": 3, "checkpoint": checkpoint, **kw})
     assert checkpoint.read_bytes() == before
 
@@ -496,41 +630,63 @@ def test_fewer_rounds_than_the_checkpoint_has(checkpoint):
 def test_as_many_rounds_as_the_checkpoint_has(tmp_path):
     "The finished run comes back, with the accuracy of its last round even if a longer run was stopped there."
     path, rows = tmp_path / "c.safetensors", []
+
     def stop(row):
         rows.append(row)
-        if len(rows) == 2: raise KeyboardInterrupt
+        if len(rows) == 2:
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         go(EEFL(), rounds=9, eval_every=9, checkpoint=path, on_round=stop)
-    run, plain = go(EEFL(), rounds=2, eval_every=9, checkpoint=path), go(EEFL(), rounds=2, eval_every=9)
-    assert len(run.log) == 2 and same(run.state["net"], plain.state["net"]) and run.log[-1]["accuracy"] == plain.log[-1]["accuracy"]
+    run, plain = (
+        go(EEFL(), rounds=2, eval_every=9, checkpoint=path),
+        go(EEFL(), rounds=2, eval_every=9),
+    )
+    assert (
+        len(run.log) == 2
+        and same(run.state["net"], plain.state["net"])
+        and run.log[-1]["accuracy"] == plain.log[-1]["accuracy"]
+    )
 
 
 def damage(data, kind):
     head = int.from_bytes(data[:8], "little") + 8
-    if kind == "cut": return data[:-50]
-    if kind == "empty": return b""
-    if kind == "text": return b"hello"
+    if kind == "cut":
+        return data[:-50]
+    if kind == "empty":
+        return b""
+    if kind == "text":
+        return b"hello"
     b = bytearray(data)
-    for i in range(head + 40, len(b), 97): b[i] ^= 0x15
+    for i in range(head + 40, len(b), 97):
+        b[i] ^= 0x15
     return bytes(b)
 
 
 @pytest.mark.parametrize("kind", ["cut", "empty", "text", "bits"])
 def test_a_damaged_checkpoint_names_the_file(checkpoint, kind):
     checkpoint.write_bytes(damage(checkpoint.read_bytes(), kind))
-    with pytest.raises(ValueError, match=f"checkpoint={checkpoint} cannot be read .*delete {checkpoint}"):
+    with pytest.raises(
+        ValueError, match=f"checkpoint={checkpoint} cannot be read .*delete {checkpoint}"
+    ):
         go(EEFL(), rounds=3, checkpoint=checkpoint)
 
 
 def test_files_of_something_else(checkpoint):
     from darkdistill_nb.federated import load_state, save_state
     from darkdistill_nb.training import save_tensors
+
     state, meta = load_state(checkpoint)
-    files = [lambda: save_tensors(checkpoint, {"w": torch.ones(2)}), lambda: save_state(checkpoint, state, [1, 2]),
-             lambda: save_state(checkpoint, state, {**meta, "log": meta["log"][1:]}),
-             lambda: save_state(checkpoint, {**state, "net": {}}, meta),
-             lambda: save_state(checkpoint, {**state, "net": {k: v * nan for k, v in state["net"].items()}}, meta),
-             lambda: save_state(checkpoint, state, {**meta, "fingerprint": "0123456789abcdef"})]
+    files = [
+        lambda: save_tensors(checkpoint, {"w": torch.ones(2)}),
+        lambda: save_state(checkpoint, state, [1, 2]),
+        lambda: save_state(checkpoint, state, {**meta, "log": meta["log"][1:]}),
+        lambda: save_state(checkpoint, {**state, "net": {}}, meta),
+        lambda: save_state(
+            checkpoint, {**state, "net": {k: v * nan for k, v in state["net"].items()}}, meta
+        ),
+        lambda: save_state(checkpoint, state, {**meta, "fingerprint": "0123456789abcdef"}),
+    ]
     for write in files:
         write()
         with pytest.raises(ValueError, match=f"{checkpoint}.*delete"):
@@ -539,66 +695,104 @@ def test_files_of_something_else(checkpoint):
 
 # ---------------------------------------------------------------- shared and frozen parts
 
+
 def one_classifier():
     e = [Exit(PooledMap(4), 64, 10) for _ in range(2)]
     e[1].fc = e[0].fc
-    return EarlyExitNet(nn.Conv2d(1, 4, 3, padding=1), [ConvStage(4), ConvStage(4)], e, TRAIN.shape, 10)
+    return EarlyExitNet(
+        nn.Conv2d(1, 4, 3, padding=1), [ConvStage(4), ConvStage(4)], e, TRAIN.shape, 10
+    )
 
 
 def one_stage():
     stage = ConvStage(4)
-    return EarlyExitNet(nn.Conv2d(1, 4, 3, padding=1), [stage, stage], [Exit(PooledMap(4), 64, 10) for _ in range(2)], TRAIN.shape, 10)
+    return EarlyExitNet(
+        nn.Conv2d(1, 4, 3, padding=1),
+        [stage, stage],
+        [Exit(PooledMap(4), 64, 10) for _ in range(2)],
+        TRAIN.shape,
+        10,
+    )
 
 
-@pytest.mark.parametrize("net, a, b", [(one_classifier, "exits.0.fc.weight", "exits.1.fc.weight"),
-                                       (one_stage, "stages.0.convs.0.weight", "stages.1.convs.0.weight")])
+@pytest.mark.parametrize(
+    "net, a, b",
+    [
+        (one_classifier, "exits.0.fc.weight", "exits.1.fc.weight"),
+        (one_stage, "stages.0.convs.0.weight", "stages.1.convs.0.weight"),
+    ],
+)
 @pytest.mark.parametrize("base", METHODS)
 def test_one_tensor_with_two_names_keeps_one_value(base, net, a, b, tmp_path):
     "It is averaged over everybody who has it; resuming and workers change nothing."
-    clients = make_clients(TRAIN.y, 4, 1., (.5, .5))
+    clients = make_clients(TRAIN.y, 4, 1.0, (0.5, 0.5))
     with Streams(0).scope("init"):
         start = net().state_dict()
-    run = go(base(participation=1.), clients, 3, net=net)
-    assert torch.equal(run.state["net"][a], run.state["net"][b]) and not torch.equal(run.state["net"][a], start[a])
+    run = go(base(participation=1.0), clients, 3, net=net)
+    assert torch.equal(run.state["net"][a], run.state["net"][b]) and not torch.equal(
+        run.state["net"][a], start[a]
+    )
     path = tmp_path / "c.safetensors"
-    go(base(participation=1.), clients, 1, net=net, checkpoint=path)
-    assert same(go(base(participation=1.), clients, 3, net=net, checkpoint=path, workers=2).state["net"], run.state["net"])
-    only_shallow = go(base(participation=1.), [c for c in clients if c.tier == 1], net=net, rounds=1).state["net"]
-    assert torch.equal(only_shallow[a], only_shallow[b]) and not torch.equal(only_shallow[b], start[b])
+    go(base(participation=1.0), clients, 1, net=net, checkpoint=path)
+    assert same(
+        go(base(participation=1.0), clients, 3, net=net, checkpoint=path, workers=2).state["net"],
+        run.state["net"],
+    )
+    only_shallow = go(
+        base(participation=1.0), [c for c in clients if c.tier == 1], net=net, rounds=1
+    ).state["net"]
+    assert torch.equal(only_shallow[a], only_shallow[b]) and not torch.equal(
+        only_shallow[b], start[b]
+    )
 
 
 @pytest.mark.parametrize("base", METHODS)
 def test_frozen_normalisations_keep_their_statistics(base):
     "A stage in evaluation mode without gradients stays as it is for all rounds; a stage that is only without gradients does not."
+
     def net(mode):
         n = wrn(10, 1, TRAIN.shape, exits=(1, 2, 3))
         n.stages[0].requires_grad_(False).train(mode)
         return n
-    clients = make_clients(TRAIN.y, 6, 1., (1 / 3,) * 3)
+
+    clients = make_clients(TRAIN.y, 6, 1.0, (1 / 3,) * 3)
     with Streams(0).scope("init"):
         start = net(False).state_dict()
     for mode in (False, True):
-        runs = [go(base(participation=1.), clients, 3, net=lambda: net(mode), workers=w).state["net"] for w in (1, 2)]
-        assert same(*runs)                      # a working network that is used again forgets nothing and keeps nothing
+        runs = [
+            go(base(participation=1.0), clients, 3, net=lambda: net(mode), workers=w).state["net"]
+            for w in (1, 2)
+        ]
+        assert same(*runs)  # a working network that is used again forgets nothing and keeps nothing
         means = [k for k in start if k.startswith("stages.0.") and k.endswith("running_mean")]
         assert means and all(torch.equal(runs[0][k], start[k]) is not mode for k in means)
-        assert any(not torch.equal(runs[0][k], start[k]) for k in start if k.startswith("stages.1.") and k.endswith("running_mean"))
+        assert any(
+            not torch.equal(runs[0][k], start[k])
+            for k in start
+            if k.startswith("stages.1.") and k.endswith("running_mean")
+        )
 
 
 # ---------------------------------------------------------------- a server step that does nothing
 
+
 def test_a_run_without_neighbouring_tiers_says_so():
     two = [Client(i, t, CLIENTS[i].train, none) for i, t in enumerate((1, 3))]
-    with pytest.warns(UserWarning, match="did nothing in any of 2 rounds .no two neighbouring tiers took part.: this run is one of EEFL"):
-        run = go(DarkDistill(participation=1.), two, 2)
-    assert [r["server_step"] for r in run.log] == ["nothing: no two neighbouring tiers took part"] * 2
-    assert same(run.state["net"], go(EEFL(participation=1.), two, 2).state["net"])
+    with pytest.warns(
+        UserWarning,
+        match="did nothing in any of 2 rounds .no two neighbouring tiers took part.: this run is one of EEFL",
+    ):
+        run = go(DarkDistill(participation=1.0), two, 2)
+    assert [r["server_step"] for r in run.log] == [
+        "nothing: no two neighbouring tiers took part"
+    ] * 2
+    assert same(run.state["net"], go(EEFL(participation=1.0), two, 2).state["net"])
 
 
 def test_a_run_without_anything_to_compare_says_so():
     "One latent cannot leave samples at every exit."
     with pytest.warns(UserWarning, match="no batch of 1 latents left samples at every exit"):
-        run = go(DarkDistill(participation=1., server_batch=1), rounds=1)
+        run = go(DarkDistill(participation=1.0, server_batch=1), rounds=1)
     assert run.log[0]["server_step"].startswith("nothing: no batch") and run.log[0]["kd_loss"] == 0
 
 
@@ -607,43 +801,91 @@ def test_frozen_students_are_named():
         n = build()
         n.stages.requires_grad_(False)
         return n
+
     with pytest.warns(UserWarning, match="the stages that would learn are frozen"):
-        go(DarkDistill(participation=1.), net=net)
+        go(DarkDistill(participation=1.0), net=net)
 
 
 @pytest.mark.parametrize("off", [dict(kd_lr=0), dict(kd_steps=0), dict(server_epochs=0)])
 def test_switched_off_on_purpose_is_no_warning(off):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert go(DarkDistill(participation=1., **off)).log[0]["server_step"] == f"nothing: {next(iter(off))}=0 switches it off"
+        assert (
+            go(DarkDistill(participation=1.0, **off)).log[0]["server_step"]
+            == f"nothing: {next(iter(off))}=0 switches it off"
+        )
 
 
 def test_a_server_step_that_works_names_who_taught():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert go(DarkDistill(participation=1.)).log[0]["server_step"] == "1 -> 2, 2 -> 3, 3 -> 4"
+        assert go(DarkDistill(participation=1.0)).log[0]["server_step"] == "1 -> 2, 2 -> 3, 3 -> 4"
 
 
 # ---------------------------------------------------------------- constructors and functions
 
 NUMBERS = ("lr", "decay", "momentum", "weight_decay", "participation")
 WHOLE = ("batch_size", "epochs")
-DD_NUMBERS = ("kd_lr", "kd_weight_decay", "gen_lr", "lam_ce", "lam_dif", "lam_div", "tau", "P", "bin_width")
+DD_NUMBERS = (
+    "kd_lr",
+    "kd_weight_decay",
+    "gen_lr",
+    "lam_ce",
+    "lam_dif",
+    "lam_div",
+    "tau",
+    "P",
+    "bin_width",
+)
 DD_WHOLE = ("kd_steps", "server_epochs", "gen_steps", "d_eps", "d_h", "server_batch")
 
 
-@pytest.mark.parametrize("method, name", [(EEFL, k) for k in NUMBERS + WHOLE] + [(DarkDistill, k) for k in NUMBERS + WHOLE + DD_NUMBERS + DD_WHOLE])
+@pytest.mark.parametrize(
+    "method, name",
+    [(EEFL, k) for k in NUMBERS + WHOLE]
+    + [(DarkDistill, k) for k in NUMBERS + WHOLE + DD_NUMBERS + DD_WHOLE],
+)
 def test_numbers_of_methods(method, name):
-    bad = [nan, inf, -inf, -1, "x", None, True, 1j, [1]] + [1.5, 2.] * (name in WHOLE + DD_WHOLE)
+    bad = [nan, inf, -inf, -1, "x", None, True, 1j, [1]] + [1.5, 2.0] * (name in WHOLE + DD_WHOLE)
     for v in bad:
         with pytest.raises(ValueError, match=f"^{name}="):
             method(**{name: v})
 
 
-@pytest.mark.parametrize("kw", [dict(lr=-.1), dict(decay=0), dict(decay=1.1), dict(momentum=1), dict(batch_size=0), dict(epochs=0), dict(participation=0),
-    dict(participation=1.1), dict(policy="boostnet"), dict(ce="x"), dict(dif=None), dict(norm="instance"), dict(weights="far"), dict(rkd=5), dict(rkd=()),
-    dict(rkd=[1]), dict(rkd=(1, nan)), dict(rkd=(1, -1)), dict(tau=0), dict(tau=1e-40), dict(P=0), dict(P=1e308), dict(d_eps=0), dict(d_h=0), dict(server_batch=0),
-    dict(norm="batch", server_batch=1), dict(bin_width=0), dict(bin_width=1e-9), dict(bin_width=11)])
+@pytest.mark.parametrize(
+    "kw",
+    [
+        dict(lr=-0.1),
+        dict(decay=0),
+        dict(decay=1.1),
+        dict(momentum=1),
+        dict(batch_size=0),
+        dict(epochs=0),
+        dict(participation=0),
+        dict(participation=1.1),
+        dict(policy="boostnet"),
+        dict(ce="x"),
+        dict(dif=None),
+        dict(norm="instance"),
+        dict(weights="far"),
+        dict(rkd=5),
+        dict(rkd=()),
+        dict(rkd=[1]),
+        dict(rkd=(1, nan)),
+        dict(rkd=(1, -1)),
+        dict(tau=0),
+        dict(tau=1e-40),
+        dict(P=0),
+        dict(P=1e308),
+        dict(d_eps=0),
+        dict(d_h=0),
+        dict(server_batch=0),
+        dict(norm="batch", server_batch=1),
+        dict(bin_width=0),
+        dict(bin_width=1e-9),
+        dict(bin_width=11),
+    ],
+)
 def test_ranges_of_methods(kw):
     with pytest.raises(ValueError, match="^(" + "|".join(kw) + ")="):
         DarkDistill(**kw)
@@ -654,28 +896,87 @@ hist = lambda **kw: DifficultyHistogram.of(**{**dict(d=torch.rand(4), y=labels, 
 G, one = Generator((5,), 3, 4, 8), dict(a=torch.ones(2))
 g0 = torch.Generator()
 CALLS = {
-    "generator: latent_shape": lambda: Generator((), 3), "generator: 0 in shape": lambda: Generator((0, 4), 3), "generator: n_classes": lambda: Generator((4,), 0),
-    "generator: d_eps": lambda: Generator((4,), 3, 1.5), "generator: d_h": lambda: Generator((4,), 3, 4, -1), "generator: conditional": lambda: Generator((4,), 3, conditional="no"),
-    "draw: label": lambda: G.draw(torch.tensor([3]), torch.rand(1), g0), "draw: column": lambda: G.draw(labels, torch.rand(4, 1), g0),
-    "draw: negative": lambda: G.draw(labels, -torch.rand(4), g0), "draw: NaN": lambda: G.draw(labels, torch.rand(4) * nan, g0), "draw: lengths": lambda: G.draw(labels, torch.rand(1), g0),
-    "train_generator: steps": lambda: train_generator(G, build(), build(), BoostNet(), None, 1.5, g0), "train_generator: lr": lambda: train_generator(G, build(), build(), BoostNet(), None, 1, g0, lr=nan),
-    "train_generator: ce": lambda: train_generator(G, build(), build(), BoostNet(), None, 1, g0, ce="x"), "train_generator: lam": lambda: train_generator(G, build(), build(), BoostNet(), None, 1, g0, lam_div=-1),
+    "generator: latent_shape": lambda: Generator((), 3),
+    "generator: 0 in shape": lambda: Generator((0, 4), 3),
+    "generator: n_classes": lambda: Generator((4,), 0),
+    "generator: d_eps": lambda: Generator((4,), 3, 1.5),
+    "generator: d_h": lambda: Generator((4,), 3, 4, -1),
+    "generator: conditional": lambda: Generator((4,), 3, conditional="no"),
+    "draw: label": lambda: G.draw(torch.tensor([3]), torch.rand(1), g0),
+    "draw: column": lambda: G.draw(labels, torch.rand(4, 1), g0),
+    "draw: negative": lambda: G.draw(labels, -torch.rand(4), g0),
+    "draw: NaN": lambda: G.draw(labels, torch.rand(4) * nan, g0),
+    "draw: lengths": lambda: G.draw(labels, torch.rand(1), g0),
+    "train_generator: steps": lambda: train_generator(
+        G, build(), build(), BoostNet(), None, 1.5, g0
+    ),
+    "train_generator: lr": lambda: train_generator(
+        G, build(), build(), BoostNet(), None, 1, g0, lr=nan
+    ),
+    "train_generator: ce": lambda: train_generator(
+        G, build(), build(), BoostNet(), None, 1, g0, ce="x"
+    ),
+    "train_generator: lam": lambda: train_generator(
+        G, build(), build(), BoostNet(), None, 1, g0, lam_div=-1
+    ),
     "diversity": lambda: diversity_loss(torch.rand(1, 3), torch.rand(4, 5)),
-    "difficulty: label": lambda: difficulty(z, labels + 1), "difficulty: shape": lambda: difficulty(z, labels[:1]), "difficulty: cap": lambda: difficulty(z, labels, cap=nan), "difficulty: cap 0": lambda: difficulty(z, labels, cap=0),
-    "histogram: label": lambda: hist(n_classes=2), "histogram: lengths": lambda: hist(y=labels[:1]), "histogram: negative": lambda: hist(d=-torch.rand(4)), "histogram: inf": lambda: hist(d=torch.full((4,), inf)),
-    "histogram: width": lambda: hist(width=0), "histogram: width nan": lambda: hist(width=nan), "histogram: bins": lambda: hist(bins=2.5), "histogram: column": lambda: hist(d=torch.rand(4, 1)),
-    "histogram: counts": lambda: DifficultyHistogram(-torch.ones(3, 10).long()), "histogram: fractions": lambda: DifficultyHistogram(torch.rand(3, 10)),
-    "histogram: widths": lambda: hist() + hist(width=.5), "sample: n": lambda: hist().sample(0, g0), "sample: smoothing": lambda: hist().sample(1, g0, nan),
-    "alignment_weights: tau": lambda: alignment_weights(torch.rand(3), torch.rand(4), 0), "alignment_weights: empty": lambda: alignment_weights(torch.rand(0), torch.rand(4)),
-    "alignment_weights: NaN": lambda: alignment_weights(torch.rand(3), torch.full((4,), nan)), "alignment_weights: no ranges": lambda: alignment_weights(torch.rand(3), torch.rand(0)),
-    "pair_loss: d": lambda: pair_loss(build().prefix(1), build().prefix(2), torch.rand(8, 4, 8, 8), torch.rand(1), BoostNet()),
-    "pair_loss: weights": lambda: pair_loss(build().prefix(1), build().prefix(2), torch.rand(8, 4, 8, 8), torch.rand(8), BoostNet(), weights="far"),
-    "average: 0": lambda: average([one], [0]), "average: negative": lambda: average([one, one], [-5, 6]), "average: none": lambda: average([], []), "average: lengths": lambda: average([one], [1, 2]),
-    "average: names": lambda: average([one, dict(b=torch.ones(2))], [1, 1]), "average: shapes": lambda: average([one, dict(a=torch.ones(1))], [1, 1]), "average: NaN": lambda: average([one], [nan]),
-    "block_average: names": lambda: block_average({"stem.w": torch.ones(1)}, {1: ({"stem.v": torch.ones(1)}, 5)}), "block_average: shape": lambda: block_average({"stem.w": torch.ones(2)}, {1: ({"stem.w": torch.ones(1)}, 5), 2: ({}, 3)}),
-    "tier_sizes: NaN": lambda: tier_sizes(4, (nan,)), "tier_sizes: negative": lambda: tier_sizes(-8, (1,)), "tier_sizes: empty": lambda: tier_sizes(4, ()), "tier_sizes: None": lambda: tier_sizes(4, None), "tier_sizes: text": lambda: tier_sizes(4, "1"),
-    "make_clients: valid": lambda: make_clients(TRAIN.y, 4, valid=nan), "make_clients: tiers": lambda: make_clients(TRAIN.y, 4, tiers=(nan, 1)), "make_clients: gamma": lambda: make_clients(TRAIN.y, 4, gamma=-1),
-    "make_clients: cover": lambda: make_clients(TRAIN.y, 4, cover="yes"), "make_clients: seed": lambda: make_clients(TRAIN.y, 4, seed=.5), "make_clients: clients": lambda: make_clients(TRAIN.y, 4.), "make_clients: family": lambda: make_clients(TRAIN.y, 4, family="x"),
+    "difficulty: label": lambda: difficulty(z, labels + 1),
+    "difficulty: shape": lambda: difficulty(z, labels[:1]),
+    "difficulty: cap": lambda: difficulty(z, labels, cap=nan),
+    "difficulty: cap 0": lambda: difficulty(z, labels, cap=0),
+    "histogram: label": lambda: hist(n_classes=2),
+    "histogram: lengths": lambda: hist(y=labels[:1]),
+    "histogram: negative": lambda: hist(d=-torch.rand(4)),
+    "histogram: inf": lambda: hist(d=torch.full((4,), inf)),
+    "histogram: width": lambda: hist(width=0),
+    "histogram: width nan": lambda: hist(width=nan),
+    "histogram: bins": lambda: hist(bins=2.5),
+    "histogram: column": lambda: hist(d=torch.rand(4, 1)),
+    "histogram: counts": lambda: DifficultyHistogram(-torch.ones(3, 10).long()),
+    "histogram: fractions": lambda: DifficultyHistogram(torch.rand(3, 10)),
+    "histogram: widths": lambda: hist() + hist(width=0.5),
+    "sample: n": lambda: hist().sample(0, g0),
+    "sample: smoothing": lambda: hist().sample(1, g0, nan),
+    "alignment_weights: tau": lambda: alignment_weights(torch.rand(3), torch.rand(4), 0),
+    "alignment_weights: empty": lambda: alignment_weights(torch.rand(0), torch.rand(4)),
+    "alignment_weights: NaN": lambda: alignment_weights(torch.rand(3), torch.full((4,), nan)),
+    "alignment_weights: no ranges": lambda: alignment_weights(torch.rand(3), torch.rand(0)),
+    "pair_loss: d": lambda: pair_loss(
+        build().prefix(1), build().prefix(2), torch.rand(8, 4, 8, 8), torch.rand(1), BoostNet()
+    ),
+    "pair_loss: weights": lambda: pair_loss(
+        build().prefix(1),
+        build().prefix(2),
+        torch.rand(8, 4, 8, 8),
+        torch.rand(8),
+        BoostNet(),
+        weights="far",
+    ),
+    "average: 0": lambda: average([one], [0]),
+    "average: negative": lambda: average([one, one], [-5, 6]),
+    "average: none": lambda: average([], []),
+    "average: lengths": lambda: average([one], [1, 2]),
+    "average: names": lambda: average([one, dict(b=torch.ones(2))], [1, 1]),
+    "average: shapes": lambda: average([one, dict(a=torch.ones(1))], [1, 1]),
+    "average: NaN": lambda: average([one], [nan]),
+    "block_average: names": lambda: block_average(
+        {"stem.w": torch.ones(1)}, {1: ({"stem.v": torch.ones(1)}, 5)}
+    ),
+    "block_average: shape": lambda: block_average(
+        {"stem.w": torch.ones(2)}, {1: ({"stem.w": torch.ones(1)}, 5), 2: ({}, 3)}
+    ),
+    "tier_sizes: NaN": lambda: tier_sizes(4, (nan,)),
+    "tier_sizes: negative": lambda: tier_sizes(-8, (1,)),
+    "tier_sizes: empty": lambda: tier_sizes(4, ()),
+    "tier_sizes: None": lambda: tier_sizes(4, None),
+    "tier_sizes: text": lambda: tier_sizes(4, "1"),
+    "make_clients: valid": lambda: make_clients(TRAIN.y, 4, valid=nan),
+    "make_clients: tiers": lambda: make_clients(TRAIN.y, 4, tiers=(nan, 1)),
+    "make_clients: gamma": lambda: make_clients(TRAIN.y, 4, gamma=-1),
+    "make_clients: cover": lambda: make_clients(TRAIN.y, 4, cover="yes"),
+    "make_clients: seed": lambda: make_clients(TRAIN.y, 4, seed=0.5),
+    "make_clients: clients": lambda: make_clients(TRAIN.y, 4.0),
+    "make_clients: family": lambda: make_clients(TRAIN.y, 4, family="x"),
     "train_alone: rounds": lambda: train_alone(EEFL(), build, TRAIN, TEST, CLIENTS, -1),
 }
 
@@ -689,30 +990,43 @@ def test_functions_refuse_nonsense(what):
 
 # ---------------------------------------------------------------- the width of difficulty bins
 
-@pytest.mark.parametrize("width", [1., .25, .1, 2.])
+
+@pytest.mark.parametrize("width", [1.0, 0.25, 0.1, 2.0])
 def test_bin_width_goes_through_everything(width):
     "Clients count in bins of this width; what the server draws is in nats and follows the clients' difficulties."
     asked = []
+
     class Spy(DarkDistill):
         def _fit_generator(self, gen, teacher, batch, g, opt):
             asked.append(batch[1])
             return {}
-    m = Spy(participation=1., bin_width=width, server_batch=400)
+
+    m = Spy(participation=1.0, bin_width=width, server_batch=400)
     run = go(m)
     counts = torch.tensor(list(run.log[0]["difficulty"].values())).sum(0)
-    assert len(counts) == bins_of(width) == math.ceil(9.99 / width) and int(counts.sum()) == sum(len(c.train) for c in CLIENTS)
+    assert len(counts) == bins_of(width) == math.ceil(9.99 / width) and int(counts.sum()) == sum(
+        len(c.train) for c in CLIENTS
+    )
     assert run.log[0]["bin_width"] == width
     d = torch.cat(asked)
-    mean = float((counts[:-1] * (torch.arange(len(counts) - 1) + .5)).sum() / counts[:-1].sum()) * width
-    assert 0 <= float(d.min()) and float(d.max()) <= len(counts) * width and abs(float(d.mean()) - mean) < .5
+    mean = (
+        float((counts[:-1] * (torch.arange(len(counts) - 1) + 0.5)).sum() / counts[:-1].sum())
+        * width
+    )
+    assert (
+        0 <= float(d.min())
+        and float(d.max()) <= len(counts) * width
+        and abs(float(d.mean()) - mean) < 0.5
+    )
 
 
 def test_the_default_width_changes_nothing():
-    a, b = (go(DarkDistill(participation=1., **kw), rounds=2) for kw in ({}, dict(bin_width=1)))
+    a, b = (go(DarkDistill(participation=1.0, **kw), rounds=2) for kw in ({}, dict(bin_width=1)))
     assert same(a.state["net"], b.state["net"]) and same(a.state["server"], b.state["server"])
 
 
 # ---------------------------------------------------------------- the progress bar
+
 
 def test_progress_bar(capsys, monkeypatch):
     "Off where nobody watches, on in a terminal, and as asked."
@@ -728,6 +1042,7 @@ def test_progress_bar_in_a_notebook_that_somebody_watches(monkeypatch):
     "A kernel that may ask questions is live; one that runs a notebook from start to end may not."
     from types import SimpleNamespace
     from darkdistill_nb.federated import _somebody_watches
+
     for live in (True, False):
         shell = SimpleNamespace(kernel=SimpleNamespace(_allow_stdin=live))
         monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))

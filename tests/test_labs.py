@@ -1,4 +1,5 @@
 "The labs as students meet them, as instructors grade them, and what their tests say to answers."
+
 import ast, contextlib, importlib.util, io, re, shutil, subprocess, sys
 from pathlib import Path
 import nbformat, pytest, torch
@@ -11,10 +12,20 @@ each_lab = pytest.mark.parametrize("path", STUDENT, ids=lambda p: p.name)
 MARKS = ("BEGIN SOLUTION", "END SOLUTION", "BEGIN HIDDEN TESTS", "END HIDDEN TESTS")
 
 
-def cells(path): return nbformat.read(path, 4).cells
-def grading(cell): return cell.metadata.get("nbgrader", {})
-def is_graded(cell): return bool(grading(cell).get("grade"))
-def is_exercise(cell): return bool(grading(cell).get("solution"))
+def cells(path):
+    return nbformat.read(path, 4).cells
+
+
+def grading(cell):
+    return cell.metadata.get("nbgrader", {})
+
+
+def is_graded(cell):
+    return bool(grading(cell).get("grade"))
+
+
+def is_exercise(cell):
+    return bool(grading(cell).get("solution"))
 
 
 def test_there_are_labs_and_they_are_in_step():
@@ -83,6 +94,7 @@ def test_a_lab_that_would_show_a_solution_is_not_written(mark, tool, tmp_path):
 
 # ---------------------------------------------------------------- right and wrong answers
 
+
 def read_answers(path):
     "(exercise, how, code, words of the message or None for a right one) of each answer in a file."
     text = path.read_text(encoding="utf-8")
@@ -94,24 +106,30 @@ def read_answers(path):
 
 
 FILES = sorted((ROOT / "tests/lab_answers").glob("*.py"))
-ANSWERS = {f"{file.stem} {exercise}: {how}": (file.stem, exercise, code, words)
-           for file in FILES for exercise, how, code, words in read_answers(file)}
+ANSWERS = {
+    f"{file.stem} {exercise}: {how}": (file.stem, exercise, code, words)
+    for file in FILES
+    for exercise, how, code, words in read_answers(file)
+}
 RIGHT = {name: a for name, a in ANSWERS.items() if a[-1] is None}
-FIRST = {a[:2]: name for name, a in reversed(RIGHT.items())}    # of each exercise
+FIRST = {a[:2]: name for name, a in reversed(RIGHT.items())}  # of each exercise
 
 
-def lab_file(name): return next(p for p in STUDENT if p.stem.startswith(name))
+def lab_file(name):
+    return next(p for p in STUDENT if p.stem.startswith(name))
 
 
 def keep_runs(simulate):
     "The function `simulate`, which trains only what it has not trained before."
     kept = {}
+
     def run(method, build, train, test, clients, rounds, seed=0, eval_every=1):
         who = tuple((c.tier, *c.train.tolist()) for c in clients)
         key = who, rounds, seed, eval_every
         if key not in kept:
             kept[key] = simulate(method, build, train, test, clients, rounds, seed, eval_every)
         return kept[key]
+
     return run
 
 
@@ -119,6 +137,7 @@ def keep_runs(simulate):
 def space():
     "The names that the set-up cells of a lab define, as a function of the lab's name."
     spaces, threads = {}, torch.get_num_threads()
+
     def get(lab):
         if lab not in spaces:
             names = spaces[lab] = {}
@@ -129,6 +148,7 @@ def space():
                     exec(c.source, names)
             names["simulate"] = keep_runs(names["simulate"])
         return dict(spaces[lab])
+
     yield get
     torch.set_num_threads(threads)
 
@@ -147,14 +167,18 @@ def test_answers(name, space):
     lab, exercise, code, words = ANSWERS[name]
     path = lab_file(lab)
     if words is None:
-        return grade(INSTRUCTOR / path.name, exercise, code, space(lab))    # hidden tests included
+        return grade(INSTRUCTOR / path.name, exercise, code, space(lab))  # hidden tests included
     with pytest.raises(AssertionError, match=re.escape(words)):
         grade(path, exercise, code, space(lab))
 
 
 def test_every_exercise_has_right_and_wrong_answers():
-    exercises = {(file.stem, grading(c)["grade_id"]) for file in FILES
-                 for c in cells(lab_file(file.stem)) if is_exercise(c)}
+    exercises = {
+        (file.stem, grading(c)["grade_id"])
+        for file in FILES
+        for c in cells(lab_file(file.stem))
+        if is_exercise(c)
+    }
     assert len(FILES) == len(STUDENT)
     assert {a[:2] for a in RIGHT.values()} == exercises
     assert {a[:2] for name, a in ANSWERS.items() if name not in RIGHT} == exercises
@@ -167,11 +191,13 @@ def test_hidden_tests_stop_what_knows_the_visible_ones_by_heart(lab, exercise, s
     exec(code, names)
     function = re.search(r"^def (\w+)", code, re.M)[1]
     right = names[function]
+
     def by_heart(*args, **kwargs):
         key = repr((args, kwargs))
         if learning:
             seen.add(key)
         return right(*args, **kwargs) if key in seen else None
+
     names["by_heart"] = by_heart
     for learning in (True, False):
         grade(path, exercise, f"{function} = by_heart", dict(names))
@@ -180,6 +206,7 @@ def test_hidden_tests_stop_what_knows_the_visible_ones_by_heart(lab, exercise, s
 
 
 # ---------------------------------------------------------------- nbgrader
+
 
 def shorter(text):
     "Code of a lab with its long trainings cut to three rounds."
@@ -190,6 +217,7 @@ def test_nbgrader_gives_a_cell_more_than_a_training_needs():
     "The limit in our settings reaches nbgrader's executor, whose own is 30 s."
     from nbgrader.preprocessors import Execute
     from traitlets.config import PyFileConfigLoader
+
     config = PyFileConfigLoader("nbgrader_config.py", path=str(INSTRUCTOR)).load_config()
     assert Execute().timeout == 30 and Execute(config=config).timeout >= 300
 
@@ -235,9 +263,13 @@ def test_nbgrader_makes_and_grades_the_lab(path, tmp_path):
     assert len(pages) == 2 and (course / "grades.csv").is_file()
 
     from nbgrader.api import Gradebook
+
     with Gradebook(f"sqlite:///{course}/gradebook.db") as book:
         scores = [book.find_submission(name, student).score for student in ("ada", "ben")]
         most = book.find_assignment(name).max_score
-    lost = [grading(c)["points"] for c in filter(is_graded, cells(source))
-            if grading(c)["grade_id"] == f"{wrong[1]}-test"]
+    lost = [
+        grading(c)["points"]
+        for c in filter(is_graded, cells(source))
+        if grading(c)["grade_id"] == f"{wrong[1]}-test"
+    ]
     assert scores == [most, most - lost[0]] and lost[0] > 0

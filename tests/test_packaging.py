@@ -1,4 +1,5 @@
 """What a wheel holds, and that assets and tutorials are found wherever pip puts it; nothing is downloaded."""
+
 import json, os, shutil, subprocess, sys, sysconfig, tarfile, zipfile
 from pathlib import Path
 import pytest
@@ -13,8 +14,17 @@ HERE = ("--no-build-isolation", *LOCAL)
 
 def call(*args, cwd, **env):
     "Output of a command, in an environment without this checkout; fails with everything it printed."
-    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONUSERBASE", "PIP_USER")}
-    r = subprocess.run([str(a) for a in args], cwd=cwd, env={**clean, **env}, capture_output=True, text=True, timeout=300)
+    clean = {
+        k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONUSERBASE", "PIP_USER")
+    }
+    r = subprocess.run(
+        [str(a) for a in args],
+        cwd=cwd,
+        env={**clean, **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert r.returncode == 0, r.stdout + r.stderr
     return r.stdout
 
@@ -49,7 +59,9 @@ def make_venv(folder, *options):
     "A virtual environment that sees this one's packages, but not this one's darkdistill_nb; returns its Python."
     call(sys.executable, "-m", "venv", "--without-pip", *options, folder, cwd=folder.parent)
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    purelib = call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip()
+    purelib = call(
+        python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder
+    ).strip()
     (Path(purelib) / "packages_of_the_tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
 
@@ -87,8 +99,10 @@ ASSETS = sorted(p.name for p in (ROOT / "assets").iterdir() if p.is_file())
 def members(path):
     "Name -> text of everything in a wheel or a source distribution."
     if path.suffix == ".whl":
-        with zipfile.ZipFile(path) as z: return {n: z.read(n).decode(errors="ignore") for n in z.namelist()}
-    with tarfile.open(path) as t: return {m.name: t.extractfile(m).read().decode(errors="ignore") for m in t if m.isfile()}
+        with zipfile.ZipFile(path) as z:
+            return {n: z.read(n).decode(errors="ignore") for n in z.namelist()}
+    with tarfile.open(path) as t:
+        return {m.name: t.extractfile(m).read().decode(errors="ignore") for m in t if m.isfile()}
 
 
 def test_wheel_holds_the_package_its_assets_and_the_students_labs(wheel):
@@ -97,24 +111,42 @@ def test_wheel_holds_the_package_its_assets_and_the_students_labs(wheel):
     assert sorted(n.split("/")[-1] for n in names if n.startswith(f"{LIB}/_tutorials/")) == STUDENTS
     modules = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / LIB).rglob("*.py"))
     assert sorted(n for n in names if n.endswith(".py")) == modules
-    assert {n.split("/")[0] for n in names} <= {LIB, next(n for n in names if "dist-info" in n).split("/")[0]}, "nothing is put beside the package"
+    assert {n.split("/")[0] for n in names} <= {
+        LIB,
+        next(n for n in names if "dist-info" in n).split("/")[0],
+    }, "nothing is put beside the package"
 
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
 def test_solutions_are_not_shipped(kind, request):
     "Neither the instructor's labs nor a solution is in what students install."
-    found = [n for n, text in members(request.getfixturevalue(kind)).items()
-             if "/tests/" not in n and ("instructor/" in n or n.endswith(".ipynb") and ("BEGIN SOLUTION" in text or "BEGIN HIDDEN" in text))]
+    found = [
+        n
+        for n, text in members(request.getfixturevalue(kind)).items()
+        if "/tests/" not in n
+        and (
+            "instructor/" in n
+            or n.endswith(".ipynb")
+            and ("BEGIN SOLUTION" in text or "BEGIN HIDDEN" in text)
+        )
+    ]
     assert not found, found
 
 
-@pytest.mark.parametrize("folder, option", [("target", "--target"), ("usr/local/lib/python3/dist-packages", "--target"), ("prefix", "--prefix")],
-                         ids=["target", "debian", "prefix"])
+@pytest.mark.parametrize(
+    "folder, option",
+    [
+        ("target", "--target"),
+        ("usr/local/lib/python3/dist-packages", "--target"),
+        ("prefix", "--prefix"),
+    ],
+    ids=["target", "debian", "prefix"],
+)
 def test_found_outside_of_sys_prefix(folder, option, wheel, tmp_path):
     "`--target`, Debian's and Colab's dist-packages, `--prefix`: the package is on the path, its share folder is not below sys.prefix."
     call(*PIP, "install", *LOCAL, option, tmp_path / folder, wheel, cwd=tmp_path)
     site = site_packages(tmp_path / folder)
-    (site / "assets").mkdir()    # somebody else's
+    (site / "assets").mkdir()  # somebody else's
     got = look(sys.executable, tmp_path / "work", PYTHONPATH=str(site))
     assert Path(got["asset"]).parent == site / LIB / "_assets" and got["copies"] == STUDENTS
 
@@ -129,7 +161,17 @@ def test_found_in_a_virtual_environment(wheel, tmp_path):
 def test_found_in_the_folder_of_a_user(wheel, tmp_path):
     "`pip install --user` puts data files below PYTHONUSERBASE."
     python, home = make_venv(tmp_path / "venv", "--system-site-packages"), str(tmp_path / "home")
-    call(*PIP, "--python", python, "install", "--user", *LOCAL, wheel, cwd=tmp_path, PYTHONUSERBASE=home)
+    call(
+        *PIP,
+        "--python",
+        python,
+        "install",
+        "--user",
+        *LOCAL,
+        wheel,
+        cwd=tmp_path,
+        PYTHONUSERBASE=home,
+    )
     got = look(python, tmp_path / "work", PYTHONUSERBASE=home)
     assert tmp_path / "home" in Path(got["asset"]).parents and got["copies"] == STUDENTS
 

@@ -1,22 +1,48 @@
 """The repository keeps its own rules: generated files in step, floors of the notebooks, their rhythm, import cost, docstrings."""
+
 import ast, json, re, statistics, subprocess, sys
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIB = "darkdistill_nb"
-NBS = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if not re.search(r"(^|/)[_.]", str(p.relative_to(ROOT)))]
+NBS = [
+    p
+    for p in sorted((ROOT / "nbs").rglob("*.ipynb"))
+    if not re.search(r"(^|/)[_.]", str(p.relative_to(ROOT)))
+]
 MODULE_NBS = [p for p in NBS if p.name != "index.ipynb"]
-TUTORIALS = [p for p in sorted((ROOT / "tutorials").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
+TUTORIALS = [
+    p for p in sorted((ROOT / "tutorials").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts
+]
 
 
-def cells(path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
-def source(cell): return "".join(cell["source"])
-def is_code(cell): return cell["cell_type"] == "code"
-def has_directive(cell, pattern): return is_code(cell) and re.search(rf"^#\|\s*{pattern}\b", source(cell), re.M) is not None
-def is_export(cell): return has_directive(cell, "exports?")       # public definitions
-def goes_to_library(cell): return has_directive(cell, "export[si]?")  # also private helpers, `#| exporti`
-def code_lines(cell): return [l for l in source(cell).splitlines() if l.strip() and not l.lstrip().startswith("#|")]
+def cells(path):
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def is_code(cell):
+    return cell["cell_type"] == "code"
+
+
+def has_directive(cell, pattern):
+    return is_code(cell) and re.search(rf"^#\|\s*{pattern}\b", source(cell), re.M) is not None
+
+
+def is_export(cell):
+    return has_directive(cell, "exports?")  # public definitions
+
+
+def goes_to_library(cell):
+    return has_directive(cell, "export[si]?")  # also private helpers, `#| exporti`
+
+
+def code_lines(cell):
+    return [l for l in source(cell).splitlines() if l.strip() and not l.lstrip().startswith("#|")]
 
 
 def tree_of(cell):
@@ -26,7 +52,13 @@ def tree_of(cell):
 
 def default_exp(path):
     "Name of the module that a notebook exports to."
-    found = [m[1] for c in cells(path) if is_code(c) for m in [re.search(r"^#\|\s*default_exp\s+(\S+)", source(c), re.M)] if m]
+    found = [
+        m[1]
+        for c in cells(path)
+        if is_code(c)
+        for m in [re.search(r"^#\|\s*default_exp\s+(\S+)", source(c), re.M)]
+        if m
+    ]
     assert len(found) == 1, f"{path.name}: {len(found)} default_exp cells"
     return found[0]
 
@@ -35,25 +67,36 @@ def library_imports(tree, modules):
     "Modules of this library that a syntax tree imports, at any depth."
     found = set()
     for node in ast.walk(tree):
-        names = [a.name for a in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
-        if isinstance(node, ast.Import): found |= {n.split(".")[1] for n in names if n.startswith(LIB + ".")}
+        names = (
+            [a.name for a in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+        )
+        if isinstance(node, ast.Import):
+            found |= {n.split(".")[1] for n in names if n.startswith(LIB + ".")}
         elif isinstance(node, ast.ImportFrom):
             parts = (node.module or "").split(".") if node.module else []
             if not node.level:
-                if parts[:1] != [LIB]: continue
+                if parts[:1] != [LIB]:
+                    continue
                 parts = parts[1:]
             found |= {parts[0]} if parts else {n for n in names if n in modules}
     return found
 
 
-def ids(paths): return [str(p.relative_to(ROOT)) for p in paths]
+def ids(paths):
+    return [str(p.relative_to(ROOT)) for p in paths]
+
+
 each_module = pytest.mark.parametrize("nb", MODULE_NBS, ids=ids(MODULE_NBS))
 each_notebook = pytest.mark.parametrize("nb", NBS + TUTORIALS, ids=ids(NBS + TUTORIALS))
 
 
 # ---------------------------------------------------------------- generated files
 
-def run_tool(*args): return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+def run_tool(*args):
+    return subprocess.run(
+        [sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
 
 
 def test_pyproject_and_version_follow_settings():
@@ -64,36 +107,51 @@ def test_pyproject_and_version_follow_settings():
 def test_sync_check_notices_a_change(tmp_path):
     "The check itself can fail: a changed version, an unknown extra, a new sub-package and a missing package file are all differences."
     import shutil
+
     for name in ("settings.ini", "pyproject.toml", f"{LIB}/__init__.py", "tools/sync_settings.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     tool = tmp_path / "tools/sync_settings.py"
     assert run_tool(tool, "--check").returncode == 0
     ini = tmp_path / "settings.ini"
-    ini.write_text(ini.read_text().replace("version = 0.", "version = 7.") + "\nextra_requirements = attrs\n")
+    ini.write_text(
+        ini.read_text().replace("version = 0.", "version = 7.") + "\nextra_requirements = attrs\n"
+    )
     r = run_tool(tool, "--check")
     assert r.returncode == 1 and "__init__.py" in r.stdout and "extra = " in r.stdout
     assert run_tool(tool).returncode == 0 and run_tool(tool, "--check").returncode == 0
     (tmp_path / LIB / "sub").mkdir()
     (tmp_path / LIB / "sub/__init__.py").write_text("")
     r = run_tool(tool, "--check")
-    assert r.returncode == 1 and f'"{LIB}.sub"' in r.stdout, "a package that the wheel would not hold"
+    assert r.returncode == 1 and f'"{LIB}.sub"' in r.stdout, (
+        "a package that the wheel would not hold"
+    )
     assert run_tool(tool).returncode == 0
     assert '__version__ = "7.' in (tmp_path / f"{LIB}/__init__.py").read_text()
 
 
 def test_pyproject_keeps_what_the_migration_would_lose():
     import configparser, tomllib
-    ini = configparser.ConfigParser(interpolation=None); ini.read(ROOT / "settings.ini", encoding="utf-8")
+
+    ini = configparser.ConfigParser(interpolation=None)
+    ini.read(ROOT / "settings.ini", encoding="utf-8")
     s, toml = ini["DEFAULT"], tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    extras = {k.removesuffix("_requirements"): v.split() for k, v in s.items() if k.endswith("_requirements")}
+    extras = {
+        k.removesuffix("_requirements"): v.split()
+        for k, v in s.items()
+        if k.endswith("_requirements")
+    }
     assert toml["project"]["optional-dependencies"] == extras and "dev" in extras
     assert toml["project"]["dependencies"] == s["requirements"].split()
     inside = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / LIB).rglob("__init__.py")}
     setup = toml["tool"]["setuptools"]
-    assert sorted(setup["packages"]) == sorted([*inside, f"{LIB}._assets", f"{LIB}._tutorials"]), "every sub-package, and the files beside the package"
+    assert sorted(setup["packages"]) == sorted([*inside, f"{LIB}._assets", f"{LIB}._tutorials"]), (
+        "every sub-package, and the files beside the package"
+    )
     assert setup["package-dir"] == {f"{LIB}._assets": "assets", f"{LIB}._tutorials": "tutorials"}
-    assert setup["package-data"][f"{LIB}._tutorials"] == ["*.ipynb"], "the instructor's folder is not among them"
+    assert setup["package-data"][f"{LIB}._tutorials"] == ["*.ipynb"], (
+        "the instructor's folder is not among them"
+    )
     assert "nbgrader" in toml["tool"]["nbdev"]["allowed_cell_metadata_keys"]
     assert toml["tool"]["nbdev"]["cell_timeout"] == s.getint("cell_timeout")
     assert toml["project"]["scripts"] == {"darkdistill": f"{LIB}.cli:main"}
@@ -102,30 +160,60 @@ def test_pyproject_keeps_what_the_migration_would_lose():
 def test_runtime_requirements_are_lower_bounds():
     "Exact pins in a package break every host that ships another version; exact versions live in constraints.txt."
     import tomllib
-    for r in tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]:
+
+    for r in tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "dependencies"
+    ]:
         assert re.fullmatch(r"[A-Za-z0-9_-]+>=[\d.]+", r), r
 
 
-COLAB = dict(torch="2.11.0", torchvision="0.26.0", timm="1.0.28", numpy="2.1.3", plotly="5.24.1", anywidget="0.9.21", ipywidgets="7.7.1", fastcore="2.2.12")
+COLAB = dict(
+    torch="2.11.0",
+    torchvision="0.26.0",
+    timm="1.0.28",
+    numpy="2.1.3",
+    plotly="5.24.1",
+    anywidget="0.9.21",
+    ipywidgets="7.7.1",
+    fastcore="2.2.12",
+)
+
 
 def test_colab_has_nothing_to_upgrade():
     "The lower bounds are met by the versions of a stock Colab runtime (August 2026)."
     import tomllib
     from packaging.requirements import Requirement
-    reqs = {r.name: r.specifier for r in map(Requirement, tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"])}
-    for name, version in COLAB.items(): assert version in reqs[name], f"{name} {version} does not meet {reqs[name]}"
+
+    reqs = {
+        r.name: r.specifier
+        for r in map(
+            Requirement,
+            tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+                "dependencies"
+            ],
+        )
+    }
+    for name, version in COLAB.items():
+        assert version in reqs[name], f"{name} {version} does not meet {reqs[name]}"
 
 
 def test_constraints_meet_the_requirements():
     "Every requirement of the package and of the dev extra is pinned, to a version that meets its bound."
     import tomllib
     from packaging.requirements import Requirement
-    pins = dict(l.split(";")[0].strip().lower().replace("_", "-").split("==")
-                for l in (ROOT / "constraints.txt").read_text().splitlines() if "==" in l and not l.startswith("#"))
+
+    pins = dict(
+        l.split(";")[0].strip().lower().replace("_", "-").split("==")
+        for l in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in l and not l.startswith("#")
+    )
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    for r in map(Requirement, project["dependencies"] + extras["dev"] + extras["lab"] + extras["docs"]):
-        if r.name == LIB: continue
+    for r in map(
+        Requirement, project["dependencies"] + extras["dev"] + extras["lab"] + extras["docs"]
+    ):
+        if r.name == LIB:
+            continue
         name = r.name.lower().replace("_", "-")
         assert name in pins, f"{name} is not in constraints.txt"
         assert pins[name] in r.specifier, f"{name}=={pins[name]} does not meet {r.specifier}"
@@ -138,10 +226,12 @@ def test_readme_follows_index():
 
 # ---------------------------------------------------------------- floors
 
+
 def test_notebook_numbers_and_modules_are_one_to_one():
     modules = [default_exp(p) for p in MODULE_NBS]
     assert len(set(modules)) == len(modules)
-    for p, m in zip(MODULE_NBS, modules): assert re.fullmatch(rf"\d\d[a-z]?_{m.strip('_')}\.ipynb", p.name), f"{p.name} exports {m}"
+    for p, m in zip(MODULE_NBS, modules):
+        assert re.fullmatch(rf"\d\d[a-z]?_{m.strip('_')}\.ipynb", p.name), f"{p.name} exports {m}"
     files = {p.stem for p in (ROOT / LIB).glob("*.py")} - {"__init__", "_modidx"}
     assert files == set(modules), "modules without a notebook, or notebooks that were not exported"
 
@@ -151,27 +241,43 @@ def test_imports_only_from_lower_floors(nb):
     "The exported code of a notebook imports only what earlier notebooks export, also inside functions."
     floor = {default_exp(p): p.name for p in MODULE_NBS}
     for c in cells(nb):
-        if not goes_to_library(c): continue
+        if not goes_to_library(c):
+            continue
         for m in library_imports(tree_of(c), floor):
             assert m in floor, f"{nb.name} imports {LIB}.{m}, which no notebook exports"
             assert floor[m] < nb.name, f"{nb.name} imports {m} from the higher floor {floor[m]}"
 
 
-@pytest.mark.parametrize("code, found", [("from darkdistill_nb.cli import main", {"cli"}), ("from darkdistill_nb import cli, x", {"cli"}),
-    ("def f():\n    import darkdistill_nb.cli as c", {"cli"}), ("from .cli import main", {"cli"}), ("from . import cli", {"cli"}), ("import torch.cli", set())])
-def test_floor_check_sees_every_form_of_import(code, found): assert library_imports(ast.parse(code), {"cli"}) == found
+@pytest.mark.parametrize(
+    "code, found",
+    [
+        ("from darkdistill_nb.cli import main", {"cli"}),
+        ("from darkdistill_nb import cli, x", {"cli"}),
+        ("def f():\n    import darkdistill_nb.cli as c", {"cli"}),
+        ("from .cli import main", {"cli"}),
+        ("from . import cli", {"cli"}),
+        ("import torch.cli", set()),
+    ],
+)
+def test_floor_check_sees_every_form_of_import(code, found):
+    assert library_imports(ast.parse(code), {"cli"}) == found
 
 
 # ---------------------------------------------------------------- rhythm
+
 
 @each_module
 def test_title_cell(nb):
     "A reader sees first what the notebook is, in one heading and one line, and the docstring of the module is that line."
     first = cells(nb)[0]
-    assert first["cell_type"] == "markdown" and re.match(r"# \S", source(first)), "the first cell is an H1 title"
+    assert first["cell_type"] == "markdown" and re.match(r"# \S", source(first)), (
+        "the first cell is an H1 title"
+    )
     quotes = [l for l in source(first).splitlines() if l.startswith(">")]
     assert len(quotes) == 1 and len(quotes[0]) > 20, "one blockquote line under the title"
-    assert re.search(r"\bmin(utes?)?\b", source(first), re.I), "the title cell says how many minutes it takes"
+    assert re.search(r"\bmin(utes?)?\b", source(first), re.I), (
+        "the title cell says how many minutes it takes"
+    )
 
 
 @each_module
@@ -182,38 +288,63 @@ def test_code_cells_are_short(nb):
 
 
 WIDTH = 160
-CODE = [*[p for p in NBS if p.parent == ROOT / "nbs"], *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "tools").glob("*.py"))]
+CODE = [
+    *[p for p in NBS if p.parent == ROOT / "nbs"],
+    *sorted((ROOT / "tests").glob("*.py")),
+    *sorted((ROOT / "tools").glob("*.py")),
+]
+
 
 def wide_lines(path):
     "Code lines of a notebook or of a Python file with more than `WIDTH` characters, as (place, length, start of the line)."
-    parts = [source(c) if is_code(c) else "" for c in cells(path)] if path.suffix == ".ipynb" else [path.read_text(encoding="utf-8")]
+    parts = (
+        [source(c) if is_code(c) else "" for c in cells(path)]
+        if path.suffix == ".ipynb"
+        else [path.read_text(encoding="utf-8")]
+    )
     kind = "cell {i}, line {n}" if path.suffix == ".ipynb" else "line {n}"
-    return [(kind.format(i=i, n=n), len(l), l.strip()[:60]) for i, text in enumerate(parts) for n, l in enumerate(text.splitlines(), 1) if len(l) > WIDTH]
+    return [
+        (kind.format(i=i, n=n), len(l), l.strip()[:60])
+        for i, text in enumerate(parts)
+        for n, l in enumerate(text.splitlines(), 1)
+        if len(l) > WIDTH
+    ]
 
 
 @pytest.mark.parametrize("path", CODE, ids=ids(CODE))
 def test_code_lines_are_not_wider_than_160(path):
     found = [f"{place}: {n} characters: {start} ..." for place, n, start in wide_lines(path)]
-    assert not found, f"{path.name} has {len(found)} code lines of more than {WIDTH} characters:\n" + "\n".join(found)
+    assert not found, (
+        f"{path.name} has {len(found)} code lines of more than {WIDTH} characters:\n"
+        + "\n".join(found)
+    )
 
 
 def test_wide_lines_are_seen(tmp_path):
     "A line of 161 characters in a code cell or a file is found with its place; 160 characters and long prose are not."
     ok, wide = "#" * WIDTH, "#" * (WIDTH + 1)
     cell = lambda kind, text: dict(cell_type=kind, source=[text])
-    (tmp_path / "a.ipynb").write_text(json.dumps(dict(cells=[cell("markdown", wide), cell("code", f"{ok}\n{wide}")])))
+    (tmp_path / "a.ipynb").write_text(
+        json.dumps(dict(cells=[cell("markdown", wide), cell("code", f"{ok}\n{wide}")]))
+    )
     (tmp_path / "a.py").write_text(f"{ok}\n{ok}\n{wide}\n")
-    assert wide_lines(tmp_path / "a.ipynb") == [("cell 1, line 2", 161, "#" * 60)] and wide_lines(tmp_path / "a.py") == [("line 3", 161, "#" * 60)]
+    assert wide_lines(tmp_path / "a.ipynb") == [("cell 1, line 2", 161, "#" * 60)] and wide_lines(
+        tmp_path / "a.py"
+    ) == [("line 3", 161, "#" * 60)]
 
 
 def asserts(cell):
     "Does a code cell check something?"
     for node in ast.walk(tree_of(cell)):
-        if isinstance(node, ast.Assert): return True
+        if isinstance(node, ast.Assert):
+            return True
         if isinstance(node, ast.Call):
             f = node.func
-            name = f.attr if isinstance(f, ast.Attribute) else f.id if isinstance(f, ast.Name) else ""
-            if re.match(r"(test_|expect_fail|assert_)", name): return True
+            name = (
+                f.attr if isinstance(f, ast.Attribute) else f.id if isinstance(f, ast.Name) else ""
+            )
+            if re.match(r"(test_|expect_fail|assert_)", name):
+                return True
     return False
 
 
@@ -222,12 +353,18 @@ def test_every_export_is_followed_by_a_test(nb):
     "After a cell that exports a function or a class comes, before the next exported cell, an example that asserts something."
     code = [c for c in cells(nb) if is_code(c)]
     for i, c in enumerate(code):
-        if not (is_export(c) and any(isinstance(n, (ast.FunctionDef, ast.ClassDef)) for n in tree_of(c).body)): continue
+        if not (
+            is_export(c)
+            and any(isinstance(n, (ast.FunctionDef, ast.ClassDef)) for n in tree_of(c).body)
+        ):
+            continue
         what = next(l for l in code_lines(c) if re.match(r"(def|class) ", l))
-        after = code[i + 1:]
-        examples = after[:next((j for j, a in enumerate(after) if is_export(a)), len(after))]
+        after = code[i + 1 :]
+        examples = after[: next((j for j, a in enumerate(after) if is_export(a)), len(after))]
         assert examples, f"no example after the cell of {what!r}"
-        assert any(asserts(e) for e in examples if not goes_to_library(e)), f"no example of {what!r} asserts anything"
+        assert any(asserts(e) for e in examples if not goes_to_library(e)), (
+            f"no example of {what!r} asserts anything"
+        )
 
 
 @each_notebook
@@ -239,35 +376,52 @@ def test_stored_outputs(nb):
     for c in d["cells"]:
         for o in c.get("outputs", []):
             assert o["output_type"] != "error", f"stored error: {o.get('ename')}"
-            assert not any("jupyter.widget" in k for k in o.get("data", {})), "a widget view is stored; show a static figure instead"
+            assert not any("jupyter.widget" in k for k in o.get("data", {})), (
+                "a widget view is stored; show a static figure instead"
+            )
             text = "".join(o.get("text", [])) + "".join(o.get("data", {}).get("text/plain", []))
-            assert not re.search(r"Traceback \(most recent call last\)|Mime type rendering requires", text), text[:200]
+            assert not re.search(
+                r"Traceback \(most recent call last\)|Mime type rendering requires", text
+            ), text[:200]
 
 
 @each_notebook
 def test_no_machine_paths_in_notebooks(nb):
     "Nothing of the author's machine is stored: home folders, temporary folders, addresses of objects."
     text = nb.read_text(encoding="utf-8")
-    found = re.search(r"(/home/|/root/|/Users/|/tmp/|site-packages/|\bobject at 0x[0-9a-f]{6})[^\"\\ ]{0,60}", text)
+    found = re.search(
+        r"(/home/|/root/|/Users/|/tmp/|site-packages/|\bobject at 0x[0-9a-f]{6})[^\"\\ ]{0,60}",
+        text,
+    )
     assert not found, found[0]
 
 
 @pytest.mark.parametrize("nb", TUTORIALS, ids=ids(TUTORIALS))
 def test_tutorials_are_free_of_nbdev(nb):
     for c in cells(nb):
-        if is_code(c): assert not re.search(r"^#\|\s*\w|\bnbdev\b", source(c), re.M), source(c)[:80]
+        if is_code(c):
+            assert not re.search(r"^#\|\s*\w|\bnbdev\b", source(c), re.M), source(c)[:80]
 
 
 # ---------------------------------------------------------------- the library
 
+
 def test_import_is_light():
     "`import darkdistill_nb` loads none of the heavy packages."
-    code = (f"import sys, {LIB}; print(sorted({{m.split('.')[0] for m in sys.modules}} & "
-            "{'torch', 'timm', 'torchvision', 'plotly', 'numpy', 'sklearn', 'scipy', 'fastcore'}))")
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        f"import sys, {LIB}; print(sorted({{m.split('.')[0] for m in sys.modules}} & "
+        "{'torch', 'timm', 'torchvision', 'plotly', 'numpy', 'sklearn', 'scipy', 'fastcore'}))"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 HEAVY = "timm torchvision plotly sklearn scipy ipywidgets matplotlib".split()
+
 
 def test_modules_import_timm_and_friends_late():
     "A module of the library brings torch at most; timm, torchvision, plotly, scikit-learn and scipy wait until a function needs them."
@@ -286,43 +440,88 @@ for m in {[default_exp(nb) for nb in MODULE_NBS]}:
 def test_public_docstrings_are_one_line(nb):
     path = ROOT / LIB / f"{default_exp(nb)}.py"
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"): continue
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
+            continue
         doc = ast.get_docstring(node)
         assert doc, f"{path.name}: {node.name} has no docstring"
-        assert "\n" not in doc.strip(), f"{path.name}: the docstring of {node.name} has more than one line"
+        assert "\n" not in doc.strip(), (
+            f"{path.name}: the docstring of {node.name} has more than one line"
+        )
 
 
-TEXT = {".py", ".ipynb", ".md", ".toml", ".ini", ".txt", ".cff", ".html", ".js", ".css", ".json", ""}
+TEXT = {
+    ".py",
+    ".ipynb",
+    ".md",
+    ".toml",
+    ".ini",
+    ".txt",
+    ".cff",
+    ".html",
+    ".js",
+    ".css",
+    ".json",
+    "",
+}
 OUTSIDE = re.compile(r"\.\./" + r"shared|/work/" + r"(shared|tmp)")
 
+
 def test_product_names_nothing_outside_the_repository():
-    for top in (*ROOT.glob("*"), *(ROOT / "nbs").rglob("*"), *(ROOT / LIB).rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "tutorials").rglob("*"),
-                *(ROOT / "tools").rglob("*.py"), *(ROOT / "docs").glob("*"), *(ROOT / "assets").rglob("*")):
-        if not top.is_file() or top.suffix not in TEXT or top.name == ".git": continue
+    for top in (
+        *ROOT.glob("*"),
+        *(ROOT / "nbs").rglob("*"),
+        *(ROOT / LIB).rglob("*.py"),
+        *(ROOT / "tests").rglob("*.py"),
+        *(ROOT / "tutorials").rglob("*"),
+        *(ROOT / "tools").rglob("*.py"),
+        *(ROOT / "docs").glob("*"),
+        *(ROOT / "assets").rglob("*"),
+    ):
+        if not top.is_file() or top.suffix not in TEXT or top.name == ".git":
+            continue
         found = OUTSIDE.search(top.read_text(encoding="utf-8", errors="ignore"))
         assert not found, f"{top.relative_to(ROOT)} names {found[0]}"
 
 
-@pytest.mark.parametrize("name", ["LICENSE", "CITATION.cff", "CONTRIBUTING.md", "CHANGELOG.md", "constraints.txt"])
-def test_project_files_exist(name): assert (ROOT / name).stat().st_size > 200
+@pytest.mark.parametrize(
+    "name", ["LICENSE", "CITATION.cff", "CONTRIBUTING.md", "CHANGELOG.md", "constraints.txt"]
+)
+def test_project_files_exist(name):
+    assert (ROOT / name).stat().st_size > 200
 
 
 def test_version_is_told_once():
     "The version in settings.ini is the newest entry of the change log and the one in the citation file."
-    version = re.search(r"^version = (\S+)", (ROOT / "settings.ini").read_text(encoding="utf-8"), re.M)[1]
-    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)[1] == version
-    assert re.search(r"^version: \"?([^\s\"]+)", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.M)[1] == version
+    version = re.search(
+        r"^version = (\S+)", (ROOT / "settings.ini").read_text(encoding="utf-8"), re.M
+    )[1]
+    assert (
+        re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)[1]
+        == version
+    )
+    assert (
+        re.search(
+            r"^version: \"?([^\s\"]+)", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.M
+        )[1]
+        == version
+    )
 
 
 def test_readme_first_screen():
     "Two set-up commands of one line each, near the top, and a map that names every notebook."
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```sh\n(.*?)^```", text.split("\n## ")[0], re.M | re.S)
-    assert len(blocks) == 2 and all(b.count("\n") == 1 for b in blocks), "two commands, one line each"
-    assert blocks[0].strip().endswith("darkdistill run") and blocks[1].strip().endswith("tools/check.py")
+    assert len(blocks) == 2 and all(b.count("\n") == 1 for b in blocks), (
+        "two commands, one line each"
+    )
+    assert blocks[0].strip().endswith("darkdistill run") and blocks[1].strip().endswith(
+        "tools/check.py"
+    )
     assert len(text.split("\n## ")[0].splitlines()) < 40, "the commands are on the first screen"
-    for nb in MODULE_NBS: assert f"(nbs/{nb.name})" in text, f"{nb.name} is not in the README's map of notebooks"
-    for target in re.findall(r"\]\(((?!https?:)[^)#]+)", text): assert (ROOT / target).exists(), f"the README links {target}, which is not there"
+    for nb in MODULE_NBS:
+        assert f"(nbs/{nb.name})" in text, f"{nb.name} is not in the README's map of notebooks"
+    for target in re.findall(r"\]\(((?!https?:)[^)#]+)", text):
+        assert (ROOT / target).exists(), f"the README links {target}, which is not there"
 
 
 def test_a_name_has_one_meaning():

@@ -1,4 +1,5 @@
 "The runner: its answers against the loop over single pictures, for all families, scores, policies, kernels and sizes; streams; ONNX; clear errors."
+
 import builtins, copy, functools, json, math
 import numpy as np
 import pytest
@@ -7,26 +8,66 @@ from torch import nn
 from darkdistill_nb import bench, runner as R
 from darkdistill_nb.early_exit import cnn, msdnet, vit, wrn
 from darkdistill_nb.exit_training import BoostNet, Joint
-from darkdistill_nb.inference import Confidence, Difference, Energy, Entropy, Gate, Margin, Patience, Saturation, Score, take_exit
-from darkdistill_nb.runner import ExitRunner, FusedBlock, OnnxRunner, PackedLinear, export_onnx, fuse, loop_exits, onednn_route, route_is_exact
+from darkdistill_nb.inference import (
+    Confidence,
+    Difference,
+    Energy,
+    Entropy,
+    Gate,
+    Margin,
+    Patience,
+    Saturation,
+    Score,
+    take_exit,
+)
+from darkdistill_nb.runner import (
+    ExitRunner,
+    FusedBlock,
+    OnnxRunner,
+    PackedLinear,
+    export_onnx,
+    fuse,
+    loop_exits,
+    onednn_route,
+    route_is_exact,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TINY = dict(name="vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=48, num_heads=3, depth=4, exits=(1, 2, 4))
+TINY = dict(
+    name="vit_tiny_patch16_224",
+    img_size=16,
+    patch_size=4,
+    embed_dim=48,
+    num_heads=3,
+    depth=4,
+    exits=(1, 2, 4),
+)
+
 
 def noisy(net, seed=0):
     "A network whose gains, biases and running statistics are not at their trivial start."
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in net.parameters(): p.add_(torch.randn(p.shape, generator=g) * (.5 * p.std() + .02 if p.numel() > 1 else .1))
+        for p in net.parameters():
+            p.add_(
+                torch.randn(p.shape, generator=g) * (0.5 * p.std() + 0.02 if p.numel() > 1 else 0.1)
+            )
         for m in net.modules():
-            if isinstance(m, nn.BatchNorm2d): m.running_mean.normal_(0, .2, generator=g); m.running_var.uniform_(.5, 2, generator=g)
+            if isinstance(m, nn.BatchNorm2d):
+                m.running_mean.normal_(0, 0.2, generator=g)
+                m.running_var.uniform_(0.5, 2, generator=g)
     return net.eval()
+
 
 NETS = {
     "vit": lambda: vit(n_classes=7, **TINY),
-    "vit, LayerScale, no qkv bias": lambda: vit(n_classes=7, **{**TINY, "num_heads": 4}, init_values=.5, qkv_bias=False),
-    "vit, deep stages": lambda: vit(n_classes=3, **{**TINY, "depth": 6, "exits": (3, 6), "num_heads": 1}),
+    "vit, LayerScale, no qkv bias": lambda: vit(
+        n_classes=7, **{**TINY, "num_heads": 4}, init_values=0.5, qkv_bias=False
+    ),
+    "vit, deep stages": lambda: vit(
+        n_classes=3, **{**TINY, "depth": 6, "exits": (3, 6), "num_heads": 1}
+    ),
     "vit, no class token": lambda: vit(n_classes=7, **TINY, class_token=False, global_pool="avg"),
     "vit, registers": lambda: vit(n_classes=7, **TINY, reg_tokens=2),
     "vit, normalised queries": lambda: vit(n_classes=7, **TINY, qk_norm=True),
@@ -34,18 +75,31 @@ NETS = {
     "wrn": lambda: wrn(10, 1, (3, 16, 16), 7),
     "msdnet": lambda: msdnet((3, 16, 16), 7, exits=3, channels=4, growth=2, head=8),
 }
-FUSED = {"vit": True, "vit, LayerScale, no qkv bias": True, "vit, deep stages": True, "vit, no class token": True, "vit, registers": True}
+FUSED = {
+    "vit": True,
+    "vit, LayerScale, no qkv bias": True,
+    "vit, deep stages": True,
+    "vit, no class token": True,
+    "vit, registers": True,
+}
+
 
 def build(name, seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return noisy(NETS[name](), seed)
 
-def pictures(n, seed=1, side=16): return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+def pictures(n, seed=1, side=16):
+    return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
 
 class Ranks(Score):
     "A score with few values, of which thresholds can be equal: the predicted class."
-    def of(self, F): return F.argmax(-1).float()
+
+    def of(self, F):
+        return F.argmax(-1).float()
+
 
 @functools.cache
 def raw(name, n=20):
@@ -55,17 +109,24 @@ def raw(name, n=20):
     with torch.inference_mode():
         for v in x.double():
             z, fs, As = wide.stem(v[None]), [], []
-            for stage, exit in zip(wide.stages, wide.exits): z = stage(z); As.append(exit.features(z)); fs.append(exit.classify(As[-1]))
-            f.append(fs); a.append(As)
+            for stage, exit in zip(wide.stages, wide.exits):
+                z = stage(z)
+                As.append(exit.features(z))
+                fs.append(exit.classify(As[-1]))
+            f.append(fs)
+            a.append(As)
     return net, x, [torch.cat(t) for t in zip(*f)], [torch.cat(t) for t in zip(*a)]
+
 
 def reference(name, score=None, policy=None, n=20):
     "Network, pictures, deciding logits (E, N, K) and scores (E, N)."
     net, x, f, a = raw(name, n)
     F = torch.stack((policy or Joint()).predict(f))
     score = score or Confidence()
-    with torch.inference_mode(): S = (copy.deepcopy(score).double() if isinstance(score, nn.Module) else score).score(F, a)
+    with torch.inference_mode():
+        S = (copy.deepcopy(score).double() if isinstance(score, nn.Module) else score).score(F, a)
     return net, x, F, S.double()
+
 
 def clear_cases(F, S, T, eps=1e-5):
     "Pictures that no rounding error can move: scores away from their thresholds, or few-valued, and a clear class."
@@ -74,26 +135,47 @@ def clear_cases(F, S, T, eps=1e-5):
     top = F.topk(2, -1).values
     return ~(near[:-1].any(0) | ((top[..., 0] - top[..., 1]) < eps).any(0))
 
-SCORES = [Confidence(), Margin(), Entropy(), Energy(), Patience(), Saturation(), Difference(), Ranks()]
+
+SCORES = [
+    Confidence(),
+    Margin(),
+    Entropy(),
+    Energy(),
+    Patience(),
+    Saturation(),
+    Difference(),
+    Ranks(),
+]
+
 
 @pytest.mark.parametrize("i,name", list(enumerate(NETS)), ids=list(NETS))
 def test_compaction_gives_the_answers_of_the_loop(i, name):
     g, seen, E = torch.Generator().manual_seed(3), set(), len(raw(name)[0])
     scores = SCORES + [Gate(E, raw(name)[0].n_classes)]
-    for j, score in enumerate(scores if name in ("vit", "cnn") else scores[i % 3::3]):
+    for j, score in enumerate(scores if name in ("vit", "cnn") else scores[i % 3 :: 3]):
         policy = (Joint(), BoostNet())[j % 2]
         net, x, F, S = reference(name, score, policy)
-        few = isinstance(score, (Patience, Ranks))     # few values: thresholds are among them; otherwise anywhere between
+        few = isinstance(
+            score, (Patience, Ranks)
+        )  # few values: thresholds are among them; otherwise anywhere between
         q = torch.rand(E, generator=g)
-        T = [float(s.sort().values[int(q[e] * 19)]) if few else float(s.quantile(q[e].double())) + 3e-5 for e, s in enumerate(S)]
-        T = [t if math.isfinite(t) else .5 for t in T[:-1]] + [-math.inf]
+        T = [
+            float(s.sort().values[int(q[e] * 19)])
+            if few
+            else float(s.quantile(q[e].double())) + 3e-5
+            for e, s in enumerate(S)
+        ]
+        T = [t if math.isfinite(t) else 0.5 for t in T[:-1]] + [-math.inf]
         ok, want = clear_cases(F, S, T), take_exit(S, T)
-        assert ok.float().mean() > .8, "too few clear cases to test anything"
+        assert ok.float().mean() > 0.8, "too few clear cases to test anything"
         o = ExitRunner(net, T, score, policy, micro=(24, 5, 1)[(i + j) % 3])(x, logits=True)
         loop, logits, _ = loop_exits(net, x, T, score, policy)
         assert torch.equal(o.exit[ok], want[ok]) and torch.equal(loop[ok], want[ok])
         every, tol = F[want, torch.arange(len(x))], 1e-4 * (1 + F.abs().max())
-        assert torch.equal(o.prediction[ok], every.argmax(-1)[ok]) and (o.logits[ok] - every[ok]).abs().max() < tol
+        assert (
+            torch.equal(o.prediction[ok], every.argmax(-1)[ok])
+            and (o.logits[ok] - every[ok]).abs().max() < tol
+        )
         same = o.exit == loop
         assert (o.logits[same] - logits[same]).abs().max() < tol
         assert torch.equal(o.macs, torch.tensor(net.macs())[o.exit]) and o.ids == list(range(20))
@@ -104,9 +186,11 @@ def test_compaction_gives_the_answers_of_the_loop(i, name):
 @pytest.mark.parametrize("name", NETS)
 def test_which_networks_are_fused(name):
     net = raw(name)[0]
-    r = ExitRunner(net, [.5] * len(net))
+    r = ExitRunner(net, [0.5] * len(net))
     assert r.fused == [FUSED.get(name, False)] * len(r)
-    assert all(t is not None for t in r.tokens) == (FUSED.get(name, False) and "no class" not in name)
+    assert all(t is not None for t in r.tokens) == (
+        FUSED.get(name, False) and "no class" not in name
+    )
 
 
 def test_ties_are_decided_alike_at_every_size():
@@ -115,10 +199,15 @@ def test_ties_are_decided_alike_at_every_size():
     for t in range(7):
         for micro in (1, 7, 64):
             o = ExitRunner(net, [t, t, 0], Ranks(), micro=micro)(x)
-            assert torch.equal(o.exit, take_exit(S, [t, t, 0.])), (t, micro)
-    assert ExitRunner(net, [-math.inf] * 3)(x).exit.max() == 0 and ExitRunner(net, [math.inf] * 3)(x).exit.min() == 2
-    o = ExitRunner(net, [2.] * 3)(x)
-    c = ExitRunner(net, [2.] * 3, micro=1)(x).score      # the last exit's own confidences, which are no threshold: it takes all
+            assert torch.equal(o.exit, take_exit(S, [t, t, 0.0])), (t, micro)
+    assert (
+        ExitRunner(net, [-math.inf] * 3)(x).exit.max() == 0
+        and ExitRunner(net, [math.inf] * 3)(x).exit.min() == 2
+    )
+    o = ExitRunner(net, [2.0] * 3)(x)
+    c = ExitRunner(net, [2.0] * 3, micro=1)(
+        x
+    ).score  # the last exit's own confidences, which are no threshold: it takes all
     assert o.exit.min() == 2 and torch.allclose(o.score, c, atol=1e-6)
 
 
@@ -131,16 +220,22 @@ def test_every_stage_runs_on_those_who_need_it_and_on_nobody_else():
     need = [int((take_exit(S, T) >= e).sum()) for e in range(4)]
     r(x)
     assert [sum(sizes[e]) for e in range(4)] == need
-    assert [len(sizes[e]) for e in range(4)] == [-(-n // 8) for n in need], "survivors were not put together again"
+    assert [len(sizes[e]) for e in range(4)] == [-(-n // 8) for n in need], (
+        "survivors were not put together again"
+    )
 
 
 # ---------------------------------------------------------------- kernels
+
 
 @pytest.mark.parametrize("name", [n for n in NETS if n in FUSED])
 def test_fused_kernels_are_as_exact_as_the_modules(name):
     "Logits within 1e-5 of float64, and no worse than a few times the error of the modules."
     net, x, exact, _ = reference(name)
-    fast, slow = ExitRunner(net, [2.] * len(net)), ExitRunner(net, [2.] * len(net), kernels="modules")
+    fast, slow = (
+        ExitRunner(net, [2.0] * len(net)),
+        ExitRunner(net, [2.0] * len(net), kernels="modules"),
+    )
     scale = exact.abs().max()
     errors = [float((r.all_exits(x) - exact).abs().max() / scale) for r in (fast, slow)]
     assert errors[0] < 1e-5 and errors[0] < 5 * errors[1] + 1e-6, errors
@@ -150,39 +245,56 @@ def test_fused_kernels_are_as_exact_as_the_modules(name):
 def test_the_class_token_alone_is_algebra_not_approximation():
     "In float64 the token of a fused block equals the module's to 1e-12, for any number of heads, LayerScale and biases."
     from timm.models.vision_transformer import Block
+
     tanh = dict(act_layer=lambda: nn.GELU("tanh"), proj_bias=False)
-    for heads, kw in ((1, {}), (3, dict(qkv_bias=True)), (4, dict(init_values=.3, qkv_bias=True)), (2, tanh)):
+    for heads, kw in (
+        (1, {}),
+        (3, dict(qkv_bias=True)),
+        (4, dict(init_values=0.3, qkv_bias=True)),
+        (2, tanh),
+    ):
         b, z = noisy(Block(24, heads, **kw).double()), torch.randn(3, 11, 24, dtype=torch.double)
         f = FusedBlock(b, torch.double)
-        with torch.inference_mode(): assert (f.token(z) - b(z)[:, 0]).abs().max() < 1e-12 and (f(z) - b(z)).abs().max() < 1e-12
+        with torch.inference_mode():
+            assert (f.token(z) - b(z)[:, 0]).abs().max() < 1e-12 and (
+                f(z) - b(z)
+            ).abs().max() < 1e-12
 
 
 def test_blocks_that_are_not_understood_are_left_alone():
     net = build("vit")
-    class Odd(type(net.stages[0][0])): pass
+
+    class Odd(type(net.stages[0][0])):
+        pass
+
     assert fuse(net.stages[0], (17, 48)) is not None
     net.stages[0][0].__class__ = Odd
     assert fuse(net.stages[0], (17, 48)) is None
     other = build("vit")
     plain = other.stages[1][0].mlp.forward
-    other.stages[1][0].mlp.forward = lambda z: 1.01 * plain(z)       # right types, other function: noticed by the answer
+    other.stages[1][0].mlp.forward = lambda z: (
+        1.01 * plain(z)
+    )  # right types, other function: noticed by the answer
     assert fuse(other.stages[1], (17, 48)) is None and fuse(other.stages[0], (17, 48)) is not None
-    r = ExitRunner(net, [2.] * 3)
+    r = ExitRunner(net, [2.0] * 3)
     assert r.fused == [False, True, True]
-    with torch.inference_mode(): assert torch.allclose(r.all_exits(pictures(5)), torch.stack(net(pictures(5))), atol=1e-5)
+    with torch.inference_mode():
+        assert torch.allclose(r.all_exits(pictures(5)), torch.stack(net(pictures(5))), atol=1e-5)
 
 
 def test_without_onednn_the_answers_are_the_same(monkeypatch):
     net, x = build("vit"), pictures(9)
-    here = ExitRunner(net, [2.] * 3).all_exits(x)
-    monkeypatch.setattr(R, "_packs", lambda dtype: False); monkeypatch.setattr(R, "route_is_exact", lambda: False)
-    there = ExitRunner(net, [2.] * 3)
+    here = ExitRunner(net, [2.0] * 3).all_exits(x)
+    monkeypatch.setattr(R, "_packs", lambda dtype: False)
+    monkeypatch.setattr(R, "route_is_exact", lambda: False)
+    there = ExitRunner(net, [2.0] * 3)
     assert there.fused == [True] * 3 and not there.bodies[1][0].qkv.packed and not there.routed
     assert torch.allclose(there.all_exits(x), here, atol=1e-5)
 
 
 def test_the_route_is_probed_and_never_left_on(monkeypatch):
-    if not hasattr(torch.backends.mkldnn, "matmul"): pytest.skip("this PyTorch has no such setting")
+    if not hasattr(torch.backends.mkldnn, "matmul"):
+        pytest.skip("this PyTorch has no such setting")
     m = torch.backends.mkldnn.matmul
     was = m.fp32_precision
     with pytest.raises(KeyError):
@@ -191,73 +303,117 @@ def test_the_route_is_probed_and_never_left_on(monkeypatch):
             raise KeyError
     assert m.fp32_precision == was
     net = build("vit")
-    ExitRunner(net, [2.] * 3)(pictures(3)); assert m.fp32_precision == was
-    with pytest.raises(ValueError, match="NaN"): ExitRunner(net, [2.] * 3)(pictures(3) * math.nan)
+    ExitRunner(net, [2.0] * 3)(pictures(3))
     assert m.fp32_precision == was
-    rough = torch.bmm                                     # a machine that uses the permission: bf16 inside
-    monkeypatch.setattr(torch, "bmm", lambda a, b: rough(a.bfloat16().float(), b.bfloat16().float()) if m.fp32_precision == "bf16" else rough(a, b))
+    with pytest.raises(ValueError, match="NaN"):
+        ExitRunner(net, [2.0] * 3)(pictures(3) * math.nan)
+    assert m.fp32_precision == was
+    rough = torch.bmm  # a machine that uses the permission: bf16 inside
+    monkeypatch.setattr(
+        torch,
+        "bmm",
+        lambda a, b: (
+            rough(a.bfloat16().float(), b.bfloat16().float())
+            if m.fp32_precision == "bf16"
+            else rough(a, b)
+        ),
+    )
     assert not route_is_exact.__wrapped__()
 
 
 def test_bf16_agrees_where_the_class_is_clear():
     net, x, exact, _ = reference("vit", n=64)
-    got = ExitRunner(net, [2.] * 3, dtype=torch.bfloat16).all_exits(x)
+    got = ExitRunner(net, [2.0] * 3, dtype=torch.bfloat16).all_exits(x)
     error = (got - exact).abs().max()
-    assert got.dtype == torch.float32 and error < .05 * exact.abs().max()
+    assert got.dtype == torch.float32 and error < 0.05 * exact.abs().max()
     top = exact.topk(2, -1).values
     clear = top[..., 0] - top[..., 1] > 2 * error
-    assert clear.float().mean() > .5 and torch.equal(got.argmax(-1)[clear], exact.argmax(-1)[clear])
+    assert clear.float().mean() > 0.5 and torch.equal(
+        got.argmax(-1)[clear], exact.argmax(-1)[clear]
+    )
     for name in ("cnn", "wrn", "msdnet"):
         n = build(name)
-        with torch.inference_mode(): want = torch.stack(n(x))
-        assert (ExitRunner(n, [2.] * len(n), dtype=torch.bfloat16).all_exits(x) - want).abs().max() < .1 * want.abs().max()
+        with torch.inference_mode():
+            want = torch.stack(n(x))
+        assert (
+            ExitRunner(n, [2.0] * len(n), dtype=torch.bfloat16).all_exits(x) - want
+        ).abs().max() < 0.1 * want.abs().max()
 
 
 def test_packed_linear_on_odd_shapes():
     for n, i, o in ((1, 1, 1), (3, 17, 5), (65, 48, 7)):
         w, b, x, r = torch.randn(o, i), torch.randn(o), torch.randn(n, i), torch.randn(n, o)
         lin = PackedLinear(w, b)
-        assert torch.allclose(lin(x), x @ w.T + b, atol=1e-5) and torch.allclose(lin(x, add=r), x @ w.T + b + r, atol=1e-5)
-        assert torch.allclose(lin(x, gelu="none"), nn.functional.gelu(x @ w.T + b), atol=1e-5) and torch.allclose(PackedLinear(w)(x), x @ w.T, atol=1e-5)
+        assert torch.allclose(lin(x), x @ w.T + b, atol=1e-5) and torch.allclose(
+            lin(x, add=r), x @ w.T + b + r, atol=1e-5
+        )
+        assert torch.allclose(
+            lin(x, gelu="none"), nn.functional.gelu(x @ w.T + b), atol=1e-5
+        ) and torch.allclose(PackedLinear(w)(x), x @ w.T, atol=1e-5)
 
 
 # ---------------------------------------------------------------- the runner as an object
 
+
 def test_a_runner_is_a_snapshot_in_eval_mode():
     net, x = build("wrn"), pictures(6)
-    r = ExitRunner(net, [2.] * 3)
+    r = ExitRunner(net, [2.0] * 3)
     before, stats = r.all_exits(x), net.stages[0][0].bn1.running_mean.clone()
     net.train()
-    with torch.no_grad(): [p.zero_() for p in net.parameters()]
-    assert torch.equal(r.all_exits(x), before) and net.training and torch.equal(net.stages[0][0].bn1.running_mean, stats)
+    with torch.no_grad():
+        [p.zero_() for p in net.parameters()]
+    assert (
+        torch.equal(r.all_exits(x), before)
+        and net.training
+        and torch.equal(net.stages[0][0].bn1.running_mean, stats)
+    )
     assert all(p.requires_grad for p in net.parameters())
-    net.eval(); assert not torch.allclose(ExitRunner(net, [2.] * 3).all_exits(x), before)
+    net.eval()
+    assert not torch.allclose(ExitRunner(net, [2.0] * 3).all_exits(x), before)
 
 
 def test_errors_are_clear():
     net, x = build("cnn"), pictures(4)
-    for T in ([.5] * 3, [.5] * 5, []):
-        with pytest.raises(ValueError, match=f"{len(T)} thresholds for 4 exits: give one per exit"): ExitRunner(net, T)
-    with pytest.raises(ValueError, match="contains NaN"): ExitRunner(net, [.5, math.nan, .5, 0])
-    with pytest.raises(ValueError, match="score='sure' is unknown"): ExitRunner(net, [.5] * 4, "sure")
-    with pytest.raises(ValueError, match="kernels='quick' must be one of auto"): ExitRunner(net, [.5] * 4, kernels="quick")
+    for T in ([0.5] * 3, [0.5] * 5, []):
+        with pytest.raises(ValueError, match=f"{len(T)} thresholds for 4 exits: give one per exit"):
+            ExitRunner(net, T)
+    with pytest.raises(ValueError, match="contains NaN"):
+        ExitRunner(net, [0.5, math.nan, 0.5, 0])
+    with pytest.raises(ValueError, match="score='sure' is unknown"):
+        ExitRunner(net, [0.5] * 4, "sure")
+    with pytest.raises(ValueError, match="kernels='quick' must be one of auto"):
+        ExitRunner(net, [0.5] * 4, kernels="quick")
     for m in (0, -3):
-        with pytest.raises(ValueError, match=f"micro={m} must be a whole number of at least 1"): ExitRunner(net, [.5] * 4, micro=m)
-    r = ExitRunner(net, [.9, .9, .9, 0])
-    with pytest.raises(ValueError, match="no pictures"): r(x[:0])
-    with pytest.raises(ValueError, match=r"shape \(4, 3, 8, 8\); this network takes \(n, 3, 16, 16\)"): r(x[:, :, :8, :8])
+        with pytest.raises(ValueError, match=f"micro={m} must be a whole number of at least 1"):
+            ExitRunner(net, [0.5] * 4, micro=m)
+    r = ExitRunner(net, [0.9, 0.9, 0.9, 0])
+    with pytest.raises(ValueError, match="no pictures"):
+        r(x[:0])
+    with pytest.raises(
+        ValueError, match=r"shape \(4, 3, 8, 8\); this network takes \(n, 3, 16, 16\)"
+    ):
+        r(x[:, :, :8, :8])
+
     class Late(Confidence):
         def step(self, F, a=None, state=None):
             s, _ = super().step(F)
             return (s if state is None else s * math.nan), {"seen": s}
-    with pytest.raises(ValueError, match="Late is NaN for 4 of 4 pictures at exit 2"): ExitRunner(net, [2.] * 4, Late())(x)
-    one = x.clone(); one[2] = math.nan
-    with pytest.raises(ValueError, match="Confidence is NaN for 1 of 4 pictures at exit 1"): r(one)
+
+    with pytest.raises(ValueError, match="Late is NaN for 4 of 4 pictures at exit 2"):
+        ExitRunner(net, [2.0] * 4, Late())(x)
+    one = x.clone()
+    one[2] = math.nan
+    with pytest.raises(ValueError, match="Confidence is NaN for 1 of 4 pictures at exit 1"):
+        r(one)
     s = r.stream()
-    with pytest.raises(ValueError, match="no pictures"): s.push(x[:0])
-    with pytest.raises(ValueError, match="ids has 3 entries for 4 pictures"): s.push(x, [1, 2, 3])
-    with pytest.raises(ValueError, match="batch=0"): r.stream(0)
-    with pytest.raises(ValueError, match="repeats=0"): r.latency(x, 0)
+    with pytest.raises(ValueError, match="no pictures"):
+        s.push(x[:0])
+    with pytest.raises(ValueError, match="ids has 3 entries for 4 pictures"):
+        s.push(x, [1, 2, 3])
+    with pytest.raises(ValueError, match="batch=0"):
+        r.stream(0)
+    with pytest.raises(ValueError, match="repeats=0"):
+        r.latency(x, 0)
 
 
 def test_latency_reports_what_was_run():
@@ -271,9 +427,10 @@ def test_compiled_stages_are_the_same_loop(monkeypatch):
     calls = []
     monkeypatch.setattr(torch, "compile", lambda m, dynamic: calls.append(dynamic) or m)
     net, x = build("cnn"), pictures(4)
-    r = ExitRunner(net, [2.] * 4, kernels="compile")
+    r = ExitRunner(net, [2.0] * 4, kernels="compile")
     assert calls == [True] * 5 and r.fused == [False] * 4
-    with torch.inference_mode(): assert torch.allclose(r.all_exits(x), torch.stack(net(x)), atol=1e-5)
+    with torch.inference_mode():
+        assert torch.allclose(r.all_exits(x), torch.stack(net(x)), atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -287,127 +444,203 @@ def test_on_a_gpu(name):
 
 # ---------------------------------------------------------------- streams
 
+
 @pytest.mark.parametrize("name", ["vit", "cnn"])
 def test_a_stream_gives_every_picture_its_answer(name):
     rng = np.random.default_rng(0)
     net, x, F, S = reference(name, Patience(), BoostNet(), n=70)
-    T = [1., 1, 1, 0][-len(net):]
+    T = [1.0, 1, 1, 0][-len(net) :]
     want = take_exit(S, T)
     s = ExitRunner(net, T, Patience(), BoostNet()).stream(batch=8, logits=True)
     got, i = {}, 0
     while i < 70:
         n = int(rng.integers(1, 12))
-        o = s.push(x[i:i+n], ids=[("picture", j) for j in range(i, min(i + n, 70))])
+        o = s.push(x[i : i + n], ids=[("picture", j) for j in range(i, min(i + n, 70))])
         i += n
         assert max(s.waiting()) < 8
-        got.update({k: (e, p, l) for k, e, p, l in zip(o.ids, o.exit.tolist(), o.prediction.tolist(), o.logits)})
-        if i > 35 and i - n <= 35: o = s.flush(); got.update({k: (e, p, l) for k, e, p, l in zip(o.ids, o.exit.tolist(), o.prediction.tolist(), o.logits)})
+        got.update(
+            {
+                k: (e, p, l)
+                for k, e, p, l in zip(o.ids, o.exit.tolist(), o.prediction.tolist(), o.logits)
+            }
+        )
+        if i > 35 and i - n <= 35:
+            o = s.flush()
+            got.update(
+                {
+                    k: (e, p, l)
+                    for k, e, p, l in zip(o.ids, o.exit.tolist(), o.prediction.tolist(), o.logits)
+                }
+            )
     assert 0 < sum(s.waiting()) == 70 - len(got)
-    o = s.flush(); got.update({k: (e, p, l) for k, e, p, l in zip(o.ids, o.exit.tolist(), o.prediction.tolist(), o.logits)})
-    assert set(got) == {("picture", j) for j in range(70)} and sum(s.waiting()) == 0 and len(s.flush()) == 0
+    o = s.flush()
+    got.update(
+        {
+            k: (e, p, l)
+            for k, e, p, l in zip(o.ids, o.exit.tolist(), o.prediction.tolist(), o.logits)
+        }
+    )
+    assert (
+        set(got) == {("picture", j) for j in range(70)}
+        and sum(s.waiting()) == 0
+        and len(s.flush()) == 0
+    )
     ok = clear_cases(F, S, T)
     for j in range(70):
         e, p, l = got["picture", j]
-        if ok[j]: assert e == want[j] and p == F[e, j].argmax() and (l - F[e, j]).abs().max() < 1e-4 * (1 + F.abs().max())
+        if ok[j]:
+            assert (
+                e == want[j]
+                and p == F[e, j].argmax()
+                and (l - F[e, j]).abs().max() < 1e-4 * (1 + F.abs().max())
+            )
 
 
 # ---------------------------------------------------------------- ONNX
 
+
 @pytest.mark.parametrize("name,policy", [("vit", "joint"), ("cnn", "boostnet")])
 def test_onnx_gives_the_same_answers(name, policy, tmp_path):
-    for package in ("onnx", "onnxscript", "onnxruntime"): pytest.importorskip(package)
-    p, options = (BoostNet(w=.5), dict(w=.5)) if policy == "boostnet" else (Joint(), None)
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    p, options = (BoostNet(w=0.5), dict(w=0.5)) if policy == "boostnet" else (Joint(), None)
     net, x, F, S = reference(name, Margin(), p)
     net, F, S = net.prefix(2).eval(), F[:2], S[:2]
     T = [float(S[0].median()) + 1e-4, -math.inf]
     m = json.loads(export_onnx(net, tmp_path / "phone", T, "margin", policy, options).read_text())
-    assert m["macs"] == net.macs() and m["thresholds"] == [T[0], "-inf"] and m["input_shape"] == [3, 16, 16]
+    assert (
+        m["macs"] == net.macs()
+        and m["thresholds"] == [T[0], "-inf"]
+        and m["input_shape"] == [3, 16, 16]
+    )
     r = OnnxRunner(tmp_path / "phone", micro=7)
     assert not any(isinstance(v, nn.Module) for v in vars(r).values())
     ok = clear_cases(F, S, T)
     o = r(x, logits=True)
-    assert torch.equal(o.exit[ok], take_exit(S, T)[ok]) and (o.logits - F[o.exit, torch.arange(20)])[ok].abs().max() < 1e-4 * (1 + F.abs().max())
-    assert 0 < o.exit.sum() < 20 and torch.allclose(r.all_exits(x).double(), F, atol=1e-4 * float(1 + F.abs().max()))
-    s = r.stream(4); parts = [s.push(x[:11]), s.push(x[11:]), s.flush()]
-    assert dict(sum([list(zip(q.ids, q.exit.tolist())) for q in parts], [])) == dict(enumerate(o.exit.tolist()))
+    assert torch.equal(o.exit[ok], take_exit(S, T)[ok]) and (
+        o.logits - F[o.exit, torch.arange(20)]
+    )[ok].abs().max() < 1e-4 * (1 + F.abs().max())
+    assert 0 < o.exit.sum() < 20 and torch.allclose(
+        r.all_exits(x).double(), F, atol=1e-4 * float(1 + F.abs().max())
+    )
+    s = r.stream(4)
+    parts = [s.push(x[:11]), s.push(x[11:]), s.flush()]
+    assert dict(sum([list(zip(q.ids, q.exit.tolist())) for q in parts], [])) == dict(
+        enumerate(o.exit.tolist())
+    )
 
 
 def test_onnx_errors_are_clear(tmp_path, monkeypatch):
     net = build("cnn")
-    with pytest.raises(FileNotFoundError, match="export_onnx writes it"): OnnxRunner(tmp_path)
+    with pytest.raises(FileNotFoundError, match="export_onnx writes it"):
+        OnnxRunner(tmp_path)
     real = builtins.__import__
+
     def missing(name, *a, **k):
-        if name in ("onnx", "onnxruntime"): raise ImportError(name)
+        if name in ("onnx", "onnxruntime"):
+            raise ImportError(name)
         return real(name, *a, **k)
+
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(ImportError, match=r"pip install darkdistill_nb\[onnx\]"): export_onnx(net, tmp_path, [.5] * 4)
-    with pytest.raises(ImportError, match=r"onnxruntime is not installed"): OnnxRunner(tmp_path)
+    with pytest.raises(ImportError, match=r"pip install darkdistill_nb\[onnx\]"):
+        export_onnx(net, tmp_path, [0.5] * 4)
+    with pytest.raises(ImportError, match=r"onnxruntime is not installed"):
+        OnnxRunner(tmp_path)
 
 
-BROKEN = {"not JSON": "{", "nested": "[" * 100_000, "a list": "[1]", "nothing": "{}",
-    "one field": '{"macs": [1, 2]}', "bytes": "\xff\xfe"}
+BROKEN = {
+    "not JSON": "{",
+    "nested": "[" * 100_000,
+    "a list": "[1]",
+    "nothing": "{}",
+    "one field": '{"macs": [1, 2]}',
+    "bytes": "\xff\xfe",
+}
+
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_damaged_manifest_is_named(tmp_path, name):
     pytest.importorskip("onnxruntime")
     (tmp_path / "manifest.json").write_bytes(BROKEN[name].encode("latin-1"))
-    with pytest.raises(ValueError, match="manifest.json") as e: OnnxRunner(tmp_path)
+    with pytest.raises(ValueError, match="manifest.json") as e:
+        OnnxRunner(tmp_path)
     assert "export_onnx" in str(e.value) and len(str(e.value)) < 500
 
 
 def test_a_manifest_holds_both_infinities(tmp_path):
     import json
-    for package in ("onnx", "onnxscript", "onnxruntime"): pytest.importorskip(package)
-    net, T = build("cnn"), [math.inf, .5, -math.inf, -math.inf]
+
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    net, T = build("cnn"), [math.inf, 0.5, -math.inf, -math.inf]
     path = export_onnx(net, tmp_path, T)
-    assert json.loads(path.read_text())["thresholds"] == ["inf", .5, "-inf", "-inf"]
-    assert OnnxRunner(tmp_path).thresholds == T == OnnxRunner(tmp_path, ["inf", .5, "-inf", None]).thresholds
+    assert json.loads(path.read_text())["thresholds"] == ["inf", 0.5, "-inf", "-inf"]
+    assert (
+        OnnxRunner(tmp_path).thresholds
+        == T
+        == OnnxRunner(tmp_path, ["inf", 0.5, "-inf", None]).thresholds
+    )
     for bad in (dict(micro=0), dict(micro=1.5), dict(threads=0)):
-        with pytest.raises(ValueError, match="must be a whole number"): OnnxRunner(tmp_path, **bad)
+        with pytest.raises(ValueError, match="must be a whole number"):
+            OnnxRunner(tmp_path, **bad)
 
 
-@pytest.mark.parametrize("call, words",
-    [(lambda n: ExitRunner(n, [.5] * 4, micro=1.5), "micro=1.5"),
-    (lambda n: ExitRunner(n, [.5] * 4, dtype=torch.int8), "dtype=torch.int8"),
-    (lambda n: ExitRunner(n, [.5] * 4, dtype="bf16"), "dtype='bf16'"),
-    (lambda n: ExitRunner(nn.Linear(2, 2), [.5] * 4), "net='Linear'"),
-    (lambda n: ExitRunner(n, .5), "must be a list"),
-    (lambda n: ExitRunner(n, [[.5]] * 4), "must be a number"),
-    (lambda n: ExitRunner(n, ["half"] + [.5] * 3), "'half'"),
-    (lambda n: ExitRunner(n, [.5] * 4, policy="boost"), "policy='boost'"),
-    (lambda n: ExitRunner(n, [.5] * 4).stream(2.5), "batch=2.5"),
-    (lambda n: ExitRunner(n, [.5] * 4).stream(4, "yes"), "logits='yes'"),
-    (lambda n: ExitRunner(n, [.5] * 4).latency(pictures(2), 1.5), "repeats=1.5"),
-    (lambda n: ExitRunner(n, [.5] * 4)([1, 2]), "x='list'"),
-    (lambda n: loop_exits(n, pictures(2), [.5] * 3), "3 thresholds for 4 exits"),
-    (lambda n: loop_exits(n, pictures(2)[:0], [.5] * 4), "at least 1")])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda n: ExitRunner(n, [0.5] * 4, micro=1.5), "micro=1.5"),
+        (lambda n: ExitRunner(n, [0.5] * 4, dtype=torch.int8), "dtype=torch.int8"),
+        (lambda n: ExitRunner(n, [0.5] * 4, dtype="bf16"), "dtype='bf16'"),
+        (lambda n: ExitRunner(nn.Linear(2, 2), [0.5] * 4), "net='Linear'"),
+        (lambda n: ExitRunner(n, 0.5), "must be a list"),
+        (lambda n: ExitRunner(n, [[0.5]] * 4), "must be a number"),
+        (lambda n: ExitRunner(n, ["half"] + [0.5] * 3), "'half'"),
+        (lambda n: ExitRunner(n, [0.5] * 4, policy="boost"), "policy='boost'"),
+        (lambda n: ExitRunner(n, [0.5] * 4).stream(2.5), "batch=2.5"),
+        (lambda n: ExitRunner(n, [0.5] * 4).stream(4, "yes"), "logits='yes'"),
+        (lambda n: ExitRunner(n, [0.5] * 4).latency(pictures(2), 1.5), "repeats=1.5"),
+        (lambda n: ExitRunner(n, [0.5] * 4)([1, 2]), "x='list'"),
+        (lambda n: loop_exits(n, pictures(2), [0.5] * 3), "3 thresholds for 4 exits"),
+        (lambda n: loop_exits(n, pictures(2)[:0], [0.5] * 4), "at least 1"),
+    ],
+)
 def test_hostile_settings_get_one_sentence(call, words):
-    with pytest.raises(ValueError) as e: call(build("cnn"))
+    with pytest.raises(ValueError) as e:
+        call(build("cnn"))
     assert words in str(e.value) and "\n" not in str(e.value)
 
 
 def test_numpy_numbers_and_arrays():
     import numpy as np
-    r = ExitRunner(build("cnn"), np.array([.5, math.inf, .5, -math.inf], np.float32), micro=np.int64(3))
-    assert r.thresholds == [.5, math.inf, .5, -math.inf] and len(r(pictures(5))) == 5
+
+    r = ExitRunner(
+        build("cnn"), np.array([0.5, math.inf, 0.5, -math.inf], np.float32), micro=np.int64(3)
+    )
+    assert r.thresholds == [0.5, math.inf, 0.5, -math.inf] and len(r(pictures(5))) == 5
 
 
 # ---------------------------------------------------------------- the benchmark
 
+
 def test_bench_exits_command(tmp_path, monkeypatch, capsys):
     toy = vit(n_classes=5, **{**TINY, "exits": (1, 2, 3, 4)}).eval()
     real = bench.bench_exits
-    monkeypatch.setattr(bench, "bench_exits",
-        lambda rounds, device: real(rounds, device, net=toy, batches=(1, 8)))
+    monkeypatch.setattr(
+        bench, "bench_exits", lambda rounds, device: real(rounds, device, net=toy, batches=(1, 8))
+    )
     threads = torch.get_num_threads()
-    try: assert bench.main(["exits", "--rounds", "1", "--save", str(tmp_path / "r.json")]) == 0
-    finally: torch.set_num_threads(threads)
+    try:
+        assert bench.main(["exits", "--rounds", "1", "--save", str(tmp_path / "r.json")]) == 0
+    finally:
+        torch.set_num_threads(threads)
     out = capsys.readouterr().out
     assert "plain PyTorch, always last" in out and "stream" in out and "realised" in out
     from darkdistill_nb.training import load_record
+
     record = load_record(tmp_path / "r.json")
     assert record.info["table"] in out and len(record.info["rows"]) == 13 and record.seconds > 0
-    with pytest.raises(SystemExit): bench.main(["exits", "--rounds", "0"])
+    with pytest.raises(SystemExit):
+        bench.main(["exits", "--rounds", "0"])
     assert "--rounds 0 must be at least 1" in capsys.readouterr().err
 
 
@@ -415,9 +648,15 @@ def test_prescribed_exits_and_the_arithmetic_of_the_table():
     who = bench.exit_list(256)
     assert torch.bincount(who).tolist() == [128, 51, 38, 39]
     net, x = build("cnn"), pictures(20)
-    o = ExitRunner(net, [0.] * 4, bench.Replay(who[:20]), micro=3)(x)
+    o = ExitRunner(net, [0.0] * 4, bench.Replay(who[:20]), micro=3)(x)
     assert torch.equal(o.exit, who[:20])
-    named = {("plain PyTorch, always last", 4): [[8.], None], ("always last", 4): [[4.], [5.]],
-             ("always last", 2): [[1., 2], [3, 1]], ("runner", 4): [[1.], [1.]]}
+    named = {
+        ("plain PyTorch, always last", 4): [[8.0], None],
+        ("always last", 4): [[4.0], [5.0]],
+        ("always last", 2): [[1.0, 2], [3, 1]],
+        ("runner", 4): [[1.0], [1.0]],
+    }
     row = bench.exit_rows({("float32", *k): t for k, t in named.items()}, lambda n: 2.5, n=4)[-1]
-    assert row["full"] == 2 and row["eager"] == 8 and row["realised"] == .8      # best always-last: 1 + 1 seconds
+    assert (
+        row["full"] == 2 and row["eager"] == 8 and row["realised"] == 0.8
+    )  # best always-last: 1 + 1 seconds

@@ -1,13 +1,16 @@
 """The gate: every page of the site and the report in a real browser, wide and narrow, light and dark, with nothing hidden, cut off or fetched.
 
 SITE names a folder with a site that `tools/build_docs.py` has built; without it, one is built here. `tools/check.py --only site` runs this file."""
+
 import json, math, os, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 GATE = (Path(__file__).parent / "site_gate.js").read_text(encoding="utf-8")
-FOUND = os.environ.get("CHROMIUM") or next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
+FOUND = os.environ.get("CHROMIUM") or next(
+    (p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None
+)
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 pytestmark = pytest.mark.browser
 
@@ -30,7 +33,9 @@ def site(tmp_path_factory):
     if built := os.environ.get("SITE"):
         return Path(built).resolve()
     out = tmp_path_factory.mktemp("site") / "html"
-    r = subprocess.run([sys.executable, "tools/build_docs.py", str(out)], cwd=ROOT, capture_output=True, text=True)
+    r = subprocess.run(
+        [sys.executable, "tools/build_docs.py", str(out)], cwd=ROOT, capture_output=True, text=True
+    )
     assert r.returncode == 0, r.stdout + r.stderr
     return out
 
@@ -39,24 +44,66 @@ def a_record(classes):
     "A made-up record of two methods and two seeds, with that many classes."
     import numpy as np
     from darkdistill_nb.training import Record
+
     rng, T = np.random.default_rng(0), 4
     number = lambda low, high: float(rng.uniform(low, high))
     bins = lambda: {str(m): rng.integers(1, 200, 10).tolist() for m in range(1, T + 1)}
-    budget = lambda: [dict(P=P, cost=1e5 + 7e3 * P, accuracy=.5 + .01 * P, thresholds=[.9 - .02 * P, "inf", .3, "-inf"]) for P in range(1, 40)]
-    work = lambda: dict(bytes_up=4000, bytes_down=9000, seconds=2., seconds_clients=1.5, seconds_server=.5)
+    budget = lambda: [
+        dict(
+            P=P,
+            cost=1e5 + 7e3 * P,
+            accuracy=0.5 + 0.01 * P,
+            thresholds=[0.9 - 0.02 * P, "inf", 0.3, "-inf"],
+        )
+        for P in range(1, 40)
+    ]
+    work = lambda: dict(
+        bytes_up=4000, bytes_down=9000, seconds=2.0, seconds_clients=1.5, seconds_server=0.5
+    )
+
     def run(method, seed):
-        rounds = [dict(round=r, accuracy=[number(.2, .9) for _ in range(T)], **work()) for r in range(1, 6)]
-        for row in rounds if method == "darkdistill" else []: row["difficulty"] = bins()
-        final = dict(accuracy=rounds[-1]["accuracy"], mean=.6, valid=None, budget=budget(), difficulty=bins(), **work())
+        rounds = [
+            dict(round=r, accuracy=[number(0.2, 0.9) for _ in range(T)], **work())
+            for r in range(1, 6)
+        ]
+        for row in rounds if method == "darkdistill" else []:
+            row["difficulty"] = bins()
+        final = dict(
+            accuracy=rounds[-1]["accuracy"],
+            mean=0.6,
+            valid=None,
+            budget=budget(),
+            difficulty=bins(),
+            **work(),
+        )
         return dict(method=method, seed=seed, rounds=rounds, final=final)
+
     held = lambda: rng.integers(0, 60, (12, classes)).tolist()
-    config = dict(data="made_up_data_with_a_long_name_and_no_blank.npz", clients=12, gamma=.5, family="client", tiers=[.25] * 4, policy="boostnet",
-                  rounds=5, seeds=[0, 1], arch="cnn", methods=["eefl", "darkdistill"])
-    info = dict(macs=[1e5, 2e5, 3e5, 4e5], parameters=[1000, 2000, 3000, 4000], classes=[f"class {c}" for c in range(classes)], input_shape=[1, 8, 8],
-                clients={str(s): dict(tier=[1 + i % 4 for i in range(12)], classes=held()) for s in (0, 1)},
-                alone={str(s): [dict(client=i, tier=1 + i % 4, accuracy=number(.2, .8)) for i in range(12)] for s in (0, 1)})
+    config = dict(
+        data="made_up_data_with_a_long_name_and_no_blank.npz",
+        clients=12,
+        gamma=0.5,
+        family="client",
+        tiers=[0.25] * 4,
+        policy="boostnet",
+        rounds=5,
+        seeds=[0, 1],
+        arch="cnn",
+        methods=["eefl", "darkdistill"],
+    )
+    info = dict(
+        macs=[1e5, 2e5, 3e5, 4e5],
+        parameters=[1000, 2000, 3000, 4000],
+        classes=[f"class {c}" for c in range(classes)],
+        input_shape=[1, 8, 8],
+        clients={str(s): dict(tier=[1 + i % 4 for i in range(12)], classes=held()) for s in (0, 1)},
+        alone={
+            str(s): [dict(client=i, tier=1 + i % 4, accuracy=number(0.2, 0.8)) for i in range(12)]
+            for s in (0, 1)
+        },
+    )
     record = Record.begin(config, **info)
-    record.runs, record.seconds = [run(m, s) for m in ("eefl", "darkdistill") for s in (0, 1)], 12.
+    record.runs, record.seconds = [run(m, s) for m in ("eefl", "darkdistill") for s in (0, 1)], 12.0
     record.command = "darkdistill run --data made_up_data_with_a_long_name_and_no_blank.npz --clients 12 --rounds 5 --seeds 2"
     return record
 
@@ -65,26 +112,35 @@ def a_record(classes):
 def reports(tmp_path_factory):
     "Reports with 10, 20 and 100 classes, and a comparison."
     from darkdistill_nb.report import write_compare, write_report
+
     folder, records = tmp_path_factory.mktemp("reports"), {K: a_record(K) for K in (10, 20, 100)}
-    for K, r in records.items(): write_report(r, folder / f"report{K}.html")
+    for K, r in records.items():
+        write_report(r, folder / f"report{K}.html")
     write_compare(records[10], records[10], names=["first", "second"], path=folder / "compare.html")
     return folder
 
 
 DRAWN = "[...document.querySelectorAll('.drawing')].every(d => d.dataset.drawn)"
 
+
 def wait_until(page, js):
     "Wait for a condition; where it does not come, the gate says what is wrong."
     for _ in range(300):
-        if page.evaluate(js): return
+        if page.evaluate(js):
+            return
         page.wait_for_timeout(100)
+
 
 def settle(page, width):
     "Give the window another width, and every figure up to five seconds to follow."
     page.set_viewport_size(dict(width=width, height=900))
     for _ in range(50):
         page.wait_for_timeout(100)
-        if page.evaluate("[...document.querySelectorAll('.drawing')].every(d => !d._fullLayout || d._fullLayout.width <= d.clientWidth + 1)"): return
+        if page.evaluate(
+            "[...document.querySelectorAll('.drawing')].every(d => !d._fullLayout || d._fullLayout.width <= d.clientWidth + 1)"
+        ):
+            return
+
 
 def looked_at(browser, path, widths=(1280, 400)):
     "What the gate finds on one page, fresh at each width, light and dark."
@@ -92,25 +148,42 @@ def looked_at(browser, path, widths=(1280, 400)):
     for width in widths:
         context = browser.new_context(viewport=dict(width=width, height=900), color_scheme="light")
         page = context.new_page()
-        page.on("request", lambda r: outside.append(r.url) if r.url.startswith(("http:", "https:", "ws")) else None)
+        page.on(
+            "request",
+            lambda r: (
+                outside.append(r.url) if r.url.startswith(("http:", "https:", "ws")) else None
+            ),
+        )
         page.on("pageerror", lambda e: found.append(f"script error: {e}"))
         page.goto(path.as_uri())
         wait_until(page, DRAWN)
-        wait_until(page, "document.querySelectorAll('.tex, .tex-display').length === document.querySelectorAll('.tex > .katex, .tex-display > .katex').length")
-        found += [f"{width} px, light: {w}" for w in page.evaluate(GATE, dict(figures=True, text=True))]
+        wait_until(
+            page,
+            "document.querySelectorAll('.tex, .tex-display').length === document.querySelectorAll('.tex > .katex, .tex-display > .katex').length",
+        )
+        found += [
+            f"{width} px, light: {w}" for w in page.evaluate(GATE, dict(figures=True, text=True))
+        ]
         page.add_style_tag(content="*, *::before, *::after { transition: none !important }")
         page.emulate_media(color_scheme="dark")
         wait_until(page, "(document.documentElement.dataset.theme || 'dark') === 'dark'")
-        found += [f"{width} px, dark: {w}" for w in page.evaluate(GATE, dict(figures=False, text=True))]
+        found += [
+            f"{width} px, dark: {w}" for w in page.evaluate(GATE, dict(figures=False, text=True))
+        ]
         if width == max(widths):
             settle(page, 1600)
-            found += [f"resized to 1600 px: {w}" for w in page.evaluate(GATE, dict(figures=True, text=False))]
+            found += [
+                f"resized to 1600 px: {w}"
+                for w in page.evaluate(GATE, dict(figures=True, text=False))
+            ]
         context.close()
     return found + [f"asked another host for {u}" for u in outside]
 
 
 def test_every_page_of_the_site(site, browser):
-    pages = sorted(site.glob("[0-9]*.html")) + [site / f"{n}.html" for n in ("index", "reference", "CONTRIBUTING", "CHANGELOG")]
+    pages = sorted(site.glob("[0-9]*.html")) + [
+        site / f"{n}.html" for n in ("index", "reference", "CONTRIBUTING", "CHANGELOG")
+    ]
     found = {p.name: wrong for p in pages if (wrong := looked_at(browser, p))}
     assert len(pages) > 20 and not found, json.dumps(found, indent=1)
 
@@ -125,36 +198,64 @@ def test_every_class_can_be_seen(reports, browser):
     page = browser.new_page()
     page.goto((reports / "report20.html").as_uri())
     page.wait_for_function(DRAWN)
-    looks = page.evaluate("document.getElementById('clients')._fullData.map(t => JSON.stringify([t.marker.color, t.marker.pattern && t.marker.pattern.shape]))")
+    looks = page.evaluate(
+        "document.getElementById('clients')._fullData.map(t => JSON.stringify([t.marker.color, t.marker.pattern && t.marker.pattern.shape]))"
+    )
     page.close()
     assert len(looks) == len(set(looks)) == 20
 
 
 # ---------------------------------------------------------------- the gate itself must catch what is broken
 
+
 def a_page(tmp_path, body):
     from darkdistill_nb.report import _page
+
     (tmp_path / "page.html").write_text(_page("a page", [body]), encoding="utf-8")
     return tmp_path / "page.html"
+
 
 def a_figure(trace, **layout):
     import plotly.graph_objects as go
     from darkdistill_nb.report import figure_html
     from darkdistill_nb.training import figure
+
     fig = figure(*([trace(go)] if trace else []), title="one", x="x", y="y").update_layout(layout)
     return f"<figure>{figure_html(fig, 'one')}</figure>"
 
+
 BROKEN = dict(
-    white_pattern=(lambda go: go.Bar(x=[1], y=[2], marker=dict(color="#0072B2", pattern=dict(shape="/", fgcolor="white"))), "no visible ink"),
+    white_pattern=(
+        lambda go: go.Bar(
+            x=[1], y=[2], marker=dict(color="#0072B2", pattern=dict(shape="/", fgcolor="white"))
+        ),
+        "no visible ink",
+    ),
     white_fill=(lambda go: go.Bar(x=[1], y=[2], marker=dict(color="white")), "no visible ink"),
     nearly_white=(lambda go: go.Bar(x=[1], y=[2], marker=dict(color="#f4f4f4")), "no visible ink"),
-    transparent=(lambda go: go.Bar(x=[1], y=[2], marker=dict(color="rgba(0,0,255,.02)")), "no visible ink"),
+    transparent=(
+        lambda go: go.Bar(x=[1], y=[2], marker=dict(color="rgba(0,0,255,.02)")),
+        "no visible ink",
+    ),
     opacity=(lambda go: go.Scatter(x=[1, 2], y=[1, 2], opacity=0), "no visible ink"),
-    no_size=(lambda go: go.Scatter(x=[1, 2], y=[1, 2], mode="markers", marker=dict(size=.1)), "no visible ink"),
-    thin_line=(lambda go: go.Scatter(x=[1, 2], y=[1, 2], mode="lines", line=dict(width=0)), "no visible ink"),
-    white_words=(lambda go: go.Scatter(x=[1, 2], y=[1, 2], mode="text", text=["a", "b"], textfont=dict(color="white")), "no visible ink"),
+    no_size=(
+        lambda go: go.Scatter(x=[1, 2], y=[1, 2], mode="markers", marker=dict(size=0.1)),
+        "no visible ink",
+    ),
+    thin_line=(
+        lambda go: go.Scatter(x=[1, 2], y=[1, 2], mode="lines", line=dict(width=0)),
+        "no visible ink",
+    ),
+    white_words=(
+        lambda go: go.Scatter(
+            x=[1, 2], y=[1, 2], mode="text", text=["a", "b"], textfont=dict(color="white")
+        ),
+        "no visible ink",
+    ),
     out_of_range=(lambda go: go.Scatter(x=[1, 2], y=[None, None]), "is blank"),
-    nothing=(None, "is blank"))
+    nothing=(None, "is blank"),
+)
+
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_gate_catches_a_figure_without_ink(tmp_path, browser, name):
@@ -163,14 +264,25 @@ def test_gate_catches_a_figure_without_ink(tmp_path, browser, name):
     assert any(message in w for w in found), found
 
 
-WIDE = ("<figure style='width:300px'><div class='plotly-graph-div drawing' id='one' data-drawn='yes'></div></figure>"
-        "<script>Plotly.newPlot('one', [{y: [1, 2]}], {width: 572, height: 200})</script>")
+WIDE = (
+    "<figure style='width:300px'><div class='plotly-graph-div drawing' id='one' data-drawn='yes'></div></figure>"
+    "<script>Plotly.newPlot('one', [{y: [1, 2]}], {width: 572, height: 200})</script>"
+)
 PAGES = dict(
-    wide_figure=(WIDE, "is 572 px wide in a container of 300 px"), wide_page=("<div style='width:3000px'>x</div>", "the page is 3"),
-    no_scope=("<table><tr><th>a</th></tr></table>", "th without scope"), pale=("<p style='color:#ddd'>pale</p>", "contrast"),
-    dark=("<p style='color:#222;background:none'>dark</p>", "dark: contrast"), stays_light=("<div class=drawing data-drawn=yes style='filter:none'></div>", "stays light"),
-    not_drawn=("<figure><div class=drawing id=one></div><script type='application/json'>{</script></figure>", "could not be drawn"),
-    another_host=("<img src='http://other.invalid/a.png' alt=''>", "another host"), error=("<script>nothing.there()</script>", "script error"))
+    wide_figure=(WIDE, "is 572 px wide in a container of 300 px"),
+    wide_page=("<div style='width:3000px'>x</div>", "the page is 3"),
+    no_scope=("<table><tr><th>a</th></tr></table>", "th without scope"),
+    pale=("<p style='color:#ddd'>pale</p>", "contrast"),
+    dark=("<p style='color:#222;background:none'>dark</p>", "dark: contrast"),
+    stays_light=("<div class=drawing data-drawn=yes style='filter:none'></div>", "stays light"),
+    not_drawn=(
+        "<figure><div class=drawing id=one></div><script type='application/json'>{</script></figure>",
+        "could not be drawn",
+    ),
+    another_host=("<img src='http://other.invalid/a.png' alt=''>", "another host"),
+    error=("<script>nothing.there()</script>", "script error"),
+)
+
 
 @pytest.mark.parametrize("name", PAGES)
 def test_gate_catches_a_broken_page(tmp_path, browser, name):
@@ -185,8 +297,24 @@ def test_gate_lets_good_figures_pass(tmp_path, browser):
     from darkdistill_nb.data import class_look
     from darkdistill_nb.report import figure_html
     from darkdistill_nb.training import figure, style
-    bars = figure(*(go.Bar(x=[0, 1], y=[1, 2], marker=class_look(c)) for c in range(70)), barmode="stack", showlegend=False)
-    curves = figure(*(go.Scatter(x=[0, 1], y=[i, i + 1], name=f"curve {i}", **style(i)) for i in range(9)), title="nine curves " * 9)
-    dots = figure(*(go.Scatter(x=[0, 1], y=[c, c], mode="markers", marker=class_look(c, "dot")) for c in range(70)), showlegend=False)
-    body = "".join(f"<figure>{figure_html(f, f'f{i}')}</figure>" for i, f in enumerate((bars, curves, dots)))
+
+    bars = figure(
+        *(go.Bar(x=[0, 1], y=[1, 2], marker=class_look(c)) for c in range(70)),
+        barmode="stack",
+        showlegend=False,
+    )
+    curves = figure(
+        *(go.Scatter(x=[0, 1], y=[i, i + 1], name=f"curve {i}", **style(i)) for i in range(9)),
+        title="nine curves " * 9,
+    )
+    dots = figure(
+        *(
+            go.Scatter(x=[0, 1], y=[c, c], mode="markers", marker=class_look(c, "dot"))
+            for c in range(70)
+        ),
+        showlegend=False,
+    )
+    body = "".join(
+        f"<figure>{figure_html(f, f'f{i}')}</figure>" for i, f in enumerate((bars, curves, dots))
+    )
     assert not looked_at(browser, a_page(tmp_path, body))

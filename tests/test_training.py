@@ -216,7 +216,7 @@ def stored(tmp_path):
         e=torch.empty(0, 2),
     )
     save_tensors(
-        tmp_path / "t.safetensors", tensors, dict(rows=[dict(loss=0.25, note="a \"b\" é\n")])
+        tmp_path / "t.safetensors", tensors, dict(rows=[dict(loss=0.25, note='a "b" é\n')])
     )
     return tmp_path / "t.safetensors", tensors
 
@@ -224,7 +224,7 @@ def stored(tmp_path):
 def test_tensors_come_back(tmp_path):
     path, tensors = stored(tmp_path)
     back, meta = load_tensors(path)
-    assert meta == dict(rows=[dict(loss=0.25, note="a \"b\" é\n")]) and set(back) == set(tensors)
+    assert meta == dict(rows=[dict(loss=0.25, note='a "b" é\n')]) and set(back) == set(tensors)
     assert all(torch.equal(back[k], v) and back[k].dtype == v.dtype for k, v in tensors.items())
     data = path.read_bytes()
     stored(tmp_path)

@@ -1,4 +1,5 @@
 """Explorers without a browser: the numpy models against the library, callbacks that touch no torch, stored figures, tables, and what they refuse."""
+
 import json, math, os, subprocess, sys
 from unittest import mock
 import numpy as np
@@ -8,7 +9,15 @@ from darkdistill_nb.early_exit import cnn
 from darkdistill_nb.exit_training import BoostNet, exit_shares
 from darkdistill_nb.inference import budget_thresholds, take_exit
 from darkdistill_nb.training import predict
-from darkdistill_nb.widgets import DirichletExplorer, ExitExplorer, ExitModel, SplitModel, State, Table, live_missing
+from darkdistill_nb.widgets import (
+    DirichletExplorer,
+    ExitExplorer,
+    ExitModel,
+    SplitModel,
+    State,
+    Table,
+    live_missing,
+)
 
 COSTS = [1e5, 2e5, 3e5, 4e5]
 INF = math.inf
@@ -18,18 +27,25 @@ needs_live = pytest.mark.skipif(bool(live_missing()), reason=live_missing() or "
 def scores(n=2000, seed=0, digits=None):
     "Scores (4, n) and who is right: deeper exits are right more often, the score says nearly who."
     rng = np.random.default_rng(seed)
-    skill = rng.random(n) - np.array([[.55], [.4], [.25], [.15]])
-    s = skill + .1 * rng.normal(size=skill.shape)
+    skill = rng.random(n) - np.array([[0.55], [0.4], [0.25], [0.15]])
+    s = skill + 0.1 * rng.normal(size=skill.shape)
     return (s if digits is None else s.round(digits)), skill > 0
 
 
 @pytest.fixture
 def explorer():
     s, right = scores()
-    return ExitExplorer(s, right, COSTS, pictures=np.random.default_rng(1).integers(0, 256, (2000, 3, 12, 12), dtype=np.uint8), mode="live")
+    return ExitExplorer(
+        s,
+        right,
+        COSTS,
+        pictures=np.random.default_rng(1).integers(0, 256, (2000, 3, 12, 12), dtype=np.uint8),
+        mode="live",
+    )
 
 
 # ---------------------------------------------------------------- the model of the exits
+
 
 @pytest.mark.parametrize("digits", [None, 1])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -38,7 +54,11 @@ def test_thresholds_and_exits_are_those_of_the_library(digits, dtype):
     valid, test = (scores(700, seed, digits)[0].astype(dtype) for seed in (0, 1))
     m = ExitModel(test, scores(700, 1)[1], COSTS, valid)
     rng = np.random.default_rng(2)
-    for q in [exit_shares(4, p) for p in (.01, 5, 20, 39, 400)] + list(rng.dirichlet(np.full(4, .5), 20)) + [[0, 0, 0, 1], [1, 0, 0, 0]]:
+    for q in (
+        [exit_shares(4, p) for p in (0.01, 5, 20, 39, 400)]
+        + list(rng.dirichlet(np.full(4, 0.5), 20))
+        + [[0, 0, 0, 1], [1, 0, 0, 0]]
+    ):
         T = m.thresholds(q)
         assert T.tolist() == list(budget_thresholds(torch.from_numpy(valid), [float(v) for v in q]))
         assert m.at(T)["exit"].tolist() == take_exit(torch.from_numpy(test), T.tolist()).tolist()
@@ -47,62 +67,107 @@ def test_thresholds_and_exits_are_those_of_the_library(digits, dtype):
 def test_numbers_are_those_of_a_loop():
     s, right = scores(200)
     m = ExitModel(s, right, COSTS, s)
-    for T in ([.2, .1, 0, -INF], [INF, .3, -1, -INF], [-9, 0, 0, -INF], [INF] * 3 + [-INF]):
+    for T in ([0.2, 0.1, 0, -INF], [INF, 0.3, -1, -INF], [-9, 0, 0, -INF], [INF] * 3 + [-INF]):
         taken = [next(k for k in range(4) if s[k, i] >= T[k]) for i in range(200)]
         r = m.at(T)
-        assert r["exit"].tolist() == taken and r["cost"] == pytest.approx(np.mean([COSTS[k] for k in taken]))
+        assert r["exit"].tolist() == taken and r["cost"] == pytest.approx(
+            np.mean([COSTS[k] for k in taken])
+        )
         assert r["accuracy"] == pytest.approx(np.mean([right[k, i] for i, k in enumerate(taken)]))
         assert r["shares"].tolist() == pytest.approx([taken.count(k) / 200 for k in range(4)])
-        assert r["hits"].tolist() == pytest.approx([sum(right[k, i] for i, k in enumerate(taken) if k == e) / 200 for e in range(4)])
+        assert r["hits"].tolist() == pytest.approx(
+            [sum(right[k, i] for i, k in enumerate(taken) if k == e) / 200 for e in range(4)]
+        )
 
 
 def test_budget_is_kept_on_validation():
     "On continuous validation scores the mean cost misses the budget only by the flooring of three shares."
     s, right = scores(5000)
     m = ExitModel(s, right, COSTS, s)
-    for b in np.linspace(1e5, 4e5, 31): assert abs(m.at(m.thresholds(m.budget_shares(b)))["cost"] - b) < 3 * 3e5 / 5000 + 1
+    for b in np.linspace(1e5, 4e5, 31):
+        assert abs(m.at(m.thresholds(m.budget_shares(b)))["cost"] - b) < 3 * 3e5 / 5000 + 1
 
 
 def test_static_mixture_is_what_chance_reaches():
     s, right = scores(4000)
-    m = ExitModel(np.random.default_rng(5).random(s.shape), right, COSTS, s)   # scores that know nothing
-    gaps = [(r := m.at([t, t, t, -INF]))["accuracy"] - r["mixture"] for t in (.2, .5, .8)]
-    assert max(map(abs, gaps)) < .06 and m.at([INF] * 3 + [-INF])["mixture"] == pytest.approx(m.each[3])
+    m = ExitModel(
+        np.random.default_rng(5).random(s.shape), right, COSTS, s
+    )  # scores that know nothing
+    gaps = [(r := m.at([t, t, t, -INF]))["accuracy"] - r["mixture"] for t in (0.2, 0.5, 0.8)]
+    assert max(map(abs, gaps)) < 0.06 and m.at([INF] * 3 + [-INF])["mixture"] == pytest.approx(
+        m.each[3]
+    )
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(scores=np.full((4, 10), np.nan)), "scores holds 40 NaN"), (dict(scores=np.zeros((4, 0)), right=np.zeros((4, 0), bool)), "N >= 1"),
-    (dict(scores=np.zeros(10)), r"scores must have shape \(E, N\)"), (dict(right=np.zeros((4, 9), bool)), "right must have the shape of scores"),
-    (dict(right=np.full((4, 10), .5)), "True and False"), (dict(costs=[1, 2, 3]), "costs must be 4 numbers"), (dict(costs=[4, 3, 2, 1]), "rise"),
-    (dict(costs=[0, 1, 2, 3]), "above 0"), (dict(costs=[1, 2, 3, INF]), "rise"), (dict(valid=np.zeros((3, 5))), r"valid must have shape \(4, N\)"),
-    (dict(valid=np.full((4, 5), np.nan)), "valid holds 20 NaN"), (dict(scores=np.array([["a"] * 10] * 4)), "must be numbers"),
-    (dict(pictures=np.zeros((9, 1, 4, 4))), "one per sample"), (dict(pictures=np.zeros((10, 2, 4, 4))), "1 or 3"), (dict(mode="film"), "auto, live or frames")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(scores=np.full((4, 10), np.nan)), "scores holds 40 NaN"),
+        (dict(scores=np.zeros((4, 0)), right=np.zeros((4, 0), bool)), "N >= 1"),
+        (dict(scores=np.zeros(10)), r"scores must have shape \(E, N\)"),
+        (dict(right=np.zeros((4, 9), bool)), "right must have the shape of scores"),
+        (dict(right=np.full((4, 10), 0.5)), "True and False"),
+        (dict(costs=[1, 2, 3]), "costs must be 4 numbers"),
+        (dict(costs=[4, 3, 2, 1]), "rise"),
+        (dict(costs=[0, 1, 2, 3]), "above 0"),
+        (dict(costs=[1, 2, 3, INF]), "rise"),
+        (dict(valid=np.zeros((3, 5))), r"valid must have shape \(4, N\)"),
+        (dict(valid=np.full((4, 5), np.nan)), "valid holds 20 NaN"),
+        (dict(scores=np.array([["a"] * 10] * 4)), "must be numbers"),
+        (dict(pictures=np.zeros((9, 1, 4, 4))), "one per sample"),
+        (dict(pictures=np.zeros((10, 2, 4, 4))), "1 or 3"),
+        (dict(mode="film"), "auto, live or frames"),
+    ],
+)
 def test_bad_arrays(change, message):
-    good = dict(scores=np.random.default_rng(0).random((4, 10)), right=np.zeros((4, 10), bool), costs=[1, 2, 3, 4])
-    with pytest.raises(ValueError, match=message): ExitExplorer(**{**good, **change})
+    good = dict(
+        scores=np.random.default_rng(0).random((4, 10)),
+        right=np.zeros((4, 10), bool),
+        costs=[1, 2, 3, 4],
+    )
+    with pytest.raises(ValueError, match=message):
+        ExitExplorer(**{**good, **change})
 
 
-@pytest.mark.parametrize("T, message", [([.5], "4 numbers"), ([.5] * 5, "4 numbers"), ([np.nan, 0, 0, -INF], "NaN"), ([0] * 4, "last exit takes every sample")])
+@pytest.mark.parametrize(
+    "T, message",
+    [
+        ([0.5], "4 numbers"),
+        ([0.5] * 5, "4 numbers"),
+        ([np.nan, 0, 0, -INF], "NaN"),
+        ([0] * 4, "last exit takes every sample"),
+    ],
+)
 def test_bad_thresholds(explorer, T, message):
-    with pytest.raises(ValueError, match=message): explorer.model.at(T)
+    with pytest.raises(ValueError, match=message):
+        explorer.model.at(T)
 
 
 @pytest.mark.parametrize("budget", [0, 99_999, 400_001, INF, math.nan])
 def test_bad_budget(explorer, budget):
     before = dict(explorer.state.values)
-    with pytest.raises(ValueError, match="between the costs of the first and the last exit"): explorer.set_budget(budget)
+    with pytest.raises(ValueError, match="between the costs of the first and the last exit"):
+        explorer.set_budget(budget)
     assert explorer.state.values == before
 
 
 # ---------------------------------------------------------------- controls and figure
 
+
 @needs_live
 def test_every_control_has_a_name_a_unit_and_a_twin(explorer):
     import ipywidgets as W
+
     explorer.live()
     names = [c.field.description for c in explorer.control.values()]
-    assert names == ["mean cost budget (k MACs)"] + [f"threshold of exit {e} (score)" for e in (1, 2, 3)]
-    for c in explorer.control.values(): assert isinstance(c.field, W.BoundedFloatText) and list(c.row.children) == [c.field, c.slider]
+    assert names == ["mean cost budget (k MACs)"] + [
+        f"threshold of exit {e} (score)" for e in (1, 2, 3)
+    ]
+    for c in explorer.control.values():
+        assert isinstance(c.field, W.BoundedFloatText) and list(c.row.children) == [
+            c.field,
+            c.slider,
+        ]
     assert explorer.live() is explorer.live(), "one widget per explorer"
     assert sum(isinstance(w, type(explorer.figure)) for w in explorer.live().children) == 1
 
@@ -111,13 +176,24 @@ def test_every_control_has_a_name_a_unit_and_a_twin(explorer):
 def test_slider_moves_figure_sentence_table_and_twins(explorer):
     explorer.live()
     data, old = explorer.figure.data, [t.to_plotly_json() for t in explorer.figure.data]
-    explorer.control["budget"].slider.value = 150.
-    moved = [json.dumps(a, default=str) != json.dumps(t.to_plotly_json(), default=str) for a, t in zip(old, data)]
+    explorer.control["budget"].slider.value = 150.0
+    moved = [
+        json.dumps(a, default=str) != json.dumps(t.to_plotly_json(), default=str)
+        for a, t in zip(old, data)
+    ]
     assert moved == [False, False, True, True, True, True, True, True]
     r = explorer.result()
-    assert data[2].x[0] * 1e3 == pytest.approx(r["cost"]) and sum(data[3].x) == pytest.approx(100 * r["accuracy"], abs=.03)
-    assert "150 k MACs" in explorer.line.value and 'role="status"' in explorer.line.value and "150 k MACs" in explorer.numbers.value
-    assert [explorer.control[e].field.value for e in (1, 2, 3)] == pytest.approx(explorer.state["thresholds"][:3], rel=1e-4)
+    assert data[2].x[0] * 1e3 == pytest.approx(r["cost"]) and sum(data[3].x) == pytest.approx(
+        100 * r["accuracy"], abs=0.03
+    )
+    assert (
+        "150 k MACs" in explorer.line.value
+        and 'role="status"' in explorer.line.value
+        and "150 k MACs" in explorer.numbers.value
+    )
+    assert [explorer.control[e].field.value for e in (1, 2, 3)] == pytest.approx(
+        explorer.state["thresholds"][:3], rel=1e-4
+    )
 
 
 @needs_live
@@ -125,7 +201,8 @@ def test_browser_that_rounds_a_handle_changes_nothing(explorer):
     "A browser moves a slider's handle to the nearest step and sends that back; this is no reader's wish."
     explorer.live()
     T, b = explorer.state["thresholds"], explorer.state["budget"]
-    for e in (1, 2, 3): explorer.control[e].slider.value = T[e - 1] + .4 * explorer.step
+    for e in (1, 2, 3):
+        explorer.control[e].slider.value = T[e - 1] + 0.4 * explorer.step
     assert (explorer.state["thresholds"], explorer.state["budget"]) == (T, b)
     explorer.control[1].slider.value = explorer.control[1].slider.value + 1.2 * explorer.step
     assert explorer.state["budget"] is None and explorer.state["thresholds"][1:] == T[1:]
@@ -144,7 +221,8 @@ def test_ends_of_a_threshold(explorer):
 def test_reset(explorer):
     explorer.live()
     says = explorer.line.value
-    explorer.control[3].field.value = .2; explorer.control["budget"].slider.value = 300.
+    explorer.control[3].field.value = 0.2
+    explorer.control["budget"].slider.value = 300.0
     assert explorer.line.value != says
     button = explorer.widget.children[-3].children[0]
     assert button.description == "Reset"
@@ -157,55 +235,86 @@ def test_no_torch_in_callbacks(explorer):
     "Every control is moved while a profiler watches and every torch function raises."
     explorer.live()
     seen = []
+
     def watch(frame, event, arg):
-        where = frame.f_code.co_filename if event == "call" else (getattr(arg, "__module__", None) or "") if event == "c_call" else ""
-        if f"{os.sep}torch{os.sep}" in where or where.split(".")[0] == "torch": seen.append(where)
+        where = (
+            frame.f_code.co_filename
+            if event == "call"
+            else (getattr(arg, "__module__", None) or "")
+            if event == "c_call"
+            else ""
+        )
+        if f"{os.sep}torch{os.sep}" in where or where.split(".")[0] == "torch":
+            seen.append(where)
+
     class Poison(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None): raise AssertionError(f"torch was called: {func}")
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            raise AssertionError(f"torch was called: {func}")
+
     with Poison():
         sys.setprofile(watch)
         try:
-            explorer.control["budget"].slider.value = 180.
-            for e in (1, 2, 3): explorer.control[e].slider.value = explorer.low + 20 * explorer.step
+            explorer.control["budget"].slider.value = 180.0
+            for e in (1, 2, 3):
+                explorer.control[e].slider.value = explorer.low + 20 * explorer.step
             explorer.reset()
-        finally: sys.setprofile(None)
+        finally:
+            sys.setprofile(None)
     assert seen == []
-    with Poison(), pytest.raises(AssertionError, match="torch was called"): torch.zeros(1) + 1   # the poison works
+    with Poison(), pytest.raises(AssertionError, match="torch was called"):
+        torch.zeros(1) + 1  # the poison works
 
 
 def test_observers_hear_of_changes_once():
     s, calls = State(a=1, b=2), []
     s.observe(lambda: calls.append((s["a"], s["b"])))
-    s.update(a=3, b=4); s.update(a=3)
+    s.update(a=3, b=4)
+    s.update(a=3)
     assert calls == [(3, 4)]
 
 
 # ---------------------------------------------------------------- stored forms
 
+
 def test_frames(explorer):
     explorer.set_budget(2e5)
     f, t = explorer.to_frames(7), explorer.to_table("frames", 7)
-    assert [fr.name for fr in f.frames] == t["budget (k MACs)"] == [s.label for s in f.layout.sliders[0].steps]
+    assert (
+        [fr.name for fr in f.frames]
+        == t["budget (k MACs)"]
+        == [s.label for s in f.layout.sliders[0].steps]
+    )
     assert f.layout.sliders[0].active == 2 and f.data[2].x[0] == pytest.approx(200, abs=10)
     for fr, cost, acc in zip(f.frames, t["mean cost"], t["accuracy (%)"]):
         point = dict(zip(fr.traces, fr.data))[2]
-        assert point.x[0] == pytest.approx(float(cost), abs=.06) and point.y[0] == pytest.approx(float(acc), abs=.06)
+        assert point.x[0] == pytest.approx(float(cost), abs=0.06) and point.y[0] == pytest.approx(
+            float(acc), abs=0.06
+        )
         assert set(fr.traces) == {2, 3, 4, 5, 6, 7} and acc in fr.layout.title.text
-    with pytest.raises(ValueError, match="at least 2"): explorer.to_frames(1)
+    with pytest.raises(ValueError, match="at least 2"):
+        explorer.to_frames(1)
 
 
 def test_frames_carry_the_configuration_everywhere(explorer, tmp_path):
     import plotly.io as pio
+
     f = explorer.to_frames(3)
     f.write_html(tmp_path / "f.html", include_plotlyjs=False)
     page = (tmp_path / "f.html").read_text()
     was = pio.renderers.default
     pio.renderers.default = "plotly_mimetype"
-    try: shown = json.dumps(f._repr_mimebundle_())
-    finally: pio.renderers.default = was
-    with mock.patch.object(pio, "show") as show: f.show()
+    try:
+        shown = json.dumps(f._repr_mimebundle_())
+    finally:
+        pio.renderers.default = was
+    with mock.patch.object(pio, "show") as show:
+        f.show()
     for text in (page, f.to_html(include_plotlyjs=False), shown, json.dumps(show.call_args.kwargs)):
-        assert '"showSendToCloud": false' in text and '"displaylogo": false' in text and "chart-studio" not in text
+        assert (
+            '"showSendToCloud": false' in text
+            and '"displaylogo": false' in text
+            and "chart-studio" not in text
+        )
     assert "Plotly.addFrames" in page and "Plotly.animate(" not in page
 
 
@@ -213,39 +322,61 @@ def test_frames_carry_the_configuration_everywhere(explorer, tmp_path):
 def test_live_figure_is_complete_when_it_is_made(explorer):
     "No message follows it: a figure that is changed while the browser still draws it may stay blank."
     explorer.live()
-    split = DirichletExplorer(np.arange(2000) % 10); split.live()
-    for f in (explorer.figure, split.figure): assert f._last_layout_edit_id == f._last_trace_edit_id == 0 and f.layout.width == 820
-    assert explorer.figure._config.items() >= dict(showSendToCloud=False, displaylogo=False, plotlyServerURL="").items()
+    split = DirichletExplorer(np.arange(2000) % 10)
+    split.live()
+    for f in (explorer.figure, split.figure):
+        assert f._last_layout_edit_id == f._last_trace_edit_id == 0 and f.layout.width == 820
+    assert (
+        explorer.figure._config.items()
+        >= dict(showSendToCloud=False, displaylogo=False, plotlyServerURL="").items()
+    )
 
 
 @needs_live
 def test_what_a_notebook_shows(explorer):
     "Live: one widget. Frames: the figure, then the table with its numbers."
     import IPython.display as D
-    with mock.patch.object(D, "display") as display: explorer._ipython_display_()
+
+    with mock.patch.object(D, "display") as display:
+        explorer._ipython_display_()
     assert display.call_args.args == (explorer.widget,)
     explorer.mode = "auto"
     import types
+
     colab = mock.patch.dict(sys.modules, {"google.colab": types.ModuleType("google.colab")})
     with colab, mock.patch.object(D, "display") as display, mock.patch("plotly.io.show") as show:
         explorer._ipython_display_()
-    assert len(show.call_args.args[0].frames) == 9 and repr(display.call_args.args[0]) == repr(explorer.to_table("frames"))
+    assert len(show.call_args.args[0].frames) == 9 and repr(display.call_args.args[0]) == repr(
+        explorer.to_table("frames")
+    )
 
 
-@pytest.mark.parametrize("missing, message", [("anywidget", "anywidget not installed"), ("ipywidgets", "ipywidgets not installed")])
+@pytest.mark.parametrize(
+    "missing, message",
+    [("anywidget", "anywidget not installed"), ("ipywidgets", "ipywidgets not installed")],
+)
 def test_live_says_what_is_missing(missing, message):
     s, right = scores(50)
     e = ExitExplorer(s, right, COSTS, mode="live")
     import importlib.util as u
+
     find = u.find_spec
     without = mock.patch.object(u, "find_spec", lambda n: None if n == missing else find(n))
-    with without, pytest.raises(ImportError, match=message + ".*to_frames"): e.live()
+    with without, pytest.raises(ImportError, match=message + ".*to_frames"):
+        e.live()
 
 
 def test_table_is_accessible_and_escaped():
     t = Table("A <b>", ["x", "y & z"], [["<1>", 2]])
     h = t._repr_html_()
-    assert "<caption" in h and h.count('scope="col"') == 2 and h.count('scope="row"') == 1 and "&lt;1&gt;" in h and "y &amp; z" in h and "A &lt;b&gt;" in h
+    assert (
+        "<caption" in h
+        and h.count('scope="col"') == 2
+        and h.count('scope="row"') == 1
+        and "&lt;1&gt;" in h
+        and "y &amp; z" in h
+        and "A &lt;b&gt;" in h
+    )
     assert repr(t).splitlines() == ["A <b>", "x    y & z", "<1>      2"] and t["y & z"] == ["2"]
 
 
@@ -260,110 +391,196 @@ def test_stored_figure_is_small():
 
 # ---------------------------------------------------------------- from a network
 
+
 @pytest.mark.parametrize("score", ["confidence", "margin"])
 def test_from_net_is_the_library_in_steps(score):
     from darkdistill_nb.inference import score_by_name
+
     g = torch.Generator().manual_seed(0)
-    split = lambda n: ArrayData(torch.randint(0, 256, (n, 1, 8, 8), generator=g, dtype=torch.uint8), torch.arange(n) % 10)
-    net, policy, test, valid = cnn((1, 8, 8), 10, width=8).train(), BoostNet(), split(120), split(90)
+    split = lambda n: ArrayData(
+        torch.randint(0, 256, (n, 1, 8, 8), generator=g, dtype=torch.uint8), torch.arange(n) % 10
+    )
+    net, policy, test, valid = (
+        cnn((1, 8, 8), 10, width=8).train(),
+        BoostNet(),
+        split(120),
+        split(90),
+    )
     e = ExitExplorer.from_net(net, test, valid, policy, score, mode="frames")
     assert net.training, "the network is left as it was"
     F, V = (torch.stack(policy.predict(list(predict(net, d)))) for d in (test, valid))
     s = score_by_name(score)
-    for have, want in ((e.model.scores, F), (e.model.valid, V)): assert torch.allclose(torch.from_numpy(have), s.score(want).float(), atol=1e-5)
+    for have, want in ((e.model.scores, F), (e.model.valid, V)):
+        assert torch.allclose(torch.from_numpy(have), s.score(want).float(), atol=1e-5)
     assert e.model.right.tolist() == (F.argmax(-1) == test.y).tolist()
     assert e.model.costs.tolist() == net.macs() and e.score == score
     half = ExitExplorer.from_net(net, test, policy=policy, mode="frames")
-    assert half.model.scores.shape == half.model.valid.shape == (4, 60) and half.cells.shape == (60, 8, 8, 1)
-    own = ExitExplorer.from_logits(F, test.y, net.macs(), V, score=score, pictures=test.x.numpy(), mode="frames")
-    assert np.allclose(own.model.scores, e.model.scores, atol=1e-5) and (own.model.right == e.model.right).all() and own.score == score
+    assert half.model.scores.shape == half.model.valid.shape == (4, 60) and half.cells.shape == (
+        60,
+        8,
+        8,
+        1,
+    )
+    own = ExitExplorer.from_logits(
+        F, test.y, net.macs(), V, score=score, pictures=test.x.numpy(), mode="frames"
+    )
+    assert (
+        np.allclose(own.model.scores, e.model.scores, atol=1e-5)
+        and (own.model.right == e.model.right).all()
+        and own.score == score
+    )
     assert (own.cells == e.cells).all() and np.allclose(own.model.valid, e.model.valid, atol=1e-5)
 
 
 def own_logits(n=300, K=5, seed=0):
-    rng = np.random.default_rng(seed); y = rng.integers(0, K, n)
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, K, n)
     return np.stack([rng.normal(size=(n, K)) + k * np.eye(K)[y] for k in (1, 2, 3)]), y
 
 
-@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor, list, lambda F: [torch.as_tensor(f).float().requires_grad_() for f in F]])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        np.asarray,
+        torch.as_tensor,
+        list,
+        lambda F: [torch.as_tensor(f).float().requires_grad_() for f in F],
+    ],
+)
 def test_logits_of_any_kind(kind):
     F, y = own_logits()
-    e = ExitExplorer.from_logits(kind(F), y.tolist(), [1, 2, 3], kind(F), y, m=3, unit="ms", mode="frames")
+    e = ExitExplorer.from_logits(
+        kind(F), y.tolist(), [1, 2, 3], kind(F), y, m=3, unit="ms", mode="frames"
+    )
     p = np.exp(F) / np.exp(F).sum(-1, keepdims=True)
-    assert np.allclose(e.model.scores, p.max(-1), atol=1e-5) and (e.model.right == (F.argmax(-1) == y)).all()
-    assert (e.model.scores == e.model.valid).all() and (e.m, e.unit, e.score) == (3, "ms", "confidence")
+    assert (
+        np.allclose(e.model.scores, p.max(-1), atol=1e-5)
+        and (e.model.right == (F.argmax(-1) == y)).all()
+    )
+    assert (e.model.scores == e.model.valid).all() and (e.m, e.unit, e.score) == (
+        3,
+        "ms",
+        "confidence",
+    )
 
 
 def test_scores_that_need_more_than_logits():
-    F, y = own_logits(); a = [torch.randn(300, 7) for _ in range(3)]
-    e = ExitExplorer.from_logits(F, y, [1, 2, 3], F, score="saturation", features=a, valid_features=a, mode="frames")
-    assert (e.model.scores[0] == -INF).all() and np.allclose(e.model.scores[2], torch.cosine_similarity(a[1], a[2]), atol=1e-6)
-    assert ExitExplorer.from_logits(F, y, [1, 2, 3], F, y, score="gate", mode="frames").model.scores.max() <= 1
+    F, y = own_logits()
+    a = [torch.randn(300, 7) for _ in range(3)]
+    e = ExitExplorer.from_logits(
+        F, y, [1, 2, 3], F, score="saturation", features=a, valid_features=a, mode="frames"
+    )
+    assert (e.model.scores[0] == -INF).all() and np.allclose(
+        e.model.scores[2], torch.cosine_similarity(a[1], a[2]), atol=1e-6
+    )
+    assert (
+        ExitExplorer.from_logits(
+            F, y, [1, 2, 3], F, y, score="gate", mode="frames"
+        ).model.scores.max()
+        <= 1
+    )
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(logits=np.zeros((3, 300))), r"\(E, N, K\)"), (dict(logits=[]), r"\(E, N, K\)"), (dict(logits=np.zeros((3, 0, 5)), y=[]), r"\(E, N, K\)"),
-    (dict(y=[0, 1]), "^y must be 300 labels"), (dict(y=np.full(300, 5)), r"whole numbers in 0\.\.4"), (dict(y=np.full(300, .5)), "whole numbers"),
-    (dict(y=np.full(300, -1)), "whole numbers"),
-    (dict(valid_logits=np.zeros((3, 9, 5)), valid_y=[0]), "valid_y must be 9 labels"), (dict(valid_y=[0]), "needs valid_logits"),
-    (dict(valid_logits=np.zeros((2, 9, 5))), r"valid must have shape \(3, N\)"), (dict(logits=np.full((3, 300, 5), np.nan)), "scores holds 900 NaN"),
-    (dict(score="gate"), "valid_logits and valid_y"), (dict(score="mood"), "unknown"), (dict(score="difference"), "compares features"),
-    (dict(costs=[1, 2]), "costs must be 3 numbers")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(logits=np.zeros((3, 300))), r"\(E, N, K\)"),
+        (dict(logits=[]), r"\(E, N, K\)"),
+        (dict(logits=np.zeros((3, 0, 5)), y=[]), r"\(E, N, K\)"),
+        (dict(y=[0, 1]), "^y must be 300 labels"),
+        (dict(y=np.full(300, 5)), r"whole numbers in 0\.\.4"),
+        (dict(y=np.full(300, 0.5)), "whole numbers"),
+        (dict(y=np.full(300, -1)), "whole numbers"),
+        (dict(valid_logits=np.zeros((3, 9, 5)), valid_y=[0]), "valid_y must be 9 labels"),
+        (dict(valid_y=[0]), "needs valid_logits"),
+        (dict(valid_logits=np.zeros((2, 9, 5))), r"valid must have shape \(3, N\)"),
+        (dict(logits=np.full((3, 300, 5), np.nan)), "scores holds 900 NaN"),
+        (dict(score="gate"), "valid_logits and valid_y"),
+        (dict(score="mood"), "unknown"),
+        (dict(score="difference"), "compares features"),
+        (dict(costs=[1, 2]), "costs must be 3 numbers"),
+    ],
+)
 def test_bad_logits(change, message):
     F, y = own_logits()
-    with pytest.raises(ValueError, match=message): ExitExplorer.from_logits(**{**dict(logits=F, y=y, costs=[1, 2, 3]), **change})
+    with pytest.raises(ValueError, match=message):
+        ExitExplorer.from_logits(**{**dict(logits=F, y=y, costs=[1, 2, 3]), **change})
 
 
 @needs_live
 def test_cnn_of_one_exit_and_of_many():
     for E in (1, 7):
         s = np.random.default_rng(0).random((E, 40))
-        e = ExitExplorer(s, s > .5, np.arange(1, E + 1) * 1e9, unit="MACs", mode="live")
+        e = ExitExplorer(s, s > 0.5, np.arange(1, E + 1) * 1e9, unit="MACs", mode="live")
         e.live()
         assert e.unit == "G MACs" and len(e.control) == E and len(e.to_table()) == E + 1
 
 
 # ---------------------------------------------------------------- splits
 
-GAMMAS = {.25: .3571, .5: .25, 1: .1818, 2.5: .1346, 5: .1176, 5000: .1}
+GAMMAS = {0.25: 0.3571, 0.5: 0.25, 1: 0.1818, 2.5: 0.1346, 5: 0.1176, 5000: 0.1}
+
 
 @pytest.mark.parametrize("gamma, square", GAMMAS.items())
 def test_mean_square_of_a_mix(gamma, square):
     "Check 12: E[sum p^2] for ten classes, as formula and as the mean of many mixes; this is the line that the explorer draws."
     model = SplitModel(np.arange(1000) % 10)
     assert model.mean_square(gamma) == pytest.approx(square, abs=5e-5)
-    assert float((class_mix(20_000, 10, gamma, 1).numpy() ** 2).sum(1).mean()) == pytest.approx(square, rel=.02)
+    assert float((class_mix(20_000, 10, gamma, 1).numpy() ** 2).sum(1).mean()) == pytest.approx(
+        square, rel=0.02
+    )
     line = DirichletExplorer(model.y).to_frames().data[11]
-    assert np.interp(math.log(gamma), np.log(line.x), line.y) == pytest.approx(1 / square, rel=.02)
+    assert np.interp(math.log(gamma), np.log(line.x), line.y) == pytest.approx(1 / square, rel=0.02)
 
 
 @pytest.mark.parametrize("family", ["client", "class"])
 def test_split_is_the_one_that_a_run_gets(family):
     y = np.random.default_rng(0).integers(0, 7, 900)
-    r = SplitModel(y).at(.7, 9, family, 3)
-    parts = dirichlet_split(torch.from_numpy(y), 9, .7, family, 3)
+    r = SplitModel(y).at(0.7, 9, family, 3)
+    parts = dirichlet_split(torch.from_numpy(y), 9, 0.7, family, 3)
     assert r["counts"].tolist() == [np.bincount(y[p.numpy()], minlength=7).tolist() for p in parts]
     p = r["counts"] / r["sizes"][:, None]
-    assert r["effective"].tolist() == pytest.approx((1 / (p ** 2).sum(1)).tolist()) and r["theory"] == effective_classes(.7, 7)
+    assert r["effective"].tolist() == pytest.approx((1 / (p**2).sum(1)).tolist()) and r[
+        "theory"
+    ] == effective_classes(0.7, 7)
 
 
 @needs_live
 def test_controls_of_the_split():
-    e = DirichletExplorer(np.arange(2000) % 10, mode="live"); e.live()
-    assert [c.field.description for c in e.control.values()] == ["gamma (concentration)", "clients (number)", "seed"]
-    e.control["seed"].slider.value = 5; e.control["clients"].field.value = 4
-    want = SplitModel(np.arange(2000) % 10).at(.5, 4, "client", 5)["counts"]
-    assert np.array([b.y for b in e.figure.data[:10]]).T.tolist() == want.tolist() and np.array(e.figure.data[10].z).T.tolist() == want.tolist()
-    e.control["clients"].slider.value = 60; e.family.value = "class"; e.control["gamma"].field.value = .01
-    assert "No such split" in e.line.value and e.state["gamma"] == .5 and e.control["gamma"].field.value == .5
+    e = DirichletExplorer(np.arange(2000) % 10, mode="live")
+    e.live()
+    assert [c.field.description for c in e.control.values()] == [
+        "gamma (concentration)",
+        "clients (number)",
+        "seed",
+    ]
+    e.control["seed"].slider.value = 5
+    e.control["clients"].field.value = 4
+    want = SplitModel(np.arange(2000) % 10).at(0.5, 4, "client", 5)["counts"]
+    assert (
+        np.array([b.y for b in e.figure.data[:10]]).T.tolist() == want.tolist()
+        and np.array(e.figure.data[10].z).T.tolist() == want.tolist()
+    )
+    e.control["clients"].slider.value = 60
+    e.family.value = "class"
+    e.control["gamma"].field.value = 0.01
+    assert (
+        "No such split" in e.line.value
+        and e.state["gamma"] == 0.5
+        and e.control["gamma"].field.value == 0.5
+    )
     e.reset()
     assert (e.state.values, e.family.value) == (e.defaults, "client")
 
 
 def test_frames_of_the_split():
-    e = DirichletExplorer(np.arange(2000) % 10, "zero one two three four five six seven eight nine".split())
+    e = DirichletExplorer(
+        np.arange(2000) % 10, "zero one two three four five six seven eight nine".split()
+    )
     f, t = e.to_frames(), e.to_table("frames")
-    assert t["gamma"] == [fr.name for fr in f.frames] == [f"{g:g}" for g in GAMMAS] and t["sum p² in theory"] == [f"{v:.4f}" for v in GAMMAS.values()]
+    assert t["gamma"] == [fr.name for fr in f.frames] == [f"{g:g}" for g in GAMMAS] and t[
+        "sum p² in theory"
+    ] == [f"{v:.4f}" for v in GAMMAS.values()]
     for fr, g in zip(f.frames, GAMMAS):
         heat = dict(zip(fr.traces, fr.data))[10]
         assert np.array(heat.z).T.tolist() == e.model.at(g, 10)["counts"].tolist()
@@ -372,52 +589,87 @@ def test_frames_of_the_split():
 
 def test_many_classes_have_different_looks():
     import plotly.graph_objects as go
+
     bars = DirichletExplorer(np.arange(1280) % 64, clients=3).draw(go.Figure).data[:64]
     assert len({(b.marker.color, b.marker.pattern.shape) for b in bars}) == 64
 
 
 def test_labels_by_name():
     y = np.array(["ant", "bee", "cow"])[np.arange(90) % 3]
-    a, b = DirichletExplorer(y, clients=5), DirichletExplorer(torch.arange(90) % 3, ["ant", "bee", "cow"], clients=5)
+    a, b = (
+        DirichletExplorer(y, clients=5),
+        DirichletExplorer(torch.arange(90) % 3, ["ant", "bee", "cow"], clients=5),
+    )
     assert a.model.classes == ["ant", "bee", "cow"] and (a.now["counts"] == b.now["counts"]).all()
 
 
-@pytest.mark.parametrize("y, message", [([], "non-empty"), ([.5, 1.], "integer labels"), ([[1, 2]], "vector"), ([-1, 2], ">= 0")])
+@pytest.mark.parametrize(
+    "y, message",
+    [([], "non-empty"), ([0.5, 1.0], "integer labels"), ([[1, 2]], "vector"), ([-1, 2], ">= 0")],
+)
 def test_bad_labels(y, message):
-    with pytest.raises(ValueError, match=message): DirichletExplorer(y)
+    with pytest.raises(ValueError, match=message):
+        DirichletExplorer(y)
 
 
 def test_bad_settings():
     e = DirichletExplorer(np.arange(100) % 5)
-    refused = ((dict(gamma=0), "above 0"), (dict(clients=101), "number of samples"), (dict(family="A"), '"client" or "class"'), (dict(seed=-1), "seed"),
-               (dict(alpha=1), "not controls"))
+    refused = (
+        (dict(gamma=0), "above 0"),
+        (dict(clients=101), "number of samples"),
+        (dict(family="A"), '"client" or "class"'),
+        (dict(seed=-1), "seed"),
+        (dict(alpha=1), "not controls"),
+    )
     for wrong, message in refused:
-        with pytest.raises(ValueError, match=message): e.set(**wrong)
+        with pytest.raises(ValueError, match=message):
+            e.set(**wrong)
     assert e.state.values == e.defaults
-    with pytest.raises(ValueError, match="names"): DirichletExplorer([0, 1, 2], ["a"])
+    with pytest.raises(ValueError, match="names"):
+        DirichletExplorer([0, 1, 2], ["a"])
 
 
 # ---------------------------------------------------------------- cost
+
 
 def test_module_brings_no_plotly_and_no_widgets():
     code = """import sys, darkdistill_nb.widgets as w, numpy as np
 w.ExitModel(np.eye(3), np.eye(3), [1, 2, 3]).at([.5, .5, -np.inf])
 print(sorted({'plotly', 'ipywidgets', 'anywidget', 'PIL', 'IPython'} & set(sys.modules)))"""
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 # ---------------------------------------------------------------- what is shown is what is
 
+
 @needs_live
-@pytest.mark.parametrize("start", [dict(gamma=.001, clients=150, seed=1234), dict(gamma=np.float64(2e5), clients=np.int64(1), seed=0), dict(gamma=.5)])
+@pytest.mark.parametrize(
+    "start",
+    [
+        dict(gamma=0.001, clients=150, seed=1234),
+        dict(gamma=np.float64(2e5), clients=np.int64(1), seed=0),
+        dict(gamma=0.5),
+    ],
+)
 def test_controls_show_the_state_beyond_their_bounds(start):
     e = DirichletExplorer(np.arange(3000) % 10, mode="live", **start)
     e.live()
-    for change in ({}, dict(gamma=.0001, clients=2000), dict(seed=10**9)):
+    for change in ({}, dict(gamma=0.0001, clients=2000), dict(seed=10**9)):
         e.set(**change)
         for k, c in e.control.items():
-            assert c.field.value == pytest.approx(e.state[k], rel=1e-4) and c.field.min <= c.field.value <= c.field.max
-            assert c.slider.min <= c.slider.value <= c.slider.max and float(c.slider.text) == c.field.value
+            assert (
+                c.field.value == pytest.approx(e.state[k], rel=1e-4)
+                and c.field.min <= c.field.value <= c.field.max
+            )
+            assert (
+                c.slider.min <= c.slider.value <= c.slider.max
+                and float(c.slider.text) == c.field.value
+            )
 
 
 @needs_live
@@ -436,9 +688,15 @@ def test_values_have_no_long_tail(explorer):
     for b in np.linspace(1e5, 4e5, 41):
         explorer.set_budget(b)
         for c in explorer.control.values():
-            assert len(str(c.field.value)) <= 9 and len(c.slider.text) <= 9, (c.field.value, c.slider.text)
-    explorer.set_threshold(3, -.00090632)
-    assert explorer.control[3].slider.text == "-0.00091" and explorer.to_table()["threshold (score)"][2] == "-0.00091"
+            assert len(str(c.field.value)) <= 9 and len(c.slider.text) <= 9, (
+                c.field.value,
+                c.slider.text,
+            )
+    explorer.set_threshold(3, -0.00090632)
+    assert (
+        explorer.control[3].slider.text == "-0.00091"
+        and explorer.to_table()["threshold (score)"][2] == "-0.00091"
+    )
 
 
 @needs_live
@@ -446,51 +704,72 @@ def test_a_script_that_is_too_slow_is_said_and_done_without(explorer):
     "While the figure has not reported, a sentence names `.to_frames()`; then it is drawn another way, which follows the controls, until it reports."
     import asyncio
     from darkdistill_nb import widgets
+
     explorer.live()
     assert ".to_frames()" in explorer.note.value and explorer.other.outputs == ()
-    explorer._await()                                                    # no running loop: nothing to wait for
+    explorer._await()  # no running loop: nothing to wait for
     assert explorer.waiting is None
+
     async def shown():
         explorer.widget._repr_mimebundle_()
         await explorer.waiting
-    with mock.patch.object(widgets, "PATIENCE", 0): asyncio.run(shown())
+
+    with mock.patch.object(widgets, "PATIENCE", 0):
+        asyncio.run(shown())
     drawn = lambda: explorer.other.outputs[0]["data"]["application/vnd.plotly.v1+json"]
     assert ".to_frames()" in explorer.note.value and "has not answered" in explorer.note.value
     before = drawn()["data"][2]
-    explorer.control["budget"].slider.value = 150.
+    explorer.control["budget"].slider.value = 150.0
     assert drawn()["data"][2] != before and drawn()["config"]["showSendToCloud"] is False
     explorer._reported(dict(new={}))
-    assert explorer.other.outputs == () and explorer.note.value == "" and explorer.note.layout.display == "none"
+    assert (
+        explorer.other.outputs == ()
+        and explorer.note.value == ""
+        and explorer.note.layout.display == "none"
+    )
     explorer.reset()
     assert explorer.other.outputs == ()
 
 
-HOSTILE = [math.nan, INF, -INF, -1, 0, .5, "a", None, True, [1], 10**30]
+HOSTILE = [math.nan, INF, -INF, -1, 0, 0.5, "a", None, True, [1], 10**30]
+
 
 def test_explorers_refuse_nonsense_when_they_are_made():
     "Every number, tried with hostile values, is either refused by one sentence or gives an explorer that works."
     s, right = scores(40)
-    good = dict(y=np.arange(100) % 5, gamma=.5, clients=5, family="client", seed=0, mode="frames")
-    allowed = dict(gamma=[.5, 10**30], clients=[], family=[], seed=[0], mode=[])
+    good = dict(y=np.arange(100) % 5, gamma=0.5, clients=5, family="client", seed=0, mode="frames")
+    allowed = dict(gamma=[0.5, 10**30], clients=[], family=[], seed=[0], mode=[])
     for name in allowed:
         for v in HOSTILE:
-            if any(v is a or (v == a and type(v) is type(a)) for a in allowed[name]): continue
-            with pytest.raises(ValueError, match=f"{name}|samples|None"): DirichletExplorer(**{**good, name: v})
-    for name, v in [(n, v) for n in ("m", "unit", "score", "mode", "costs", "scores", "right") for v in HOSTILE]:
-        if (name in ("unit", "score") and v == "a"): continue
-        with pytest.raises(ValueError): ExitExplorer(**{**dict(scores=s, right=right, costs=COSTS, mode="frames"), name: v})
+            if any(v is a or (v == a and type(v) is type(a)) for a in allowed[name]):
+                continue
+            with pytest.raises(ValueError, match=f"{name}|samples|None"):
+                DirichletExplorer(**{**good, name: v})
+    for name, v in [
+        (n, v) for n in ("m", "unit", "score", "mode", "costs", "scores", "right") for v in HOSTILE
+    ]:
+        if name in ("unit", "score") and v == "a":
+            continue
+        with pytest.raises(ValueError):
+            ExitExplorer(**{**dict(scores=s, right=right, costs=COSTS, mode="frames"), name: v})
     e = ExitExplorer(s, right, COSTS, mode="frames")
     for v in HOSTILE[:2] + ["a", None, True, [1], 10**30]:
-        with pytest.raises(ValueError): e.set_budget(v)
+        with pytest.raises(ValueError):
+            e.set_budget(v)
     for v in ("a", None, True, [1], math.nan):
-        with pytest.raises(ValueError): e.set_threshold(1, v)
+        with pytest.raises(ValueError):
+            e.set_threshold(1, v)
     for v in HOSTILE:
-        if v == 10**30: continue
-        with pytest.raises(ValueError): e.to_frames(v)
+        if v == 10**30:
+            continue
+        with pytest.raises(ValueError):
+            e.to_frames(v)
     d = DirichletExplorer(**good)
     for gammas in ([1], [1, 1], [1, -1], [1, math.nan], [1, "a"], 1, []):
-        with pytest.raises(ValueError, match="gammas"): d.to_frames(gammas)
-        with pytest.raises(ValueError, match="gammas"): d.to_table("frames", gammas)
+        with pytest.raises(ValueError, match="gammas"):
+            d.to_frames(gammas)
+        with pytest.raises(ValueError, match="gammas"):
+            d.to_table("frames", gammas)
 
 
 def test_frames_of_nearly_equal_budgets_have_different_names():
@@ -501,18 +780,24 @@ def test_frames_of_nearly_equal_budgets_have_different_names():
 
 # ---------------------------------------------------------------- the look of classes, and the report's own checks
 
+
 @pytest.mark.parametrize("mark", ["bar", "dot"])
 def test_classes_look_different_and_can_be_seen(mark):
     "100 classes have 100 looks; no fill is nearly white or nearly black; a pattern lies over its fill, in an ink that differs from it."
     from darkdistill_nb.data import class_look
-    light = lambda c: sum(w * int(c[i:i + 2], 16) for w, i in ((.299, 1), (.587, 3), (.114, 5)))
+
+    light = lambda c: sum(
+        w * int(c[i : i + 2], 16) for w, i in ((0.299, 1), (0.587, 3), (0.114, 5))
+    )
     looks = [class_look(c, mark) for c in range(100)]
     assert len({json.dumps(v, sort_keys=True) for v in looks}) == 100
     for v in looks:
         assert 30 < light(v["color"]) < 235 and v["line"]["width"] > 0
-        if p := v.get("pattern"): assert p["fillmode"] == "overlay" and abs(light(p["fgcolor"]) - light(v["color"])) > 60
-    for wrong in (-1, .5, "a", None, math.nan):
-        with pytest.raises(ValueError, match="c="): class_look(wrong, mark)
+        if p := v.get("pattern"):
+            assert p["fillmode"] == "overlay" and abs(light(p["fgcolor"]) - light(v["color"])) > 60
+    for wrong in (-1, 0.5, "a", None, math.nan):
+        with pytest.raises(ValueError, match="c="):
+            class_look(wrong, mark)
 
 
 def test_one_look_everywhere():
@@ -521,23 +806,53 @@ def test_one_look_everywhere():
     from darkdistill_nb.data import class_look, plot_clients
     from darkdistill_nb.report import clients_figure
     from darkdistill_nb.training import Record
+
     K, n = 23, np.random.default_rng(0).integers(1, 9, (4, 23))
     info = dict(clients={"0": dict(tier=[1, 1, 2, 2], classes=n.tolist())}, classes=list(range(K)))
     explorer = DirichletExplorer(np.arange(2300) % K, clients=4)
-    for bars in (plot_clients(torch.from_numpy(n)).data, clients_figure(Record({}, info=info)).data, explorer.draw(go.Figure).data[:K]):
+    for bars in (
+        plot_clients(torch.from_numpy(n)).data,
+        clients_figure(Record({}, info=info)).data,
+        explorer.draw(go.Figure).data[:K],
+    ):
         assert [b.marker for b in bars] == [go.bar.Marker(class_look(c)) for c in range(K)]
 
 
 def test_report_functions_refuse_nonsense(tmp_path):
-    from darkdistill_nb.report import (agreement, compare_table, html_table, in_words, mean_effective_classes, spread, summary, text_table, write_compare,
-                                       write_report)
+    from darkdistill_nb.report import (
+        agreement,
+        compare_table,
+        html_table,
+        in_words,
+        mean_effective_classes,
+        spread,
+        summary,
+        text_table,
+        write_compare,
+        write_report,
+    )
     from darkdistill_nb.training import Record
-    for call in (lambda: spread([math.nan, .5]), lambda: spread([INF]), lambda: spread([.5], signed=3), lambda: agreement([math.nan]), lambda: spread(["a"]),
-                 lambda: summary(), lambda: summary({}), lambda: summary(Record({}), names=[]), lambda: html_table([], []), lambda: html_table(["a"], [["b", "c"]]),
-                 lambda: text_table(["a", "b"], [["c"]]), lambda: in_words({}), lambda: write_report({}, tmp_path / "a.html"),
-                 lambda: write_compare({}, names=["a"], path=tmp_path / "a.html"), lambda: compare_table({}, names=["a"]),
-                 lambda: mean_effective_classes(Record({}, info=dict(clients={"0": {}})), 3)):
-        with pytest.raises(ValueError): call()
+
+    for call in (
+        lambda: spread([math.nan, 0.5]),
+        lambda: spread([INF]),
+        lambda: spread([0.5], signed=3),
+        lambda: agreement([math.nan]),
+        lambda: spread(["a"]),
+        lambda: summary(),
+        lambda: summary({}),
+        lambda: summary(Record({}), names=[]),
+        lambda: html_table([], []),
+        lambda: html_table(["a"], [["b", "c"]]),
+        lambda: text_table(["a", "b"], [["c"]]),
+        lambda: in_words({}),
+        lambda: write_report({}, tmp_path / "a.html"),
+        lambda: write_compare({}, names=["a"], path=tmp_path / "a.html"),
+        lambda: compare_table({}, names=["a"]),
+        lambda: mean_effective_classes(Record({}, info=dict(clients={"0": {}})), 3),
+    ):
+        with pytest.raises(ValueError):
+            call()
     assert not list(tmp_path.iterdir()), "nothing was written"
 
 
@@ -547,6 +862,13 @@ def test_report_is_utf8_in_any_locale(tmp_path):
 from test_site import a_record
 from darkdistill_nb.report import write_report
 r = a_record(3); r.info["classes"] = ["k\\u00e4fer", "\\u732b", "b"]
-write_report(r, r"{tmp_path / 'r.html'}")"""
-    subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], check=True, env={**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONCOERCECLOCALE": "0"})
-    assert "k\u00e4fer" in (page := (tmp_path / "r.html").read_bytes().decode("utf-8")) and "\u732b" in page
+write_report(r, r"{tmp_path / "r.html"}")"""
+    subprocess.run(
+        [sys.executable, "-X", "utf8=0", "-c", code],
+        check=True,
+        env={**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONCOERCECLOCALE": "0"},
+    )
+    assert (
+        "k\u00e4fer" in (page := (tmp_path / "r.html").read_bytes().decode("utf-8"))
+        and "\u732b" in page
+    )

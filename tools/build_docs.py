@@ -2,8 +2,10 @@
 """Build the documentation site from the notebooks and their stored outputs, without a network.   build_docs.py [OUT_DIR]
 
 The pages are copies of nbs/*.ipynb without hidden cells and nbdev directives; plotly figures become data that one script
-draws in the width of the column with the plotly.min.js of the installed plotly, equations are drawn by the KaTeX inside sphinxcontrib-katex. Warnings are errors.
+draws in the width of the column with the plotly.min.js of the installed plotly, equations are drawn by the KaTeX inside
+sphinxcontrib-katex. Warnings are errors.
 The site lies in docs/_build/html unless OUT_DIR is given; open its index.html."""
+
 import ast, importlib.util, re, shutil, subprocess, sys
 from pathlib import Path
 import nbformat
@@ -20,47 +22,81 @@ PLOTLY = "application/vnd.plotly.v1+json"
 def links(text):
     "Links as seen from the site: all pages in one folder, and no link to a notebook that is not written yet."
     text = re.sub(r"\]\((?:\.\./)?(?:nbs/)?", "](", text)
-    return re.sub(r"\[([^\]]*)\]\((\d\d[a-z]?_\w+\.ipynb)[^)]*\)", lambda m: m[0] if (ROOT / "nbs" / m[2]).exists() else m[1], text)
+    return re.sub(
+        r"\[([^\]]*)\]\((\d\d[a-z]?_\w+\.ipynb)[^)]*\)",
+        lambda m: m[0] if (ROOT / "nbs" / m[2]).exists() else m[1],
+        text,
+    )
 
 
 def page(path):
     "The notebook of one page: hidden cells and directives dropped, figures turned into HTML."
     nb = visible(nbformat.read(path, 4))
-    scripts = "".join(f'<script defer src="_static/{name}"></script>' for name in ("plotly.min.js", "figures.js"))
+    scripts = "".join(
+        f'<script defer src="_static/{name}"></script>' for name in ("plotly.min.js", "figures.js")
+    )
     drawn = 0
     for c in nb.cells:
-        if c.cell_type == "markdown": c.source = links(c.source)
+        if c.cell_type == "markdown":
+            c.source = links(c.source)
         for o in c.get("outputs", []):
             spec = o.get("data", {}).get(PLOTLY)
-            if spec is None: continue
+            if spec is None:
+                continue
             drawn += 1
             o["data"] = {"text/html": scripts * (drawn == 1) + figure_html(spec, f"figure-{drawn}")}
-    nb.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    nb.metadata["kernelspec"] = {
+        "display_name": "Python 3",
+        "language": "python",
+        "name": "python3",
+    }
     return nb
 
 
-def title(nb): return re.match(r"#\s*(.+)", nb.cells[0].source)[1]
+def title(nb):
+    return re.match(r"#\s*(.+)", nb.cells[0].source)[1]
 
 
 def signature(node):
     "`name(arguments)` of a function or class as it is called, without annotations."
-    fn = node if isinstance(node, ast.FunctionDef) else next((b for b in node.body if isinstance(b, ast.FunctionDef) and b.name == "__init__"), None)
-    if fn is None: return node.name
+    fn = (
+        node
+        if isinstance(node, ast.FunctionDef)
+        else next(
+            (b for b in node.body if isinstance(b, ast.FunctionDef) and b.name == "__init__"), None
+        )
+    )
+    if fn is None:
+        return node.name
     args = ast.parse(ast.unparse(fn.args).join(("def f(", "): pass"))).body[0].args
-    for a in (*args.posonlyargs, *args.args, *args.kwonlyargs, *(x for x in (args.vararg, args.kwarg) if x)): a.annotation = None
-    if fn is not node: args.args = args.args[1:]
+    for a in (
+        *args.posonlyargs,
+        *args.args,
+        *args.kwonlyargs,
+        *(x for x in (args.vararg, args.kwarg) if x),
+    ):
+        a.annotation = None
+    if fn is not node:
+        args.args = args.args[1:]
     return f"{node.name}({ast.unparse(args)})"
 
 
 def api(pages):
     "Every public function and class with its one-line description, by module, each linked to the page that builds it."
-    rows = ["# Reference", "", "All public names by module. The page of a module explains, shows and tests each of them.", ""]
+    rows = [
+        "# Reference",
+        "",
+        "All public names by module. The page of a module explains, shows and tests each of them.",
+        "",
+    ]
     for stem in pages:
         module = re.sub(r"^\d+[a-z]?_", "", stem)
         rows += [f"## `darkdistill_nb.{module}`", "", f"Built in [{module}]({stem}.ipynb).", ""]
         for node in ast.parse((LIB / f"{module}.py").read_text(encoding="utf-8")).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-                if isinstance(node, ast.FunctionDef) and any("patch" in ast.unparse(d) for d in node.decorator_list):
+                if isinstance(node, ast.FunctionDef) and any(
+                    "patch" in ast.unparse(d) for d in node.decorator_list
+                ):
                     node.name = f"{ast.unparse(node.args.args[0].annotation or ast.Constant('self'))}.{node.name}"
                     node.args.args = node.args.args[1:]
                 rows += [f"`{signature(node)}`", f": {ast.get_docstring(node) or ''}", ""]
@@ -73,35 +109,78 @@ def prepare():
     (SRC / "_static").mkdir(parents=True)
     found = {p.stem: page(p) for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))}
     index = page(ROOT / "nbs/index.ipynb")
-    toc = "\n".join([*(f"{title(nb)} <{stem}>" for stem, nb in found.items()), "Reference <reference>", "Contributing <CONTRIBUTING>", "Changelog <CHANGELOG>"])
-    index.cells.append(nbformat.v4.new_markdown_cell("```{toctree}\n:hidden:\n:caption: Notebooks\n:maxdepth: 1\n\n" + toc + "\n```", id="toctree"))
-    for stem, nb in {"index": index, **found}.items(): nbformat.write(nb, SRC / f"{stem}.ipynb")
+    toc = "\n".join(
+        [
+            *(f"{title(nb)} <{stem}>" for stem, nb in found.items()),
+            "Reference <reference>",
+            "Contributing <CONTRIBUTING>",
+            "Changelog <CHANGELOG>",
+        ]
+    )
+    index.cells.append(
+        nbformat.v4.new_markdown_cell(
+            "```{toctree}\n:hidden:\n:caption: Notebooks\n:maxdepth: 1\n\n" + toc + "\n```",
+            id="toctree",
+        )
+    )
+    for stem, nb in {"index": index, **found}.items():
+        nbformat.write(nb, SRC / f"{stem}.ipynb")
     (SRC / "reference.md").write_text(api(found), encoding="utf-8")
-    site = {m: Path(importlib.util.find_spec(m).origin).parent for m in ("plotly", "sphinxcontrib.katex")}
+    site = {
+        m: Path(importlib.util.find_spec(m).origin).parent
+        for m in ("plotly", "sphinxcontrib.katex")
+    }
     shutil.copy(site["plotly"] / "package_data/plotly.min.js", SRC / "_static")
     (SRC / "_static/figures.js").write_text(DRAW_JS, encoding="utf-8")
     shutil.copy(site["sphinxcontrib.katex"] / "katex.min.js", SRC / "_static")
-    for name in ("LICENSE", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff"): shutil.copy(ROOT / name, SRC / name)
+    for name in ("LICENSE", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff"):
+        shutil.copy(ROOT / name, SRC / name)
 
 
 def external(out):
     "Scripts, styles and pictures that a page would fetch from the network."
-    load = re.compile(r"<(?:script|img|iframe)[^>]+src=[\"']?(?:https?:)?//[^\s>]+"
-                      r"|<link[^>]+rel=[\"']?(?:stylesheet|preload)[^>]+href=[\"']?(?:https?:)?//[^\s>]+")
-    return [f"{p.name}: {m[0]}" for p in sorted(out.glob("*.html")) for m in load.finditer(p.read_text(encoding="utf-8"))]
+    load = re.compile(
+        r"<(?:script|img|iframe)[^>]+src=[\"']?(?:https?:)?//[^\s>]+"
+        r"|<link[^>]+rel=[\"']?(?:stylesheet|preload)[^>]+href=[\"']?(?:https?:)?//[^\s>]+"
+    )
+    return [
+        f"{p.name}: {m[0]}"
+        for p in sorted(out.glob("*.html"))
+        for m in load.finditer(p.read_text(encoding="utf-8"))
+    ]
 
 
 def main(argv):
     out = Path(argv[0]) if argv else DOCS / "_build/html"
     prepare()
     shutil.rmtree(out, ignore_errors=True)
-    r = subprocess.run([sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html",
-                        "-d", str(out) + ".doctrees", "-c", str(DOCS), str(SRC), str(out)])
+    r = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "sphinx",
+            "-q",
+            "-W",
+            "--keep-going",
+            "-b",
+            "html",
+            "-d",
+            str(out) + ".doctrees",
+            "-c",
+            str(DOCS),
+            str(SRC),
+            str(out),
+        ]
+    )
     shutil.rmtree(str(out) + ".doctrees", ignore_errors=True)
-    if r.returncode: return r.returncode
-    if found := external(out): print("the site is not self-contained:", *found, sep="\n  "); return 1
+    if r.returncode:
+        return r.returncode
+    if found := external(out):
+        print("the site is not self-contained:", *found, sep="\n  ")
+        return 1
     print(f"{len(list(out.glob('*.html')))} pages; open {out / 'index.html'}")
     return 0
 
 
-if __name__ == "__main__": sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

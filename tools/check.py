@@ -6,25 +6,33 @@
     python tools/check.py --list                what the steps are
 
 The working tree is left as it is: notebooks are cleaned and exported in a copy, which is then compared."""
+
 import argparse, os, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class Failed(Exception): pass
+class Failed(Exception):
+    pass
 
 
 def run(*args, cwd=ROOT, **env):
     "Run a command with its output shown; raises `Failed` if it does not end with 0."
     r = subprocess.run([str(a) for a in args], cwd=cwd, env={**os.environ, **env})
-    if r.returncode: raise Failed(f"`{' '.join(str(a) for a in args)}` ended with exit code {r.returncode}")
+    if r.returncode:
+        raise Failed(f"`{' '.join(str(a) for a in args)}` ended with exit code {r.returncode}")
 
 
 def script(name):
     "Path of a console script of this Python's environment."
-    found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
-    if not found: raise Failed(f"{name} is not installed here; run: {sys.executable} -m pip install -c constraints.txt -e \".[dev]\"")
+    found = shutil.which(
+        name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    )
+    if not found:
+        raise Failed(
+            f'{name} is not installed here; run: {sys.executable} -m pip install -c constraints.txt -e ".[dev]"'
+        )
     return found
 
 
@@ -35,24 +43,40 @@ def settings():
 
 def contents(root, folders=("nbs", "tutorials", "darkdistill_nb")):
     "Every notebook and module below `root`, as {path: bytes}."
-    return {p.relative_to(root).as_posix(): p.read_bytes() for f in folders for p in sorted((root / f).rglob("*"))
-            if p.suffix in (".ipynb", ".py") and ".ipynb_checkpoints" not in p.parts}
+    return {
+        p.relative_to(root).as_posix(): p.read_bytes()
+        for f in folders
+        for p in sorted((root / f).rglob("*"))
+        if p.suffix in (".ipynb", ".py") and ".ipynb_checkpoints" not in p.parts
+    }
 
 
 def notebooks():
     "notebooks are clean, and the library is what they export"
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp).resolve()
-        for name in ("settings.ini", "pyproject.toml", "README.md"): shutil.copy(ROOT / name, tmp)
+        for name in ("settings.ini", "pyproject.toml", "README.md"):
+            shutil.copy(ROOT / name, tmp)
         for folder in ("nbs", "tutorials", "darkdistill_nb"):
-            if (ROOT / folder).exists(): shutil.copytree(ROOT / folder, tmp / folder, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+            if (ROOT / folder).exists():
+                shutil.copytree(
+                    ROOT / folder,
+                    tmp / folder,
+                    ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"),
+                )
         before = contents(tmp)
         run(script("nbdev-clean"), cwd=tmp)
-        if (tmp / "tutorials").exists(): run(script("nbdev-clean"), "--fname", "tutorials", cwd=tmp)
+        if (tmp / "tutorials").exists():
+            run(script("nbdev-clean"), "--fname", "tutorials", cwd=tmp)
         run(script("nbdev-export"), cwd=tmp)
         after = contents(tmp)
     changed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
-    if changed: raise Failed("not clean or not exported: " + ", ".join(changed) + "\nrun `nbdev-export` and `nbdev-clean`, look at the change, and commit it")
+    if changed:
+        raise Failed(
+            "not clean or not exported: "
+            + ", ".join(changed)
+            + "\nrun `nbdev-export` and `nbdev-clean`, look at the change, and commit it"
+        )
 
 
 def readme():
@@ -67,14 +91,29 @@ def tests():
 
 def nbs():
     "every notebook of the library runs from top to bottom, and its tests pass"
-    run(script("nbdev-test"), "--n-workers", min(2, os.cpu_count() or 1), "--timing", OMP_NUM_THREADS="1")
+    run(
+        script("nbdev-test"),
+        "--n-workers",
+        min(2, os.cpu_count() or 1),
+        "--timing",
+        OMP_NUM_THREADS="1",
+    )
 
 
 def labs():
     "the students' labs follow from the instructor's, which run with their solutions"
     run(sys.executable, "tools/make_labs.py", "--check")
-    run(sys.executable, "-m", "pytest", "-q", "--nbmake", "--nbmake-timeout=600", "-p", "no:cacheprovider",
-        *sorted((ROOT / "tutorials/instructor").glob("*.ipynb")))
+    run(
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--nbmake",
+        "--nbmake-timeout=600",
+        "-p",
+        "no:cacheprovider",
+        *sorted((ROOT / "tutorials/instructor").glob("*.ipynb")),
+    )
 
 
 def docs():
@@ -88,7 +127,17 @@ def site():
     names = ("chromium", "chromium-browser", "google-chrome")
     if not (os.environ.get("CHROMIUM") or any(map(shutil.which, names))):
         return "skipped: no Chromium on this machine"
-    run(sys.executable, "-m", "pytest", "-q", "-rs", "-m", "browser", "--durations=3", "tests/test_site.py")
+    run(
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rs",
+        "-m",
+        "browser",
+        "--durations=3",
+        "tests/test_site.py",
+    )
 
 
 STEPS = (settings, notebooks, readme, tests, nbs, labs, docs, site)
@@ -96,24 +145,46 @@ STEPS = (settings, notebooks, readme, tests, nbs, labs, docs, site)
 
 def main(argv=None):
     names = [s.__name__ for s in STEPS]
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", nargs="+", choices=names, default=names, metavar="STEP", help="run these steps only")
-    p.add_argument("--skip", nargs="+", choices=names, default=[], metavar="STEP", help="leave these steps out")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--only",
+        nargs="+",
+        choices=names,
+        default=names,
+        metavar="STEP",
+        help="run these steps only",
+    )
+    p.add_argument(
+        "--skip", nargs="+", choices=names, default=[], metavar="STEP", help="leave these steps out"
+    )
     p.add_argument("--list", action="store_true", help="list the steps and stop")
     a = p.parse_args(argv)
-    if a.list: return print("\n".join(f"{s.__name__:10} {s.__doc__}" for s in STEPS))
+    if a.list:
+        return print("\n".join(f"{s.__name__:10} {s.__doc__}" for s in STEPS))
     times, error = [], None
     for s in STEPS:
-        if s.__name__ not in a.only or s.__name__ in a.skip: continue
+        if s.__name__ not in a.only or s.__name__ in a.skip:
+            continue
         print(f"\n=== {s.__name__}: {s.__doc__}", flush=True)
         start, state = time.perf_counter(), None
-        try: state = s() or "ok"                      # a step that was skipped says so
-        except Failed as e: error, state = e, "failed"
+        try:
+            state = s() or "ok"  # a step that was skipped says so
+        except Failed as e:
+            error, state = e, "failed"
         times.append((s.__name__, time.perf_counter() - start, state))
-        if error: break
-    print("\n" + "\n".join(f"{n:10} {t:7.1f} s  {state}" for n, t, state in times) + f"\n{'total':10} {sum(t for _, t, _ in times):7.1f} s")
-    if error: print(f"\n{error}", file=sys.stderr)
+        if error:
+            break
+    print(
+        "\n"
+        + "\n".join(f"{n:10} {t:7.1f} s  {state}" for n, t, state in times)
+        + f"\n{'total':10} {sum(t for _, t, _ in times):7.1f} s"
+    )
+    if error:
+        print(f"\n{error}", file=sys.stderr)
     return 1 if error else 0
 
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -308,16 +308,30 @@ NAN = float("nan")
 Z, LABELS = torch.arange(12.0).view(3, 4) / 7, torch.arange(3)
 SMALL = blank(4, 8, 3)
 HOSTILE = {
-    "l": lambda: latent_net("mini", NAN), "K": lambda: latent_net("mini", 4, 0), "in_shape": lambda: latent_net("mini", 4, 2, (3, -8, 8)),
-    "in_shape 2": lambda: latent_net("mini", 4, 2, (8, 8)), "name": lambda: latent_net(["mini"], 4),
-    "dropout": lambda: latent_net("mini", 4, dropout=NAN), "relu": lambda: latent_net("mini", 4, relu_between="no"),
-    "widths": lambda: conv_group((1, 8, 8), (1.5,), 2), "no widths": lambda: conv_group((1, 8, 8), (), 2), "pool 0": lambda: conv_group((1, 8, 8), (4,), 0),
-    "pool stride": lambda: conv_group((1, 8, 8), (4,), (4, 0)), "pool text": lambda: conv_group((1, 8, 8), (4,), "all"),
-    "alpha": lambda: lkd(NAN), "tau": lambda: lkd(.5, float("inf")), "scale": lambda: lkd(.5, 1., -1),
-    "scale NaN": lambda: lkd(.5, 1., torch.tensor([1., NAN])),
-    "scale shape": lambda: lkd_loss(Z, Z, Z, LABELS, scale=torch.ones(3)), "teacher NaN": lambda: lkd_loss(Z, Z * NAN, Z, LABELS),
-    "z broadcasts": lambda: lkd_loss(Z, Z[:1], Z, LABELS), "z 1-d": lambda: lkd_loss(Z[0], Z[0], Z, LABELS), "y": lambda: lkd_loss(Z, Z, Z, LABELS[:1]),
-    "logits": lambda: lkd_loss(Z, Z, Z[:1], LABELS), "variance NaN": lambda: latent_variance(Z * NAN), "variance 1-d": lambda: latent_variance(Z[0]),
+    "l": lambda: latent_net("mini", NAN),
+    "K": lambda: latent_net("mini", 4, 0),
+    "in_shape": lambda: latent_net("mini", 4, 2, (3, -8, 8)),
+    "in_shape 2": lambda: latent_net("mini", 4, 2, (8, 8)),
+    "name": lambda: latent_net(["mini"], 4),
+    "dropout": lambda: latent_net("mini", 4, dropout=NAN),
+    "relu": lambda: latent_net("mini", 4, relu_between="no"),
+    "widths": lambda: conv_group((1, 8, 8), (1.5,), 2),
+    "no widths": lambda: conv_group((1, 8, 8), (), 2),
+    "pool 0": lambda: conv_group((1, 8, 8), (4,), 0),
+    "pool stride": lambda: conv_group((1, 8, 8), (4,), (4, 0)),
+    "pool text": lambda: conv_group((1, 8, 8), (4,), "all"),
+    "alpha": lambda: lkd(NAN),
+    "tau": lambda: lkd(0.5, float("inf")),
+    "scale": lambda: lkd(0.5, 1.0, -1),
+    "scale NaN": lambda: lkd(0.5, 1.0, torch.tensor([1.0, NAN])),
+    "scale shape": lambda: lkd_loss(Z, Z, Z, LABELS, scale=torch.ones(3)),
+    "teacher NaN": lambda: lkd_loss(Z, Z * NAN, Z, LABELS),
+    "z broadcasts": lambda: lkd_loss(Z, Z[:1], Z, LABELS),
+    "z 1-d": lambda: lkd_loss(Z[0], Z[0], Z, LABELS),
+    "y": lambda: lkd_loss(Z, Z, Z, LABELS[:1]),
+    "logits": lambda: lkd_loss(Z, Z, Z[:1], LABELS),
+    "variance NaN": lambda: latent_variance(Z * NAN),
+    "variance 1-d": lambda: latent_variance(Z[0]),
     "latents of nothing": lambda: latents(latent_net("mini", 4, 3, (1, 8, 8)), SMALL.subset([])),
     "batch_size": lambda: latents(latent_net("mini", 4, 3, (1, 8, 8)), SMALL, 0.5),
     "client n": lambda: client_task(SMALL, SMALL, 2.5, 1.0),
@@ -545,10 +559,15 @@ def test_killed_experiment_continues_and_leaves_no_process(tmp_path):
     assert len(a.runs) == 6 and drop(a.runs) == drop(b.runs)
 
 
-@pytest.mark.parametrize("args, word", [
-    (["--set", "n=100000"], "n=100000 exceeds"), (["--set", "speed=1"], "unknown setting 'speed'"),
-    (["--set", "student=huge"], "student='huge': that net is unknown"),
-    (["--set", "gamma=-1"], "gamma=-1 must be")])
+@pytest.mark.parametrize(
+    "args, word",
+    [
+        (["--set", "n=100000"], "n=100000 exceeds"),
+        (["--set", "speed=1"], "unknown setting 'speed'"),
+        (["--set", "student=huge"], "student='huge': that net is unknown"),
+        (["--set", "gamma=-1"], "gamma=-1 must be"),
+    ],
+)
 def test_bad_settings_are_one_sentence(args, word, tmp_path, capsys):
     assert (
         main(
@@ -666,31 +685,64 @@ def test_tuned_settings_of_another_file_of_that_name_are_not_taken(tmp_path):
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_teacher_does_not_depend_on_the_number_of_threads(tmp_path, threads):
-    code = "import sys, torch; from darkdistill_nb.latent_experiments import *; " \
-           "t, _ = get_teacher(make_cell('shapes16', 'CE', teacher_epochs=1)['teacher'], sys.argv[1]); print(t.output.weight.double().sum().item())"
-    out = [subprocess.run([sys.executable, "-c", code, str(tmp_path/n)], env=os.environ | {"OMP_NUM_THREADS": n},
-                          capture_output=True, text=True, check=True).stdout
-           for n in (str(threads), "2")]
+    code = (
+        "import sys, torch; from darkdistill_nb.latent_experiments import *; "
+        "t, _ = latent_teacher(latent_cell('shapes16', 'CE', teacher_epochs=1)['teacher'], sys.argv[1]); print(t.output.weight.double().sum().item())"
+    )
+    out = [
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / n)],
+            env=os.environ | {"OMP_NUM_THREADS": n},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for n in (str(threads), "2")
+    ]
     assert out[0] == out[1] and float(out[0])
 
 
 HOSTILE_EXPERIMENTS = {
-    "data": lambda d: make_cell("mnits", "CE"), "data 5": lambda d: make_cell(5, "CE"), "method": lambda d: make_cell("shapes16", "AT"),
-    "gamma": lambda d: make_cell("shapes16", "CE", gamma=NAN), "seed": lambda d: make_cell("shapes16", "CE", 1.5),
-    "l": lambda d: make_cell("shapes16", "CE", l=0),
-    "split": lambda d: make_cell("shapes16", "CE", split="train"), "match": lambda d: make_cell("shapes16", "CE", match="labels"),
-    "keep": lambda d: make_cell("shapes16", "CE", keep=-1), "hyper": lambda d: make_cell("shapes16", "LKD", hyper=dict(beta=1)),
-    "hyper 3": lambda d: make_cell("shapes16", "LKD", hyper=3), "setting": lambda d: make_cell("shapes16", "CE", speed=1),
-    **{k: lambda d, k=k, v=v: make_cell("shapes16", "CE", **{k: v})
-       for k, v in dict(n=0, epochs=1.5, lr=NAN, batch_size=0, teacher="big", student=3, teacher_lr=-1, teacher_epochs=-1, transfer=3).items()},
-    "seeds": lambda d: compare("shapes16", d, 0), "methods": lambda d: compare("shapes16", d, 1, ("AT",)),
+    "data": lambda d: latent_cell("mnits", "CE"),
+    "data 5": lambda d: latent_cell(5, "CE"),
+    "method": lambda d: latent_cell("shapes16", "AT"),
+    "gamma": lambda d: latent_cell("shapes16", "CE", gamma=NAN),
+    "seed": lambda d: latent_cell("shapes16", "CE", 1.5),
+    "l": lambda d: latent_cell("shapes16", "CE", l=0),
+    "split": lambda d: latent_cell("shapes16", "CE", split="train"),
+    "match": lambda d: latent_cell("shapes16", "CE", match="labels"),
+    "keep": lambda d: latent_cell("shapes16", "CE", keep=-1),
+    "hyper": lambda d: latent_cell("shapes16", "LKD", hyper=dict(beta=1)),
+    "hyper 3": lambda d: latent_cell("shapes16", "LKD", hyper=3),
+    "setting": lambda d: latent_cell("shapes16", "CE", speed=1),
+    **{
+        k: lambda d, k=k, v=v: latent_cell("shapes16", "CE", **{k: v})
+        for k, v in dict(
+            n=0,
+            epochs=1.5,
+            lr=NAN,
+            batch_size=0,
+            teacher="big",
+            student=3,
+            teacher_lr=-1,
+            teacher_epochs=-1,
+            transfer=3,
+        ).items()
+    },
+    "seeds": lambda d: compare("shapes16", d, 0),
+    "methods": lambda d: compare("shapes16", d, 1, ("AT",)),
     "no methods": lambda d: compare("shapes16", d, 1, ()),
-    "values": lambda d: sweep_n("shapes16", d, 1, ()), "no cells": lambda d: run_cells([], d), "workers": lambda d: compare("shapes16", d, 1, workers=-3),
+    "values": lambda d: sweep_n("shapes16", d, 1, ()),
+    "no cells": lambda d: run_cells([], d),
+    "workers": lambda d: compare("shapes16", d, 1, workers=-3),
     "space": lambda d: latent_space("shapes16", d, keep=3),
-    "metric": lambda d: differences(Record({}), "CE", "KD", "all"), "where": lambda d: differences(Record({}), "CE", "KD", seed=1),
-    "axis": lambda d: trend(Record({}), axis="seed"), "no runs": lambda d: best_value(Record({}), "n"),
+    "metric": lambda d: differences(Record({}), "CE", "KD", "all"),
+    "where": lambda d: differences(Record({}), "CE", "KD", seed=1),
+    "axis": lambda d: trend(Record({}), axis="seed"),
+    "no runs": lambda d: best_value(Record({}), "n"),
     "no pairs": lambda d: step_differences(Record({}), "CE", "n", 1, 2),
-    "experiment": lambda d: stored("sweep_all", "cifar10"), "edge": lambda d: at_an_edge("AT", {}),
+    "experiment": lambda d: stored("sweep_all", "cifar10"),
+    "edge": lambda d: at_an_edge("AT", {}),
 }
 
 

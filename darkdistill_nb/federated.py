@@ -815,23 +815,22 @@ def simulate(
     train:ArrayData,    # images the clients' indices point into
     test:ArrayData,     # evaluated, never trained on
     clients:list,       # `Client`s
-    rounds:int, seed:int=0,
-    eval_every:int=1,   # rounds between evaluations on `test`; the last round is always evaluated
+    rounds:int, seed:int=0, eval_every:int=1,   # rounds between evaluations on `test`; the last round is always evaluated
     checkpoint=None,    # file for the state after each round; continued from if it is there
     on_round=None,      # called with each new log entry
-    device="cpu", workers:int=1,      # processes that train clients on a CPU; the result does not depend on it
+    device="cpu", workers:int=1, # processes that train clients on a CPU; the result does not depend on it
     progress:bool=None, # a progress bar; None: in a terminal and in a live notebook
     faults:str="warn",  # warn: leave out answers that cannot be used, with a warning; raise: end with the first
 )->Run:
     "Run a federated method in this process; raises `ValueError` for what does not fit, also a `checkpoint` of other settings."
     rounds, eval_every, workers = whole(rounds, "rounds"), whole(eval_every, "eval_every"), whole(workers, "workers")
     seed, device = whole(seed, "seed", 0), pick_device(str(device))
-    choice(faults, "faults", ("warn", "raise"))
+    faults = choice(faults, "faults", ("warn", "raise"))
     net, train, test = _start(method, build, train, test, clients, seed, device)
     streams, started = Streams(seed), (method, net, train, test, clients, seed)
     state, log, marks = _continued(checkpoint, started, rounds, device)
-    bar = _bar(rounds, len(log), "round", progress)
     processes = min(workers, len(clients)) if device.type == "cpu" and len(log) < rounds else 1
+    bar = _bar(rounds, len(log), "round", progress)
     with _workers(processes, bar, method, net, train, clients, seed) as pool:
         play = lambda state, r: play_round(method, state, train, clients, r, streams, pool, faults)
         for state, row in _rounds(method, state, len(log), rounds, play, test, eval_every):

@@ -1,8 +1,9 @@
 """A run that is killed at random moments, again and again, and resumed, ends with the weights of an uninterrupted one; nothing half-written is ever met."""
 
-import json, os, random, signal, subprocess, sys, time
+import json, os, random, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
+from conftest import LONG
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups and SIGKILL")
 COMMAND = [
@@ -27,27 +28,46 @@ def start(folder, *args):
 
 
 def finish(folder, *args):
-    "Run to the end: (seconds, output)."
-    t = time.time()
+    "Run to the end: its output."
     p = start(folder, *args)
-    out, err = p.communicate(timeout=300)
+    out, err = p.communicate(timeout=LONG)
     assert p.returncode == 0, err
-    return time.time() - t, out
+    return out
 
 
-def kill_after(folder, seconds, *args):
-    "Start, kill the whole process group after `seconds`; True if it was still running then."
-    p = start(folder, *args)
-    try:
-        p.wait(seconds)
-        alive = False
-    except subprocess.TimeoutExpired:
-        alive = True
+def stamps(folder):
+    return {p: p.stat().st_mtime_ns for p in folder.glob("run/jobs/*-seed*") if p.exists()}
+
+
+class Steps:
+    "Counts the checkpoints that are written, and how long the last one took."
+
+    def __init__(self, folder):
+        self.folder, self.seen, self.n, self.at, self.took = (
+            folder,
+            stamps(folder),
+            0,
+            time.monotonic(),
+            0.0,
+        )
+
+    def __call__(self):
+        now = stamps(self.folder)
+        new = sum(self.seen.get(p) != t for p, t in now.items())
+        if new:
+            self.took, self.at = time.monotonic() - self.at, time.monotonic()
+        self.seen, self.n = now, self.n + new
+        return self.n
+
+
+def kill(p):
+    "Kill the whole process group; True if it was still running."
+    alive = p.poll() is None
     try:
         os.killpg(p.pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
-    p.communicate(timeout=60)
+    p.communicate(timeout=LONG)
     assert alive or p.returncode == 0, "the run failed by itself"
     return alive
 
@@ -98,10 +118,14 @@ def numbers(folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    "An uninterrupted run, and how long it took."
+    "An uninterrupted run."
     d = tmp_path_factory.mktemp("whole")
-    seconds, _ = finish(d, *SETTINGS, *OUT, "--workers", "1")
-    return d / "run", seconds
+    finish(d, *SETTINGS, *OUT, "--workers", "1")
+    return d / "run"
+
+
+def go_on(folder):
+    return ["--resume", "run"] if (folder / "run").exists() else [*SETTINGS, *OUT]
 
 
 def same_weights(a, b):
@@ -115,21 +139,37 @@ def same_weights(a, b):
             assert torch.equal(v, b[name][k]), f"{name}: {k}"
 
 
-def test_killed_at_random_points(whole, tmp_path):
-    "Delays are drawn over the length of a run; one kill is very early. Between kills only what has its final name is looked at."
-    reference, seconds = whole
-    rng, run, killed = random.Random(2025), tmp_path / "run", 0
-    for share in (0.02, rng.uniform(0.3, 0.6), rng.uniform(0.5, 0.9), rng.uniform(0.4, 0.95)):
-        args = ["--resume", "run"] if run.exists() else [*SETTINGS, *OUT]
-        killed += kill_after(tmp_path, share * seconds, *args, "--workers", "1")
+def test_killed_at_random_points(whole, tmp_path, wait_until):
+    "After a random number of steps and a random part of the next one, at the very start, and when everything is trained."
+    rng, run = random.Random(2025), tmp_path / "run"
+    for steps in (
+        0,
+        rng.randint(3, 9),
+        rng.randint(3, 9),
+        rng.randint(3, 9),
+    ):  # of 12 + 12 rounds and 8 clients
+        count = Steps(tmp_path)
+        p = start(tmp_path, *go_on(tmp_path), "--workers", "1")
+
+        def enough_steps():
+            return count() >= steps
+
+        wait_until(enough_steps, p)
+        time.sleep(rng.uniform(0, count.took))
+        assert kill(p)
         check_whole(run)
-    _, out = finish(
-        tmp_path, *(["--resume", "run"] if run.exists() else [*SETTINGS, *OUT]), "--workers", "2"
-    )
-    assert killed >= 1, "the kills came too late to test anything"
+    p = start(tmp_path, *go_on(tmp_path), "--workers", "1")
+
+    def the_end_begins():
+        return (run / "weights").exists()
+
+    wait_until(the_end_begins, p)
+    kill(p)
     check_whole(run)
-    same_weights(run, reference)
-    assert numbers(run) == numbers(reference)
+    finish(tmp_path, *go_on(tmp_path), "--workers", "2")
+    check_whole(run)
+    same_weights(run, whole)
+    assert numbers(run) == numbers(whole)
     assert sorted(p.name for p in run.iterdir()) == [
         "config.json",
         "record.json",
@@ -138,53 +178,39 @@ def test_killed_at_random_points(whole, tmp_path):
     ], "checkpoints or halves are left"
 
 
-def test_killed_between_rounds_of_training(whole, tmp_path):
+def test_killed_between_rounds_of_training(whole, tmp_path, wait_until):
     "Kills that are aimed: each time as soon as a new checkpoint has appeared, with two worker processes; every resume starts from another round."
-    reference, _ = whole
     run = tmp_path / "run"
     for i in range(2):
-        before = {p: p.stat().st_mtime_ns for p in run.glob("jobs/*")}
-        p = start(
-            tmp_path,
-            *(["--resume", "run"] if run.exists() else [*SETTINGS, *OUT]),
-            "--workers",
-            "2",
-        )
-        end = time.time() + 60
-        while (
-            p.poll() is None
-            and time.time() < end
-            and {q: q.stat().st_mtime_ns for q in run.glob("jobs/*.safetensors")}.items()
-            <= before.items()
-        ):
-            time.sleep(0.01)
+        count = Steps(tmp_path)
+        p = start(tmp_path, *go_on(tmp_path), "--workers", "2")
+
+        def a_step():
+            return count() > 0
+
+        wait_until(a_step, p)
         time.sleep(0.02 * i)
-        try:
-            os.killpg(p.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        p.communicate(timeout=60)
+        assert kill(p), "the run was over before it could be killed"
         check_whole(run)
-        assert not (run / "record.json").exists(), "the run was over before it could be killed"
+        assert not (run / "record.json").exists()
     finish(tmp_path, "--resume", "run", "--workers", "1")
-    same_weights(run, reference)
-    assert numbers(run) == numbers(reference)
+    same_weights(run, whole)
+    assert numbers(run) == numbers(whole)
 
 
 def test_resume_of_a_finished_run_changes_nothing(whole):
-    folder, _ = whole
+    folder = whole
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    _, out = finish(folder.parent, "--resume", "run")
+    out = finish(folder.parent, "--resume", "run")
     assert "run is finished" in out and "report: run/report.html" in out
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
 def test_half_a_record_is_refused(whole, tmp_path):
     "A record.json that was cut off (by a copy that failed, say) is an error, not a result."
-    import shutil
     from darkdistill_nb import cli
 
-    shutil.copytree(whole[0], tmp_path / "run")
+    shutil.copytree(whole, tmp_path / "run")
     path = tmp_path / "run/record.json"
     path.write_bytes(path.read_bytes()[:-100])
     for argv in (
@@ -195,22 +221,128 @@ def test_half_a_record_is_refused(whole, tmp_path):
         assert cli.main(argv) == 2
 
 
-def test_checkpoint_of_another_run_is_refused(whole, tmp_path, capsys):
-    "A checkpoint that does not belong to the settings beside it is not continued."
-    import shutil
+# ---------------------------------------------------------------- checkpoints that are not what they should be
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, wait_until):
+    "A run that was killed when every job had a checkpoint."
+    d = tmp_path_factory.mktemp("stopped")
+    p = start(d, *SETTINGS, *OUT, "--workers", "3")
+
+    def a_checkpoint_of_each():
+        return len(list(d.glob("run/jobs/*-seed0.*"))) == 3
+
+    wait_until(a_checkpoint_of_each, p)
+    assert kill(p)
+    return d / "run"
+
+
+def flip(path):
+    "Other numbers in a file of the right length with a valid header."
+    data = bytearray(path.read_bytes())
+    for i in range(len(data) - 900, len(data), 97):
+        data[i] ^= 0x15
+    path.write_bytes(data)
+
+
+def rewrite(change):
+    def f(path):
+        saved = json.loads(path.read_text())
+        path.write_text(json.dumps(change(saved)))
+
+    return f
+
+
+def first_client(**new):
+    return rewrite(lambda s: {**s, "clients": [{**s["clients"][0], **new}, *s["clients"][1:]]})
+
+
+DAMAGE = {
+    "bits of weights": ("eefl-seed0.safetensors", flip),
+    "half the weights": (
+        "darkdistill-seed0.safetensors",
+        lambda p: p.write_bytes(p.read_bytes()[:999]),
+    ),
+    "no weights": ("eefl-seed0.safetensors", lambda p: p.write_bytes(b"")),
+    "half the clients": ("alone-seed0.json", lambda p: p.write_text(p.read_text()[:-20])),
+    "an old list": ("alone-seed0.json", rewrite(lambda s: s["clients"])),
+    "a list": ("alone-seed0.json", rewrite(lambda s: [])),
+    "no accuracy": ("alone-seed0.json", first_client(accuracy=None)),
+    "an accuracy of 7": ("alone-seed0.json", first_client(accuracy=7)),
+    "another client": ("alone-seed0.json", first_client(client=5)),
+    "another tier": ("alone-seed0.json", first_client(tier=9)),
+    "too many clients": (
+        "alone-seed0.json",
+        rewrite(lambda s: {**s, "clients": s["clients"][:1] * 9}),
+    ),
+    "clients are text": ("alone-seed0.json", rewrite(lambda s: {**s, "clients": "all"})),
+    "nested": ("alone-seed0.json", lambda p: p.write_text("[" * 100_000)),
+    "of other settings": ("alone-seed0.json", rewrite(lambda s: {**s, "of": "0"})),
+}
+
+
+@pytest.mark.parametrize("name, damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_named(name, damage, stopped, tmp_path, capsys):
+    "One sentence that names the file to delete, and no promise that the same command would do."
     from darkdistill_nb import cli
 
-    p = start(tmp_path, *SETTINGS, *OUT, "--workers", "1")
-    end = time.time() + 60
-    while (
-        p.poll() is None and time.time() < end and not list(tmp_path.glob("run/jobs/*.safetensors"))
-    ):
-        time.sleep(0.01)
-    os.killpg(p.pid, signal.SIGKILL)
-    p.communicate(timeout=60)
+    shutil.copytree(stopped, tmp_path / "run")
+    path = tmp_path / "run/jobs" / name
+    damage(path)
+    before = stamps(tmp_path)
+    assert cli.main(["run", "--resume", str(tmp_path / "run"), "--workers", "1"]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("darkdistill: ") and f"delete {path} " in last, last
+    assert last.endswith(f", then continue with: darkdistill run --resume {tmp_path}/run"), last
+    assert stamps(tmp_path)[path] == before[path]
+
+
+def test_after_deleting_the_damaged_file_all_is_well(stopped, whole, tmp_path):
+    shutil.copytree(stopped, tmp_path / "run")
+    for name in ("eefl-seed0.safetensors", "alone-seed0.json"):
+        (tmp_path / "run/jobs" / name).unlink()
+    finish(tmp_path, "--resume", "run", "--workers", "1")
+    same_weights(tmp_path / "run", whole)
+    assert numbers(tmp_path / "run") == numbers(whole)
+
+
+@pytest.mark.parametrize("worker", ["1", "2"])
+def test_checkpoint_of_another_run_is_refused(worker, stopped, tmp_path, capsys):
+    "A checkpoint that does not belong to the settings beside it is not continued."
+    from darkdistill_nb import cli
+
+    shutil.copytree(stopped, tmp_path / "run")
     config = tmp_path / "run/config.json"
     saved = json.loads(config.read_text())
     saved["config"]["lr"] = 0.01
     config.write_text(json.dumps(saved))
-    assert cli.main(["run", "--resume", str(tmp_path / "run"), "--workers", "1"]) == 1
-    assert "other settings" in capsys.readouterr().err
+    assert cli.main(["run", "--resume", str(tmp_path / "run"), "--workers", worker]) == 1
+    assert (
+        re.search("another training: .*lr=0.01|other settings", err := capsys.readouterr().err)
+        and "delete" in err
+    )
+
+
+CONFIGS = {
+    "no data": lambda s: s.pop("data_sha256"),
+    "a number": lambda s: s.update(command=5),
+    "no settings": lambda s: s.update(config=None),
+    "unknown": lambda s: s["config"].update(round=3),
+    "none": lambda s: s.clear(),
+}
+
+
+@pytest.mark.parametrize("change", CONFIGS.values(), ids=CONFIGS)
+def test_a_damaged_config_is_named(change, stopped, tmp_path, capsys):
+    from darkdistill_nb import cli
+
+    shutil.copytree(stopped, tmp_path / "run")
+    path = tmp_path / "run/config.json"
+    saved = json.loads(path.read_text())
+    change(saved)
+    path.write_text(json.dumps(saved))
+    assert cli.main(["run", "--resume", str(tmp_path / "run")]) == 2
+    assert (err := capsys.readouterr().err).startswith(
+        f"darkdistill: {path} is not the configuration of a run: "
+    ) and err.count("\n") == 1

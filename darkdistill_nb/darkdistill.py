@@ -288,7 +288,11 @@ def server_step(self:DarkDistill, state, tiers, updates, rnd, streams):
     if not pairs or not self.server_epochs:
         return tiers, state["server"], info
     share = {m: tiers[m][1] / sum(tiers[k][1] for k in pairs) for m in pairs}
-    gens, more, spoke = self._teach(state, pairs, nets, pools, share, streams, g)
+    try:
+        gens, more, spoke = self._teach(state, pairs, nets, pools, share, streams, g)
+    except ValueError as e:    # settings were checked when the method was made: numbers ran away
+        raise FloatingPointError(f"the server step of round {rnd + 1} cannot go on ({e}); "
+                                 f"lower kd_lr={self.kd_lr} or gen_lr={self.gen_lr}") from e
     info.update(more, server_step=self._said(pairs, nets, spoke))
     new = {m: ({k: v.detach().clone() for k, v in nets[m].state_dict().items() if k in w}, n)
            for m, (w, n) in tiers.items()}

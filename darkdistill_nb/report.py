@@ -331,9 +331,12 @@ def reported_figure(
     import plotly.graph_objects as go
     runs = [run for run in record.runs if all("difficulty" in row for row in run["rounds"])]
     if not runs: raise ValueError("no run of this record reports difficulties; DarkDistill does")
-    share = lambda n: 100 * sum(n[1:]) / max(sum(n), 1)
-    mean = lambda r, m: (lambda v: sum(v) / len(v) if v else None)([share(run["rounds"][r]["difficulty"][m])
-                                                                    for run in runs if m in run["rounds"][r]["difficulty"]])
+    def share(row, m):
+        n, first = row["difficulty"][m], math.ceil(1 / row.get("bin_width", 1.))    # the first bin of 1 nat or more
+        return 100 * sum(n[first:]) / max(sum(n), 1)
+    def mean(r, m):
+        found = [share(run["rounds"][r], m) for run in runs if m in run["rounds"][r]["difficulty"]]
+        return sum(found) / len(found) if found else None
     tiers = sorted({m for run in runs for row in run["rounds"] for m in row["difficulty"]}, key=int)
     x = list(range(len(runs[0]["rounds"])))
     fig = figure(*(go.Scatter(x=[r + 1 for r in x], y=[mean(r, m) for r in x], name=f"tier {m}",

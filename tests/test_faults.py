@@ -1,6 +1,6 @@
 """Clients that lie or fail, federations that do not fit, checkpoints of other runs: what a federated run does when something is wrong."""
 
-import json, math, os, signal, subprocess, sys, textwrap, time, warnings
+import contextlib, json, math, os, signal, subprocess, sys, textwrap, time, warnings
 import numpy as np
 import pytest, torch
 from torch import nn
@@ -413,26 +413,32 @@ SCRIPT = """
 """
 
 
+def state(pid):
+    "What Linux says of a process from its state on; None if it is gone."
+    try:
+        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
 def children(pid):
-    "Processes whose parent is `pid`, without the resource tracker."
-    out = subprocess.run(
-        ["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True
-    ).stdout.splitlines()[1:]
-    rows = [line.split(None, 2) for line in out]
-    return [int(p) for p, parent, args in rows if parent == str(pid) and "spawn_main" in args]
+    "Worker processes whose parent is `pid`, without the resource tracker."
+    found = []
+    for p in filter(str.isdigit, os.listdir("/proc")):
+        if (s := state(p)) and s[1] == str(pid):
+            with contextlib.suppress(OSError):
+                found += [int(p)] * (b"spawn_main" in open(f"/proc/{p}/cmdline", "rb").read())
+    return found
 
 
 def running(pid):
     "Is the process there, and no zombie?"
-    try:
-        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    return (state(pid) or "Z")[0] != "Z"
 
 
 def seconds_of_cpu(pid):
-    user, system = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[11:13]
-    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    s = state(pid)
+    return (int(s[11]) + int(s[12])) / os.sysconf("SC_CLK_TCK") if s else 0
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
@@ -442,7 +448,10 @@ def test_workers_end_with_their_parent(sign, tmp_path):
     (tmp_path / "s.py").write_text(
         textwrap.dedent(SCRIPT).format(start='if __name__ == "__main__": main()')
     )
-    p = subprocess.Popen([sys.executable, tmp_path / "s.py"], stderr=subprocess.DEVNULL)
+    p, workers = (
+        subprocess.Popen([sys.executable, tmp_path / "s.py"], stderr=subprocess.DEVNULL),
+        [],
+    )
     try:
         while len(workers := children(p.pid)) < 2 or min(map(seconds_of_cpu, workers)) < 6:
             assert p.poll() is None, "the script ended before its workers could be watched"

@@ -10,6 +10,7 @@ import torch
 
 from darkdistill_nb.data import ArrayData, load
 from darkdistill_nb.distillation import CropFlip, Views, teacher_table
+from darkdistill_nb import distributed
 from darkdistill_nb.distributed import (
     DistrEE,
     DistrEELoss,
@@ -636,3 +637,80 @@ def test_what_does_not_belong_together_is_refused_before_training(world):
     ):
         with pytest.raises(ValueError, match=words):
             bad()
+
+
+# ---------------------------------------------------------------- by hand, one claim each
+
+
+def blocks(*sizes):
+    return torch.block_diag(*[torch.ones(n, n) - torch.eye(n) for n in sizes])
+
+
+def test_negative_activity_counts_as_none():
+    W = filter_graph(torch.tensor([[-1.0, 1.0, 0.5]]))
+    assert not W[0].any() and W[1, 2] == pytest.approx(0.25)
+
+
+def test_the_strongest_links_are_a_share_of_those_that_exist():
+    W = torch.zeros(4, 4)
+    for i, w in enumerate((1.0, 2.0, 3.0)):
+        W[i, i + 1] = W[i + 1, i] = w
+    assert strongest_links(W, 0.34).nonzero().tolist() == [[2, 3], [3, 2]]
+    assert len(strongest_links(W, 1.0).nonzero()) == 6
+
+
+def test_communities_come_largest_first():
+    assert communities(blocks(3, 4)) == [[3, 4, 5, 6], [0, 1, 2]]
+
+
+def test_the_lightest_student_gets_the_next_group():
+    "By importance, not by number; and a heavy group is halved alternately."
+    I = torch.tensor([4.0, 1, 1, 1, 1])
+    assert distributed._deal([[i] for i in range(5)], I, 2) == [[0], [1, 2, 3, 4]]
+    assert distributed._split([[0, 1, 2, 3], [4]], torch.tensor([4.0, 3, 2, 1, 9])) == [
+        [4],
+        [0, 2],
+        [1, 3],
+    ]
+
+
+def test_the_authors_rule_drops_the_largest_group_and_reads_resolution_the_old_way(monkeypatch):
+    W, seen, real = blocks(5, 4, 3), [], distributed.communities
+
+    def watched(G, resolution, seed):
+        seen.append(resolution)
+        return real(G, resolution, seed)
+
+    monkeypatch.setattr(distributed, "communities", watched)
+    assert partition_filters(W, torch.ones(12), 2, rule="authors") == [[5, 6, 7, 8], [9, 10, 11]]
+    assert seen == [pytest.approx(1 / 0.7)]
+
+
+@pytest.mark.parametrize("kind", ["rising", "uniform", "last"])
+def test_weights_of_the_exits_add_up_to_their_number(kind):
+    for n in (1, 2, 4, 7, 9):
+        assert float(branch_weights(n, kind).sum()) == pytest.approx(n, rel=1e-6)
+
+
+def test_a_missing_student_is_its_mean_and_local_heads_count_once(world, monkeypatch):
+    train, _, _, table, W, I = world
+    parts = partition_filters(W, I, 2)
+    system = make(parts).eval()
+    x, y = train[:16]
+    t, f = {k: v[0, :16].float() for k, v in table.items()}, system(x)
+    loss = DistrEELoss(system, parts, w=[0, 0, 0, 1.0], beta=0.0, drop=0.5, local=False)
+    gone = torch.zeros(2, 16, dtype=torch.bool)
+    gone[1, ::2] = True
+    monkeypatch.setattr(loss, "missing", lambda N, B: gone)
+    second = system.partial(1, f[1][-1])
+    second = torch.where(gone[1][:, None], second.mean(0), second)
+    z = system.partial(0, f[0][-1]) + second + system.joint.bias
+    assert float(loss(f, t, y).detach()) == pytest.approx(
+        float(loss.kd(z, t["logits"], y).detach()), rel=1e-5
+    )
+    both = [float(DistrEELoss(system, parts, local=v)(f, t, y).detach()) for v in (True, False)]
+    heads = [
+        [float(loss.kd(v, t["logits"], y).detach()) for v in s.classify(list(g))]
+        for s, g in zip(system.students, f)
+    ]
+    assert both[0] - both[1] == pytest.approx(sum(sum(h) / len(h) for h in heads), rel=1e-3)

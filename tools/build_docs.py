@@ -90,7 +90,7 @@ def api(pages):
         "",
     ]
     for stem in pages:
-        module = re.sub(r"^\d+[a-z]?_", "", stem)
+        module = re.sub(r"^\d+[a-z]?_", "", stem).replace("main", "__main__")
         rows += [f"## `darkdistill_nb.{module}`", "", f"Built in [{module}]({stem}.ipynb).", ""]
         for node in ast.parse((LIB / f"{module}.py").read_text(encoding="utf-8")).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):

@@ -13,6 +13,7 @@ __all__ = ['GOALS', 'SHARES', 'REALISED', 'END_TO_END', 'interleave', 'ratios', 
 import argparse, copy, functools, statistics, sys, tempfile, time
 from pathlib import Path
 import torch
+from .checks import whole
 from .data import ArrayData
 from .distillation import distill, teacher_table
 from .early_exit import WideBlock, vit
@@ -53,6 +54,7 @@ def plain_wrn(
     n_classes:int=100, # K
 )->nn.Sequential:      # layer 0: stem, 1..3n: blocks, then norm, ReLU, pooling, classifier
     "WideResNet-`depth`-`widen` for 32x32 colour pictures, with one exit (arXiv 1605.07146)."
+    depth, widen, n_classes = whole(depth, "depth"), whole(widen, "widen"), whole(n_classes, "n_classes")
     n = (depth - 4) // 6
     if depth != 6 * n + 4 or n < 1: raise ValueError(f"depth={depth} must be 6n+4: 10, 16, 22, 28, 40, ...")
     w = [16] + [16 * widen * 2 ** g for g in range(3) for _ in range(n)]
@@ -165,6 +167,7 @@ def exit_list(
     g = torch.Generator().manual_seed(0)
     def draw(counts): return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[torch.randperm(sum(counts), generator=g)]
     def counts(n): c = [round(n * q) for q in shares[:-1]]; return [*c, n - sum(c)]
+    n, first = whole(n, "n", 0), whole(first, "first", 0)
     first = min(first, n)
     rest = [a - b for a, b in zip(counts(n), counts(first))]
     return torch.cat([draw(counts(first)), draw(rest)])

@@ -12,6 +12,7 @@ import codecs, contextlib, os, pickle, signal, sys, threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import context, process
+from .checks import flag
 
 # %% ../nbs/01a_process.ipynb #f7eff643
 UNGUARDED = 87   # exit code of a worker that was led into the work of its own script
@@ -55,6 +56,7 @@ def leave_with_parent(
     at_once:bool=True, # False: the thread that started this process may end before its process
 )->bool:               # True where there is a parent to end with
     "From now on this worker process ends when its parent is gone; Ctrl-C is left to the parent."
+    flag(at_once, "at_once")
     parent = process.parent_process()
     if parent is None:
         return False

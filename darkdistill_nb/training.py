@@ -121,7 +121,7 @@ def check_batches(
     parts:int=1,    # equal parts of a batch that are learned from one by one
 )->None:
     "Raise `ValueError` if a batch of one sample would leave a batch normalisation with a single number."
-    n, batch_size = whole(n, "n", 0), whole(batch_size, "batch_size")
+    n, batch_size, parts = whole(n, "n", 0), whole(batch_size, "batch_size"), whole(parts, "parts")
     norms, sizes = _moving_norms(net), [s for s in (n % batch_size, min(batch_size, n)) if s // parts == 1]
     if not norms or not sizes:
         return
@@ -742,6 +742,9 @@ def figure(
 ):
     "A plotly figure in the look of this package."
     import plotly.graph_objects as go
+    for k, v in dict(title=title, x=x, y=y).items():
+        check(isinstance(v, str), k, v, "a text")
+    height = whole(height, "height", 10)
     fig = go.Figure(list(traces))
     fig.layout.template = LOOK                    # not update_layout, which would add plotly's own template of 7 kB
     fig.update_layout(title=dict(text=title, font=dict(size=15)), xaxis_title=x, yaxis_title=y, height=height,

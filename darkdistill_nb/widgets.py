@@ -183,6 +183,7 @@ def strip(
     m:int,     # pictures per row
 )->tuple:      # mosaic (E*(h+1), m*(w+1), c) uint8; rows, columns and sample numbers of its pictures
     "The first `m` pictures that leave at each exit, one row per exit, on white."
+    exits, m = whole(exits, "exits"), whole(m, "m")
     h, w, c = cells.shape[1:]
     who = [np.flatnonzero(exit == e)[:m] for e in range(exits)]
     row, col, who = np.repeat(np.arange(exits), [len(i) for i in who]), np.concatenate([np.arange(len(i)) for i in who]), np.concatenate(who)

@@ -397,3 +397,176 @@ CALLS = {
     "widgets.as_cells": lambda: dict(x=rand(N, 1, 8, 8)),
     "widgets.DirichletExplorer": lambda: dict(y=labels(40), clients=4),
 }
+
+
+def curves():
+    return {"a": dict(cost=[1.0, 2.0], accuracy=[0.5, 0.6])}
+
+
+@once
+def traced():
+    policy = simulator.fixed_policy(np.ones((2, 24), int))
+    return simulator.simulate_devices(answers(), policy, devices(), np.arange(4) * 1.0, trace=True)
+
+
+def answer_plots(**kw):
+    return dict(runs={"a": traced()}, **kw)
+
+
+@once
+def seeds():
+    rows = {0: dict(accuracy=torch.rand(E)), 1: dict(accuracy=torch.rand(E))}
+    return {"Joint": rows, "BoostNet": rows}
+
+
+@once
+def histogram():
+    return difficulty.DifficultyHistogram(torch.ones(C, 10, dtype=torch.long))
+
+
+def taught():
+    views = distillation.Views(pictures(), views=1)
+    table = dict(logits=rand(1, N, C), features=rand(1, N, 8).abs())
+    return views, table
+
+
+@once
+def tensors():
+    path = folder() / "tensors.safetensors"
+    training.save_tensors(path, dict(a=torch.ones(2)))
+    return path
+
+
+MORE = {
+    "bench.interleave": lambda: dict(jobs={"a": lambda: 0.1}, rounds=1),
+    "bench.ratios": lambda: dict(times={"a": [1.0], "b": [2.0]}, base="a"),
+    "bench.exit_rows": lambda: dict(
+        times={("float32", "plain", 8): [[0.1]], ("float32", "package", 8): [[0.1]]},
+        saving=lambda n: 2.0,
+    ),
+    "bench.exit_table": lambda: dict(rows=[], title="a"),
+    "cells.each": lambda: dict(job=str, items=[1], workers=1),
+    "cells.json_or_text": lambda: dict(text="1"),
+    "cli.near": lambda: dict(word="a", choices=["a", "b"]),
+    "cli.job_steps": lambda: dict(config=cli.make_config(), kind="run"),
+    "darkdistill.pair_loss": lambda: dict(
+        teacher=net(), student=net(), x=rand(N, 1, 8, 8), d=rand(N).abs(), policy=policy()
+    ),
+    "distree_experiments.distree_cell": lambda: dict(data="shapes"),
+    "distributed.plot_filters": lambda: dict(
+        W=weights(), parts=[[0, 1, 2, 3], [4, 5, 6, 7]], importance=rand(8).abs()
+    ),
+    "early_exit.vit": lambda: dict(
+        n_classes=C, img_size=32, embed_dim=24, depth=4, num_heads=3, exits=(2, 4)
+    ),
+    "exit_training.paired_gain": lambda: dict(results=seeds()),
+    "exit_training.difficulty_experiment": lambda: dict(
+        n_train=40, n_test=40, seeds=(0,), width=2, epochs=0
+    ),
+    "federated.Update": lambda: dict(client=0, tier=1, samples=1, weights={}, loss=0.0),
+    "federated.play_round": lambda: dict(
+        method=federated.EEFL(), state={}, train=pictures(40), clients=clients(), rnd=0,
+        streams=training.Streams(0),
+    ),
+    "fedmd.single_exit": lambda: dict(
+        body=nn.Flatten(), head=nn.Linear(64, C), input_shape=(1, 8, 8), n_classes=C
+    ),
+    "fedmd.Party": lambda: dict(id=0, net=net(), train=pictures(), test=pictures()),
+    "generator.generator_losses": lambda: dict(
+        x=rand(N, 1, 8, 8), y=labels(), d=rand(N).abs(), teacher=net(), reference=net(),
+        policy=policy(),
+    ),
+    "inference.plot_policies": lambda: dict(curves=curves()),
+    "inference.plot_auroc": lambda: dict(table={"a": [0.5, 0.6, 0.7]}),
+    "latent.plot_latents": lambda: dict(maps={"a": rand(N, 2).numpy()}, y=labels()),
+    "latent_experiments.setup": lambda: dict(data="shapes"),
+    "latent_experiments.data_name": lambda: dict(data="shapes"),
+    "latent_experiments.make_loss": lambda: dict(
+        method="CE", hyper={}, z_t=rand(N, 8), y=labels()
+    ),
+    "latent_results.at_an_edge": lambda: dict(method="CE", hyper={}),
+    "lora.add_lora": lambda: dict(
+        net=early_exit.vit(
+            n_classes=C, img_size=32, embed_dim=24, depth=2, num_heads=3, exits=(1, 2)
+        ),
+        rank=2,
+    ),
+    "process.only_from_main": dict,
+    "process.WorkerPool": lambda: dict(workers=1),
+    "runner.split_group": lambda: dict(g=runner.Group([0, 1], rand(2, 3)), size=1),
+    "scale_out.live_policy": lambda: dict(policy="last", n_exits=E),
+    "simulator.joint_policy": lambda: dict(points=[1]),
+    "simulator.plot_timeline": lambda: dict(o=traced(), request=0),
+    "simulator.plot_latency": answer_plots,
+    "training.load_tensors": lambda: dict(path=tensors()),
+    "training.by_name": lambda: dict(
+        name="msp", table={"msp": inference.Confidence}, what="score", kind=inference.Score
+    ),
+    "widgets.Table": lambda: dict(caption="a", columns=["b"], rows=[["1"]]),
+    "widgets.Control": lambda: dict(label="a", low=0.0, high=1.0, step=0.1, send=print),
+    "widgets.Explorer": dict,
+    "widgets.ExitExplorer": lambda: scored(),
+    # no parameter of a plain type; the valid call is tried
+    "bench.Replay": lambda: dict(exits=labels() % E),
+    "checks.shown": lambda: dict(value=1),
+    "checks.scalar": lambda: dict(value=1),
+    "checks.same_shape": lambda: dict(a=rand(3), b=rand(3)),
+    "cells.every_tenth": lambda: dict(y=torch.arange(400) % C),
+    "data.ArrayData": lambda: dict(x=rand(N, 1, 8, 8), y=labels()),
+    "data.pixel_stats": lambda: dict(x=rand(N, 1, 8, 8)),
+    "data.difficulty_law": lambda: dict(d=0.5),
+    "distillation.pearson_gap": lambda: dict(a=rand(N, C), b=rand(N, C)),
+    "distillation.rkd_distance": stu_tea,
+    "distillation.rkd_angle": stu_tea,
+    "distillation.Taps": lambda: dict(net=plain()),
+    "distributed.transfer_loss": stu_tea,
+    "exit_training.exit_losses": lambda: dict(raw=list(logits()), y=labels()),
+    "features.attention_map": lambda: dict(a=rand(N, 2, 4, 4)),
+    "features.at_loss": lambda: dict(student=rand(N, 2, 4, 4), teacher=rand(N, 2, 4, 4)),
+    "generator.diversity_loss": lambda: dict(eps=rand(N, 4), x=rand(N, 8)),
+    "guarantees.sample_losses": lambda: dict(logits=logits()),
+    "guarantees.last_of_prefix": lambda: dict(ok=np.array([True, False])),
+    "inference.confidence": lambda: dict(logits=logits()),
+    "inference.Confidence": dict,
+    "inference.Margin": dict,
+    "inference.Entropy": dict,
+    "inference.Logit": dict,
+    "inference.Patience": dict,
+    "inference.Saturation": dict,
+    "inference.Difference": dict,
+    "inference.anytime": exits_and_labels,
+    "inference.take_exit": lambda: dict(conf=scores(), T=[0.5, 0.5, 0.0]),
+    "inference.evaluate_thresholds": lambda: scored(T=[0.5, 0.5, 0.0]),
+    "inference.quantile_thresholds": lambda: dict(scores=scores(), fractions=[0.5, 0.25, 0.25]),
+    "inference.failure_auroc": lambda: dict(scores=scores(), right=right()),
+    "inference.aurc": lambda: dict(scores=scores(), right=right()),
+    "inference.static_mixture": lambda: dict(costs=COSTS, accuracy=[0.5, 0.6, 0.7], budget=2.0),
+    "inference.write_thresholds": lambda: dict(T=[0.5, 0.5, -math.inf]),
+    "latent.latent_variance": lambda: dict(z=rand(N, 8)),
+    "runner.loop_exits": lambda: dict(
+        net=net(), x=rand(N, 1, 8, 8), thresholds=[0.5, 0.5, 0.0]
+    ),
+    "runner.ExitRunner": lambda: dict(net=net(), thresholds=[0.5, 0.5, 0.0]),
+    "runner.route_is_exact": dict,
+    "simulator.confidence_of": lambda: dict(z=np.zeros(C)),
+    "simulator.Cluster": lambda: dict(
+        devices=(simulator.Device(),), links=(simulator.Link(),)
+    ),
+    "simulator.outcome_table": answer_plots,
+    "system_policies.joint_right": lambda: dict(answers=answers()),
+    "system_policies.LastExit": dict,
+    "system_policies.FeatureDifference": dict,
+    "system_policies.NeighbourSimilarity": dict,
+    "system_policies.ProxyHead": dict,
+    "system_policies.system_auroc": lambda: dict(policy="partial", answers=answers()),
+    "training.accuracy": exits_and_labels,
+    "training.mean_std": lambda: dict(values=[1.0, 2.0]),
+    "training.check_json": lambda: dict(values={"a": 1}),
+    "training.processor": dict,
+    "training.data_digest": lambda: dict(data=pictures()),
+    "report.agreement": lambda: dict(differences=[0.1, 0.2]),
+    "report.text_table": lambda: dict(head=["a"], body=[["1"]]),
+    "widgets.State": lambda: dict(a=1),
+    "widgets.SplitModel": lambda: dict(y=labels(40)),
+}
+CALLS |= MORE

@@ -13,7 +13,7 @@ __all__ = ['GOALS', 'SHARES', 'REALISED', 'END_TO_END', 'interleave', 'ratios', 
 import argparse, copy, functools, statistics, sys, tempfile, time
 from pathlib import Path
 import torch
-from .checks import whole
+from .checks import check, choice, whole
 from .data import ArrayData
 from .distillation import distill, teacher_table
 from .early_exit import WideBlock, vit
@@ -30,7 +30,7 @@ def interleave(
     rare=(),       # names of jobs that run in every fourth round only
 )->dict:           # name -> list of seconds, one per round; None where it sat out
     "Run all jobs in turn, round after round, every other round in reverse order."
-    if rounds < 1: raise ValueError(f"rounds={rounds} must be at least 1")
+    rounds = whole(rounds, "rounds")
     times = {name: [] for name in jobs}
     for r in range(rounds + 1):
         for name in (list(jobs) if r % 2 else list(jobs)[::-1]):
@@ -44,6 +44,7 @@ def ratios(
     base:str,   # name of the job that counts as 1
 )->dict:        # name -> (median seconds, median over rounds of the ratio to `base`)
     "Each job's typical time, and its ratio to the base job within the same round."
+    choice(base, "base", times)
     pairs = {n: [(s, b) for s, b in zip(t, times[base]) if s is not None] for n, t in times.items()}
     return {n: (statistics.median(s for s, _ in p), statistics.median(s / b for s, b in p)) for n, p in pairs.items()}
 
@@ -241,6 +242,7 @@ def exit_table(
     title:str,
 )->str:
     "The rows as text, with the goals and whether they are met."
+    check(isinstance(title, str), "title", title, "a text")
     lines = [title, f"{'precision':9s} {'row':27s} {'batch':>5s} {'us/picture':>10s} {'x plain':>8s} {'x always':>8s} {'realised':>8s}   goal"]
     for r in rows:
         d, runner, goals = r["precision"], r["row"] == "runner", []

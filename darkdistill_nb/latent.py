@@ -379,6 +379,7 @@ def plot_latents(
     "One panel per network, one colour and symbol per class; `ValueError` if labels do not fit."
     from plotly.subplots import make_subplots
     from darkdistill_nb.data import class_look
+    check(isinstance(title, str), "title", title, "a text")
     y, height = torch.as_tensor(y), whole(height, "height", 50)
     check(isinstance(maps, dict) and maps, "maps", maps, "a dict of at least one map")
     maps = {k: torch.as_tensor(v) for k, v in maps.items()}

@@ -12,7 +12,7 @@ import codecs, contextlib, os, pickle, signal, sys, threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import context, process
-from .checks import flag
+from .checks import flag, whole
 
 # %% ../nbs/01a_process.ipynb #f7eff643
 UNGUARDED = 87   # exit code of a worker that was led into the work of its own script
@@ -25,6 +25,7 @@ def only_from_main(
     workers:int=2, # processes that are going to be started; 1: none
 )->None:
     "Leave, with an exit code, in a worker that still imports its script; `RuntimeError` in a script from stdin."
+    workers = whole(workers, "workers")
     if getattr(process.current_process(), "_inheriting", False):
         raise SystemExit(UNGUARDED)
     main = sys.modules["__main__"]
@@ -123,6 +124,7 @@ class WorkerPool(ProcessPoolExecutor):
         start=None,  # start(*args) is called first in each of them
         *args
     ):
+        workers = whole(workers, "workers")
         only_from_main()
         self.spawn = Spawn()
         main = threading.current_thread() is threading.main_thread()

@@ -337,11 +337,12 @@ def load_tensors(
     "Read a file of `save_tensors`; raises `FileNotFoundError`, or `ValueError` if it is damaged."
     from safetensors import SafetensorError
     from safetensors.torch import load
+    check(sha256 is None or isinstance(sha256, str), "sha256", sha256, "a hash as text")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights file at {path}")
     data = path.read_bytes()
-    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError(f"{path} does not have the sha256 its record names: it was changed or cut off")
     try:
         tensors, (found, text) = load(data), _header_text(data)

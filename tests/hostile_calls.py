@@ -415,8 +415,14 @@ def answer_plots(**kw):
 
 @once
 def seeds():
-    rows = {0: dict(accuracy=torch.rand(E)), 1: dict(accuracy=torch.rand(E))}
+    rows = [dict(seed=i, accuracy=[0.1, 0.2, 0.3]) for i in (0, 1)]
     return {"Joint": rows, "BoostNet": rows}
+
+
+@once
+def middle():
+    with torch.no_grad():
+        return net().stages[0](net().stem(pictures().x))
 
 
 @once
@@ -440,17 +446,13 @@ def tensors():
 MORE = {
     "bench.interleave": lambda: dict(jobs={"a": lambda: 0.1}, rounds=1),
     "bench.ratios": lambda: dict(times={"a": [1.0], "b": [2.0]}, base="a"),
-    "bench.exit_rows": lambda: dict(
-        times={("float32", "plain", 8): [[0.1]], ("float32", "package", 8): [[0.1]]},
-        saving=lambda n: 2.0,
-    ),
     "bench.exit_table": lambda: dict(rows=[], title="a"),
     "cells.each": lambda: dict(job=str, items=[1], workers=1),
     "cells.json_or_text": lambda: dict(text="1"),
     "cli.near": lambda: dict(word="a", choices=["a", "b"]),
     "cli.job_steps": lambda: dict(config=cli.make_config(), kind="run"),
     "darkdistill.pair_loss": lambda: dict(
-        teacher=net(), student=net(), x=rand(N, 1, 8, 8), d=rand(N).abs(), policy=policy()
+        teacher=net(), student=net(), x=middle(), d=rand(N).abs(), policy=policy()
     ),
     "distree_experiments.distree_cell": lambda: dict(data="shapes"),
     "distributed.plot_filters": lambda: dict(
@@ -461,19 +463,19 @@ MORE = {
     ),
     "exit_training.paired_gain": lambda: dict(results=seeds()),
     "exit_training.difficulty_experiment": lambda: dict(
-        n_train=40, n_test=40, seeds=(0,), width=2, epochs=0
+        n_train=40, n_test=40, seeds=(0,), width=4, epochs=0
     ),
     "federated.Update": lambda: dict(client=0, tier=1, samples=1, weights={}, loss=0.0),
-    "federated.play_round": lambda: dict(
-        method=federated.EEFL(), state={}, train=pictures(40), clients=clients(), rnd=0,
-        streams=training.Streams(0),
-    ),
     "fedmd.single_exit": lambda: dict(
         body=nn.Flatten(), head=nn.Linear(64, C), input_shape=(1, 8, 8), n_classes=C
     ),
     "fedmd.Party": lambda: dict(id=0, net=net(), train=pictures(), test=pictures()),
     "generator.generator_losses": lambda: dict(
-        x=rand(N, 1, 8, 8), y=labels(), d=rand(N).abs(), teacher=net(), reference=net(),
+        x=middle(),
+        y=labels(),
+        d=rand(N).abs(),
+        teacher=net(),
+        reference=net(),
         policy=policy(),
     ),
     "inference.plot_policies": lambda: dict(curves=curves()),
@@ -481,9 +483,7 @@ MORE = {
     "latent.plot_latents": lambda: dict(maps={"a": rand(N, 2).numpy()}, y=labels()),
     "latent_experiments.setup": lambda: dict(data="shapes"),
     "latent_experiments.data_name": lambda: dict(data="shapes"),
-    "latent_experiments.make_loss": lambda: dict(
-        method="CE", hyper={}, z_t=rand(N, 8), y=labels()
-    ),
+    "latent_experiments.make_loss": lambda: dict(method="CE", hyper={}, z_t=rand(N, 8), y=labels()),
     "latent_results.at_an_edge": lambda: dict(method="CE", hyper={}),
     "lora.add_lora": lambda: dict(
         net=early_exit.vit(
@@ -537,21 +537,17 @@ MORE = {
     "inference.anytime": exits_and_labels,
     "inference.take_exit": lambda: dict(conf=scores(), T=[0.5, 0.5, 0.0]),
     "inference.evaluate_thresholds": lambda: scored(T=[0.5, 0.5, 0.0]),
-    "inference.quantile_thresholds": lambda: dict(scores=scores(), fractions=[0.5, 0.25, 0.25]),
+    "inference.quantile_thresholds": lambda: dict(scores=scores(), fractions=[0.5, 0.25]),
     "inference.failure_auroc": lambda: dict(scores=scores(), right=right()),
     "inference.aurc": lambda: dict(scores=scores(), right=right()),
     "inference.static_mixture": lambda: dict(costs=COSTS, accuracy=[0.5, 0.6, 0.7], budget=2.0),
     "inference.write_thresholds": lambda: dict(T=[0.5, 0.5, -math.inf]),
     "latent.latent_variance": lambda: dict(z=rand(N, 8)),
-    "runner.loop_exits": lambda: dict(
-        net=net(), x=rand(N, 1, 8, 8), thresholds=[0.5, 0.5, 0.0]
-    ),
+    "runner.loop_exits": lambda: dict(net=net(), x=rand(N, 1, 8, 8), thresholds=[0.5, 0.5, 0.0]),
     "runner.ExitRunner": lambda: dict(net=net(), thresholds=[0.5, 0.5, 0.0]),
     "runner.route_is_exact": dict,
     "simulator.confidence_of": lambda: dict(z=np.zeros(C)),
-    "simulator.Cluster": lambda: dict(
-        devices=(simulator.Device(),), links=(simulator.Link(),)
-    ),
+    "simulator.Cluster": lambda: dict(devices=(simulator.Device(),), links=(simulator.Link(),)),
     "simulator.outcome_table": answer_plots,
     "system_policies.joint_right": lambda: dict(answers=answers()),
     "system_policies.LastExit": dict,

@@ -13,6 +13,7 @@ __all__ = ['GOALS', 'SHARES', 'REALISED', 'END_TO_END', 'interleave', 'ratios', 
 import argparse, copy, functools, statistics, sys, tempfile, time
 from pathlib import Path
 import torch
+from .checks import check, choice, whole
 from .data import ArrayData
 from .distillation import distill, teacher_table
 from .early_exit import WideBlock, vit
@@ -29,7 +30,7 @@ def interleave(
     rare=(),       # names of jobs that run in every fourth round only
 )->dict:           # name -> list of seconds, one per round; None where it sat out
     "Run all jobs in turn, round after round, every other round in reverse order."
-    if rounds < 1: raise ValueError(f"rounds={rounds} must be at least 1")
+    rounds = whole(rounds, "rounds")
     times = {name: [] for name in jobs}
     for r in range(rounds + 1):
         for name in (list(jobs) if r % 2 else list(jobs)[::-1]):
@@ -43,6 +44,7 @@ def ratios(
     base:str,   # name of the job that counts as 1
 )->dict:        # name -> (median seconds, median over rounds of the ratio to `base`)
     "Each job's typical time, and its ratio to the base job within the same round."
+    choice(base, "base", times)
     pairs = {n: [(s, b) for s, b in zip(t, times[base]) if s is not None] for n, t in times.items()}
     return {n: (statistics.median(s for s, _ in p), statistics.median(s / b for s, b in p)) for n, p in pairs.items()}
 
@@ -53,6 +55,7 @@ def plain_wrn(
     n_classes:int=100, # K
 )->nn.Sequential:      # layer 0: stem, 1..3n: blocks, then norm, ReLU, pooling, classifier
     "WideResNet-`depth`-`widen` for 32x32 colour pictures, with one exit (arXiv 1605.07146)."
+    depth, widen, n_classes = whole(depth, "depth"), whole(widen, "widen"), whole(n_classes, "n_classes")
     n = (depth - 4) // 6
     if depth != 6 * n + 4 or n < 1: raise ValueError(f"depth={depth} must be 6n+4: 10, 16, 22, 28, 40, ...")
     w = [16] + [16 * widen * 2 ** g for g in range(3) for _ in range(n)]
@@ -165,6 +168,7 @@ def exit_list(
     g = torch.Generator().manual_seed(0)
     def draw(counts): return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[torch.randperm(sum(counts), generator=g)]
     def counts(n): c = [round(n * q) for q in shares[:-1]]; return [*c, n - sum(c)]
+    n, first = whole(n, "n", 0), whole(first, "first", 0)
     first = min(first, n)
     rest = [a - b for a, b in zip(counts(n), counts(first))]
     return torch.cat([draw(counts(first)), draw(rest)])
@@ -238,6 +242,7 @@ def exit_table(
     title:str,
 )->str:
     "The rows as text, with the goals and whether they are met."
+    check(isinstance(title, str), "title", title, "a text")
     lines = [title, f"{'precision':9s} {'row':27s} {'batch':>5s} {'us/picture':>10s} {'x plain':>8s} {'x always':>8s} {'realised':>8s}   goal"]
     for r in rows:
         d, runner, goals = r["precision"], r["row"] == "runner", []

@@ -92,6 +92,7 @@ def json_or_text(
     text:str, # e.g. the part after KEY= on a command line
 ):            # a number, None, a list, ..., or the text
     "JSON where it is JSON, else the text itself."
+    check(isinstance(text, str), "text", text, "a text")
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

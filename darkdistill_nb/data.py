@@ -311,12 +311,15 @@ def _digits():
 SHAPES = ["disc", "ring", "crescent", "half disc", "triangle",
           "square", "bar", "cross", "star", "trefoil"]
 
-@functools.cache
 def outlines(
     steps: int = 1024, # number of angles, evenly spaced over one turn
 ) -> tuple: # outer and inner radius, two float32 tensors (10, steps)
     "Outer and inner radius of the ten `SHAPES` by angle; `ValueError` for less than one step"
-    steps = whole(steps, "steps", high=2**20)
+    return _outlines(whole(steps, "steps", high=2**20))
+
+@functools.cache
+def _outlines(steps):
+    "The table of `outlines`, made once."
     t = torch.arange(steps, dtype=torch.float64) * (2*math.pi/steps)
     c, s, one, eps = t.cos(), t.sin(), torch.ones(steps, dtype=torch.float64), 1e-9
     box = lambda a, b: torch.minimum(a/(c.abs() + eps), b/(s.abs() + eps)) # half-widths a, b
@@ -358,6 +361,9 @@ def hatched(
 ) -> dict: # `marker` of a plotly bar
     "A fill that shows: the pattern lies over the colour, in an ink that stands out from it; raises `ValueError` for another form of colour."
     check(isinstance(colour, str) and re.fullmatch("#[0-9A-Fa-f]{6}", colour), "colour", colour, "of the form #rrggbb")
+    choice(shape, "shape", ("", "/", "x", ".", "\\", "-", "|", "+"))
+    check(ink is None or isinstance(ink, str), "ink", ink, "a colour or None")
+    size = whole(size, "size")
     red, green, blue = (int(colour[i:i+2], 16) for i in (1, 3, 5))
     light = .299*red + .587*green + .114*blue > 128
     fill = dict(color=colour, line=RIM)

@@ -84,6 +84,7 @@ def distree_cell(
     **changes          # of the setup, e.g. epochs, n_train, n_test
 )->dict:
     "Everything that the result of one training depends on, as JSON values; raises `ValueError` for an impossible or unknown setting."
+    check(isinstance(data, (str, Path)), "data", data, "a name of data or the path of an .npz file")
     known = dict(SETUPS.get(str(data), SMALL), n_test=None)
     if bad := set(changes) - set(known):
         raise ValueError(f"unknown setting {min(bad)!r}; choose from {', '.join(known)}")

@@ -61,6 +61,7 @@ def exit_cell(
     **changes          # n_train, n_test, amp, net_options (e.g. dict(width=8))
 )->dict:
     "Everything that the result of one training depends on, as JSON values; raises `ValueError` for an unknown network or setting."
+    check(isinstance(data, (str, Path)), "data", data, "a name of data or the path of an .npz file")
     choice(net, "net", NETS)
     known = dict(n_train=None, n_test=None, amp=net == "vit", net_options={})
     if bad := set(changes) - set(known):

@@ -16,7 +16,7 @@ import math, time
 from functools import partial
 import torch
 import torch.nn.functional as F
-from .checks import check, choice, finite, number, same_shape, whole
+from .checks import check, choice, finite, flag, number, same_shape, whole
 from .data import ArrayData
 from .distillation import _stream, _up, kd_loss
 from .online import self_distillation
@@ -436,6 +436,11 @@ def _sgd(**settings):
     "The settings of SGD as numbers."
     return {k: number(v, k, low=0) for k, v in settings.items()}
 
+def _passes(epochs, batch_size, cosine, amp):
+    "The settings of the passes, checked."
+    return (whole(epochs, "epochs", 0), whole(batch_size, "batch_size"),
+            flag(cosine, "cosine"), flag(amp, "amp"))
+
 def _begin_epoch(modes, policy, e, epochs):
     "Modules in the modes they had, whatever `on_epoch` did to them; the policy knows how far training is."
     for m, mode in modes:
@@ -484,7 +489,7 @@ def fit_exits(
     checkpoint=None,          # file that is written after each epoch, and read first if it is there
 )->list:                      # a dict per epoch: epoch, loss (nats, mean per picture), seconds
     "Train all exits; raises `ValueError` for another training's checkpoint, `FloatingPointError` for a loss of NaN."
-    epochs, batch_size = whole(epochs, "epochs", 0), whole(batch_size, "batch_size")
+    epochs, batch_size, cosine, amp = _passes(epochs, batch_size, cosine, amp)
     _check_exits(net, data, policy, batch_size)
     sgd = _sgd(lr=lr, momentum=momentum, weight_decay=weight_decay)
     opt = (optimizer or partial(torch.optim.SGD, **sgd))([p for p in net.parameters() if p.requires_grad])
@@ -551,7 +556,8 @@ def paired_gain(
     base:str="Joint",  # whom to compare with
 )->dict:               # name -> (seeds, exits) tensor, difference in accuracy to `base` with the same seed
     "What each way gains over another one, seed by seed and exit by exit; raises `ValueError` if seeds do not match."
-    if base not in results: raise ValueError(f"base={base!r} was not trained; choose one of {', '.join(results)}")
+    if not isinstance(base, str) or base not in results:
+        raise ValueError(f"base={base!r} was not trained; choose one of {', '.join(results)}")
     acc = {n: torch.tensor([v["accuracy"] for v in r], dtype=torch.double) for n, r in results.items()}
     seeds = {n: [v["seed"] for v in r] for n, r in results.items()}
     for n in results:

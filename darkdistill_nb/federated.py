@@ -106,6 +106,7 @@ def check_clients(
     exits:int,    # of the global network
 )->None:
     "Raise `ValueError` unless ids differ, tiers exist, and everybody has images of its own to train on."
+    images, exits = whole(images, "images"), whole(exits, "exits")
     check(len(clients), "clients", clients, "a list of at least one Client")
     twice = [i for i, n in Counter(whole(c.id, "client id", None) for c in clients).items() if n > 1]
     check(not twice, "client id", twice, "another for every client")

@@ -656,6 +656,7 @@ def plot_policies(
     unit:str="million MACs per picture",
 ):                      # plotly Figure
     "Accuracy against mean cost for policies, with the static mixture of the exits and the oracle."
+    check(isinstance(unit, str), "unit", unit, "a text")
     import plotly.graph_objects as go
     traces = [go.Scatter(x=c["cost"], y=c["accuracy"], name=n, mode="lines+markers", **style(i)) for i, (n, c) in enumerate(curves.items())]
     if exits is not None:
@@ -777,6 +778,7 @@ def picture_grid(
     title:str="",
 ):                  # plotly Figure
     "One row of pictures per exit: on the left the highest scores among those that leave there, on the right the lowest."
+    check(isinstance(title, str), "title", title, "a text")
     exit, scores, each = torch.as_tensor(exit), _check_scores(scores).cpu(), whole(each, "each")
     n = len(data), len(exit), scores.shape[1]
     if len(set(n)) > 1: raise ValueError(f"{n[0]} pictures, {n[1]} exits taken and scores for {n[2]} samples: all must be equally many")

@@ -239,7 +239,7 @@ def client_task(
         if (have == 0).any():
             raise ValueError(f"the {name} holds no picture of class {int(have.argmin())}")
     (idx,), p = dirichlet_draw(pool.y, n, gamma, seed=seed)
-    n_priv = min(1000, int(have.min())) if n_priv is None else n_priv # `have` of the test set
+    n_priv = min(1000, int(have.min())) if n_priv is None else whole(n_priv, "n_priv") # `have` of the test set
     priv = resample_test(test.y, p[0], n_priv, seed)
     check(len(priv), "n_priv", n_priv, "enough for one picture")
     return ClientTask(pool.subset(idx), p[0], test.subset(priv), test)
@@ -379,6 +379,7 @@ def plot_latents(
     "One panel per network, one colour and symbol per class; `ValueError` if labels do not fit."
     from plotly.subplots import make_subplots
     from darkdistill_nb.data import class_look
+    check(isinstance(title, str), "title", title, "a text")
     y, height = torch.as_tensor(y), whole(height, "height", 50)
     check(isinstance(maps, dict) and maps, "maps", maps, "a dict of at least one map")
     maps = {k: torch.as_tensor(v) for k, v in maps.items()}

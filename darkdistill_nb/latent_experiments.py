@@ -94,6 +94,7 @@ def data_name(
     data:str, # see `setup`
 )->str:       # part of a file's name
     "The name of a data set: for an npz file that of the file."
+    check(isinstance(data, (str, Path)), "data", data, "a name of data or the path of an .npz file")
     return Path(data).stem if str(data).lower().endswith(".npz") else str(data)
 
 # %% ../nbs/03b_latent_experiments.ipynb #529e9236

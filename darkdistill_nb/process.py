@@ -12,6 +12,7 @@ import codecs, contextlib, os, pickle, signal, sys, threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import context, process
+from .checks import flag, whole
 
 # %% ../nbs/01a_process.ipynb #f7eff643
 UNGUARDED = 87   # exit code of a worker that was led into the work of its own script
@@ -24,6 +25,7 @@ def only_from_main(
     workers:int=2, # processes that are going to be started; 1: none
 )->None:
     "Leave, with an exit code, in a worker that still imports its script; `RuntimeError` in a script from stdin."
+    workers = whole(workers, "workers")
     if getattr(process.current_process(), "_inheriting", False):
         raise SystemExit(UNGUARDED)
     main = sys.modules["__main__"]
@@ -55,6 +57,7 @@ def leave_with_parent(
     at_once:bool=True, # False: the thread that started this process may end before its process
 )->bool:               # True where there is a parent to end with
     "From now on this worker process ends when its parent is gone; Ctrl-C is left to the parent."
+    flag(at_once, "at_once")
     parent = process.parent_process()
     if parent is None:
         return False
@@ -121,6 +124,7 @@ class WorkerPool(ProcessPoolExecutor):
         start=None,  # start(*args) is called first in each of them
         *args
     ):
+        workers = whole(workers, "workers")
         only_from_main()
         self.spawn = Spawn()
         main = threading.current_thread() is threading.main_thread()

@@ -392,6 +392,7 @@ def html_table(
 )->str:
     "An HTML table whose headings say what they head; everything in it is escaped; raises `ValueError` for a row of another length."
     _even(head, body)
+    flag(wide, "wide")
     left = lambda i: "" if i else " class=l"
     title = lambda i, v: f'<th scope="col"{left(i)}>{html.escape(str(v))}</th>'
     name = lambda v: f'<th scope="row" class=l>{html.escape(str(v))}</th>'

@@ -541,6 +541,7 @@ def plot_timeline(
     import plotly.graph_objects as go
     check(len(o.trace), "trace", o.trace, "kept: simulate_devices(..., trace=True)")
     request = whole(request, "request", 0, len(o) - 1)
+    check(isinstance(title, str), "title", title, "a text")
     N, start, fig = o.exits.shape[1], o.arrival[request], figure(title=f"{title} (simulated)".strip(), x="ms after arrival", height=height)
     looks = dict(compute=(0, "computing, used"), unused=(7, "computing, not in the answer"), up=(1, "partial logits"), GO=(2, "GO"), STOP=(3, "STOP"))
     seen, top = set(), N
@@ -570,7 +571,10 @@ def plot_latency(
     "Share of requests answered within a time, for several runs; raises `ValueError` without runs."
     import plotly.graph_objects as go
     check(len(runs), "runs", runs, "one or more named Outcomes")
+    check(isinstance(title, str), "title", title, "a text")
     points = whole(points, "points", 2)
+    deadline = None if deadline is None else number(deadline, "deadline", above=0)
+    longest = None if longest is None else number(longest, "longest", above=0)
     ends = [o.latency[o.answered].max() for o in runs.values() if o.answered.any()]
     x = np.linspace(0, longest or max(ends, default=1.), points)
     traces = [go.Scatter(x=1000 * x, y=np.searchsorted(np.sort(o.latency), x, "right") / len(o), name=k, mode="lines", line=style(i)["line"])

@@ -121,7 +121,7 @@ def check_batches(
     parts:int=1,    # equal parts of a batch that are learned from one by one
 )->None:
     "Raise `ValueError` if a batch of one sample would leave a batch normalisation with a single number."
-    n, batch_size = whole(n, "n", 0), whole(batch_size, "batch_size")
+    n, batch_size, parts = whole(n, "n", 0), whole(batch_size, "batch_size"), whole(parts, "parts")
     norms, sizes = _moving_norms(net), [s for s in (n % batch_size, min(batch_size, n)) if s // parts == 1]
     if not norms or not sizes:
         return
@@ -337,11 +337,12 @@ def load_tensors(
     "Read a file of `save_tensors`; raises `FileNotFoundError`, or `ValueError` if it is damaged."
     from safetensors import SafetensorError
     from safetensors.torch import load
+    check(sha256 is None or isinstance(sha256, str), "sha256", sha256, "a hash as text")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights file at {path}")
     data = path.read_bytes()
-    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError(f"{path} does not have the sha256 its record names: it was changed or cut off")
     try:
         tensors, (found, text) = load(data), _header_text(data)
@@ -742,6 +743,9 @@ def figure(
 ):
     "A plotly figure in the look of this package."
     import plotly.graph_objects as go
+    for k, v in dict(title=title, x=x, y=y).items():
+        check(isinstance(v, str), k, v, "a text")
+    height = whole(height, "height", 10)
     fig = go.Figure(list(traces))
     fig.layout.template = LOOK                    # not update_layout, which would add plotly's own template of 7 kB
     fig.update_layout(title=dict(text=title, font=dict(size=15)), xaxis_title=x, yaxis_title=y, height=height,

@@ -12,7 +12,7 @@ __all__ = ['GAMMAS', 'Table', 'State', 'ExitModel', 'as_cells', 'strip', 'pictur
 import asyncio, base64, functools, html, importlib.metadata, importlib.util, json, math, sys
 import numpy as np
 from fastcore.basics import patch
-from .checks import check, choice, finite, number, whole
+from .checks import check, choice, finite, flag, number, whole
 from .data import STYLE, class_look, dirichlet_split, effective_classes, hatched
 from .training import PALETTE, PLOT_CONFIG, style
 
@@ -24,6 +24,7 @@ class Table:
         columns:list, # headings; the first column names the rows
         rows:list,    # one list of texts per row, as long as `columns`
     ):
+        check(isinstance(caption, str), "caption", caption, "a text")
         rows = [[str(v) for v in r] for r in rows]
         if bad := {len(r) for r in rows} - {len(columns)}:
             raise ValueError(f"rows must have {len(columns)} entries each, one per column, not {sorted(bad)}")
@@ -183,6 +184,7 @@ def strip(
     m:int,     # pictures per row
 )->tuple:      # mosaic (E*(h+1), m*(w+1), c) uint8; rows, columns and sample numbers of its pictures
     "The first `m` pictures that leave at each exit, one row per exit, on white."
+    exits, m = whole(exits, "exits"), whole(m, "m")
     h, w, c = cells.shape[1:]
     who = [np.flatnonzero(exit == e)[:m] for e in range(exits)]
     row, col, who = np.repeat(np.arange(exits), [len(i) for i in who]), np.concatenate([np.arange(len(i)) for i in who]), np.concatenate(who)
@@ -302,6 +304,11 @@ class Control:
         live:bool=True,    # send while the slider is dragged, not only when it is let go
     ):
         import ipywidgets as W
+        check(isinstance(label, str), "label", label, "a text")
+        number(high, "high", number(low, "low"))
+        number(step, "step", above=0)
+        for k, v in dict(log=log, whole=whole, live=live).items():
+            flag(v, k)
         self.send, self.quiet, self.whole, self.log, self.step = send, False, whole, log, step
         self.low, self.high, self.value = low, high, low
         self.digits = 0 if whole else max(0, 3 - math.floor(math.log10(step)))   # decimals that are shown

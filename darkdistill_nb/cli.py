@@ -631,6 +631,7 @@ def _read_config(folder):
     try:
         saved = read_json(path)
         check(isinstance(saved, dict), "config.json", saved, "an object")
+        check(isinstance(saved["config"], dict), "config", saved["config"], "an object of settings")
         make_config(saved["config"])
         for k in ("data_sha256", "command", "created"):
             check(isinstance(saved[k], str), k, saved[k], "text")

@@ -544,10 +544,13 @@ def _portable(answer):
         return pickle.dumps(kind(f"{type(answer).__name__}: {answer}"))
 
 # %% ../nbs/06_federated.ipynb #734a3c84
-def _worker(conn, timm, packed):
+def _worker(conn):
     "What a worker process does: answers the jobs that come through the pipe, until the other end is closed."
     torch.set_num_threads(1)
-    answer = _open(timm, packed)
+    try:
+        answer = _open(*conn.recv())
+    except (EOFError, OSError):
+        return
     while True:
         try:
             job = pickle.loads(conn.recv_bytes())
@@ -565,13 +568,17 @@ class _Pool:
     def __init__(self, workers, *start): # start: as of `_pack`
         only_from_main()
         main = threading.current_thread() is threading.main_thread()
-        work, self.spawn, self.procs = pickle.dumps((_worker, _pack(*start))), Spawn(), {}
+        packed, self.spawn, self.procs = _pack(*start), Spawn(), {}
+        work = pickle.dumps((_worker, ()))    # small: nobody waits with half of it for a child that has died
         for _ in range(workers):
             mine, theirs = self.spawn.Pipe()
             p = self.spawn.Process(target=_begin, args=(main, work, theirs), daemon=True)
             self.procs[mine] = p
             p.start()
             theirs.close()
+        for conn in self.procs:
+            with contextlib.suppress(OSError):    # one that has gone is missed at its first job
+                conn.send(packed)
     def __call__(self, jobs): # [(weights, client id, round)] -> answers, in order
         from multiprocessing.connection import wait
         todo = sorted(range(len(jobs)), key=lambda i: len(jobs[i][0]))   # deep clients last: they are taken first

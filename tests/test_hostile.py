@@ -58,8 +58,8 @@ WORDS = {
     "latent.latent_net.name": "net",
     "training.pick_device.name": "device",
     "exit_training.difficulty_experiment.name": "data set",
-    "latent_experiments.pictures.name": "data set",
-    "training.asset.name": "stored results",
+    "latent_experiments.pictures.name": "data set|name",
+    "training.asset.name": "stored results|name",
     "training.shipped.what": "what|installation",
 }
 

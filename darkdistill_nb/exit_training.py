@@ -556,8 +556,8 @@ def paired_gain(
     base:str="Joint",  # whom to compare with
 )->dict:               # name -> (seeds, exits) tensor, difference in accuracy to `base` with the same seed
     "What each way gains over another one, seed by seed and exit by exit; raises `ValueError` if seeds do not match."
-    ok = isinstance(base, str) and base in results
-    if not ok: raise ValueError(f"base={base!r} was not trained; choose one of {', '.join(results)}")
+    if not isinstance(base, str) or base not in results:
+        raise ValueError(f"base={base!r} was not trained; choose one of {', '.join(results)}")
     acc = {n: torch.tensor([v["accuracy"] for v in r], dtype=torch.double) for n, r in results.items()}
     seeds = {n: [v["seed"] for v in r] for n, r in results.items()}
     for n in results:

@@ -1,17 +1,17 @@
 """Small valid calls of the package's functions and classes, for test_hostile.py. An entry is made only when it is used."""
 
-import functools, math, os, tempfile
+import functools, math, tempfile
 from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from darkdistill_nb import bench, cells, checks, cli, darkdistill, data, difficulty, distillation
-from darkdistill_nb import distributed, early_exit, exit_experiments, exit_training, features
-from darkdistill_nb import federated, fedmd, generator, guarantees, inference, latent, lora, online
-from darkdistill_nb import process, report, runner, scale_out, simulator, system_policies, training
-from darkdistill_nb import distree_experiments, latent_experiments, latent_results, widgets
+from darkdistill_nb import cli, data, difficulty, distillation
+from darkdistill_nb import distributed, early_exit, exit_training
+from darkdistill_nb import federated, generator, guarantees, inference, latent, online
+from darkdistill_nb import runner, simulator, training
 
 once = functools.cache
+KEPT = tempfile.TemporaryDirectory()  # goes when Python ends
 E, C, N = 3, 4, 12  # exits, classes, pictures
 
 
@@ -86,15 +86,8 @@ def gen():
 
 
 @once
-def vit():
-    return early_exit.vit(
-        "vit_tiny_patch16_224", (6, 12), C, img_size=32, patch_size=16, embed_dim=24
-    )
-
-
-@once
 def folder():
-    return Path(tempfile.mkdtemp())
+    return Path(KEPT.name)
 
 
 def weights(n=8):

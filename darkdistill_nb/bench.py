@@ -55,7 +55,8 @@ def plain_wrn(
     n_classes:int=100, # K
 )->nn.Sequential:      # layer 0: stem, 1..3n: blocks, then norm, ReLU, pooling, classifier
     "WideResNet-`depth`-`widen` for 32x32 colour pictures, with one exit (arXiv 1605.07146)."
-    depth, widen, n_classes = whole(depth, "depth"), whole(widen, "widen"), whole(n_classes, "n_classes")
+    depth, widen = whole(depth, "depth"), whole(widen, "widen")
+    n_classes = whole(n_classes, "n_classes")
     n = (depth - 4) // 6
     if depth != 6 * n + 4 or n < 1: raise ValueError(f"depth={depth} must be 6n+4: 10, 16, 22, 28, 40, ...")
     w = [16] + [16 * widen * 2 ** g for g in range(3) for _ in range(n)]

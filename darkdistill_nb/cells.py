@@ -223,6 +223,7 @@ def publish(
     *others,  # further files of FOLDER/NAME to copy
 )->None:
     "Copy a finished experiment into the assets."
+    check(isinstance(name, str), "name", name, "a text")
     if not assets: return
     write_atomic(Path(assets)/f"{name}.json", (Path(folder)/name/"record.json").read_bytes())
     for f in others: write_atomic(Path(assets)/f, (Path(folder)/name/f).read_bytes())
@@ -233,6 +234,8 @@ def stored_record(
     command:str, # that makes it
 ):               # `Record`, or None if it is not there
     "A stored record; without one, print the command that makes it."
+    for k, v in dict(name=name, command=command).items():
+        check(isinstance(v, str), k, v, "a text")
     try:
         return load_record(asset(f"{name}.json"))
     except FileNotFoundError:

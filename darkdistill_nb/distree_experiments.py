@@ -659,6 +659,8 @@ def stored(
     data:str, # as for `distree_cell`
 ):            # Record, or None if there is none
     "A stored record; without one, print the command that makes it."
+    check(isinstance(name, str), "name", name, "a text")
+    check(isinstance(data, (str, Path)), "data", data, "a name of data or the path of an .npz file")
     command = f"python -m darkdistill_nb.distree_experiments {name} --data {data} --out runs/distree --assets assets"
     return stored_record(f"distree_{name}_{short_name(data)}", command)
 

@@ -120,6 +120,7 @@ def to_16_bits(
     head:str="",     # put before the names
 )->dict:
     "Floating-point numbers in 16 bits and whole numbers in one byte, in more only where they would not survive."
+    check(isinstance(head, str), "head", head, "a text")
     return {head + k: _smallest(v) for k, v in tensors.items()}
 
 def _smallest(v):
@@ -138,6 +139,7 @@ def from_16_bits(
     head:str="",     # of the names that are wanted, cut off
 )->dict:
     "The tensors in their usual types again: 32 bits, 64 for whole numbers and for what 32 cannot hold."
+    check(isinstance(head, str), "head", head, "a text")
     usual = lambda v: v.float() if v.dtype in (torch.float16, torch.bfloat16) else v if v.is_floating_point() else v.long()
     return {k[len(head):]: usual(v) for k, v in tensors.items() if k.startswith(head)}
 
@@ -287,6 +289,8 @@ def stored(
     name:str, # e.g. "exits_pays_shapes" or "exits_cifar10_wrn"
 ):            # Record, or None if there is none
     "A stored record; without one, print the command that makes it."
+    ok = isinstance(name, str) and "_" in name
+    check(ok, "name", name, "like exits_pays_shapes or exits_cifar10_wrn")
     what, *rest = name.split("_")[1:]
     kept_as = what in ("pays", "rates")
     train = f"train --data {'_'.join([what, *rest[:-1]])} --net {(rest or [what])[-1]}"

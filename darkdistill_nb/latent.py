@@ -239,7 +239,8 @@ def client_task(
         if (have == 0).any():
             raise ValueError(f"the {name} holds no picture of class {int(have.argmin())}")
     (idx,), p = dirichlet_draw(pool.y, n, gamma, seed=seed)
-    n_priv = min(1000, int(have.min())) if n_priv is None else whole(n_priv, "n_priv") # `have` of the test set
+    largest = min(1000, int(have.min())) # `have` of the test set
+    n_priv = largest if n_priv is None else whole(n_priv, "n_priv")
     priv = resample_test(test.y, p[0], n_priv, seed)
     check(len(priv), "n_priv", n_priv, "enough for one picture")
     return ClientTask(pool.subset(idx), p[0], test.subset(priv), test)

@@ -54,6 +54,7 @@ def pictures(
     split="test", # "test" or "val"
 )->tuple:         # (pool, test): pool without the validation pictures
     "The pool of teacher and clients, and test or validation pictures; `ValueError` as in `load`."
+    check(isinstance(name, (str, Path)), "name", name, "a name of data or the path of an .npz file")
     return _pictures(os.fspath(name), choice(split, "split", ("test", "val")), _stamp(name))
 
 @functools.lru_cache(maxsize=4)

@@ -478,6 +478,7 @@ def figure_html(
     name:str, # `id` of its element, one per page
 )->str:
     "A figure as data that `DRAW_JS` draws in the width of its column; raises `ValueError` for what is no figure."
+    check(isinstance(name, str), "name", name, "a text")
     spec = json.loads(fig.to_json()) if hasattr(fig, "to_json") else fig
     check(isinstance(spec, dict) and "data" in spec, "fig", fig, "a plotly figure, or a dict with data and layout")
     kept = {"data": spec["data"], **{k: spec[k] for k in ("layout", "frames") if spec.get(k)}}

@@ -407,6 +407,7 @@ def plot_requests(
     from plotly.subplots import make_subplots
     from darkdistill_nb.training import figure, style
     check(len(runs), "runs", runs, "one or more named Outcomes")
+    deadline = None if deadline is None else number(deadline, "deadline", above=0)
     fig = make_subplots(len(runs), 1, shared_xaxes=True, vertical_spacing=.1, subplot_titles=list(runs), figure=figure(title=title, height=height))
     for row, o in enumerate(runs.values(), 1):
         gone = o.missing.any(1); kinds = {"complete": ~o.degraded, "a student is missing": gone, "a student is late": o.late.any(1) & ~gone}

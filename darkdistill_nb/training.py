@@ -520,6 +520,7 @@ def shipped(
     here=None,  # folder of the package; None: of the one that is imported
 )->Path:
     "Folder of files that come with the package; raises `FileNotFoundError` when it has none."
+    check(isinstance(what, str) and what, "what", what, "a folder: assets or tutorials")
     here = Path(here or str(resources.files("darkdistill_nb")))
     inside, beside = here/f"_{what}", here.parent/what
     if inside.is_dir():
@@ -533,6 +534,7 @@ def asset(
     name:str # file name, e.g. "digits_default.json"
 )->Path:
     "Path of a stored result, see `shipped`; raises `FileNotFoundError` if there is none of that name."
+    check(isinstance(name, str) and name, "name", name, "a file, such as digits_default.json")
     path = shipped("assets")/name
     if not path.is_file():
         raise FileNotFoundError(f"{name} is not among the stored results of this installation")

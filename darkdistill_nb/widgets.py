@@ -234,6 +234,8 @@ def frames_figure(
     suffix:str="",# its unit
 ):                # plotly Figure
     "A figure whose slider walks through positions that were computed beforehand; works without a kernel."
+    whole(active, "active", 0, len(steps) - 1)
+    for k, v in (("prefix", prefix), ("suffix", suffix)): check(isinstance(v, str), k, v, "a text")
     if len({label for label, _, _ in steps}) < len(steps):           # a frame is found by its name
         steps = [(f"{i}: {label}", new, title) for i, (label, new, title) in enumerate(steps, 1)]
     out = _stored_figure()(fig)

@@ -1,17 +1,17 @@
 """Small valid calls of the package's functions and classes, for test_hostile.py. An entry is made only when it is used."""
 
-import functools, math, os, tempfile
+import functools, math, tempfile
 from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from darkdistill_nb import bench, cells, checks, cli, darkdistill, data, difficulty, distillation
-from darkdistill_nb import distributed, early_exit, exit_experiments, exit_training, features
-from darkdistill_nb import federated, fedmd, generator, guarantees, inference, latent, lora, online
-from darkdistill_nb import process, report, runner, scale_out, simulator, system_policies, training
-from darkdistill_nb import distree_experiments, latent_experiments, latent_results, widgets
+from darkdistill_nb import cli, data, difficulty, distillation
+from darkdistill_nb import distributed, early_exit, exit_training
+from darkdistill_nb import federated, generator, guarantees, inference, latent, online
+from darkdistill_nb import runner, simulator, training
 
 once = functools.cache
+KEPT = tempfile.TemporaryDirectory()  # goes when Python ends
 E, C, N = 3, 4, 12  # exits, classes, pictures
 
 
@@ -86,15 +86,8 @@ def gen():
 
 
 @once
-def vit():
-    return early_exit.vit(
-        "vit_tiny_patch16_224", (6, 12), C, img_size=32, patch_size=16, embed_dim=24
-    )
-
-
-@once
 def folder():
-    return Path(tempfile.mkdtemp())
+    return Path(KEPT.name)
 
 
 def weights(n=8):
@@ -566,3 +559,70 @@ MORE = {
     "widgets.SplitModel": lambda: dict(y=labels(40)),
 }
 CALLS |= MORE
+
+
+LAST = {
+    "cli.Option": lambda: dict(name="a", read=int, default=1, help="b"),
+    "exit_experiments.to_16_bits": lambda: dict(tensors=dict(a=torch.ones(2))),
+    "exit_experiments.from_16_bits": lambda: dict(tensors=dict(a=torch.ones(2))),
+    "exit_experiments.stored": lambda: dict(name="exits_pays_shapes"),
+    "latent_results.stored": lambda: dict(experiment="compare", data="shapes"),
+    "distree_experiments.stored": lambda: dict(name="systems", data="shapes"),
+    "cells.stored_record": lambda: dict(name="none", command="make it"),
+    "cells.publish": lambda: dict(name="a", folder=folder(), assets=None),
+    "generator.train_generator": lambda: dict(
+        gen=generator.Generator(tuple(middle().shape[1:]), C, 4, 8),
+        teacher=net(),
+        reference=net(),
+        policy=policy(),
+        pool=histogram(),
+        steps=1,
+        generator=rng(),
+        batch_size=4,
+    ),
+    "distributed.train_distree": lambda: dict(
+        system=system(),
+        loss=distributed.DistrEELoss(system(), [list(range(4)), list(range(4, 8))]),
+        data=taught()[0],
+        table=taught()[1],
+        epochs=1,
+    ),
+    "latent_experiments.pictures": lambda: dict(name="digits"),
+    "latent_results.Claim": lambda: dict(text="a", experiment="compare", parts=dict),
+    "guarantees.RiskControl": lambda: dict(
+        method="ltt",
+        epsilon=0.1,
+        delta=0.1,
+        index=0,
+        lam=0.5,
+        thresholds=[0.5],
+        risk=0.1,
+        bound=0.1,
+        cost=1.0,
+    ),
+    "report.figure_html": lambda: dict(fig=training.figure(), name="a"),
+    "scale_out.plot_requests": answer_plots,
+    "scale_out.Student": lambda: dict(n=0, net=system().students[0], W=rand(C, 4)),
+    "simulator.Answer": lambda: dict(
+        key=0, logits=np.zeros(C), exits=[0], latency=0.1, missing=(), late=()
+    ),
+    "training.Record": lambda: dict(config={}),
+    "training.shipped": lambda: dict(what="assets"),
+    "training.asset": lambda: dict(name="digits_default.json"),
+    "widgets.frames_figure": lambda: dict(fig=training.figure(), steps=[("a", {}, "b")]),
+    "data.pixel_unit": lambda: dict(x=rand(2, 1, 8, 8)),
+    "federated.average": lambda: dict(weights=[dict(a=torch.ones(2))], n=[1]),
+    "federated.nbytes": lambda: dict(tensors=dict(a=torch.ones(2))),
+    "runner.Group": lambda: dict(rows=[0], z=rand(1, 3)),
+    "runner.merge_groups": lambda: dict(groups=[runner.Group([0], rand(1, 3))]),
+    "training.is_frozen": lambda: dict(module=plain()),
+    "training.shared_names": lambda: dict(net=plain()),
+    "training.environment": dict,
+    "cells.key_values": lambda: dict(words=["a=1"]),
+    "cells.cell_key": lambda: dict(cell=dict(a=1)),
+    "cli.make_config": dict,
+    "cli.jobs_of": lambda: dict(config=cli.make_config()),
+    "cli.make_parser": dict,
+    "process.why_ended": lambda: dict(codes=[1]),
+}
+CALLS |= LAST

@@ -715,7 +715,7 @@ def play_round(
         info = method.server_step(state, {}, [], rnd, streams)[2]
     samples = sum(u.samples for u in updates)
     return state, dict(round=rnd + 1, loss=sum(u.loss * u.samples for u in updates) / samples if updates else None,
-                       clients=[c.id for c in drawn], left_out=left_out, bytes_down=sum(map(nbytes, sent)),
+                       clients=[int(c.id) for c in drawn], left_out=left_out, bytes_down=sum(map(nbytes, sent)),
                        bytes_up=sum(nbytes(u.weights) + nbytes(u.extra) for u in updates),
                        seconds_clients=t1 - t, seconds_server=time.perf_counter() - t1, **info)
 
@@ -755,7 +755,8 @@ def _check_data(net, train, test, clients, batch_size):
 def _start(method, build, train, test, clients, seed, device):
     "(network, data on the device), checked."
     check(isinstance(method, EEFL), "method", method, "a method such as EEFL()")
-    check(callable(build), "build", build, "a function that returns a network")
+    ready = callable(build) and not isinstance(build, EarlyExitNet)
+    check(ready, "build", build, "a function that returns a network")
     with Streams(seed).scope("init"):
         net = build()
     check(isinstance(net, EarlyExitNet), "build", net, "a function that returns an EarlyExitNet")

@@ -617,7 +617,7 @@ def test_bad_settings():
     refused = (
         (dict(gamma=0), "above 0"),
         (dict(clients=101), "number of samples"),
-        (dict(family="A"), '"client" or "class"'),
+        (dict(family="A"), "one of client, class"),
         (dict(seed=-1), "seed"),
         (dict(alpha=1), "not controls"),
     )

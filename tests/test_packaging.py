@@ -10,6 +10,8 @@ PARTS = ("pyproject.toml", "README.md", "LICENSE", LIB, "assets", "tutorials")
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "-q")
 LOCAL = ("--no-index", "--no-deps")
 HERE = ("--no-build-isolation", *LOCAL)
+# without --ignore-installed pip removes this environment's own installation, with --prefix too
+INSTALL = ("install", "--ignore-installed")
 
 
 def call(*args, cwd, **env):
@@ -27,6 +29,15 @@ def call(*args, cwd, **env):
     )
     assert r.returncode == 0, r.stdout + r.stderr
     return r.stdout
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_installation():
+    "What is installed here is what was installed before these tests."
+    found = "import importlib.metadata as m; print(m.distribution('%s').locate_file(''))" % LIB
+    before = call(sys.executable, "-c", found, cwd=ROOT.parent)
+    yield
+    assert call(sys.executable, "-c", found, cwd=ROOT.parent) == before
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +155,7 @@ def test_solutions_are_not_shipped(kind, request):
 )
 def test_found_outside_of_sys_prefix(folder, option, wheel, tmp_path):
     "`--target`, Debian's and Colab's dist-packages, `--prefix`: the package is on the path, its share folder is not below sys.prefix."
-    call(*PIP, "install", *LOCAL, option, tmp_path / folder, wheel, cwd=tmp_path)
+    call(*PIP, *INSTALL, *LOCAL, option, tmp_path / folder, wheel, cwd=tmp_path)
     site = site_packages(tmp_path / folder)
     (site / "assets").mkdir()  # somebody else's
     got = look(sys.executable, tmp_path / "work", PYTHONPATH=str(site))
@@ -153,7 +164,7 @@ def test_found_outside_of_sys_prefix(folder, option, wheel, tmp_path):
 
 def test_found_in_a_virtual_environment(wheel, tmp_path):
     python = make_venv(tmp_path / "venv")
-    call(*PIP, "--python", python, "install", *LOCAL, wheel, cwd=tmp_path)
+    call(*PIP, "--python", python, *INSTALL, *LOCAL, wheel, cwd=tmp_path)
     got = look(python, tmp_path / "work")
     assert tmp_path / "venv" in Path(got["asset"]).parents and got["copies"] == STUDENTS
 
@@ -165,7 +176,7 @@ def test_found_in_the_folder_of_a_user(wheel, tmp_path):
         *PIP,
         "--python",
         python,
-        "install",
+        *INSTALL,
         "--user",
         *LOCAL,
         wheel,
@@ -179,7 +190,7 @@ def test_found_in_the_folder_of_a_user(wheel, tmp_path):
 def test_found_in_an_editable_installation(source, tmp_path):
     "The files of the checkout itself, so that an edited lab is the one that opens."
     python = make_venv(tmp_path / "venv")
-    call(*PIP, "--python", python, "install", *HERE, "-e", source, cwd=tmp_path)
+    call(*PIP, "--python", python, *INSTALL, *HERE, "-e", source, cwd=tmp_path)
     got = look(python, tmp_path / "work")
     assert Path(got["package"]).parent == source / LIB
     assert Path(got["asset"]).parent == source / "assets" and got["copies"] == STUDENTS

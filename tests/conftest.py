@@ -3,7 +3,7 @@
 Tests wait for events, not for seconds: on a machine with other work everything takes longer, and nothing is wrong.
 `LONG` is the safety net for what would otherwise hang for ever; no test is about it."""
 
-import os, time
+import contextlib, os, time
 from pathlib import Path
 import pytest
 
@@ -41,6 +41,29 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def process_state(pid):
+    "What Linux says of a process from its state on; None if it is gone."
+    try:
+        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def children(pid):
+    "Worker processes whose parent is `pid`, without the resource tracker."
+    found = []
+    for p in filter(str.isdigit, os.listdir("/proc")):
+        if (s := process_state(p)) and s[1] == str(pid):
+            with contextlib.suppress(OSError):
+                found += [int(p)] * (b"spawn_main" in open(f"/proc/{p}/cmdline", "rb").read())
+    return found
+
+
+def running(pid):
+    "Is the process there, and no zombie?"
+    return (process_state(pid) or "Z")[0] != "Z"
 
 
 @pytest.fixture(scope="session")

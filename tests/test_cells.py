@@ -4,6 +4,7 @@ import json, math, os, signal, subprocess, sys, time
 import numpy as np
 import pytest
 import torch
+from conftest import children, running
 from darkdistill_nb.cells import (
     cell_file,
     cell_key,
@@ -55,21 +56,27 @@ def test_a_failing_cell_keeps_the_others(job, tmp_path):
     )
 
 
-def test_a_killed_grid_goes_on(job, tmp_path):
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
+def test_a_killed_grid_goes_on(job, tmp_path, wait_until):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])}
     command = [sys.executable, str(tmp_path / "slow_job.py"), str(tmp_path), "2"]
     p = subprocess.Popen(command, env=env)
     done = lambda: sorted((tmp_path / "cells").glob("*.json"))
-    end = time.time() + 60
-    while len(done()) < 2 and time.time() < end:
-        time.sleep(0.02)
+
+    def two_cells_are_done():
+        return len(done()) >= 2
+
+    wait_until(two_cells_are_done, p)
+    workers = children(p.pid)
     p.send_signal(signal.SIGKILL)
     p.wait()
-    time.sleep(1.5)  # workers see that the parent is gone and leave
+
+    def all_workers_are_gone():
+        return not any(map(running, workers))
+
+    wait_until(all_workers_are_gone)
     before = {f: f.read_bytes() for f in done()}
     assert 2 <= len(before) < 8 and all(json.loads(b)["square"] >= 0 for b in before.values())
-    time.sleep(0.5)
-    assert len(done()) == len(before)
     subprocess.run(command, env=env, check=True)
     assert len(done()) == 8 and all(f.read_bytes() == b for f, b in before.items())
 

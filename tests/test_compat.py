@@ -2,12 +2,13 @@
 
 import subprocess, sys, textwrap
 import pytest
+from conftest import LONG
 
 
 def python(code, ok=True):
     "Run `code` in a fresh interpreter and return what it printed."
     r = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=LONG
     )
     assert (r.returncode == 0) == ok, r.stdout + r.stderr
     return r.stdout + r.stderr

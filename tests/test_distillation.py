@@ -4,6 +4,7 @@ import copy, subprocess, sys
 from pathlib import Path
 import numpy as np
 import pytest, torch, torch.nn.functional as F
+from conftest import LONG
 from torch import nn
 from darkdistill_nb.data import ArrayData, shapes
 from darkdistill_nb.distillation import (
@@ -556,7 +557,7 @@ def test_bench_command():
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LONG,
     )
     r = run("distill", "--rounds", "2", "--batch", "4")
     assert r.returncode == 0, r.stderr

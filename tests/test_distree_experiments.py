@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import LONG
 
 from darkdistill_nb import distree_experiments as X
 from darkdistill_nb.cells import cell_file, t_interval
@@ -485,12 +486,12 @@ def test_command(folder, tmp_path):
         "--set",
         *(f"{k}={v}" for k, v in QUICK.items()),
     ]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=LONG)
     assert done.returncode == 0 and "2/2 2 students random" in done.stdout, done.stderr
     assert {r["way"] for r in load_record(tmp_path / "distree_partition_digits.json").runs} == {
         "random"
     }
-    bad = subprocess.run([*words, "speed=3"], capture_output=True, text=True, timeout=300)
+    bad = subprocess.run([*words, "speed=3"], capture_output=True, text=True, timeout=LONG)
     assert (
         bad.returncode == 2
         and "unknown setting 'speed'" in bad.stderr

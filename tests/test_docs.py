@@ -3,6 +3,7 @@
 import json, re, subprocess, sys
 from pathlib import Path
 import pytest
+from conftest import LONG
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -16,7 +17,7 @@ def site(tmp_path_factory):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=LONG,
     )
     assert r.returncode == 0, r.stdout + r.stderr
     return out

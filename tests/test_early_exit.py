@@ -2,6 +2,7 @@
 
 import copy, hashlib, os, subprocess, sys
 import pytest, torch
+from conftest import LONG
 from torch import nn
 from darkdistill_nb.early_exit import (
     EarlyExitNet,
@@ -396,7 +397,7 @@ def test_weights_that_cannot_be_fetched(tmp_path):
     for k in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         env.pop(k, None)
     r = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=LONG
     )
     said = [l for l in r.stdout.splitlines() if l.startswith("ERR")]
     assert said and all(

@@ -3,6 +3,7 @@
 import contextlib, json, math, os, signal, subprocess, sys, textwrap, time, warnings
 import numpy as np
 import pytest, torch
+from conftest import LONG, children, process_state, running
 from torch import nn
 from darkdistill_nb.darkdistill import DarkDistill, alignment_weights, pair_loss
 from darkdistill_nb.data import ArrayData, load
@@ -323,20 +324,20 @@ def test_alone_refuses_weights_that_cannot_be_used():
 
 
 def test_looking_at_answers_is_cheap():
-    "Less than 2 % of the time of a round; the best of several, since other programs run beside this one."
+    "Less than 5 % of a round's CPU time; the best of several, since other programs run beside this one."
     m, s = EEFL(), Streams(0)
     state = m.setup(cnn(TRAIN.shape, 10))
     c = max(CLIENTS, key=lambda c: c.tier)
     sent, data = m.send(state, c), TRAIN.subset(c.train.repeat(4))
     train, look = [], []
     for r in range(5):
-        t = time.perf_counter()
+        t = time.process_time()
         u = m.local_update(sent, data, c, r, s)
-        train.append(time.perf_counter() - t)
-        u.samples, t = len(c.train), time.perf_counter()
+        train.append(time.process_time() - t)
+        u.samples, t = len(c.train), time.process_time()
         m.check_update(u, sent, c)
-        look.append(time.perf_counter() - t)
-    assert min(look) < 0.02 * min(train), (look, train)
+        look.append(time.process_time() - t)
+    assert min(look) < 0.05 * min(train), (look, train)
 
 
 # ---------------------------------------------------------------- worker processes
@@ -413,37 +414,14 @@ SCRIPT = """
 """
 
 
-def state(pid):
-    "What Linux says of a process from its state on; None if it is gone."
-    try:
-        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-
-
-def children(pid):
-    "Worker processes whose parent is `pid`, without the resource tracker."
-    found = []
-    for p in filter(str.isdigit, os.listdir("/proc")):
-        if (s := state(p)) and s[1] == str(pid):
-            with contextlib.suppress(OSError):
-                found += [int(p)] * (b"spawn_main" in open(f"/proc/{p}/cmdline", "rb").read())
-    return found
-
-
-def running(pid):
-    "Is the process there, and no zombie?"
-    return (state(pid) or "Z")[0] != "Z"
-
-
 def seconds_of_cpu(pid):
-    s = state(pid)
+    s = process_state(pid)
     return (int(s[11]) + int(s[12])) / os.sysconf("SC_CLK_TCK") if s else 0
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
-def test_workers_end_with_their_parent(sign, tmp_path):
+def test_workers_end_with_their_parent(sign, tmp_path, wait_until):
     "They are in the middle of a training that would take minutes."
     (tmp_path / "s.py").write_text(
         textwrap.dedent(SCRIPT).format(start='if __name__ == "__main__": main()')
@@ -458,10 +436,11 @@ def test_workers_end_with_their_parent(sign, tmp_path):
             time.sleep(0.1)
         p.send_signal(sign)
         p.wait()
-        end = time.time() + 60
-        while any(map(running, workers)) and time.time() < end:
-            time.sleep(0.05)
-        assert not any(map(running, workers))
+
+        def all_gone():
+            return not any(map(running, workers))
+
+        wait_until(all_gone)
     finally:
         p.kill()
         for w in filter(running, workers):
@@ -471,7 +450,7 @@ def test_workers_end_with_their_parent(sign, tmp_path):
 def test_a_script_without_a_guard_gets_one_sentence(tmp_path):
     (tmp_path / "s.py").write_text(textwrap.dedent(SCRIPT).format(start="main()"))
     r = subprocess.run(
-        [sys.executable, tmp_path / "s.py"], capture_output=True, text=True, timeout=300
+        [sys.executable, tmp_path / "s.py"], capture_output=True, text=True, timeout=LONG
     )
     assert r.returncode == 1
     assert 'if __name__ == "__main__":' in r.stderr.splitlines()[-1]

@@ -3,6 +3,7 @@
 import ast, contextlib, importlib.util, io, re, shutil, subprocess, sys
 from pathlib import Path
 import nbformat, pytest, torch
+from conftest import LONG
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +41,7 @@ def test_there_are_labs_and_they_are_in_step():
 def test_untouched_lab_fails_only_where_a_solution_is_missing(path):
     "`Run all` meets NotImplementedError and nothing else; what is not an exercise works."
     nb = nbformat.read(path, 4)
-    NotebookClient(nb, timeout=600, kernel_name="python3", allow_errors=True).execute()
+    NotebookClient(nb, timeout=LONG, kernel_name="python3", allow_errors=True).execute()
     code = [c for c in nb.cells if c.cell_type == "code"]
     errors = [(c.id, o.ename) for c in code for o in c.outputs if o.output_type == "error"]
     assert errors and {e for _, e in errors} == {"NotImplementedError"}, errors

@@ -4,6 +4,7 @@ import json, math, os, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest, torch
 import torch.nn.functional as F
+from conftest import children, running
 from darkdistill_nb.data import ArrayData, _one_thread, dirichlet_draw
 from darkdistill_nb.distillation import distill
 from darkdistill_nb.latent import (
@@ -508,41 +509,29 @@ ARGS = [
 ]
 
 
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
-def test_killed_experiment_continues_and_leaves_no_process(tmp_path):
+def test_killed_experiment_continues_and_leaves_no_process(tmp_path, wait_until):
     out, whole = tmp_path / "killed", tmp_path / "whole"
     p = subprocess.Popen(
         [sys.executable, *ARGS, str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    start = time.time()
-    while (
-        not list((out / "cells").glob("*.json")) and time.time() - start < 120 and p.poll() is None
-    ):
-        time.sleep(0.02)
-    children = [
-        int(c)
-        for t in Path(f"/proc/{p.pid}/task").iterdir()
-        for c in (t / "children").read_text().split()
-    ]
+
+    def a_cell_is_done():
+        return bool(list((out / "cells").glob("*.json")))
+
+    wait_until(a_cell_is_done, p)
+    workers = children(p.pid)
     p.send_signal(signal.SIGKILL)
     p.wait()
     done = {f: f.stat().st_mtime_ns for f in (out / "cells").glob("*.json")}
-    assert (
-        1 <= len(done) < 6 and len(children) >= 2 and not (out / "latent_compare_shapes16").exists()
-    )
-    for _ in range(100):
-        if not any(map(alive, children)):
-            break
-        time.sleep(0.1)
-    assert not any(map(alive, children)), "workers outlive a killed main process"
+    assert 1 <= len(done) < 6 and len(workers) >= 2
+    assert not (out / "latent_compare_shapes16").exists()
+
+    def all_workers_are_gone():
+        return not any(map(running, workers))
+
+    wait_until(all_workers_are_gone)
     assert all(
         json.loads(f.read_text())["cell"]["data"] == "shapes16"
         for f in (out / "cells").glob("*.json")

@@ -3,6 +3,7 @@
 import json, os, shutil, subprocess, sys, sysconfig, tarfile, zipfile
 from pathlib import Path
 import pytest
+from conftest import LONG
 
 ROOT = Path(__file__).resolve().parent.parent
 LIB = "darkdistill_nb"
@@ -25,7 +26,7 @@ def call(*args, cwd, **env):
         env={**clean, **env},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LONG,
     )
     assert r.returncode == 0, r.stdout + r.stderr
     return r.stdout

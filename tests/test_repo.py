@@ -3,6 +3,7 @@
 import ast, json, re, statistics, subprocess, sys
 from pathlib import Path
 import pytest
+from conftest import LONG
 
 ROOT = Path(__file__).resolve().parent.parent
 LIB = "darkdistill_nb"
@@ -95,7 +96,7 @@ each_notebook = pytest.mark.parametrize("nb", NBS + TUTORIALS, ids=ids(NBS + TUT
 
 def run_tool(*args):
     return subprocess.run(
-        [sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=LONG
     )
 
 

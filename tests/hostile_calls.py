@@ -5,10 +5,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from darkdistill_nb import cli, data, difficulty, distillation
-from darkdistill_nb import distributed, early_exit, exit_training
-from darkdistill_nb import federated, generator, guarantees, inference, latent, online
-from darkdistill_nb import runner, simulator, training
+from darkdistill_nb.app import cli
+from darkdistill_nb.core import data
+from darkdistill_nb.federated import difficulty
+from darkdistill_nb.distill import losses as distillation
+from darkdistill_nb.distree import students as distributed
+from darkdistill_nb.exits import networks as early_exit
+from darkdistill_nb.exits import training as exit_training
+from darkdistill_nb.federated import method as federated
+from darkdistill_nb.federated import generator
+from darkdistill_nb.exits import guarantees
+from darkdistill_nb.exits import inference
+from darkdistill_nb.distill import latent
+from darkdistill_nb.distill import online
+from darkdistill_nb.exits import runner
+from darkdistill_nb.distree import simulator
+from darkdistill_nb.core import training
 
 once = functools.cache
 KEPT = tempfile.TemporaryDirectory()  # goes when Python ends

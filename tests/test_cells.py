@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import children, running
-from darkdistill_nb.cells import (
+from darkdistill_nb.core.cells import (
     cell_file,
     cell_key,
     each,
@@ -25,7 +25,7 @@ def slow(cell, folder):
     time.sleep(.2)
     return dict(square=cell["i"] ** 2, process=os.getpid())
 if __name__ == "__main__":
-    from darkdistill_nb.cells import run_grid
+    from darkdistill_nb.core.cells import run_grid
     import slow_job
     run_grid(slow_job.slow, [dict(i=i) for i in range(8)], sys.argv[1], int(sys.argv[2]))
 """

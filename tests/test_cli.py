@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import LONG
-from darkdistill_nb import cli, training
+from darkdistill_nb.app import cli
+from darkdistill_nb.core import training
 
 COMMAND = [
     sys.executable,
     "-c",
-    "import sys; from darkdistill_nb.cli import main; sys.exit(main())",
+    "import sys; from darkdistill_nb.app.cli import main; sys.exit(main())",
 ]
 TINY = "--rounds 2 --seeds 1 --clients 6 --tiers 2 --net width=8 stages=2 --darkdistill server_epochs=1 --workers 1".split()
 
@@ -381,7 +382,7 @@ def test_help_costs_no_torch(tmp_path):
         ["run", "--methods", "x"],
     ):
         code = (
-            f"import sys; from darkdistill_nb.cli import main\ntry: main({args})\nexcept SystemExit: pass\n"
+            f"import sys; from darkdistill_nb.app.cli import main\ntry: main({args})\nexcept SystemExit: pass\n"
             f"print('LOADED', sorted({{m.split('.')[0] for m in sys.modules}} & {{'torch', 'numpy', 'plotly', 'timm', 'sklearn', 'tqdm'}}))"
         )
         r = subprocess.run(
@@ -420,12 +421,12 @@ def test_version_and_entry_point(capsys):
         for e in importlib.metadata.entry_points(group="console_scripts")
         if e.name == "darkdistill"
     ]
-    assert scripts and scripts[0].value == "darkdistill_nb.cli:main"
+    assert scripts and scripts[0].value == "darkdistill_nb.app.cli:main"
 
 
-@pytest.mark.parametrize("module", ["darkdistill_nb", "darkdistill_nb.cli"])
+@pytest.mark.parametrize("module", ["darkdistill_nb", "darkdistill_nb.app.cli"])
 def test_the_package_can_be_run(module, tmp_path):
-    "python -m darkdistill_nb and python -m darkdistill_nb.cli are the command, with worker processes, too."
+    "python -m darkdistill_nb and python -m darkdistill_nb.app.cli are the command, with worker processes, too."
     command = [sys.executable, "-m", module]
     r = subprocess.run(
         [*command, "run", "--gamma", "0"],
@@ -491,7 +492,7 @@ def test_output_of_a_run(two_runs):
 
 
 def test_record_of_a_run(two_runs):
-    from darkdistill_nb.training import load_record, load_tensors
+    from darkdistill_nb.core.training import load_record, load_tensors
 
     folder = two_runs[0] / "runs/digits-001"
     record = load_record(folder)
@@ -623,7 +624,7 @@ def test_a_resume_is_not_promised_where_the_same_would_happen_again(tmp_path, ca
         raise OSError(28, "No space left on device")
 
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("darkdistill_nb.federated.save_state", full)
+        m.setattr("darkdistill_nb.federated.method.save_state", full)
         assert cli.main(["run", *args, str(tmp_path / "b")]) == 1
     assert (
         "No space left" in (err := capsys.readouterr().err)
@@ -756,12 +757,12 @@ def test_workers_hold_the_lock(tmp_path):
 
 
 UNGUARDED = {
-    "an experiment": "from darkdistill_nb.cli import run_experiment\n"
+    "an experiment": "from darkdistill_nb.app.cli import run_experiment\n"
     "small = dict(rounds=1, seeds=2, clients=4, alone=False, net=dict(width=8, stages=2), n_train=100, n_test=50)\n"
     "run_experiment(small, workers=2, progress=False)",
-    "a grid": "from darkdistill_nb.cells import each\nprint(list(each(abs, [1, 2, 3], 2)))",
-    "a simulation": "from darkdistill_nb.data import load\nfrom darkdistill_nb.early_exit import cnn\n"
-    "from darkdistill_nb.federated import EEFL, make_clients, simulate\ntrain, test = load('digits', n_train=100, n_test=50)\n"
+    "a grid": "from darkdistill_nb.core.cells import each\nprint(list(each(abs, [1, 2, 3], 2)))",
+    "a simulation": "from darkdistill_nb.core.data import load\nfrom darkdistill_nb.exits.networks import cnn\n"
+    "from darkdistill_nb.federated.method import EEFL, make_clients, simulate\ntrain, test = load('digits', n_train=100, n_test=50)\n"
     "net = lambda: cnn(train.shape, 10, width=8)\n"
     "simulate(EEFL(participation=1.), net, train, test, make_clients(train.y, 4), 1, workers=2, progress=False)",
 }
@@ -797,7 +798,7 @@ def test_a_script_without_a_guard_is_told_so_once(script, tmp_path):
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437", "cp932", "cp1252", "utf-8"])
 def test_every_console_can_show_the_table(encoding, tmp_path):
     "A character that the console lacks is replaced; in no case does a command fail because of it."
-    from darkdistill_nb.training import asset
+    from darkdistill_nb.core.training import asset
 
     (tmp_path / "ä 漢").mkdir()
     shutil.copy(asset("digits_default.json"), tmp_path / "ä 漢/record.json")
@@ -843,7 +844,7 @@ def test_a_run_ends_well_on_a_console_of_ascii(env, tmp_path):
 
 def test_a_closed_pipe_is_no_failure(tmp_path):
     "darkdistill report RUN | head -0"
-    from darkdistill_nb.training import asset
+    from darkdistill_nb.core.training import asset
 
     shutil.copy(asset("digits_default.json"), tmp_path / "record.json")
     p = subprocess.Popen(
@@ -858,7 +859,7 @@ def test_a_closed_pipe_is_no_failure(tmp_path):
 
 def test_damaged_records_are_one_sentence(tmp_path, capsys):
     "Whatever a record.json holds, `report` and `compare` end with exit code 0, or 2 and one sentence that names it."
-    from darkdistill_nb.training import asset
+    from darkdistill_nb.core.training import asset
 
     good = json.loads(asset("digits_default.json").read_text(encoding="utf-8"))
     run = good["runs"][0]

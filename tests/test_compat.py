@@ -29,7 +29,7 @@ def register(path=None):
         lib.impl(name, lambda dets, scores, iou: torch.tensor([41]), "CPU")
 """
 ASK = """
-from darkdistill_nb import compat
+from darkdistill_nb.core import compat
 shimmed = compat.ensure_torchvision()
 """
 USE = """
@@ -134,7 +134,7 @@ def test_missing_torchvision_is_named():
         import importlib.util as u
         real = u.find_spec
         u.find_spec = lambda name, *a: None if name == "torchvision" else real(name, *a)
-        from darkdistill_nb.compat import ensure_torchvision
+        from darkdistill_nb.core.compat import ensure_torchvision
         try: ensure_torchvision()
         except ImportError as e: print("ImportError:", e)
     """)

@@ -1,10 +1,10 @@
-"""Data sets, files and splits under bad conditions: damaged files, no internet, extreme parameters (the notebook 00_data tests the normal ones)."""
+"""Data sets, files and splits under bad conditions: damaged files, no internet, extreme parameters (the notebook core/data tests the normal ones)."""
 
 import hashlib, io, os, pickle, struct, subprocess, sys, threading, warnings, zipfile
 from pathlib import Path
 import numpy as np, pytest, torch
-from darkdistill_nb import data as D
-from darkdistill_nb.data import (
+from darkdistill_nb.core import data as D
+from darkdistill_nb.core.data import (
     ArrayData,
     DownloadError,
     class_mix,
@@ -43,7 +43,7 @@ def nowhere(tmp_path, monkeypatch):
     monkeypatch.delenv("DARKDISTILL_DATA", raising=False)
     monkeypatch.delenv("DARKDISTILL_OFFLINE", raising=False)
     monkeypatch.setenv("DARKDISTILL_CACHE", str(tmp_path / "cache"))
-    from darkdistill_nb.compat import ensure_torchvision
+    from darkdistill_nb.core.compat import ensure_torchvision
 
     ensure_torchvision()
     return tmp_path / "cache"
@@ -821,7 +821,7 @@ def test_other_torchvision_layouts(nowhere, monkeypatch):
 
 def test_real_torchvision_classes_have_what_we_read():
     "The names of the constructor arguments that the download relies on"
-    from darkdistill_nb.compat import ensure_torchvision
+    from darkdistill_nb.core.compat import ensure_torchvision
 
     ensure_torchvision()
     import inspect
@@ -1015,7 +1015,7 @@ def test_batches_are_all_samples_once():
 
 
 def test_import_is_light():
-    code = "import sys; import darkdistill_nb.data; print([m for m in ('sklearn', 'scipy', 'torchvision', 'timm', 'plotly', 'PIL') if m in sys.modules])"
+    code = "import sys; import darkdistill_nb.core.data; print([m for m in ('sklearn', 'scipy', 'torchvision', 'timm', 'plotly', 'PIL') if m in sys.modules])"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -6,8 +6,8 @@ import numpy as np
 import pytest, torch, torch.nn.functional as F
 from conftest import LONG
 from torch import nn
-from darkdistill_nb.data import ArrayData, shapes
-from darkdistill_nb.distillation import (
+from darkdistill_nb.core.data import ArrayData, shapes
+from darkdistill_nb.distill.losses import (
     RKD,
     CropFlip,
     Taps,
@@ -21,8 +21,8 @@ from darkdistill_nb.distillation import (
     rkd_distance,
     teacher_table,
 )
-from darkdistill_nb.early_exit import cnn
-from darkdistill_nb.features import (
+from darkdistill_nb.exits.networks import cnn
+from darkdistill_nb.distill.features import (
     CRD,
     METHODS,
     Hint,
@@ -31,7 +31,7 @@ from darkdistill_nb.features import (
     lpd_loss,
     method_loss,
 )
-from darkdistill_nb.online import (
+from darkdistill_nb.distill.online import (
     BDKD,
     DML,
     bidirectional_loss,
@@ -39,7 +39,7 @@ from darkdistill_nb.online import (
     self_distillation,
     train_together,
 )
-from darkdistill_nb.training import Streams, fit
+from darkdistill_nb.core.training import Streams, fit
 
 ROOT = Path(__file__).resolve().parent.parent
 Y = torch.tensor([0, 1, 2, 3, 0, 1])
@@ -553,7 +553,7 @@ def test_self_distillation_trains_an_early_exit_network(data):
 
 def test_bench_command():
     run = lambda *a: subprocess.run(
-        [sys.executable, "-m", "darkdistill_nb.bench", *a],
+        [sys.executable, "-m", "darkdistill_nb.experiments.bench", *a],
         cwd=ROOT,
         capture_output=True,
         text=True,

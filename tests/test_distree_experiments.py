@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import LONG
 
-from darkdistill_nb import distree_experiments as X
-from darkdistill_nb.cells import cell_file, t_interval
-from darkdistill_nb.distributed import make_answers, system_answers
-from darkdistill_nb.training import Record, asset, load_record
+from darkdistill_nb.experiments import distree as X
+from darkdistill_nb.core.cells import cell_file, t_interval
+from darkdistill_nb.distree.students import make_answers, system_answers
+from darkdistill_nb.core.training import Record, asset, load_record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = dict(epochs=1, teacher_epochs=1, n_test=60, batch_size=128)
@@ -469,7 +469,7 @@ def test_command(folder, tmp_path):
     words = [
         sys.executable,
         "-m",
-        "darkdistill_nb.distree_experiments",
+        "darkdistill_nb.experiments.distree",
         "partition",
         "--data",
         "digits",

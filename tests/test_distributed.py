@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from darkdistill_nb.data import ArrayData, load
-from darkdistill_nb.distillation import CropFlip, Views, teacher_table
-from darkdistill_nb import distributed
-from darkdistill_nb.distributed import (
+from darkdistill_nb.core.data import ArrayData, load
+from darkdistill_nb.distill.losses import CropFlip, Views, teacher_table
+from darkdistill_nb.distree import students as distributed
+from darkdistill_nb.distree.students import (
     DistrEE,
     DistrEELoss,
     Teacher,
@@ -28,9 +28,9 @@ from darkdistill_nb.distributed import (
     train_distree,
     transfer_loss,
 )
-from darkdistill_nb.early_exit import vit, wrn
-from darkdistill_nb.system_policies import FeatureDifference
-from darkdistill_nb.training import Streams, load_tensors
+from darkdistill_nb.exits.networks import vit, wrn
+from darkdistill_nb.distree.policies import FeatureDifference
+from darkdistill_nb.core.training import Streams, load_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dict(depth=10, widen=1, exits=(0, 1, 2, 3))

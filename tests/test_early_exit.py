@@ -4,7 +4,7 @@ import copy, hashlib, os, subprocess, sys
 import pytest, torch
 from conftest import LONG
 from torch import nn
-from darkdistill_nb.early_exit import (
+from darkdistill_nb.exits.networks import (
     EarlyExitNet,
     Exit,
     PooledMap,
@@ -20,7 +20,7 @@ from darkdistill_nb.early_exit import (
     vit,
     wrn,
 )
-from darkdistill_nb.lora import TARGETS, LoRALinear, add_lora, lora_state, merge_lora
+from darkdistill_nb.exits.lora import TARGETS, LoRALinear, add_lora, lora_state, merge_lora
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = dict(n_classes=10, img_size=8, patch_size=2, in_chans=1, embed_dim=48, depth=4)
@@ -242,8 +242,8 @@ def test_msdnet_structure():
 
 
 def test_msdnet_learns_digits():
-    from darkdistill_nb.data import load
-    from darkdistill_nb.training import accuracy, fit, predict
+    from darkdistill_nb.core.data import load
+    from darkdistill_nb.core.training import accuracy, fit, predict
 
     train, test = load("digits")
     torch.manual_seed(0)
@@ -387,7 +387,7 @@ def test_vit_arguments_are_checked():
 
 def test_weights_that_cannot_be_fetched(tmp_path):
     "A real attempt, on a machine told to stay offline and without a cache: one clear error with both ways on."
-    code = "from darkdistill_nb.early_exit import vit\ntry: vit('deit_tiny_patch16_224', pretrained=True)\nexcept ConnectionError as e: print('ERR', e)"
+    code = "from darkdistill_nb.exits.networks import vit\ntry: vit('deit_tiny_patch16_224', pretrained=True)\nexcept ConnectionError as e: print('ERR', e)"
     env = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -567,9 +567,9 @@ def test_merge_and_state_need_lora():
 
 
 def test_a_federated_round_changes_only_what_is_trained():
-    from darkdistill_nb.data import load
-    from darkdistill_nb.federated import EEFL, make_clients, simulate
-    from darkdistill_nb.training import Streams
+    from darkdistill_nb.core.data import load
+    from darkdistill_nb.federated.method import EEFL, make_clients, simulate
+    from darkdistill_nb.core.training import Streams
 
     train, test = load("digits")
     train = train.subset(torch.arange(200))
@@ -585,9 +585,9 @@ def test_a_federated_round_changes_only_what_is_trained():
 @pytest.mark.parametrize("darkdistill", [False, True])
 def test_only_what_is_trained_is_sent(darkdistill):
     "Uploads hold LoRA and exits only; the result is that of clients who send everything, and workers do not change it."
-    from darkdistill_nb.darkdistill import DarkDistill
-    from darkdistill_nb.data import load
-    from darkdistill_nb.federated import EEFL, make_clients, nbytes, simulate, train_alone
+    from darkdistill_nb.federated.darkdistill import DarkDistill
+    from darkdistill_nb.core.data import load
+    from darkdistill_nb.federated.method import EEFL, make_clients, nbytes, simulate, train_alone
 
     base = DarkDistill if darkdistill else EEFL
 

@@ -2,13 +2,13 @@
 
 import copy
 import pytest, torch
-from darkdistill_nb.darkdistill import DarkDistill
-from darkdistill_nb.data import load, shapes
-from darkdistill_nb.difficulty import measure_difficulty
-from darkdistill_nb.early_exit import cnn, vit, wrn
-from darkdistill_nb.exit_training import BoostNet, Joint, L2W
-from darkdistill_nb.federated import EEFL, block_average, make_clients, simulate
-from darkdistill_nb.training import Streams
+from darkdistill_nb.federated.darkdistill import DarkDistill
+from darkdistill_nb.core.data import load, shapes
+from darkdistill_nb.federated.difficulty import measure_difficulty
+from darkdistill_nb.exits.networks import cnn, vit, wrn
+from darkdistill_nb.exits.training import BoostNet, Joint, L2W
+from darkdistill_nb.federated.method import EEFL, block_average, make_clients, simulate
+from darkdistill_nb.core.training import Streams
 
 BUILDERS = {
     "cnn": lambda: cnn((3, 32, 32), 10, width=8),

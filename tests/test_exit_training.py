@@ -5,10 +5,10 @@ import numpy as np
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from darkdistill_nb.data import ArrayData, load
-from darkdistill_nb.distillation import CropFlip, kd_loss
-from darkdistill_nb.early_exit import EarlyExitNet, Exit, cnn, vit, wrn
-from darkdistill_nb.exit_training import (
+from darkdistill_nb.core.data import ArrayData, load
+from darkdistill_nb.distill.losses import CropFlip, kd_loss
+from darkdistill_nb.exits.networks import EarlyExitNet, Exit, cnn, vit, wrn
+from darkdistill_nb.exits.training import (
     POLICIES,
     BoostNet,
     Joint,
@@ -30,7 +30,7 @@ from darkdistill_nb.exit_training import (
     sgd_step,
     train_exits,
 )
-from darkdistill_nb.training import Streams, fit
+from darkdistill_nb.core.training import Streams, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -797,7 +797,7 @@ def test_the_same_training_is_continued(tmp_path):
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
-    from darkdistill_nb.training import save_tensors
+    from darkdistill_nb.core.training import save_tensors
 
     save_tensors(tmp_path / "w.safetensors", small().state_dict())
     for path, text in (

@@ -5,12 +5,12 @@ import numpy as np
 import pytest, torch
 from conftest import LONG, children, process_state, running
 from torch import nn
-from darkdistill_nb.darkdistill import DarkDistill, alignment_weights, pair_loss
-from darkdistill_nb.data import ArrayData, load
-from darkdistill_nb.difficulty import DifficultyHistogram, bins_of, difficulty
-from darkdistill_nb.early_exit import ConvStage, EarlyExitNet, Exit, PooledMap, cnn, wrn
-from darkdistill_nb.exit_training import BoostNet
-from darkdistill_nb.federated import (
+from darkdistill_nb.federated.darkdistill import DarkDistill, alignment_weights, pair_loss
+from darkdistill_nb.core.data import ArrayData, load
+from darkdistill_nb.federated.difficulty import DifficultyHistogram, bins_of, difficulty
+from darkdistill_nb.exits.networks import ConvStage, EarlyExitNet, Exit, PooledMap, cnn, wrn
+from darkdistill_nb.exits.training import BoostNet
+from darkdistill_nb.federated.method import (
     EEFL,
     Client,
     Update,
@@ -21,8 +21,8 @@ from darkdistill_nb.federated import (
     tier_sizes,
     train_alone,
 )
-from darkdistill_nb.generator import Generator, diversity_loss, train_generator
-from darkdistill_nb.training import Streams
+from darkdistill_nb.federated.generator import Generator, diversity_loss, train_generator
+from darkdistill_nb.core.training import Streams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 nan, inf = math.nan, math.inf
@@ -404,9 +404,9 @@ def test_a_method_that_cannot_be_sent_says_so():
 
 SCRIPT = """
     import sys, torch
-    from darkdistill_nb.data import load
-    from darkdistill_nb.early_exit import cnn
-    from darkdistill_nb.federated import EEFL, make_clients, simulate
+    from darkdistill_nb.core.data import load
+    from darkdistill_nb.exits.networks import cnn
+    from darkdistill_nb.federated.method import EEFL, make_clients, simulate
     def main():
         train, test = load("digits")
         simulate(EEFL(participation=1., epochs=2000), lambda: cnn(train.shape, 10), train, test, make_clients(train.y, 4), 1, workers=2)
@@ -661,8 +661,8 @@ def test_a_damaged_checkpoint_names_the_file(checkpoint, kind):
 
 
 def test_files_of_something_else(checkpoint):
-    from darkdistill_nb.federated import load_state, save_state
-    from darkdistill_nb.training import save_tensors
+    from darkdistill_nb.federated.method import load_state, save_state
+    from darkdistill_nb.core.training import save_tensors
 
     state, meta = load_state(checkpoint)
     files = [
@@ -1029,7 +1029,7 @@ def test_progress_bar(capsys, monkeypatch):
 def test_progress_bar_in_a_notebook_that_somebody_watches(monkeypatch):
     "A kernel that may ask questions is live; one that runs a notebook from start to end may not."
     from types import SimpleNamespace
-    from darkdistill_nb.federated import _somebody_watches
+    from darkdistill_nb.federated.method import _somebody_watches
 
     for live in (True, False):
         shell = SimpleNamespace(kernel=SimpleNamespace(_allow_stdin=live))

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from darkdistill_nb.guarantees import (
+from darkdistill_nb.exits.guarantees import (
     METHODS,
     BanditController,
     LatencyController,
@@ -856,7 +856,7 @@ def test_losses_between_0_and_1_get_the_bound_for_them():
 
 
 def test_never_exit_ends_in_minus_infinity():
-    from darkdistill_nb.inference import take_exit
+    from darkdistill_nb.exits.inference import take_exit
 
     r = control_risk(S2, L2 + np.array([[1.0], [0.0]]), 0.01, grid=[0.5])
     assert (

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from darkdistill_nb import inference as inf
-from darkdistill_nb.data import ArrayData
-from darkdistill_nb.early_exit import cnn
-from darkdistill_nb.exit_training import BoostNet, exit_shares
-from darkdistill_nb.training import plus_minus, predict
+from darkdistill_nb.exits import inference as inf
+from darkdistill_nb.core.data import ArrayData
+from darkdistill_nb.exits.networks import cnn
+from darkdistill_nb.exits.training import BoostNet, exit_shares
+from darkdistill_nb.core.training import plus_minus, predict
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAST = -math.inf
@@ -669,7 +669,7 @@ def test_infinities_stay_apart_in_json():
 def test_old_records_stay_readable():
     "None at the last exit is -inf; before it the writer of those records only meant +inf."
     assert inf.read_thresholds([None, 0.5, None]) == [math.inf, 0.5, LAST]
-    from darkdistill_nb.training import asset, load_record
+    from darkdistill_nb.core.training import asset, load_record
 
     r = load_record(asset("digits_default.json"))
     for run in r.runs:
@@ -709,9 +709,9 @@ def test_what_is_no_list_of_thresholds(data, T, words):
 
 def test_every_reader_takes_thresholds_as_they_are_written():
     "take_exit, evaluate_thresholds, ExitRunner, loop_exits, streams, risk control, system rules and the explorer's model: the same exits and the same cost."
-    from darkdistill_nb.guarantees import grid_losses
-    from darkdistill_nb.runner import ExitRunner, loop_exits
-    from darkdistill_nb.widgets import ExitModel
+    from darkdistill_nb.exits.guarantees import grid_losses
+    from darkdistill_nb.exits.runner import ExitRunner, loop_exits
+    from darkdistill_nb.app.explorer import ExitModel
 
     torch.manual_seed(0)
     net, x, y = (

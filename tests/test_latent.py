@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from conftest import children, running
-from darkdistill_nb.data import ArrayData, _one_thread, dirichlet_draw
-from darkdistill_nb.distillation import distill
-from darkdistill_nb.latent import (
+from darkdistill_nb.core.data import ArrayData, _one_thread, dirichlet_draw
+from darkdistill_nb.distill.losses import distill
+from darkdistill_nb.distill.latent import (
     NETS,
     ORDERS,
     LatentNet,
@@ -24,8 +24,8 @@ from darkdistill_nb.latent import (
     plot_latents,
     small_shapes,
 )
-from darkdistill_nb.cells import cell_key
-from darkdistill_nb.latent_experiments import (
+from darkdistill_nb.core.cells import cell_key
+from darkdistill_nb.experiments.latent import (
     CLAIMS,
     HYPER,
     METHODS,
@@ -45,7 +45,7 @@ from darkdistill_nb.latent_experiments import (
     trend,
     tune,
 )
-from darkdistill_nb.latent_results import (
+from darkdistill_nb.experiments.latent_results import (
     CLAIM_LIST,
     Claim,
     at_an_edge,
@@ -55,7 +55,7 @@ from darkdistill_nb.latent_results import (
     stored,
     verdict_table,
 )
-from darkdistill_nb.training import Record, accuracy, load_record, predict
+from darkdistill_nb.core.training import Record, accuracy, load_record, predict
 
 
 def blank(per_class, size=4, classes=10):
@@ -401,7 +401,7 @@ QUICK = dict(n=64, epochs=2, teacher_epochs=1)
 
 def test_cells_of_all_methods_are_paired(tmp_path):
     "Same client, same test and same first weights for every method; one teacher file."
-    from darkdistill_nb import latent_experiments as X
+    from darkdistill_nb.experiments import latent as X
 
     cells = [latent_cell("shapes16", m, 1, **{**QUICK, "epochs": 0}) for m in METHODS]
     tasks = [X.train_cell(c, tmp_path) for c in cells]
@@ -490,7 +490,7 @@ def test_verdicts_follow_the_data():
 
 ARGS = [
     "-m",
-    "darkdistill_nb.latent_experiments",
+    "darkdistill_nb.experiments.latent",
     "compare",
     "--data",
     "shapes16",
@@ -675,7 +675,7 @@ def test_tuned_settings_of_another_file_of_that_name_are_not_taken(tmp_path):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_teacher_does_not_depend_on_the_number_of_threads(tmp_path, threads):
     code = (
-        "import sys, torch; from darkdistill_nb.latent_experiments import *; "
+        "import sys, torch; from darkdistill_nb.experiments.latent import *; "
         "t, _ = latent_teacher(latent_cell('shapes16', 'CE', teacher_epochs=1)['teacher'], sys.argv[1]); print(t.output.weight.double().sum().item())"
     )
     out = [

@@ -7,7 +7,7 @@ from conftest import LONG
 COMMAND = [
     sys.executable,
     "-c",
-    "import sys; from darkdistill_nb.cli import main; sys.exit(main())",
+    "import sys; from darkdistill_nb.app.cli import main; sys.exit(main())",
     "run",
 ]
 
@@ -31,7 +31,7 @@ def run(folder, *args):
 @pytest.fixture(scope="module")
 def main_job(tmp_path_factory):
     "`darkdistill run` without any option: (folder, record, seconds, output)."
-    from darkdistill_nb.training import load_record
+    from darkdistill_nb.core.training import load_record
 
     d = tmp_path_factory.mktemp("main")
     seconds, out = run(d)
@@ -109,7 +109,7 @@ def test_everything_is_left(main_job):
 @pytest.mark.slow
 def test_repeated_with_other_cores(main_job, tmp_path):
     "The first rounds again, on one core instead of all: the log of every round is the same to the last bit."
-    from darkdistill_nb.training import load_record
+    from darkdistill_nb.core.training import load_record
 
     run(tmp_path, "--rounds", "3", "--seeds", "0,", "--no-alone", "--workers", "1", "--out", "one")
     run(

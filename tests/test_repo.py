@@ -252,9 +252,9 @@ def test_imports_only_from_lower_floors(nb):
 @pytest.mark.parametrize(
     "code, found",
     [
-        ("from darkdistill_nb.cli import main", {"cli"}),
+        ("from darkdistill_nb.app.cli import main", {"cli"}),
         ("from darkdistill_nb import cli, x", {"cli"}),
-        ("def f():\n    import darkdistill_nb.cli as c", {"cli"}),
+        ("def f():\n    import darkdistill_nb.app.cli as c", {"cli"}),
         ("from .cli import main", {"cli"}),
         ("from . import cli", {"cli"}),
         ("import torch.cli", set()),

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups and S
 COMMAND = [
     sys.executable,
     "-c",
-    "import sys; from darkdistill_nb.cli import main; sys.exit(main())",
+    "import sys; from darkdistill_nb.app.cli import main; sys.exit(main())",
     "run",
 ]
 SETTINGS = "--rounds 12 --seeds 1 --clients 8 --tiers 3 --net width=8 stages=3 --darkdistill server_epochs=1 --eval-every 4".split()
@@ -74,7 +74,7 @@ def kill(p):
 
 def check_whole(folder):
     "Every file that has its final name reads as a whole one."
-    from darkdistill_nb.training import load_record, load_tensors
+    from darkdistill_nb.core.training import load_record, load_tensors
 
     if not folder.exists():
         return
@@ -93,14 +93,14 @@ def check_whole(folder):
 
 
 def weights(folder):
-    from darkdistill_nb.training import load_tensors
+    from darkdistill_nb.core.training import load_tensors
 
     return {p.name: load_tensors(p)[0] for p in sorted((folder / "weights").iterdir())}
 
 
 def numbers(folder):
     "What the record says, without times."
-    from darkdistill_nb.training import load_record
+    from darkdistill_nb.core.training import load_record
 
     r = load_record(folder)
 
@@ -208,7 +208,7 @@ def test_resume_of_a_finished_run_changes_nothing(whole):
 
 def test_half_a_record_is_refused(whole, tmp_path):
     "A record.json that was cut off (by a copy that failed, say) is an error, not a result."
-    from darkdistill_nb import cli
+    from darkdistill_nb.app import cli
 
     shutil.copytree(whole, tmp_path / "run")
     path = tmp_path / "run/record.json"
@@ -285,7 +285,7 @@ DAMAGE = {
 @pytest.mark.parametrize("name, damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_checkpoint_is_named(name, damage, stopped, tmp_path, capsys):
     "One sentence that names the file to delete, and no promise that the same command would do."
-    from darkdistill_nb import cli
+    from darkdistill_nb.app import cli
 
     shutil.copytree(stopped, tmp_path / "run")
     path = tmp_path / "run/jobs" / name
@@ -310,7 +310,7 @@ def test_after_deleting_the_damaged_file_all_is_well(stopped, whole, tmp_path):
 @pytest.mark.parametrize("worker", ["1", "2"])
 def test_checkpoint_of_another_run_is_refused(worker, stopped, tmp_path, capsys):
     "A checkpoint that does not belong to the settings beside it is not continued."
-    from darkdistill_nb import cli
+    from darkdistill_nb.app import cli
 
     shutil.copytree(stopped, tmp_path / "run")
     config = tmp_path / "run/config.json"
@@ -335,7 +335,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("change", CONFIGS.values(), ids=CONFIGS)
 def test_a_damaged_config_is_named(change, stopped, tmp_path, capsys):
-    from darkdistill_nb import cli
+    from darkdistill_nb.app import cli
 
     shutil.copytree(stopped, tmp_path / "run")
     path = tmp_path / "run/config.json"

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from darkdistill_nb import bench, runner as R
-from darkdistill_nb.early_exit import cnn, msdnet, vit, wrn
-from darkdistill_nb.exit_training import BoostNet, Joint
-from darkdistill_nb.inference import (
+from darkdistill_nb.experiments import bench
+from darkdistill_nb.exits import runner as R
+from darkdistill_nb.exits.networks import cnn, msdnet, vit, wrn
+from darkdistill_nb.exits.training import BoostNet, Joint
+from darkdistill_nb.exits.inference import (
     Confidence,
     Difference,
     Energy,
@@ -20,7 +21,7 @@ from darkdistill_nb.inference import (
     Score,
     take_exit,
 )
-from darkdistill_nb.runner import (
+from darkdistill_nb.exits.runner import (
     ExitRunner,
     FusedBlock,
     OnnxRunner,
@@ -635,7 +636,7 @@ def test_bench_exits_command(tmp_path, monkeypatch, capsys):
         torch.set_num_threads(threads)
     out = capsys.readouterr().out
     assert "plain PyTorch, always last" in out and "stream" in out and "realised" in out
-    from darkdistill_nb.training import load_record
+    from darkdistill_nb.core.training import load_record
 
     record = load_record(tmp_path / "r.json")
     assert record.info["table"] in out and len(record.info["rows"]) == 13 and record.seconds > 0

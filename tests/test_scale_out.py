@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from darkdistill_nb import scale_out
-from darkdistill_nb.data import ArrayData
-from darkdistill_nb.distributed import DistrEE, make_answers, student_net, system_answers
-from darkdistill_nb.scale_out import (
+from darkdistill_nb.distree import actors as scale_out
+from darkdistill_nb.core.data import ArrayData
+from darkdistill_nb.distree.students import DistrEE, make_answers, student_net, system_answers
+from darkdistill_nb.distree.actors import (
     RaySystem,
     Seen,
     Student,
@@ -20,7 +20,7 @@ from darkdistill_nb.scale_out import (
     plot_requests,
     ray_cluster,
 )
-from darkdistill_nb.simulator import (
+from darkdistill_nb.distree.simulator import (
     Cluster,
     Outcomes,
     Policy,
@@ -29,7 +29,7 @@ from darkdistill_nb.simulator import (
     local_policy,
     simulate_devices,
 )
-from darkdistill_nb.system_policies import (
+from darkdistill_nb.distree.policies import (
     FeatureDifference,
     NeighbourSimilarity,
     PartialLogits,

@@ -6,10 +6,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from darkdistill_nb import simulator
-from darkdistill_nb.distributed import SystemAnswers, make_answers
-from darkdistill_nb.guarantees import BanditController, LatencyController
-from darkdistill_nb.simulator import (
+from darkdistill_nb.distree import simulator
+from darkdistill_nb.distree.students import SystemAnswers, make_answers
+from darkdistill_nb.exits.guarantees import BanditController, LatencyController
+from darkdistill_nb.distree.simulator import (
     Aggregator,
     Cluster,
     Device,

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from darkdistill_nb.distributed import SystemAnswers, make_answers
-from darkdistill_nb.guarantees import METHODS, last_of_prefix, passes
-from darkdistill_nb.inference import static_mixture
-from darkdistill_nb.system_policies import (
+from darkdistill_nb.distree.students import SystemAnswers, make_answers
+from darkdistill_nb.exits.guarantees import METHODS, last_of_prefix, passes
+from darkdistill_nb.exits.inference import static_mixture
+from darkdistill_nb.distree.policies import (
     POLICIES,
     SYSTEM_SCHEMES,
     FeatureDifference,
@@ -190,7 +190,7 @@ def test_cost_accounting():
 
 def test_head_overhead_is_in_the_costs():
     "All students at exit 7 cost the trunk and its heads: the system's own table says so."
-    from darkdistill_nb.distributed import student_net
+    from darkdistill_nb.distree.students import student_net
 
     net = student_net("wrn", (3, 32, 32), 10, 58, depth=16, widen=1, exits=range(7), bias=True)
     with_heads, trunk = torch.tensor(net.macs()).double(), 26_657_408

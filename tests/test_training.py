@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from darkdistill_nb.data import ArrayData
-from darkdistill_nb.early_exit import cnn
-from darkdistill_nb import training as T
-from darkdistill_nb.training import (
+from darkdistill_nb.core.data import ArrayData
+from darkdistill_nb.exits.networks import cnn
+from darkdistill_nb.core import training as T
+from darkdistill_nb.core.training import (
     Record,
     check_batches,
     check_fingerprints,
@@ -374,7 +374,7 @@ def test_what_is_no_record_is_said_so(tmp_path, text):
 
 
 def test_the_stored_records_are_read():
-    from darkdistill_nb.training import asset
+    from darkdistill_nb.core.training import asset
 
     found = sorted(asset("digits_default.json").parent.glob("*.json"))
     assert len(found) > 20

@@ -4,12 +4,12 @@ import json, math, os, subprocess, sys
 from unittest import mock
 import numpy as np
 import pytest, torch
-from darkdistill_nb.data import ArrayData, class_mix, dirichlet_split, effective_classes
-from darkdistill_nb.early_exit import cnn
-from darkdistill_nb.exit_training import BoostNet, exit_shares
-from darkdistill_nb.inference import budget_thresholds, take_exit
-from darkdistill_nb.training import predict
-from darkdistill_nb.widgets import (
+from darkdistill_nb.core.data import ArrayData, class_mix, dirichlet_split, effective_classes
+from darkdistill_nb.exits.networks import cnn
+from darkdistill_nb.exits.training import BoostNet, exit_shares
+from darkdistill_nb.exits.inference import budget_thresholds, take_exit
+from darkdistill_nb.core.training import predict
+from darkdistill_nb.app.explorer import (
     DirichletExplorer,
     ExitExplorer,
     ExitModel,
@@ -394,7 +394,7 @@ def test_stored_figure_is_small():
 
 @pytest.mark.parametrize("score", ["confidence", "margin"])
 def test_from_net_is_the_library_in_steps(score):
-    from darkdistill_nb.inference import score_by_name
+    from darkdistill_nb.exits.inference import score_by_name
 
     g = torch.Generator().manual_seed(0)
     split = lambda n: ArrayData(
@@ -633,7 +633,7 @@ def test_bad_settings():
 
 
 def test_module_brings_no_plotly_and_no_widgets():
-    code = """import sys, darkdistill_nb.widgets as w, numpy as np
+    code = """import sys, darkdistill_nb.app.explorer as w, numpy as np
 w.ExitModel(np.eye(3), np.eye(3), [1, 2, 3]).at([.5, .5, -np.inf])
 print(sorted({'plotly', 'ipywidgets', 'anywidget', 'PIL', 'IPython'} & set(sys.modules)))"""
     assert (
@@ -703,7 +703,7 @@ def test_values_have_no_long_tail(explorer):
 def test_a_script_that_is_too_slow_is_said_and_done_without(explorer):
     "While the figure has not reported, a sentence names `.to_frames()`; then it is drawn another way, which follows the controls, until it reports."
     import asyncio
-    from darkdistill_nb import widgets
+    from darkdistill_nb.app import explorer as widgets
 
     explorer.live()
     assert ".to_frames()" in explorer.note.value and explorer.other.outputs == ()
@@ -784,7 +784,7 @@ def test_frames_of_nearly_equal_budgets_have_different_names():
 @pytest.mark.parametrize("mark", ["bar", "dot"])
 def test_classes_look_different_and_can_be_seen(mark):
     "100 classes have 100 looks; no fill is nearly white or nearly black; a pattern lies over its fill, in an ink that differs from it."
-    from darkdistill_nb.data import class_look
+    from darkdistill_nb.core.data import class_look
 
     light = lambda c: sum(
         w * int(c[i : i + 2], 16) for w, i in ((0.299, 1), (0.587, 3), (0.114, 5))
@@ -803,9 +803,9 @@ def test_classes_look_different_and_can_be_seen(mark):
 def test_one_look_everywhere():
     "Bars of clients in 00, in the explorer and in the report have the same markers."
     import plotly.graph_objects as go
-    from darkdistill_nb.data import class_look, plot_clients
-    from darkdistill_nb.report import clients_figure
-    from darkdistill_nb.training import Record
+    from darkdistill_nb.core.data import class_look, plot_clients
+    from darkdistill_nb.experiments.report import clients_figure
+    from darkdistill_nb.core.training import Record
 
     K, n = 23, np.random.default_rng(0).integers(1, 9, (4, 23))
     info = dict(clients={"0": dict(tier=[1, 1, 2, 2], classes=n.tolist())}, classes=list(range(K)))
@@ -819,7 +819,7 @@ def test_one_look_everywhere():
 
 
 def test_report_functions_refuse_nonsense(tmp_path):
-    from darkdistill_nb.report import (
+    from darkdistill_nb.experiments.report import (
         agreement,
         compare_table,
         html_table,
@@ -831,7 +831,7 @@ def test_report_functions_refuse_nonsense(tmp_path):
         write_compare,
         write_report,
     )
-    from darkdistill_nb.training import Record
+    from darkdistill_nb.core.training import Record
 
     for call in (
         lambda: spread([math.nan, 0.5]),
@@ -860,7 +860,7 @@ def test_report_is_utf8_in_any_locale(tmp_path):
     "Class names outside ASCII survive a console and a locale that know ASCII only."
     code = f"""import sys; sys.path.insert(0, "tests")
 from test_site import a_record
-from darkdistill_nb.report import write_report
+from darkdistill_nb.experiments.report import write_report
 r = a_record(3); r.info["classes"] = ["k\\u00e4fer", "\\u732b", "b"]
 write_report(r, r"{tmp_path / "r.html"}")"""
     subprocess.run(

@@ -13,7 +13,7 @@ import nbformat
 from make_readme import ROOT, visible
 
 sys.path.insert(0, str(ROOT))
-from darkdistill_nb.report import DRAW_JS, figure_html
+from darkdistill_nb.experiments.report import DRAW_JS, figure_html
 
 DOCS, SRC, LIB = ROOT / "docs", ROOT / "docs/_src", ROOT / "darkdistill_nb"
 PLOTLY = "application/vnd.plotly.v1+json"

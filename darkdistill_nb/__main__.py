@@ -1,4 +1,5 @@
-"""Floor 14. The command of this house for those whose shell does not find it: a package can be run, like a script.
+"""The command for those whose shell does not find it: a package can be run, like a script.
+`python -m darkdistill_nb`, for a shell that does not find the command.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/6_app/main.html.md"""
 

@@ -1,4 +1,4 @@
-"""Early-exit networks (04) and LoRA (04c): what the notebooks' examples do not reach, and the acceptance numbers."""
+"""Early-exit networks and LoRA: what the notebooks' examples do not reach, and the acceptance numbers."""
 
 import copy, hashlib, os, subprocess, sys
 import pytest, torch

@@ -7,7 +7,7 @@ from conftest import LONG, children, process_state, running
 from torch import nn
 from darkdistill_nb.federated.darkdistill import DarkDistill, alignment_weights, pair_loss
 from darkdistill_nb.core.data import ArrayData, load
-from darkdistill_nb.federated.difficulty import DifficultyHistogram, bins_of, difficulty
+from darkdistill_nb.federated.difficulty import DifficultyHistogram, bins_of, sample_difficulty
 from darkdistill_nb.exits.networks import ConvStage, EarlyExitNet, Exit, PooledMap, cnn, wrn
 from darkdistill_nb.exits.training import BoostNet
 from darkdistill_nb.federated.method import (
@@ -908,10 +908,10 @@ CALLS = {
         G, build(), build(), BoostNet(), None, 1, g0, lam_div=-1
     ),
     "diversity": lambda: diversity_loss(torch.rand(1, 3), torch.rand(4, 5)),
-    "difficulty: label": lambda: difficulty(z, labels + 1),
-    "difficulty: shape": lambda: difficulty(z, labels[:1]),
-    "difficulty: cap": lambda: difficulty(z, labels, cap=nan),
-    "difficulty: cap 0": lambda: difficulty(z, labels, cap=0),
+    "difficulty: label": lambda: sample_difficulty(z, labels + 1),
+    "difficulty: shape": lambda: sample_difficulty(z, labels[:1]),
+    "difficulty: cap": lambda: sample_difficulty(z, labels, cap=nan),
+    "difficulty: cap 0": lambda: sample_difficulty(z, labels, cap=0),
     "histogram: label": lambda: hist(n_classes=2),
     "histogram: lengths": lambda: hist(y=labels[:1]),
     "histogram: negative": lambda: hist(d=-torch.rand(4)),

@@ -1,6 +1,6 @@
 "The labs as students meet them, as instructors grade them, and what their tests say to answers."
 
-import ast, contextlib, importlib.util, io, re, shutil, subprocess, sys
+import ast, contextlib, importlib.util, io, os, re, shutil, subprocess, sys
 from pathlib import Path
 import nbformat, pytest, torch
 from conftest import LONG
@@ -244,9 +244,13 @@ def test_nbgrader_makes_and_grades_the_lab(path, tmp_path):
     source.write_text(shorter(text), encoding="utf-8")
     shutil.copy(INSTRUCTOR / "nbgrader_config.py", course)
 
+    # as in an activated environment: nbgrader starts `alembic` by its name
+    scripts = str(Path(sys.executable).parent)
+    env = {**os.environ, "PATH": os.pathsep.join([scripts, os.environ["PATH"]])}
+
     def nbgrader(*args):
         command = [sys.executable, "-m", "nbgrader", *args]
-        r = subprocess.run(command, cwd=course, capture_output=True, text=True)
+        r = subprocess.run(command, cwd=course, capture_output=True, text=True, env=env)
         assert r.returncode == 0, r.stdout + r.stderr
 
     nbgrader("generate_assignment", name)

@@ -52,7 +52,7 @@ from darkdistill_nb.experiments.latent_results import (
     best_value,
     judge,
     step_differences,
-    stored,
+    latent_record,
     verdict_table,
 )
 from darkdistill_nb.core.training import Record, accuracy, load_record, predict
@@ -730,7 +730,7 @@ HOSTILE_EXPERIMENTS = {
     "axis": lambda d: trend(Record({}), axis="seed"),
     "no runs": lambda d: best_value(Record({}), "n"),
     "no pairs": lambda d: step_differences(Record({}), "CE", "n", 1, 2),
-    "experiment": lambda d: stored("sweep_all", "cifar10"),
+    "experiment": lambda d: latent_record("sweep_all", "cifar10"),
     "edge": lambda d: at_an_edge("AT", {}),
 }
 

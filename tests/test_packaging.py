@@ -82,8 +82,8 @@ LOOK = f"""
 import json, sys
 from pathlib import Path
 import {LIB}
-from {LIB}.cli import tutorials
-from {LIB}.training import asset, load_record, load_tensors
+from {LIB}.app.cli import tutorials
+from {LIB}.core.training import asset, load_record, load_tensors
 record, tensors = asset("digits_default.json"), asset("distree_digits_3.safetensors")
 load_record(record), load_tensors(tensors)
 copies = tutorials("mine")

@@ -181,7 +181,7 @@ def looked_at(browser, path, widths=(1280, 400)):
 
 
 def test_every_page_of_the_site(site, browser):
-    pages = sorted(site.glob("[0-9]*.html")) + [
+    pages = sorted(site.glob("[0-9]_*/*.html")) + [
         site / f"{n}.html" for n in ("index", "reference", "CONTRIBUTING", "CHANGELOG")
     ]
     found = {p.name: wrong for p in pages if (wrong := looked_at(browser, p))}

@@ -801,7 +801,7 @@ def test_classes_look_different_and_can_be_seen(mark):
 
 
 def test_one_look_everywhere():
-    "Bars of clients in 00, in the explorer and in the report have the same markers."
+    "Bars of clients in core.data, in the explorer and in the report have the same markers."
     import plotly.graph_objects as go
     from darkdistill_nb.core.data import class_look, plot_clients
     from darkdistill_nb.experiments.report import clients_figure

@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 
 from make_readme import ROOT, visible
+from order import chapters, lessons
 
 sys.path.insert(0, str(ROOT))
 from darkdistill_nb.experiments.report import DRAW_JS, figure_html
@@ -19,26 +20,24 @@ DOCS, SRC, LIB = ROOT / "docs", ROOT / "docs/_src", ROOT / "darkdistill_nb"
 PLOTLY = "application/vnd.plotly.v1+json"
 
 
-def links(text):
-    "Links as seen from the site: all pages in one folder, and no link to a notebook that is not written yet."
-    text = re.sub(r"\]\((?:\.\./)?(?:nbs/)?", "](", text)
-    return re.sub(
-        r"\[([^\]]*)\]\((\d\d[a-z]?_\w+\.ipynb)[^)]*\)",
-        lambda m: m[0] if (ROOT / "nbs" / m[2]).exists() else m[1],
-        text,
-    )
+def links(text, path):
+    "Links as seen from the site, where the folder nbs is the top: what lies beside it, such as CONTRIBUTING.md, is there too."
+    up = "../" * len(path.relative_to(ROOT / "nbs").parents)
+    return text.replace(f"]({up}", f"]({up[3:]}").replace("](nbs/", "](")
 
 
 def page(path):
     "The notebook of one page: hidden cells and directives dropped, figures turned into HTML."
     nb = visible(nbformat.read(path, 4))
+    top = "../" * (len(path.relative_to(ROOT / "nbs").parents) - 1)
     scripts = "".join(
-        f'<script defer src="_static/{name}"></script>' for name in ("plotly.min.js", "figures.js")
+        f'<script defer src="{top}_static/{name}"></script>'
+        for name in ("plotly.min.js", "figures.js")
     )
     drawn = 0
     for c in nb.cells:
         if c.cell_type == "markdown":
-            c.source = links(c.source)
+            c.source = links(c.source, path)
         for o in c.get("outputs", []):
             spec = o.get("data", {}).get(PLOTLY)
             if spec is None:
@@ -51,10 +50,6 @@ def page(path):
         "name": "python3",
     }
     return nb
-
-
-def title(nb):
-    return re.match(r"#\s*(.+)", nb.cells[0].source)[1]
 
 
 def signature(node):
@@ -81,7 +76,7 @@ def signature(node):
     return f"{node.name}({ast.unparse(args)})"
 
 
-def api(pages):
+def api(order):
     "Every public function and class with its one-line description, by module, each linked to the page that builds it."
     rows = [
         "# Reference",
@@ -89,10 +84,15 @@ def api(pages):
         "All public names by module. The page of a module explains, shows and tests each of them.",
         "",
     ]
-    for stem in pages:
-        module = re.sub(r"^\d+[a-z]?_", "", stem).replace("main", "__main__")
-        rows += [f"## `darkdistill_nb.{module}`", "", f"Built in [{module}]({stem}.ipynb).", ""]
-        for node in ast.parse((LIB / f"{module}.py").read_text(encoding="utf-8")).body:
+    for lesson in order:
+        rows += [
+            f"## `darkdistill_nb.{lesson.module}`",
+            "",
+            f"Built in [{lesson.title}]({lesson.path}).",
+            "",
+        ]
+        file = LIB / f"{lesson.module.replace('.', '/')}.py"
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 if isinstance(node, ast.FunctionDef) and any(
                     "patch" in ast.unparse(d) for d in node.decorator_list
@@ -103,29 +103,45 @@ def api(pages):
     return "\n".join(rows)
 
 
+def toctree(caption, rows):
+    "A part of the sidebar; `rows`: lines `title <page>`."
+    return "\n".join(
+        [
+            "```{toctree}",
+            ":hidden:",
+            f":caption: {caption}",
+            ":maxdepth: 1",
+            "",
+            *rows,
+            "```",
+        ]
+    )
+
+
+def sidebar():
+    "Chapters with their lessons in the order of nbs/index.ipynb, then what is about the project."
+    parts = []
+    for c in chapters():
+        rows = [f"{l.title} <{l.path.removesuffix('.ipynb')}>" for l in c.lessons]
+        parts.append(toctree(c.title, [f"Overview <{c.folder}/overview>", *rows]))
+    about = ("glossary", "reference", "CONTRIBUTING", "CHANGELOG")
+    parts.append(toctree("Reference", [f"{name.capitalize()} <{name}>" for name in about]))
+    return "\n\n".join(parts)
+
+
 def prepare():
     "Write the pages and the two scripts that they need into docs/_src."
     shutil.rmtree(SRC, ignore_errors=True)
     (SRC / "_static").mkdir(parents=True)
-    found = {p.stem: page(p) for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))}
-    index = page(ROOT / "nbs/index.ipynb")
-    toc = "\n".join(
-        [
-            *(f"{title(nb)} <{stem}>" for stem, nb in found.items()),
-            "Reference <reference>",
-            "Contributing <CONTRIBUTING>",
-            "Changelog <CHANGELOG>",
-        ]
-    )
-    index.cells.append(
-        nbformat.v4.new_markdown_cell(
-            "```{toctree}\n:hidden:\n:caption: Notebooks\n:maxdepth: 1\n\n" + toc + "\n```",
-            id="toctree",
-        )
-    )
-    for stem, nb in {"index": index, **found}.items():
-        nbformat.write(nb, SRC / f"{stem}.ipynb")
-    (SRC / "reference.md").write_text(api(found), encoding="utf-8")
+    found = {p: page(p) for p in sorted((ROOT / "nbs").glob("[0-9]_*/*.ipynb"))}
+    found |= {p: page(p) for p in sorted((ROOT / "nbs").glob("*.ipynb"))}
+    side = nbformat.v4.new_markdown_cell(sidebar(), id="toctree")
+    found[ROOT / "nbs/index.ipynb"].cells.append(side)
+    for path, nb in found.items():
+        target = SRC / path.relative_to(ROOT / "nbs")
+        target.parent.mkdir(exist_ok=True)
+        nbformat.write(nb, target)
+    (SRC / "reference.md").write_text(api(lessons()), encoding="utf-8")
     site = {
         m: Path(importlib.util.find_spec(m).origin).parent
         for m in ("plotly", "sphinxcontrib.katex")
@@ -145,7 +161,7 @@ def external(out):
     )
     return [
         f"{p.name}: {m[0]}"
-        for p in sorted(out.glob("*.html"))
+        for p in sorted(out.rglob("*.html"))
         for m in load.finditer(p.read_text(encoding="utf-8"))
     ]
 
@@ -178,7 +194,7 @@ def main(argv):
     if found := external(out):
         print("the site is not self-contained:", *found, sep="\n  ")
         return 1
-    print(f"{len(list(out.glob('*.html')))} pages; open {out / 'index.html'}")
+    print(f"{len(list(out.rglob('*.html')))} pages; open {out / 'index.html'}")
     return 0
 
 

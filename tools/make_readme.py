@@ -33,7 +33,7 @@ def readme(root=ROOT):
     )
     if resources.get("outputs"):
         raise ValueError("nbs/index.ipynb stores pictures; the README takes text outputs only")
-    text = re.sub(r"\]\((?=\d\d[a-z]?_\w+\.ipynb)", "](nbs/", text).replace(
+    text = re.sub(r"\]\((?=[\w/]+\.ipynb)", "](nbs/", text).replace(
         "](../", "]("
     )  # links as seen from the root
     return (

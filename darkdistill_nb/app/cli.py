@@ -1,4 +1,5 @@
-"""Floor 14. `darkdistill run` trains the methods of this house on paired seeds, survives being killed, and leaves a folder with weights, numbers and a report.
+"""`darkdistill run` trains methods on paired seeds, survives being killed, and leaves a folder with weights, numbers and a report.
+The experiment behind `darkdistill run`, its record and its report.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/6_app/cli.html.md"""
 

@@ -1,4 +1,5 @@
-"""Floor 13. Two instruments to hold a question in the hand: what do exit thresholds buy, and who holds what after a Dirichlet split.
+"""Two instruments to hold a question in the hand: what do exit thresholds buy, and who holds what after a Dirichlet split.
+Explorers for thresholds and for the Dirichlet split, with and without a kernel.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/6_app/explorer.html.md"""
 

@@ -1,4 +1,5 @@
-"""Floor 01. Many trainings, cut into pieces that are stored one by one, and a statement on how sure we are of the difference between two of them.
+"""Many trainings, cut into pieces that are stored one by one, and a statement on how sure we are of the difference between two of them.
+Trainings cut into cells that survive a kill, and paired differences with an interval.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/0_core/cells.html.md"""
 

@@ -1,4 +1,5 @@
-"""Floor 00. The few functions with which every other notebook checks what it is given, before any work starts.
+"""The few functions with which every other notebook checks what it is given, before any work starts.
+One sentence for bad input, before any work starts.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/0_core/checks.html.md"""
 

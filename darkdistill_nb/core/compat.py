@@ -1,4 +1,5 @@
-"""Floor 00. Makes `import torchvision` and `import timm` work where torchvision's compiled library cannot be loaded, and does nothing where it can.
+"""Makes `import torchvision` and `import timm` work where torchvision's compiled library cannot be loaded, and does nothing where it can.
+What happens when torchvision meets another build of PyTorch, and the repair.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/0_core/compat.html.md"""
 

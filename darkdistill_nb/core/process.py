@@ -1,4 +1,5 @@
-"""Floor 01. What Python leaves to the system, and what an hour's run needs all the same: worker processes that never outlive the one that started them, and a table that any console can print.
+"""What Python leaves to the system, and what an hour's run needs all the same: worker processes that never outlive the one that started them, and a table that any console can print.
+Workers that end with their parent, scripts without a guard, consoles that lack a character.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/0_core/process.html.md"""
 

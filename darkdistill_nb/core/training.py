@@ -1,4 +1,5 @@
-"""Floor 01. Everything later is trained, measured and written down with the few tools of this page.
+"""Everything later is trained, measured and written down with the few tools of this page.
+One seed and its random streams, fit and evaluate, records of runs.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/0_core/training.html.md"""
 

@@ -1,4 +1,5 @@
-"""Floor 02b. Losses on the inside of two networks (hints, attention, neighbourhoods, contrast), every method by its name, and all of them side by side.
+"""Losses on the inside of two networks (hints, attention, neighbourhoods, contrast), every method by its name, and all of them side by side.
+What lies between input and answer: hints, attention, CRD, LPD, and one driver for all losses.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/1_distill/features.html.md"""
 

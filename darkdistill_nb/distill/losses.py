@@ -1,4 +1,5 @@
-"""Floor 02. A trained network knows more than its answers: this page turns what it knows into losses for another network, and trains with all of them through one driver.
+"""A trained network knows more than its answers: this page turns what it knows into losses for another network, and trains with all of them through one driver.
+The losses that carry knowledge from a teacher to a student.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/1_distill/losses.html.md"""
 
@@ -21,7 +22,7 @@ from torch import nn
 # %% ../../nbs/1_distill/losses.ipynb #98413b36
 def _up(x): return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x   # at least 32 bits
 
-def _positive(**values): # 04b uses it, and its tests know these words
+def _positive(**values): # exits.training uses it, and its tests know these words
     for name, v in values.items():
         what = "a positive temperature" if name in ("T", "tau") else "a positive number"
         check(0 < number(v, name, inf=True) < math.inf, name, v, what)

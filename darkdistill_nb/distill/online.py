@@ -1,4 +1,5 @@
-"""Floor 02c. No finished teacher: networks that teach each other while they learn, and a network whose last exit teaches its earlier ones.
+"""No finished teacher: networks that teach each other while they learn, and a network whose last exit teaches its earlier ones.
+Students that teach each other, exits that teach each other.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/1_distill/online.html.md"""
 

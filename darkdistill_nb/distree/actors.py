@@ -1,4 +1,5 @@
-"""Floor 12. So far all devices lived in one program. Here every student is a process of its own, with real clocks and real messages, and the answers still come in time when one of them dies.
+"""So far all devices lived in one program. Here every student is a process of its own, with real clocks and real messages, and the answers still come in time when one of them dies.
+The same system on real processes: one Ray actor per device.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/4_distree/actors.html.md"""
 
@@ -270,7 +271,7 @@ def _end(self:RaySystem):
 # %% ../../nbs/4_distree/actors.ipynb #f8bc8fa8
 @patch
 def use(self:RaySystem,
-    policy:Policy=None,      # of 11c, or from `live_policy`; None: all students to the last exit
+    policy:Policy=None,      # of distree.simulator, or from `live_policy`; None: all students to the last exit
     deadline:float=1.,       # s after arrival; inf: wait for all students, if need be for ever
     fallback:str=None,       # None | "every": students report every exit, so that the deadline finds something
     mean=None,               # (N, K) contribution of a missing student, e.g. `answers.means()` of other pictures; None: zeros

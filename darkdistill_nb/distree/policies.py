@@ -1,4 +1,5 @@
-"""Floor 11. Students on several devices have exits, but no device sees the joint answer; this page collects rules that stop them, adds up what each rule really costs, and chooses thresholds for the system as a whole.
+"""Students on several devices have exits, but no device sees the joint answer; this page collects rules that stop them, adds up what each rule really costs, and chooses thresholds for the system as a whole.
+When each device, or all together, should stop; thresholds, budgets and guarantees for the system.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/4_distree/policies.html.md"""
 
@@ -140,7 +141,7 @@ class ProxyHead(SystemPolicy):
     "Stop where a student's own classifier is sure enough."
     sends = "logits"
     def __init__(self,
-        score="margin", # a `Score` of notebook 05, or its name
+        score="margin", # a `Score` of exits.inference, or its name
     ): self.score = score_by_name(score)
     def of(self, answers): return torch.stack([self.score.score(z) for z in answers.proxy])
 
@@ -181,7 +182,7 @@ class PartialLogits(Together):
     "Stop all students where the exact joint logits are sure enough."
     def __init__(self,
         points=None, rtt:float=0., speculative:bool=True, # see `Together`
-        score="confidence", # a `Score` of notebook 05, or its name
+        score="confidence", # a `Score` of exits.inference, or its name
     ):
         super().__init__(points, rtt, speculative); self.score = score_by_name(score)
     def ask(self, answers, points): return self.score.score(torch.stack([answers.joint(e) for e in points]))
@@ -434,7 +435,7 @@ def system_losses(
     policy,                # a `SystemPolicy` or its name
     answers:SystemAnswers,
     lams,                  # (G,) falling
-    kind="consistency",    # loss of notebook 05b, compared with the system at its last exit
+    kind="consistency",    # loss of exits.guarantees, compared with the system at its last exit
 )->tuple:                  # L (G, S) losses of the aggregated answer, cost (G,) mean latency
     "Run the whole system at every lambda; raises `ValueError` for values that do not fall."
     policy, lams = policy_by_name(policy), finite(np.asarray(lams, float), "lams", inf=True)

@@ -1,4 +1,5 @@
-"""Floor 11c. Accuracy and MACs leave out what a distributed system is made of: queues, slow links, lost packets, dead devices. This page runs a trained system through them in simulated time.
+"""Accuracy and MACs leave out what a distributed system is made of: queues, slow links, lost packets, dead devices. This page runs a trained system through them in simulated time.
+Queues, slow links, lost packets and dead devices, in simulated time.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/4_distree/simulator.html.md"""
 

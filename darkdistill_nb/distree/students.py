@@ -1,4 +1,5 @@
-"""Floor 11. No single device can hold the network, so several devices each learn a part of what it knows, and each can stop early.
+"""No single device can hold the network, so several devices each learn a part of what it knows, and each can stop early.
+A teacher's filters divided among small students with exits on several devices (NoNN, DistrEE).
 
 Docs: https://darkdistill.github.io/darkdistill_nb/4_distree/students.html.md"""
 

@@ -1,4 +1,5 @@
-"""Floor 05. How much worse than the full network may early exit be, and with what certainty? A threshold chosen on data is a statistic, and statistics miss; this page chooses thresholds that keep a promise.
+"""How much worse than the full network may early exit be, and with what certainty? A threshold chosen on data is a statistic, and statistics miss; this page chooses thresholds that keep a promise.
+Thresholds with a promise: conformal risk control, betting bounds, Learn then Test; a latency controller.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/2_exits/guarantees.html.md"""
 

@@ -1,4 +1,5 @@
-"""Floor 05. Every exit gives an answer and a score that says how far to trust it; this page turns scores into the decision to stop, under a budget.
+"""Every exit gives an answer and a score that says how far to trust it; this page turns scores into the decision to stop, under a budget.
+When to stop: scores, thresholds, budgets, calibration, and how far from the oracle.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/2_exits/inference.html.md"""
 

@@ -1,4 +1,5 @@
-"""Floor 04. Freeze the network, train a low-rank correction of its attention layers and the exits, and fold the correction away when training is over.
+"""Freeze the network, train a low-rank correction of its attention layers and the exits, and fold the correction away when training is over.
+Low-rank adaptation of an early-exit vision transformer: train and send little.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/2_exits/lora.html.md"""
 

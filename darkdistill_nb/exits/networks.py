@@ -1,4 +1,5 @@
-"""Floor 04. One network, several answers of rising cost.
+"""One network, several answers of rising cost.
+Networks with several exits, and what each exit costs.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/2_exits/networks.html.md"""
 

@@ -1,4 +1,5 @@
-"""Floor 05c. A picture that leaves early saves operations. Whether it saves *time* is decided by the loop around the network and by the kernels inside it.
+"""A picture that leaves early saves operations. Whether it saves *time* is decided by the loop around the network and by the kernels inside it.
+Early exit that saves the time, not only the operations; export to ONNX.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/2_exits/runner.html.md"""
 
@@ -29,7 +30,7 @@ def loop_exits(
     x:torch.Tensor,    # (n, C, H, W)
     thresholds,        # E thresholds, as numbers or as records hold them; the last exit takes everybody
     score=None,        # a `Score`; None: `Confidence()`
-    policy=None,       # what decides, see 04b; None: `Joint()`
+    policy=None,       # what decides, see exits.training; None: `Joint()`
 )->tuple:              # exit taken (n,), its deciding logits (n, K), all scores asked for: n lists
     "The definition of early exit: one picture after the other, one stage after the other."
     score, policy, exits, out, asked = score or Confidence(), policy or Joint(), [], [], []
@@ -297,7 +298,7 @@ def _outcome(done, costs, n_classes, logits, ordered=False):
 def _set_rule(r, costs, thresholds, score, policy):
     "Costs, score, policy and checked thresholds, as attributes of r."
     r.costs, r.score, r.policy = list(costs), score_by_name("confidence" if score is None else score), Joint() if policy is None else policy
-    check(hasattr(r.policy, "step"), "policy", policy, "a policy of 04b (`objective_by_name` makes one), or None")
+    check(hasattr(r.policy, "step"), "policy", policy, "a policy of exits.training (`objective_by_name` makes one), or None")
     r.thresholds = read_thresholds(thresholds, len(r.costs), "thresholds")
     r.rounded = torch.tensor(r.thresholds, dtype=torch.float32).tolist()   # like the scores
     return r
@@ -317,7 +318,7 @@ class ExitRunner:
         net:EarlyExitNet,
         thresholds,      # E thresholds on the score, as numbers or as records hold them; the last exit takes everybody
         score=None,      # a `Score` or its name; None: `Confidence()`
-        policy=None,     # what decides, see 04b; None: `Joint()`
+        policy=None,     # what decides, see exits.training; None: `Joint()`
         kernels="auto",  # auto: fused where recognised | modules: as they are | compile: `torch.compile` of every stage
         dtype=None,      # of weights and latents, e.g. torch.bfloat16; None: the net's
         device=None,     # None: the net's
@@ -556,8 +557,8 @@ def export_onnx(
     net:EarlyExitNet,
     folder,             # is made; receives stage1.onnx .. stageE.onnx and manifest.json
     thresholds,         # E thresholds
-    score="confidence", # name of a score (05)
-    policy="joint",     # name of a policy (04b)
+    score="confidence", # name of a score
+    policy="joint",     # name of a policy
     policy_options=None,# its options, e.g. dict(w=.5) for boostnet
 )->Path:                # of the manifest
     "Write one ONNX file per stage and a manifest; raises `ValueError` for a rule that cannot be written down by name."

@@ -1,4 +1,5 @@
-"""Floor 04. Ways to train all exits of one network at once: sums of cross-entropies, boosting, weights that are learned, and exits that teach each other.
+"""Ways to train all exits of one network at once: sums of cross-entropies, boosting, weights that are learned, and exits that teach each other.
+Joint losses, boosting, and learned weights that train all exits at once.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/2_exits/training.html.md"""
 

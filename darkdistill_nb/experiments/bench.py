@@ -1,4 +1,5 @@
-"""Floor 15. Speed is a claim like any other: one command measures it on your machine, beside another library, and prints ratios of one run.
+"""Speed is a claim like any other: one command measures it on your machine, beside another library, and prints ratios of one run.
+What a distillation step costs beside a plain step, and what early exit saves on the clock.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/5_experiments/bench.html.md"""
 

@@ -1,4 +1,5 @@
-"""Floor 11d. Teachers, partitions, losses, policies and failures, each an experiment whose result is stored, on paired seeds.
+"""Teachers, partitions, losses, policies and failures, each an experiment whose result is stored, on paired seeds.
+Policies at equal cost, divisions, losses and failures, on paired seeds.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/5_experiments/distree.html.md"""
 
@@ -11,7 +12,7 @@ __all__ = ['SEVEN', 'VIT', 'SETUPS', 'VITS', 'SMALL', 'SMALL_VIT', 'GENERATED', 
            'load_answers', 'joint_accuracy', 'answers_file', 'run_system', 'keep_system', 'load_system', 'centred',
            'rule_pairs', 'measure_policies', 'measure_failures', 'rounded', 'run_distree', 'value_of', 'way_gain',
            'over_mixture', 'compare_rules', 'rule_table', 'check_goals', 'plot_branches', 'plot_systems', 'bill_table',
-           'plot_sensitivity', 'plot_failures', 'stored', 'made_on', 'failure_cost', 'main']
+           'plot_sensitivity', 'plot_failures', 'distree_record', 'made_on', 'failure_cost', 'main']
 
 # %% ../../nbs/5_experiments/distree.ipynb #5a0f0d5f
 import argparse, dataclasses, functools, json, math, sys
@@ -654,7 +655,7 @@ def plot_failures(
     return figure(*traces, title=f"{title} (simulated)", y="test accuracy", height=380)
 
 # %% ../../nbs/5_experiments/distree.ipynb #efdb7d02
-def stored(
+def distree_record(
     name:str, # of `VARIANTS`
     data:str, # as for `distree_cell`
 ):            # Record, or None if there is none

@@ -1,4 +1,5 @@
-"""Floor 05. Early-exit networks trained for an hour, stored with their answers, and the question of whether difficulty-aware training pays once accuracy is weighed against cost.
+"""Early-exit networks trained for an hour, stored with their answers, and the question of whether difficulty-aware training pays once accuracy is weighed against cost.
+Trained networks with their answers, and whether difficulty-aware training pays.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/5_experiments/exits.html.md"""
 
@@ -7,7 +8,7 @@ Docs: https://darkdistill.github.io/darkdistill_nb/5_experiments/exits.html.md""
 # %% auto #0
 __all__ = ['NETS', 'WAYS', 'BUDGETS', 'three_parts', 'exit_cell', 'new_net', 'train_net', 'answers', 'to_16_bits', 'from_16_bits',
            'keep_trained', 'load_trained', 'train_trained', 'measure', 'pays', 'gains', 'gain_table', 'plot_pays',
-           'stored', 'main']
+           'exit_record', 'main']
 
 # %% ../../nbs/5_experiments/exits.ipynb #4b3d65c6
 import argparse, functools, json, sys
@@ -285,7 +286,7 @@ def plot_pays(
     return figure(*traces, title=title, x="mean cost (million MACs per picture)", y="test accuracy (mean and spread over seeds)", height=380)
 
 # %% ../../nbs/5_experiments/exits.ipynb #c4bde251
-def stored(
+def exit_record(
     name:str, # e.g. "exits_pays_shapes" or "exits_cifar10_wrn"
 ):            # Record, or None if there is none
     "A stored record; without one, print the command that makes it."

@@ -1,4 +1,5 @@
-"""Floor 03b. The experiments behind latent-space distillation, each one a function whose result is stored, compared pairwise and shown with its uncertainty.
+"""The experiments behind latent-space distillation, each one a function whose result is stored, compared pairwise and shown with its uncertainty.
+Experiments that survive a kill, fair tuning, paired differences with intervals.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/5_experiments/latent.html.md"""
 

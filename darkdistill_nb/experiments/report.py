@@ -1,4 +1,5 @@
-"""Floor 13a. What is measured when a run has ended, the table and the figures that are drawn from it, and one HTML file that holds them all.
+"""What is measured when a run has ended, the table and the figures that are drawn from it, and one HTML file that holds them all.
+One self-contained page drawn from a record: tables, curves, who holds what.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/5_experiments/report.html.md"""
 

@@ -1,4 +1,5 @@
-"""Floor 10. EEFL plus one server step: shallow tiers teach deeper ones on generated latents, each exit mostly about the difficulties it is responsible for.
+"""EEFL plus one server step: shallow tiers teach deeper ones on generated latents, each exit mostly about the difficulties it is responsible for.
+Difficulty-aligned reverse distillation on the server.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/3_federated/darkdistill.html.md"""
 

@@ -1,4 +1,5 @@
-"""Floor 09. A server has models but no images. A small generator makes latents on which those models can be compared, easy or hard on request.
+"""A server has models but no images. A small generator makes latents on which those models can be compared, easy or hard on request.
+Training data of chosen class and difficulty without any data.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/3_federated/generator.html.md"""
 

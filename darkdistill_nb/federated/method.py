@@ -1,4 +1,5 @@
-"""Floor 06. Clients keep their images, train the blocks they can afford, and a server averages block by block.
+"""Clients keep their images, train the blocks they can afford, and a server averages block by block.
+Clients, depth tiers, a method as an object, the simulator.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/3_federated/method.html.md"""
 

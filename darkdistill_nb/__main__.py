@@ -12,5 +12,5 @@ __all__ = []
 import sys
 from .app.cli import main
 
-if __name__ == "__main__" and "__file__" in globals():    # not in a notebook
+if __name__ == "__main__" and "__file__" in globals():  # not in a notebook
     sys.exit(main())

@@ -16,8 +16,22 @@ from pathlib import Path
 import torch
 from .checks import check, number, whole
 from .data import _one_thread
-from .process import WorkerPool, forgiving_console, leave_with_parent, only_from_main
-from .training import asset, check_json, load_record, load_tensors, mean_std, read_json, save_tensors, write_atomic
+from darkdistill_nb.core.process import (
+    WorkerPool,
+    forgiving_console,
+    leave_with_parent,
+    only_from_main,
+)
+from darkdistill_nb.core.training import (
+    asset,
+    check_json,
+    load_record,
+    load_tensors,
+    mean_std,
+    read_json,
+    save_tensors,
+    write_atomic,
+)
 
 # %% ../../nbs/0_core/cells.ipynb #9a7c4bec
 def cell_key(
@@ -34,7 +48,7 @@ def cell_file(
     folder,    # of the experiments
 )->Path:
     "Where the result of a cell is kept."
-    return Path(folder)/"cells"/f"{cell_key(cell)}.json"
+    return Path(folder) / "cells" / f"{cell_key(cell)}.json"
 
 def run_stored(
     job,       # job(cell, folder) -> dict of JSON values
@@ -46,17 +60,27 @@ def run_stored(
     if path.is_file():
         return _stored(path, cell)
     start, cpu = time.perf_counter(), time.process_time()
-    with _one_thread():       # the same numbers, whether in this process or in a worker
+    with _one_thread():  # the same numbers, whether in this process or in a worker
         out = dict(cell=cell, **job(cell, folder))
-    out["seconds"], out["cpu_seconds"] = round(time.perf_counter() - start, 2), round(time.process_time() - cpu, 2)
+    out["seconds"], out["cpu_seconds"] = (
+        round(time.perf_counter() - start, 2),
+        round(time.process_time() - cpu, 2),
+    )
     write_atomic(path, check_json(out, indent=None).encode())
     return read_json(path)
 
+# %% ../../nbs/0_core/cells.ipynb #28ba36c9
 def _stored(path, cell):
     "The result in a file, if it is the result of this cell."
     out = read_json(path)
-    if not isinstance(out, dict) or not isinstance(out.get("cell"), dict) or cell_key(out["cell"]) != cell_key(cell):
-        raise ValueError(f"{path} is not the result of its cell; delete it, and it is computed anew")
+    if (
+        not isinstance(out, dict)
+        or not isinstance(out.get("cell"), dict)
+        or cell_key(out["cell"]) != cell_key(cell)
+    ):
+        raise ValueError(
+            f"{path} is not the result of its cell; delete it, and it is computed anew"
+        )
     return out
 
 # %% ../../nbs/0_core/cells.ipynb #5908444e
@@ -65,7 +89,7 @@ def every_tenth(
 )->torch.Tensor:    # (N,) bool
     "Every tenth sample of each class; raises `ValueError` unless `y` is a row of labels."
     check(isinstance(y, torch.Tensor) and y.ndim == 1, "y", y, "a tensor (N,) of labels")
-    rank = torch.empty_like(y)                                    # place of a sample among those of its class
+    rank = torch.empty_like(y)  # place of a sample among those of its class
     for c in y.unique():
         rank[y == c] = torch.arange(int((y == c).sum()))
     return rank % 10 == 9
@@ -158,17 +182,21 @@ def each(
 
 # %% ../../nbs/0_core/cells.ipynb #8c9541ca
 def run_grid(
-    job,           # job(cell, folder) -> dict of JSON values
-    cells,         # descriptions
-    folder,        # results; made if needed
+    job,  # job(cell, folder) -> dict of JSON values
+    cells,  # descriptions
+    folder,  # results; made if needed
     workers=None,  # processes; default: one per core; 1: this process (in a notebook, where new processes cannot import what is defined here)
     on_cell=None,  # called after each new cell with (number done, number of all, result)
-)->list:           # results, in the order of `cells`
+) -> list:  # results, in the order of `cells`
     "Run the cells that are not there yet, killed and started again as often as it happens; raises `ValueError` for bad ones."
     cells, workers = list(cells), None if workers is None else whole(workers, "workers")
-    missing = [c for c in {cell_key(c): c for c in cells}.values() if not cell_file(c, folder).is_file()]
+    missing = [
+        c for c in {cell_key(c): c for c in cells}.values() if not cell_file(c, folder).is_file()
+    ]
     done = len(cells) - len(missing)
-    for r in each(functools.partial(run_stored, job, folder=folder), missing, workers or os.cpu_count() or 1):
+    for r in each(
+        functools.partial(run_stored, job, folder=folder), missing, workers or os.cpu_count() or 1
+    ):
         done += 1
         if on_cell:
             on_cell(done, len(cells), r)
@@ -181,6 +209,7 @@ def t_interval(
 )->tuple:              # (mean, low, high)
     "Mean and its interval by Student's t; raises `ValueError` for fewer than two values or NaN."
     from scipy import stats
+
     values = [number(v, f"values[{i}]") for i, v in enumerate(values)]
     level = number(level, "level", above=0, below=1)
     if len(values) < 2:
@@ -225,9 +254,11 @@ def publish(
 )->None:
     "Copy a finished experiment into the assets."
     check(isinstance(name, str), "name", name, "a text")
-    if not assets: return
-    write_atomic(Path(assets)/f"{name}.json", (Path(folder)/name/"record.json").read_bytes())
-    for f in others: write_atomic(Path(assets)/f, (Path(folder)/name/f).read_bytes())
+    if not assets:
+        return
+    write_atomic(Path(assets) / f"{name}.json", (Path(folder) / name / "record.json").read_bytes())
+    for f in others:
+        write_atomic(Path(assets) / f, (Path(folder) / name / f).read_bytes())
 
 # %% ../../nbs/0_core/cells.ipynb #4215f108
 def stored_record(

@@ -57,8 +57,12 @@ def _range(low, high, above, below):
     return " and ".join(words)
 
 def _inside(v, low, high, above, below):
-    return ((low is None or v >= low) and (high is None or v <= high)
-            and (above is None or v > above) and (below is None or v < below))
+    return (
+        (low is None or v >= low)
+        and (high is None or v <= high)
+        and (above is None or v > above)
+        and (below is None or v < below)
+    )
 
 # %% ../../nbs/0_core/checks.ipynb #4bc86285
 def number(
@@ -73,7 +77,12 @@ def number(
     "`value` as a float; raises `ValueError` for NaN, for what is no number, and outside the range."
     v = scalar(value)
     ok = isinstance(v, numbers.Real) and not isinstance(v, bool)
-    ok = ok and not math.isnan(v) and (inf or not math.isinf(v)) and _inside(v, low, high, above, below)
+    ok = (
+        ok
+        and not math.isnan(v)
+        and (inf or not math.isinf(v))
+        and _inside(v, low, high, above, below)
+    )
     kind = "a number" if inf else "a finite number"
     check(ok, name, value, f"{kind} {_range(low, high, above, below)}".strip())
     return float(v)
@@ -87,7 +96,11 @@ def whole(
 )->int:
     "`value` as an int; raises `ValueError` for fractions, for what is no number, and outside the range."
     v = scalar(value)
-    ok = isinstance(v, numbers.Integral) and not isinstance(v, bool) and _inside(v, low, high, None, None)
+    ok = (
+        isinstance(v, numbers.Integral)
+        and not isinstance(v, bool)
+        and _inside(v, low, high, None, None)
+    )
     check(ok, name, value, f"a whole number {_range(low, high, None, None)}".strip())
     return int(v)
 
@@ -121,7 +134,9 @@ def same_shape(
     (first, a), *others = arrays.items()
     for name, b in others:
         if tuple(a.shape) != tuple(b.shape):
-            raise ValueError(f"{name} has shape {tuple(b.shape)}, but {first} has {tuple(a.shape)}: they must be equal")
+            raise ValueError(
+                f"{name} has shape {tuple(b.shape)}, but {first} has {tuple(a.shape)}: they must be equal"
+            )
     return tuple(a.shape)
 
 # %% ../../nbs/0_core/checks.ipynb #72387429
@@ -134,6 +149,8 @@ def finite(
     bad = x != x if inf else (x - x) != 0
     n = int(bad.sum())
     if n:
-        raise ValueError(f"{name} must be {'free of NaN' if inf else 'finite'}, but {n} of its {math.prod(bad.shape)} values "
-                         f"{'is' if n == 1 else 'are'} not")
+        raise ValueError(
+            f"{name} must be {'free of NaN' if inf else 'finite'}, but {n} of its {math.prod(bad.shape)} values "
+            f"{'is' if n == 1 else 'are'} not"
+        )
     return x

@@ -26,13 +26,17 @@ def operator_library() -> Path | None: # `None` where torchvision ships no compi
 def operators_load() -> bool: # are `torchvision::nms` and `torchvision::qnms` in PyTorch's table?
     "Whether torchvision's compiled operators are present or can be loaded, decided without importing torchvision."
     present = lambda: all(hasattr(torch.ops.torchvision, o) for o in ("nms", "qnms"))
-    if present(): return True
+    if present():
+        return True
     lib = operator_library()
-    if lib is None: return False
+    if lib is None:
+        return False
     try:
-        if os.name == "nt": os.add_dll_directory(str(lib.parent))
+        if os.name == "nt":
+            os.add_dll_directory(str(lib.parent))
         torch.ops.load_library(str(lib))
-    except (ImportError, OSError): return False
+    except (ImportError, OSError):
+        return False
     return present()
 
 # %% ../../nbs/0_core/compat.ipynb #8777c03f
@@ -41,31 +45,39 @@ _declared = []  # `torch.library` forgets a declaration when its `Library` objec
 
 def _refuse(dets, scores, iou_threshold):
     "Kernel of the declared operators: says what is missing instead of computing something wrong."
-    raise RuntimeError("torchvision's compiled operators are not available: this torchvision was built for another build of PyTorch "
-                       f"than torch {torch.__version__}; install a matching pair to use nms")
+    raise RuntimeError(
+        "torchvision's compiled operators are not available: this torchvision was built for another build of PyTorch "
+        f"than torch {torch.__version__}; install a matching pair to use nms"
+    )
 
 def declare_operators() -> None:
     "Declare `torchvision::nms` and `torchvision::qnms` where they are missing, with kernels that raise `RuntimeError`."
     lib = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
-        if hasattr(torch.ops.torchvision, name): continue
+        if hasattr(torch.ops.torchvision, name):
+            continue
         lib.define(name + _SCHEMA)
-        for device in ("CPU", "CUDA"): lib.impl(name, _refuse, device)
+        for device in ("CPU", "CUDA"):
+            lib.impl(name, _refuse, device)
     _declared.append(lib)
 
 # %% ../../nbs/0_core/compat.ipynb #6401daed
 def _drop_leftovers() -> None:
     "Forget submodules that a failed import of torchvision or timm has left in `sys.modules`."
     for root in ("torchvision", "timm"):
-        if root in sys.modules: continue
-        for name in [m for m in sys.modules if m.startswith(root + ".")]: del sys.modules[name]
+        if root in sys.modules:
+            continue
+        for name in [m for m in sys.modules if m.startswith(root + ".")]:
+            del sys.modules[name]
 
 @functools.cache
 def ensure_torchvision() -> bool: # True if the operators had to be declared, False on a healthy install
     "Make `import torchvision` and `import timm` work; call it before the first import of either. Raises `ImportError` without torchvision."
     operator_library()  # a clear error if torchvision is not installed
-    if "torchvision" in sys.modules: return bool(_declared)
+    if "torchvision" in sys.modules:
+        return bool(_declared)
     _drop_leftovers()
-    if operators_load(): return bool(_declared)
+    if operators_load():
+        return bool(_declared)
     declare_operators()
     return True

@@ -203,7 +203,7 @@ def _scale_and_shift(mean, std, x):
     "What x is multiplied with, and what is added: float32 tensors (C, 1, 1) on the device of x"
     unit = 255 if x.dtype == torch.uint8 else 1
     t = torch.tensor([mean, std], dtype=torch.float64, device=x.device)[..., None, None]
-    scale, shift = (1/(unit*t[1])).float(), (-t[0]/t[1]).float()
+    scale, shift = (1 / (unit * t[1])).float(), (-t[0] / t[1]).float()
     usable = bool((scale.isfinite() & shift.isfinite()).all())
     check(usable, "std", std, "large enough to divide by")
     return scale, shift
@@ -211,6 +211,7 @@ def _scale_and_shift(mean, std, x):
 # %% ../../nbs/0_core/data.ipynb #cf5cc2f0
 class ArrayData:
     "Images and labels of one split; indexing gives a normalised batch; `ValueError` if wrong"
+
     def __init__(self,
         x: Tensor, # images (N, C, H, W): uint8 in 0..255, or float32 in any unit
         y: Tensor, # labels (N,): int64 in 0..K-1
@@ -232,6 +233,7 @@ class ArrayData:
             _warn_of_units(self)
 
     def __len__(self): return len(self.y)
+
     n_classes = property(lambda self: len(self.classes), doc="Number of classes K")
     shape = property(lambda self: tuple(self.x.shape[1:]), doc="Shape of one image, (C, H, W)")
 
@@ -239,7 +241,9 @@ class ArrayData:
         return self.x[idx].float() * self._scale + self._shift, self.y[idx]
 
     def __repr__(self):
-        kind = f"{len(self)} pictures {self.shape} {str(self.x.dtype)[6:]}, {self.n_classes} classes"
+        kind = (
+            f"{len(self)} pictures {self.shape} {str(self.x.dtype)[6:]}, {self.n_classes} classes"
+        )
         return f"ArrayData({kind}{', difficulty known' if self.difficulty is not None else ''})"
 
 # %% ../../nbs/0_core/data.ipynb #d6a03434
@@ -299,18 +303,30 @@ def to(self: ArrayData,
 def _digits():
     "scikit-learn's digits as (train, test): 1438 and 359 pictures (1, 8, 8)"
     from sklearn.datasets import load_digits
+
     raw = load_digits()
-    x = torch.from_numpy(np.rint(raw.images * (255/16)).astype(np.uint8))[:, None]
+    x = torch.from_numpy(np.rint(raw.images * (255 / 16)).astype(np.uint8))[:, None]
     y = torch.from_numpy(raw.target.astype(np.int64))
-    rank = torch.empty_like(y) # the how-manieth picture of its class
-    for c in range(10): rank[y == c] = torch.arange(int((y == c).sum()))
+    rank = torch.empty_like(y)  # the how-manieth picture of its class
+    for c in range(10):
+        rank[y == c] = torch.arange(int((y == c).sum()))
     test = rank % 5 == 2
     train = ArrayData(x[~test], y[~test], range(10))
     return train, ArrayData(x[test], y[test], range(10), train.mean, train.std)
 
 # %% ../../nbs/0_core/data.ipynb #a36de6a3
-SHAPES = ["disc", "ring", "crescent", "half disc", "triangle",
-          "square", "bar", "cross", "star", "trefoil"]
+SHAPES = [
+    "disc",
+    "ring",
+    "crescent",
+    "half disc",
+    "triangle",
+    "square",
+    "bar",
+    "cross",
+    "star",
+    "trefoil",
+]
 
 def outlines(
     steps: int = 1024, # number of angles, evenly spaced over one turn
@@ -318,32 +334,53 @@ def outlines(
     "Outer and inner radius of the ten `SHAPES` by angle; `ValueError` for less than one step"
     return _outlines(whole(steps, "steps", high=2**20))
 
+# %% ../../nbs/0_core/data.ipynb #7e241d49
 @functools.cache
 def _outlines(steps):
     "The table of `outlines`, made once."
-    t = torch.arange(steps, dtype=torch.float64) * (2*math.pi/steps)
+    t = torch.arange(steps, dtype=torch.float64) * (2 * math.pi / steps)
     c, s, one, eps = t.cos(), t.sin(), torch.ones(steps, dtype=torch.float64), 1e-9
-    box = lambda a, b: torch.minimum(a/(c.abs() + eps), b/(s.abs() + eps)) # half-widths a, b
-    third, fifth = math.pi/3, math.pi/5
-    x = (t % (2*fifth) - fifth).abs() # angle from the nearest inner corner of the star
-    tip, dent = 1.1, .42
-    half = torch.where(s < 0, (.25/(-s).clamp_min(eps)).clamp_max(1.05), 1.05*one)
-    triangle = 1.15*math.cos(third)/torch.cos(t % (2*third) - third)
-    bar, cross = box(1.15, .36).clamp_max(1.15), torch.maximum(box(1., .3), box(.3, 1.))
-    star = dent*tip*math.sin(fifth)/(dent*torch.sin(x) + tip*torch.sin(fifth - x))
-    trefoil = .68 + .42*torch.cos(3*t)
-    outer = [.9*one, one, one, half, triangle, box(.78, .78), bar, cross, star, trefoil]
-    inner = [-one]*10
-    inner[1] = .58*one
-    bite = .5*c + (.75**2 - (.5*s)**2).sqrt() # edge of a disc of radius 0.75 around (0.5, 0)
+    box = lambda a, b: torch.minimum(a / (c.abs() + eps), b / (s.abs() + eps))  # half-widths a, b
+    third, fifth = math.pi / 3, math.pi / 5
+    x = (t % (2 * fifth) - fifth).abs()  # angle from the nearest inner corner of the star
+    tip, dent = 1.1, 0.42
+    half = torch.where(s < 0, (0.25 / (-s).clamp_min(eps)).clamp_max(1.05), 1.05 * one)
+    triangle = 1.15 * math.cos(third) / torch.cos(t % (2 * third) - third)
+    bar, cross = box(1.15, 0.36).clamp_max(1.15), torch.maximum(box(1.0, 0.3), box(0.3, 1.0))
+    star = dent * tip * math.sin(fifth) / (dent * torch.sin(x) + tip * torch.sin(fifth - x))
+    trefoil = 0.68 + 0.42 * torch.cos(3 * t)
+    outer = [0.9 * one, one, one, half, triangle, box(0.78, 0.78), bar, cross, star, trefoil]
+    inner = [-one] * 10
+    inner[1] = 0.58 * one
+    bite = (
+        0.5 * c + (0.75**2 - (0.5 * s) ** 2).sqrt()
+    )  # edge of a disc of radius 0.75 around (0.5, 0)
     inner[2] = bite.clamp_max(1)
     return torch.stack(outer).float(), torch.stack(inner).float()
 
 # %% ../../nbs/0_core/data.ipynb #89cf8d56
-OKABE_ITO = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"] # colours told apart with any colour vision
+OKABE_ITO = [
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#F0E442",
+    "#000000",
+]  # colours told apart with any colour vision
 _AXIS = dict(gridcolor="#e5e5e5", zerolinecolor="#c8c8c8", automargin=True)
-STYLE = dict(layout=dict(colorway=OKABE_ITO, plot_bgcolor="white", paper_bgcolor="white", font_color="#222", title_x=.05,
-                         xaxis=_AXIS, yaxis=_AXIS)) # plotly template
+STYLE = dict(
+    layout=dict(
+        colorway=OKABE_ITO,
+        plot_bgcolor="white",
+        paper_bgcolor="white",
+        font_color="#222",
+        title_x=0.05,
+        xaxis=_AXIS,
+        yaxis=_AXIS,
+    )
+)  # plotly template
 
 # %% ../../nbs/0_core/data.ipynb #892268f0
 import re
@@ -352,7 +389,7 @@ from darkdistill_nb.core.checks import check, choice, whole
 # %% ../../nbs/0_core/data.ipynb #eed7b998
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross", "triangle-down")
 CLASS_COLOURS = (*(OKABE_ITO[i] for i in (0, 3, 2, 4, 1, 5)), "#999999", OKABE_ITO[6])
-RIM = dict(width=.5, color="#777777")
+RIM = dict(width=0.5, color="#777777")
 
 def hatched(
     colour:str,      # "#rrggbb"
@@ -361,16 +398,23 @@ def hatched(
     size:int=6,      # pixels from line to line
 ) -> dict: # `marker` of a plotly bar
     "A fill that shows: the pattern lies over the colour, in an ink that stands out from it; raises `ValueError` for another form of colour."
-    check(isinstance(colour, str) and re.fullmatch("#[0-9A-Fa-f]{6}", colour), "colour", colour, "of the form #rrggbb")
+    check(
+        isinstance(colour, str) and re.fullmatch("#[0-9A-Fa-f]{6}", colour),
+        "colour",
+        colour,
+        "of the form #rrggbb",
+    )
     choice(shape, "shape", ("", "/", "x", ".", "\\", "-", "|", "+"))
     check(ink is None or isinstance(ink, str), "ink", ink, "a colour or None")
     size = whole(size, "size")
-    red, green, blue = (int(colour[i:i+2], 16) for i in (1, 3, 5))
-    light = .299*red + .587*green + .114*blue > 128
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    light = 0.299 * red + 0.587 * green + 0.114 * blue > 128
     fill = dict(color=colour, line=RIM)
     if shape:
         ink = ink or ("#222222" if light else "#ffffff")
-        fill["pattern"] = dict(shape=shape, fillmode="overlay", fgcolor=ink, size=size, solidity=.3)
+        fill["pattern"] = dict(
+            shape=shape, fillmode="overlay", fgcolor=ink, size=size, solidity=0.3
+        )
     return fill
 
 # %% ../../nbs/0_core/data.ipynb #525455cc
@@ -382,14 +426,17 @@ def class_look(
 ) -> dict: # `marker` of a plotly bar, or of a scatter
     "How class `c` looks in every figure: colour first, then pattern (bar) or symbol (dot); raises `ValueError` for a negative number."
     c = whole(c, "c", 0)
-    turn = c//8 # how often the colours have been used up
+    turn = c // 8  # how often the colours have been used up
     colour = CLASS_COLOURS[c % 8]
     if choice(mark, "mark", ("bar", "dot")) == "dot":
-        variant = ("", "-open", "-dot", "-open-dot")[turn//8 % 4]
-        return dict(color=colour, symbol=SYMBOLS[(c + turn) % 8] + variant, size=5 + turn//32, line=RIM)
-    if turn == 0: return hatched(colour)
+        variant = ("", "-open", "-dot", "-open-dot")[turn // 8 % 4]
+        return dict(
+            color=colour, symbol=SYMBOLS[(c + turn) % 8] + variant, size=5 + turn // 32, line=RIM
+        )
+    if turn == 0:
+        return hatched(colour)
     again, shape = divmod(turn - 1, 7)
-    return hatched(colour, _SHAPES[shape], size=5 + 2*again)
+    return hatched(colour, _SHAPES[shape], size=5 + 2 * again)
 
 # %% ../../nbs/0_core/data.ipynb #f4aafd43
 def difficulty_law(
@@ -412,17 +459,17 @@ def difficulty_law(
     )  # largest distance from the middle; loss of size
 
 # %% ../../nbs/0_core/data.ipynb #18408cb2
-_STEPS, _WAVES = 256, (2, 3, 5) # entries per turn; waves per turn of the deformation
+_STEPS, _WAVES = 256, (2, 3, 5)  # entries per turn; waves per turn of the deformation
 
 @functools.cache
 def _diamond_tables():
     "For each diamond angle: its index in `outlines`, and cos and sin of the wave multiples of its true angle (3, _STEPS)"
-    q = (torch.arange(_STEPS, dtype=torch.float64) + .5) * (4/_STEPS) - 1
+    q = (torch.arange(_STEPS, dtype=torch.float64) + 0.5) * (4 / _STEPS) - 1
     right = q < 1
     v = torch.where(right, q, 2 - q)
     angle = torch.atan2(v, torch.where(right, 1 - v.abs(), v.abs() - 1))
     many = torch.tensor(_WAVES, dtype=torch.float64)[:, None] * angle
-    return torch.round(angle/(2*math.pi)*1024).long(), many.cos().float(), many.sin().float()
+    return torch.round(angle / (2 * math.pi) * 1024).long(), many.cos().float(), many.sin().float()
 
 # %% ../../nbs/0_core/data.ipynb #aa582645
 def _coverage(
@@ -436,36 +483,64 @@ def _coverage(
 ): # (B, size, size) float32 in [0, 1]
     "Which part of each pixel the shape covers"
     near, wcos, wsin = _diamond_tables()
-    entry = kind[:, None]*1024 + ((near + torch.round(turn*1024).long()[:, None]) & 1023)
+    entry = kind[:, None] * 1024 + ((near + torch.round(turn * 1024).long()[:, None]) & 1023)
     wavy = torch.ones(len(kind), _STEPS)
-    for h in range(3): wavy += wave[:, h, None]*wcos[h]; wavy += wave[:, 3 + h, None]*wsin[h]
-    g = (torch.arange(size) + .5) * (2/size) - 1
+    for h in range(3):
+        wavy += wave[:, h, None] * wcos[h]
+        wavy += wave[:, 3 + h, None] * wsin[h]
+    g = (torch.arange(size) + 0.5) * (2 / size) - 1
     x, y = ((g - place[:, i, None]) / scale[:, None] for i in (0, 1))
-    u = (x/(1 + stretch)[:, None])[:, None] + (y*shear[:, None])[:, :, None]
-    v = (y*(1 + stretch)[:, None])[:, :, None].expand_as(u)
-    r = (u*u).add_(v*v).sqrt_().flatten(1)
+    u = (x / (1 + stretch)[:, None])[:, None] + (y * shear[:, None])[:, :, None]
+    v = (y * (1 + stretch)[:, None])[:, :, None].expand_as(u)
+    r = (u * u).add_(v * v).sqrt_().flatten(1)
     q = v / (u.abs() + v.abs()).add_(1e-6)
-    q = q.neg_().add_(1).copysign_(u).mul_(-_STEPS/4).add_(_STEPS/2) # (diamond angle + 1) * _STEPS/4
+    q = (
+        q.neg_().add_(1).copysign_(u).mul_(-_STEPS / 4).add_(_STEPS / 2)
+    )  # (diamond angle + 1) * _STEPS/4
     at = q.clamp_(0, _STEPS - 1).long().flatten(1)
-    soft = (scale*(size/2))[:, None] # an edge is one pixel wide
+    soft = (scale * (size / 2))[:, None]  # an edge is one pixel wide
     outer, inner = (table.view(-1) for table in outlines())
-    cover = (outer[entry]*wavy).gather(1, at).sub_(r).mul_(soft).add_(.5).clamp_(0, 1)
-    k = ((kind == 1) | (kind == 2)).nonzero()[:, 0] # ring and crescent have a hole
-    cover[k] *= r[k].sub_((inner[entry[k]]*wavy[k]).gather(1, at[k])).mul_(soft[k]).add_(.5).clamp_(0, 1)
+    cover = (outer[entry] * wavy).gather(1, at).sub_(r).mul_(soft).add_(0.5).clamp_(0, 1)
+    k = ((kind == 1) | (kind == 2)).nonzero()[:, 0]  # ring and crescent have a hole
+    cover[k] *= (
+        r[k].sub_((inner[entry[k]] * wavy[k]).gather(1, at[k])).mul_(soft[k]).add_(0.5).clamp_(0, 1)
+    )
     return cover.view(-1, size, size)
 
 # %% ../../nbs/0_core/data.ipynb #dc576584
 _BLOCK = 100
-_FIELDS = dict(d=1, back=3, tint=3, turn=1, place=2, scale=1, stretch=1, shear=1, wave=6, # uniform numbers per picture
-               kind2=1, turn2=1, place2=2, scale2=1, wave2=6, tint2=3, texture=3, bar=3, bar_colour=3)
+_FIELDS = dict(
+    d=1,
+    back=3,
+    tint=3,
+    turn=1,
+    place=2,
+    scale=1,
+    stretch=1,
+    shear=1,
+    wave=6,  # uniform numbers per picture
+    kind2=1,
+    turn2=1,
+    place2=2,
+    scale2=1,
+    wave2=6,
+    tint2=3,
+    texture=3,
+    bar=3,
+    bar_colour=3,
+)
 
 def _scenes(seed, block):
     "Classes (100,) and a dict of uniform random numbers in [0, 1), each (100, k) float64 or (100,), and the bit generator for the noise"
     bits = np.random.PCG64([block, seed])
     kind = np.argsort(bits.random_raw(_BLOCK).reshape(-1, 10), axis=1).reshape(-1)
-    u = (bits.random_raw(_BLOCK*sum(_FIELDS.values())) >> 11).astype(np.float64) * 2.**-53
+    u = (bits.random_raw(_BLOCK * sum(_FIELDS.values())) >> 11).astype(np.float64) * 2.0**-53
     u = torch.from_numpy(u).view(_BLOCK, -1).split(list(_FIELDS.values()), 1)
-    return torch.from_numpy(kind), {k: v[:, 0] if v.shape[1] == 1 else v for k, v in zip(_FIELDS, u)}, bits
+    return (
+        torch.from_numpy(kind),
+        {k: v[:, 0] if v.shape[1] == 1 else v for k, v in zip(_FIELDS, u)},
+        bits,
+    )
 
 # %% ../../nbs/0_core/data.ipynb #01adde5a
 def _blend(
@@ -474,36 +549,69 @@ def _blend(
     colour, # (B, 3)
 ):
     "Paint `colour` over the covered part of each picture, one channel at a time: the channel of a block fits into the cache"
-    for plane, c in zip(img.unbind(1), colour.float().unbind(1)): plane += cover*(c[:, None, None] - plane)
+    for plane, c in zip(img.unbind(1), colour.float().unbind(1)):
+        plane += cover * (c[:, None, None] - plane)
 
 # %% ../../nbs/0_core/data.ipynb #cb0f5d78
 def _render(kind, u, bits, d, size):
     "Draw one block: (100, 3, size, size) uint8; `d` (100,) float64"
-    law = {k: v[:, None] for k, v in difficulty_law(d).items()} # (B, 1)
-    s = {k: 2*v - 1 for k, v in u.items()} # the same numbers in [-1, 1)
-    one, grow = (lambda k: law[k][:, 0]), (lambda across, down: (across.float()[:, None, :], down.float()[:, :, None]))
+    law = {k: v[:, None] for k, v in difficulty_law(d).items()}  # (B, 1)
+    s = {k: 2 * v - 1 for k, v in u.items()}  # the same numbers in [-1, 1)
+    one, grow = (
+        (lambda k: law[k][:, 0]),
+        (lambda across, down: (across.float()[:, None, :], down.float()[:, :, None])),
+    )
     draw = lambda kind, *a: _coverage(kind, *(t.float() for t in a), size)
-    zero, g = torch.zeros(_BLOCK), (torch.arange(size) + .5).double()*(2/size) - 1
-    back = .2 + .6*u["back"]
-    away = torch.where(back.mean(1, keepdim=True) > .5, -1., 1.) # a light shape on dark ground, a dark one on light
-    corner = torch.where(s["place2"] < 0, -.75, .75) + .2*s["place2"].abs()
+    zero, g = torch.zeros(_BLOCK), (torch.arange(size) + 0.5).double() * (2 / size) - 1
+    back = 0.2 + 0.6 * u["back"]
+    away = torch.where(
+        back.mean(1, keepdim=True) > 0.5, -1.0, 1.0
+    )  # a light shape on dark ground, a dark one on light
+    corner = torch.where(s["place2"] < 0, -0.75, 0.75) + 0.2 * s["place2"].abs()
     img = back.float()[..., None, None].expand(-1, -1, size, size).contiguous()
-    clutter = draw((10*u["kind2"]).long(), s["turn2"], corner, .4 + .1*s["scale2"], zero, zero, .05*s["wave2"])
-    _blend(img, clutter, back + law["clutter"]*s["tint2"])
-    kx, ky, phase = (4 + 6*s["texture"][:, :1], 4 + 6*s["texture"][:, 1:2], 6.28*u["texture"][:, 2:])
-    across, down = grow(law["texture"]*torch.cos(kx*g), torch.cos(ky*g + phase))
-    img += (across*down)[:, None]
-    shape = draw(kind, one("turn")*s["turn"], law["shift"]*s["place"], .62 - one("shrink") + .12*s["scale"],
-                 one("stretch")*s["stretch"], one("shear")*s["shear"], law["wave"]*s["wave"])
-    _blend(img, shape, back + law["contrast"]*away*(.4 + .6*u["tint"]))
-    a = math.pi*s["bar"][:, :1]
-    across, down = grow(a.cos()*(g - .3*s["bar"][:, 1:2]), a.sin()*(g - .3*s["bar"][:, 2:]))
-    bar = (across + down).abs_().neg_().add_(law["bar"].float()[:, None]).mul_(size/2).clamp_(0, 1)
+    clutter = draw(
+        (10 * u["kind2"]).long(),
+        s["turn2"],
+        corner,
+        0.4 + 0.1 * s["scale2"],
+        zero,
+        zero,
+        0.05 * s["wave2"],
+    )
+    _blend(img, clutter, back + law["clutter"] * s["tint2"])
+    kx, ky, phase = (
+        4 + 6 * s["texture"][:, :1],
+        4 + 6 * s["texture"][:, 1:2],
+        6.28 * u["texture"][:, 2:],
+    )
+    across, down = grow(law["texture"] * torch.cos(kx * g), torch.cos(ky * g + phase))
+    img += (across * down)[:, None]
+    shape = draw(
+        kind,
+        one("turn") * s["turn"],
+        law["shift"] * s["place"],
+        0.62 - one("shrink") + 0.12 * s["scale"],
+        one("stretch") * s["stretch"],
+        one("shear") * s["shear"],
+        law["wave"] * s["wave"],
+    )
+    _blend(img, shape, back + law["contrast"] * away * (0.4 + 0.6 * u["tint"]))
+    a = math.pi * s["bar"][:, :1]
+    across, down = grow(
+        a.cos() * (g - 0.3 * s["bar"][:, 1:2]), a.sin() * (g - 0.3 * s["bar"][:, 2:])
+    )
+    bar = (
+        (across + down).abs_().neg_().add_(law["bar"].float()[:, None]).mul_(size / 2).clamp_(0, 1)
+    )
     _blend(img, bar, u["bar_colour"])
-    noise = bits.random_raw(-(-img.numel() // 8)).astype("<u8", copy=False).view(np.uint8)[:img.numel()]
+    noise = (
+        bits.random_raw(-(-img.numel() // 8))
+        .astype("<u8", copy=False)
+        .view(np.uint8)[: img.numel()]
+    )
     for plane, raw in zip(img.unbind(1), torch.from_numpy(noise).view(img.shape).unbind(1)):
-        plane += raw.float().sub_(127.5).mul_((law["noise"]*(2/255)).float()[:, None])
-    return img.mul_(255).add_(.5).clamp_(0, 255).to(torch.uint8)
+        plane += raw.float().sub_(127.5).mul_((law["noise"] * (2 / 255)).float()[:, None])
+    return img.mul_(255).add_(0.5).clamp_(0, 255).to(torch.uint8)
 
 # %% ../../nbs/0_core/data.ipynb #10dc4ccb
 def _fits(size, what):
@@ -523,8 +631,10 @@ def _one_thread():
     "Run PyTorch operations on one thread inside the `with` block"
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 # %% ../../nbs/0_core/data.ipynb #4969d0cf
 def shapes(
@@ -562,14 +672,15 @@ def _contact_sheet(x, lines, columns):
     "Images (N, C, H, W) in rows, with a white pixel between, as the address of a PNG"
     import base64
     from PIL import Image
+
     if x.is_floating_point():
-        x = ((x - x.min())/(x.max() - x.min()).clamp_min(1e-9)*255).to(torch.uint8)
+        x = ((x - x.min()) / (x.max() - x.min()).clamp_min(1e-9) * 255).to(torch.uint8)
     N, C, H, W = x.shape
     x = x[:, :3] if C >= 3 else x[:, :1].expand(-1, 3, -1, -1)
-    x = torch.cat([x, x.new_full((lines*columns - N, 3, H, W), 255)])
+    x = torch.cat([x, x.new_full((lines * columns - N, 3, H, W), 255)])
     x = torch.nn.functional.pad(x, (0, 1, 0, 1), value=255)
     x = x.view(lines, columns, 3, H + 1, W + 1).permute(0, 3, 1, 4, 2)
-    sheet = Image.fromarray(x.reshape(lines*(H + 1), columns*(W + 1), 3).numpy()).quantize(256)
+    sheet = Image.fromarray(x.reshape(lines * (H + 1), columns * (W + 1), 3).numpy()).quantize(256)
     png = io.BytesIO()
     sheet.save(png, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
@@ -584,23 +695,28 @@ def show_pictures(
 ): # plotly Figure
     "Images side by side in one small PNG (256 colours); `ValueError` if there is nothing to show"
     import plotly.graph_objects as go
+
     check(isinstance(data, ArrayData), "data", data, "an ArrayData")
     columns, zoom = whole(columns, "columns", 1, 1000), whole(zoom, "zoom", 1, 100)
-    x = data.subset(slice(0, 5*columns) if idx is None else idx).x.cpu()
+    x = data.subset(slice(0, 5 * columns) if idx is None else idx).x.cpu()
     check(len(x), "idx", idx, "at least one sample")
-    lines = -(-len(x)//columns)
+    lines = -(-len(x) // columns)
     check(rows is None or len(rows) == lines, "rows", rows, f"{lines} labels, one for each row")
     sheet = go.Image(source=_contact_sheet(x, lines, columns), hoverinfo="skip")
     fig = go.Figure(sheet, dict(template=STYLE))
     H, W = data.shape[1] + 1, data.shape[2] + 1
     ticks = dict(visible=False)
     if rows:
-        ticks = dict(tickvals=[H*(i + .5) for i in range(lines)], ticktext=[str(r) for r in rows])
+        ticks = dict(
+            tickvals=[H * (i + 0.5) for i in range(lines)], ticktext=[str(r) for r in rows]
+        )
     fig.update_yaxes(showgrid=False, zeroline=False, **ticks)
     fig.update_xaxes(visible=False)
     margin = dict(l=70, r=5, t=40 if title else 5, b=5)
-    height = zoom*lines*H + (45 if title else 10)
-    return fig.update_layout(title=title, margin=margin, width=zoom*columns*W + 75, height=height)
+    height = zoom * lines * H + (45 if title else 10)
+    return fig.update_layout(
+        title=title, margin=margin, width=zoom * columns * W + 75, height=height
+    )
 
 # %% ../../nbs/0_core/data.ipynb #5963db65
 def _check_member(archive, info):
@@ -676,24 +792,39 @@ def _npz_arrays(path):
 # %% ../../nbs/0_core/data.ipynb #f4a20cec
 def _as_pictures(a, name):
     "A picture array in one of the allowed layouts as a contiguous (N, C, H, W) uint8 or float32 tensor"
-    if a.dtype != np.uint8 and a.dtype.kind != "f": raise ValueError(f"{name} must be uint8 or float, not {a.dtype}")
-    if a.ndim == 3: a = a[:, None]
+    if a.dtype != np.uint8 and a.dtype.kind != "f":
+        raise ValueError(f"{name} must be uint8 or float, not {a.dtype}")
+    if a.ndim == 3:
+        a = a[:, None]
     elif a.ndim == 4:
         first, last = a.shape[1] in (1, 3, 4), a.shape[3] in (1, 3, 4)
         if first and last and a.shape[1:] != (1, 1, 1):
-            raise ValueError(f"{name} of shape {a.shape} could have its channels first or last; "
-                             "pictures must be larger than 4 pixels, or given as (N, H, W)")
-        if not first and not last: raise ValueError(f"{name} must have 1, 3 or 4 channels, first or last, not shape {a.shape}")
-        if last: a = a.transpose(0, 3, 1, 2)
-    else: raise ValueError(f"{name} must have shape (N, H, W), (N, H, W, C) or (N, C, H, W), not {a.shape}")
-    return torch.from_numpy(np.ascontiguousarray(a, dtype=np.uint8 if a.dtype == np.uint8 else np.float32))
+            raise ValueError(
+                f"{name} of shape {a.shape} could have its channels first or last; "
+                "pictures must be larger than 4 pixels, or given as (N, H, W)"
+            )
+        if not first and not last:
+            raise ValueError(
+                f"{name} must have 1, 3 or 4 channels, first or last, not shape {a.shape}"
+            )
+        if last:
+            a = a.transpose(0, 3, 1, 2)
+    else:
+        raise ValueError(
+            f"{name} must have shape (N, H, W), (N, H, W, C) or (N, C, H, W), not {a.shape}"
+        )
+    return torch.from_numpy(
+        np.ascontiguousarray(a, dtype=np.uint8 if a.dtype == np.uint8 else np.float32)
+    )
 
 # %% ../../nbs/0_core/data.ipynb #f301b0d4
 def _labels_of(got, split):
     "Labels of one split as an int64 vector; `ValueError` unless one integer per picture"
     a, n = got[f"y_{split}"], len(got[f"x_{split}"])
     if a.ndim != 1 or a.dtype.kind not in "iu":
-        raise ValueError(f"y_{split} must be a vector of integers, not {a.dtype} of shape {a.shape}")
+        raise ValueError(
+            f"y_{split} must be a vector of integers, not {a.dtype} of shape {a.shape}"
+        )
     if len(a) != n:
         raise ValueError(f"y_{split} has {len(a)} labels for {n} pictures")
     if n == 0:
@@ -704,12 +835,16 @@ def _class_names(names, seen):
     "Names of the classes; without `names`, the labels `seen` must be 0..K-1"
     if names is None:
         if seen[0] != 0 or seen[-1] != len(seen) - 1:
-            raise ValueError(f"the labels of y_train must be 0..K-1, each at least once; here they are "
-                             f"{seen[:8].tolist()}{'...' if len(seen) > 8 else ''} "
-                             "(renumber them, or name every class in an array classes)")
+            raise ValueError(
+                f"the labels of y_train must be 0..K-1, each at least once; here they are "
+                f"{seen[:8].tolist()}{'...' if len(seen) > 8 else ''} "
+                "(renumber them, or name every class in an array classes)"
+            )
         names = np.arange(len(seen))
     if names.ndim != 1 or names.dtype.kind not in "USiu":
-        raise ValueError(f"classes must be a vector of names, not {names.dtype} of shape {names.shape}")
+        raise ValueError(
+            f"classes must be a vector of names, not {names.dtype} of shape {names.shape}"
+        )
     text = lambda n: n.decode("utf-8", "replace") if isinstance(n, bytes) else str(n)
     return _check_classes([text(n) for n in names.tolist()])
 
@@ -721,8 +856,10 @@ def _as_labels(got):
     names = _class_names(got.get("classes"), seen)
     for s in y:
         if bad := [int(v) for v in (y[s].min(), y[s].max()) if not 0 <= v < len(names)]:
-            raise ValueError(f"y_{s} holds the label {bad[0]}, "
-                             f"but with {len(names)} classes labels must be 0..{len(names)-1}")
+            raise ValueError(
+                f"y_{s} holds the label {bad[0]}, "
+                f"but with {len(names)} classes labels must be 0..{len(names) - 1}"
+            )
     if len(unseen := np.setdiff1d(y["test"], seen)):
         raise ValueError(f"y_test holds the label {unseen[0]}, which no training sample has")
     _check_two_classes(seen, "y_train")
@@ -783,11 +920,15 @@ _PUBLIC = dict(fashion_mnist="FashionMNIST", cifar10="CIFAR10", cifar100="CIFAR1
 def _from_torchvision(name, root):
     "Download `name` through torchvision into `root`: dict of x (N, H, W[, C]) uint8, y (N,) int64 and classes"
     from darkdistill_nb.core.compat import ensure_torchvision
+
     ensure_torchvision()
     from torchvision import datasets
+
     got = {}
     for s in ("train", "test"):
-        raw = getattr(datasets, _PUBLIC[name])(root, **({"split": s} if name == "svhn" else {"train": s == "train"}), download=True)
+        raw = getattr(datasets, _PUBLIC[name])(
+            root, **({"split": s} if name == "svhn" else {"train": s == "train"}), download=True
+        )
         x = np.asarray(raw.data)
         got[f"x_{s}"] = x.transpose(0, 2, 3, 1) if name == "svhn" else x
         got[f"y_{s}"] = np.asarray(raw.labels if name == "svhn" else raw.targets, dtype=np.int64)
@@ -800,54 +941,86 @@ class DownloadError(ConnectionError):
 # %% ../../nbs/0_core/data.ipynb #8fdd0ab5
 def _fetch(name, cache):
     "Download `name` below the folder `cache`; raises `DownloadError`"
-    choices = (f"Without internet: use digits or shapes, give your own .npz file, or set DARKDISTILL_DATA to a folder that holds {name}.npz "
-               "(arrays x_train, y_train, x_test, y_test, classes).")
+    choices = (
+        f"Without internet: use digits or shapes, give your own .npz file, or set DARKDISTILL_DATA to a folder that holds {name}.npz "
+        "(arrays x_train, y_train, x_test, y_test, classes)."
+    )
     if os.environ.get("DARKDISTILL_OFFLINE", "0") not in ("", "0"):
-        raise DownloadError(f"{name} is not stored here and DARKDISTILL_OFFLINE forbids downloading it. {choices}")
+        raise DownloadError(
+            f"{name} is not stored here and DARKDISTILL_OFFLINE forbids downloading it. {choices}"
+        )
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20) # seconds without an answer; torchvision itself would wait for ever
+    socket.setdefaulttimeout(
+        20
+    )  # seconds without an answer; torchvision itself would wait for ever
     try:
-        with tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}-") as root: return _from_torchvision(name, root)
-    except Exception as e: raise DownloadError(f"{name} could not be downloaded ({type(e).__name__}: {e}). {choices}") from e
-    finally: socket.setdefaulttimeout(before)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}-") as root:
+            return _from_torchvision(name, root)
+    except Exception as e:
+        raise DownloadError(
+            f"{name} could not be downloaded ({type(e).__name__}: {e}). {choices}"
+        ) from e
+    finally:
+        socket.setdefaulttimeout(before)
 
 # %% ../../nbs/0_core/data.ipynb #9e558eef
 def _sha256(path):
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 def _stored(name, cache):
     "Path of the cached file if it is there and whole, else None"
-    path = cache/name/f"{name}.npz"
-    try: return path if _sha256(path) == path.with_suffix(".npz.sha256").read_text().split()[0] else None
-    except (FileNotFoundError, NotADirectoryError, IndexError): return None
+    path = cache / name / f"{name}.npz"
+    try:
+        return (
+            path
+            if _sha256(path) == path.with_suffix(".npz.sha256").read_text().split()[0]
+            else None
+        )
+    except (FileNotFoundError, NotADirectoryError, IndexError):
+        return None
 
 def _store(name, arrays, cache):
     "Write `arrays` as cache/name/name.npz with name.npz.sha256 beside it, all or nothing; the loser of a race discards its copy"
     new = Path(tempfile.mkdtemp(dir=cache, prefix=f".{name}-"))
     try:
-        np.savez(new/f"{name}.npz", **arrays)
-        (new/f"{name}.npz.sha256").write_text(f"{_sha256(new/f'{name}.npz')}  {name}.npz\n") # what `sha256sum -c` reads
+        np.savez(new / f"{name}.npz", **arrays)
+        (new / f"{name}.npz.sha256").write_text(
+            f"{_sha256(new / f'{name}.npz')}  {name}.npz\n"
+        )  # what `sha256sum -c` reads
         if _stored(name, cache) is None:
-            with contextlib.suppress(FileNotFoundError): os.rename(cache/name, new/"old") # a damaged copy
-            with contextlib.suppress(OSError): os.rename(new, cache/name)
-    finally: shutil.rmtree(new, ignore_errors=True); shutil.rmtree(cache/name/"old", ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(cache / name, new / "old")  # a damaged copy
+            with contextlib.suppress(OSError):
+                os.rename(new, cache / name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(cache / name / "old", ignore_errors=True)
 
 # %% ../../nbs/0_core/data.ipynb #a8a076ac
 def _data_folder():
     "The folder named by DARKDISTILL_DATA, or None; raises `FileNotFoundError` if it does not exist"
     root = os.environ.get("DARKDISTILL_DATA")
-    if root and not Path(root).is_dir(): raise FileNotFoundError(f"DARKDISTILL_DATA names {root}, which is not a folder")
+    if root and not Path(root).is_dir():
+        raise FileNotFoundError(f"DARKDISTILL_DATA names {root}, which is not a folder")
     return Path(root) if root else None
 
 def _public(name):
     "A public data set from the data folder, the cache or the internet, in this order"
-    if (root := _data_folder()) and (root/f"{name}.npz").is_file(): return read_npz(root/f"{name}.npz")
-    cache = Path(os.environ.get("DARKDISTILL_CACHE") or Path.home()/".cache"/"darkdistill")
-    if path := _stored(name, cache): return read_npz(path)
-    try: cache.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise type(e)(f"the cache folder {cache} cannot be made ({e.strerror}); set DARKDISTILL_CACHE to a folder that can be written") from e
+    if (root := _data_folder()) and (root / f"{name}.npz").is_file():
+        return read_npz(root / f"{name}.npz")
+    cache = Path(os.environ.get("DARKDISTILL_CACHE") or Path.home() / ".cache" / "darkdistill")
+    if path := _stored(name, cache):
+        return read_npz(path)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise type(e)(
+            f"the cache folder {cache} cannot be made ({e.strerror}); set DARKDISTILL_CACHE to a folder that can be written"
+        ) from e
     _store(name, _fetch(name, cache), cache)
-    if path := _stored(name, cache): return read_npz(path)
+    if path := _stored(name, cache):
+        return read_npz(path)
     raise OSError(f"{name} could not be kept in the cache folder {cache}")
 
 # %% ../../nbs/0_core/data.ipynb #f18817ac
@@ -894,11 +1067,11 @@ def load(
     n_test = None if n_test is None else whole(n_test, "n_test")
     if name == "shapes":
         train = shapes(n_train or 20_000, seed)
-        test = shapes(n_test or 4_000, seed + 2**32) # no training seed reaches 2**32
+        test = shapes(n_test or 4_000, seed + 2**32)  # no training seed reaches 2**32
         test = ArrayData(test.x, test.y, SHAPES, train.mean, train.std, test.difficulty)
     else:
         train, test = _load_all(name)
-        train, test = _some(train, n_train, 2*seed, name), _some(test, n_test, 2*seed + 1, name)
+        train, test = _some(train, n_train, 2 * seed, name), _some(test, n_test, 2 * seed + 1, name)
     _check_two_classes(train.y.unique(), f"n_train={n_train}")
     return train, test
 
@@ -961,14 +1134,16 @@ def _deal_by_client(y, clients, gamma, seed):
     stock = [rng.permutation(np.flatnonzero(y == c)) for c in range(K)]
     left = np.array([len(s) for s in stock])
     parts = []
-    for k, size in enumerate(len(y)//clients + (np.arange(clients) < len(y) % clients)):
+    for k, size in enumerate(len(y) // clients + (np.arange(clients) < len(y) % clients)):
         mine = []
         while size:
             q = mix[k] * (left > 0)
-            if q.sum() == 0: q = left.astype(float) # none of its classes is left: take what there is
-            take = np.minimum(rng.multinomial(size, q/q.sum()), left)
-            mine += [stock[c][left[c] - t:left[c]] for c, t in enumerate(take) if t]
-            left -= take; size -= take.sum()
+            if q.sum() == 0:
+                q = left.astype(float)  # none of its classes is left: take what there is
+            take = np.minimum(rng.multinomial(size, q / q.sum()), left)
+            mine += [stock[c][left[c] - t : left[c]] for c, t in enumerate(take) if t]
+            left -= take
+            size -= take.sum()
         parts.append(np.concatenate(mine))
     return parts
 
@@ -979,11 +1154,15 @@ def _deal_by_class(y, clients, gamma, seed, attempt=0):
     size, full = np.zeros(clients, int), len(y) / clients
     for c in range(y.max() + 1):
         idx = rng.permutation(np.flatnonzero(y == c))
-        if len(idx) == 0: continue
+        if len(idx) == 0:
+            continue
         share = rng.dirichlet(np.full(clients, float(gamma))) * (size < full)
-        if share.sum() == 0: share = (size < full).astype(float)
+        if share.sum() == 0:
+            share = (size < full).astype(float)
         cut = np.floor(np.cumsum(share / share.sum())[:-1] * len(idx) + 1e-9).astype(int)
-        for k, piece in enumerate(np.split(idx, cut)): parts[k].append(piece); size[k] += len(piece)
+        for k, piece in enumerate(np.split(idx, cut)):
+            parts[k].append(piece)
+            size[k] += len(piece)
     return [np.concatenate(p) for p in parts]
 
 # %% ../../nbs/0_core/data.ipynb #795ec5b2
@@ -1000,21 +1179,25 @@ def dirichlet_split(
     y, gamma, seed = _check_labels(y), _check_gamma(gamma), whole(seed, "seed", 0)
     clients, tries = _check_clients(clients, len(y)), whole(tries, "tries")
     by_class = choice(family, "family", ("client", "class")) == "class"
-    default = max(1, min(10, len(y)//(2*clients))) if by_class else 1
+    default = max(1, min(10, len(y) // (2 * clients))) if by_class else 1
     min_size = default if min_size is None else whole(min_size, "min_size", 0)
-    if min_size*clients > len(y):
-        raise ValueError(f"min_size={min_size} for {clients} clients "
-                         f"needs {min_size*clients} samples, there are {len(y)}")
+    if min_size * clients > len(y):
+        raise ValueError(
+            f"min_size={min_size} for {clients} clients "
+            f"needs {min_size * clients} samples, there are {len(y)}"
+        )
     smallest = 0
     for attempt in range(tries if by_class else 1):
         deal = _deal_by_class if by_class else _deal_by_client
-        parts = deal(y, clients, gamma, seed, *[attempt]*by_class)
+        parts = deal(y, clients, gamma, seed, *[attempt] * by_class)
         smallest = max(smallest, min(map(len, parts)))
         if min(map(len, parts)) >= min_size:
             break
     else:
-        raise ValueError(f"no split in {tries} tries gave each of {clients} clients {min_size} "
-                         f"samples (best: {smallest}); raise gamma, or lower clients or min_size")
+        raise ValueError(
+            f"no split in {tries} tries gave each of {clients} clients {min_size} "
+            f"samples (best: {smallest}); raise gamma, or lower clients or min_size"
+        )
     rng = np.random.default_rng([3, seed])
     return [torch.from_numpy(rng.permutation(parts[k])) for k in rng.permutation(clients)]
 
@@ -1074,10 +1257,20 @@ def plot_clients(
     fig = go.Figure(layout=dict(template=STYLE))
     for c in range(K):
         name = str(classes[c] if classes is not None else c)
-        fig.add_bar(x=list(range(len(hist))), y=hist[:, c].tolist(), name=name, marker=class_look(c))
-    return fig.update_layout(barmode="stack", bargap=.12, height=360, margin=dict(l=60, r=10, t=60, b=50),
-                             title=dict(text=title, subtitle=dict(text=note)), xaxis_title="client", yaxis_title="samples",
-                             legend=dict(title="class", traceorder="normal"), showlegend=K <= 32)
+        fig.add_bar(
+            x=list(range(len(hist))), y=hist[:, c].tolist(), name=name, marker=class_look(c)
+        )
+    return fig.update_layout(
+        barmode="stack",
+        bargap=0.12,
+        height=360,
+        margin=dict(l=60, r=10, t=60, b=50),
+        title=dict(text=title, subtitle=dict(text=note)),
+        xaxis_title="client",
+        yaxis_title="samples",
+        legend=dict(title="class", traceorder="normal"),
+        showlegend=K <= 32,
+    )
 
 # %% ../../nbs/0_core/data.ipynb #34868a63
 def dirichlet_draw(

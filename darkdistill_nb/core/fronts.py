@@ -27,7 +27,7 @@ def lazy_front(
     "Let a package offer all public names of its modules, each imported at its first use (PEP 562); raises `ValueError` where there is no such package."
     top, _, chapter = package.partition(".") if isinstance(package, str) else ("", "", "")
     spec = importlib.util.find_spec(top) if top else None
-    folder = Path(spec.submodule_search_locations[0])/chapter if spec else None
+    folder = Path(spec.submodule_search_locations[0]) / chapter if spec else None
     if folder is None or not folder.is_dir():
         raise ValueError(f"package={package!r} must be the name of an installed package")
     home, twice = {}, set()
@@ -36,9 +36,11 @@ def lazy_front(
         twice |= home.keys() & set(names)
         home |= dict.fromkeys(names, file.stem)
     for name in twice:
-        del home[name]    # such as `main`: which module's is meant, the reader has to say
+        del home[name]  # such as `main`: which module's is meant, the reader has to say
+
     def find(name):
         if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(importlib.import_module(f"{package}.{home[name]}"), name)
+
     return find, lambda: sorted(home), sorted(home)

@@ -16,10 +16,12 @@ from multiprocessing import context, process
 from .checks import flag, whole
 
 # %% ../../nbs/0_core/process.ipynb #f7eff643
-UNGUARDED = 87   # exit code of a worker that was led into the work of its own script
-NO_START = 86    # exit code of a worker that failed before its first job
-GUARD = ('a script that uses several processes begins its work below the line '
-         '`if __name__ == "__main__":`, because each process imports the script first')
+UNGUARDED = 87  # exit code of a worker that was led into the work of its own script
+NO_START = 86  # exit code of a worker that failed before its first job
+GUARD = (
+    "a script that uses several processes begins its work below the line "
+    '`if __name__ == "__main__":`, because each process imports the script first'
+)
 
 # %% ../../nbs/0_core/process.ipynb #b92ed752
 def only_from_main(
@@ -33,8 +35,9 @@ def only_from_main(
     file = getattr(main, "__file__", None)
     script = file and getattr(main, "__spec__", None) is None
     if script and workers > 1 and not os.path.exists(file):
-        raise RuntimeError(f"several processes need a script in a file, not {file}; save it, "
-                           "or use one process")
+        raise RuntimeError(
+            f"several processes need a script in a file, not {file}; save it, or use one process"
+        )
 
 # %% ../../nbs/0_core/process.ipynb #84ecf3c1
 def _kill_with_parent():
@@ -43,13 +46,15 @@ def _kill_with_parent():
         return False
     try:
         import ctypes
-        return ctypes.CDLL(None).prctl(1, int(signal.SIGKILL), 0, 0, 0) == 0   # PR_SET_PDEATHSIG
+
+        return ctypes.CDLL(None).prctl(1, int(signal.SIGKILL), 0, 0, 0) == 0  # PR_SET_PDEATHSIG
     except (ImportError, OSError, AttributeError):
         return False
 
 def _wait_for_end(sentinel, seconds=None):
     "Leave when the other end of the pipe is gone."
     from multiprocessing.connection import wait
+
     if wait([sentinel], seconds):
         os._exit(1)
 
@@ -67,7 +72,7 @@ def leave_with_parent(
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not (at_once and _kill_with_parent()):
         threading.Thread(target=_wait_for_end, args=[parent.sentinel], daemon=True).start()
-    _wait_for_end(parent.sentinel, 0)            # it may be gone already
+    _wait_for_end(parent.sentinel, 0)  # it may be gone already
     return True
 
 # %% ../../nbs/0_core/process.ipynb #5939d18d
@@ -77,8 +82,10 @@ def why_ended(
     "What the exit codes of dead workers mean to a user."
     codes = [c for c in codes if c not in (None, 0, -signal.SIGTERM)]
     if NO_START in codes:
-        return ("a worker process could not begin, as its own message says; what workers run "
-                "must be importable from a module, so not defined in a notebook")
+        return (
+            "a worker process could not begin, as its own message says; what workers run "
+            "must be importable from a module, so not defined in a notebook"
+        )
     if UNGUARDED in codes or not codes:
         return f"a worker process ended before it began; {GUARD}"
     memory = " (-9 often means: out of memory)" if codes[0] == -9 else ""
@@ -88,14 +95,18 @@ def why_ended(
 # %% ../../nbs/0_core/process.ipynb #8b3a329c
 class Spawn(context.SpawnContext):
     "Starts processes by spawning, and remembers them."
+
     def __init__(self):
         self.started = []
+
     def Process(self, *args, **kwargs):
         p = context.SpawnProcess(*args, **kwargs)
         self.started.append(p)
         return p
+
     def running(self):
         return [p for p in self.started if p.pid is not None]
+
     def end(self, seconds=5):
         "End what still runs; nothing is left when this returns."
         for p in self.running():
@@ -120,6 +131,7 @@ def _begin(at_once, packed, *own):
 # %% ../../nbs/0_core/process.ipynb #e41efeee
 class WorkerPool(ProcessPoolExecutor):
     "Workers that end with this process; `explained` and `with` say in a sentence why one died."
+
     def __init__(self,
         workers:int, # processes
         start=None,  # start(*args) is called first in each of them
@@ -130,6 +142,7 @@ class WorkerPool(ProcessPoolExecutor):
         self.spawn = Spawn()
         main = threading.current_thread() is threading.main_thread()
         super().__init__(workers, self.spawn, _begin, (main, pickle.dumps((start, args))))
+
     @contextlib.contextmanager
     def explained(self):
         "Inside, the death of a worker is a `RuntimeError` of one sentence."
@@ -138,6 +151,7 @@ class WorkerPool(ProcessPoolExecutor):
         except (BrokenProcessPool, BrokenPipeError):
             self.spawn.end()
             raise RuntimeError(why_ended([p.exitcode for p in self.spawn.started])) from None
+
     def __exit__(self, kind, *error):
         if kind:
             self.shutdown(wait=False, cancel_futures=True)
@@ -150,7 +164,7 @@ PLAIN = dict(zip("–—−‐×·•…“”‘’→←≤≥≈±", "----x..
 def _plain(error):
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    text = error.object[error.start:error.end]
+    text = error.object[error.start : error.end]
     return "".join(PLAIN.get(c, "?") for c in text), error.end
 
 codecs.register_error("plain", _plain)

@@ -37,19 +37,24 @@ def seed_for(
 # %% ../../nbs/0_core/training.ipynb #a49d5ea9
 class Streams:
     "Named, independent random streams that all follow from one seed."
+
     def __init__(self,
         seed:int=0 # the seed of the whole run
     ):
         self.seed = whole(seed, "seed", None)
+
     def __repr__(self):
         return f"Streams({self.seed})"
+
     def seed_of(self, *names):
         return seed_for(self.seed, *names)
+
     def generator(self,
         *names # what the numbers are for
     )->torch.Generator: # a fresh CPU generator, at the start of its stream
         "A fresh generator for the stream called `names`."
         return torch.Generator().manual_seed(self.seed_of(*names))
+
     @contextmanager
     def scope(self,
         *names # what the numbers are for
@@ -114,16 +119,19 @@ def _sees_one_number(net, norms, sample, forward):
 
 # %% ../../nbs/0_core/training.ipynb #17c3cafb
 def check_batches(
-    net:nn.Module,  # that will be trained
-    n:int,          # samples
-    batch_size:int, # samples a step
-    sample=None,    # (1, C, H, W) one image, to see what reaches the normalisations; None: judged by their kind
-    forward=None,   # called on images in place of `net`
-    parts:int=1,    # equal parts of a batch that are learned from one by one
-)->None:
+    net: nn.Module,  # that will be trained
+    n: int,  # samples
+    batch_size: int,  # samples a step
+    sample=None,  # (1, C, H, W) one image, to see what reaches the normalisations; None: judged by their kind
+    forward=None,  # called on images in place of `net`
+    parts: int = 1,  # equal parts of a batch that are learned from one by one
+) -> None:
     "Raise `ValueError` if a batch of one sample would leave a batch normalisation with a single number."
     n, batch_size, parts = whole(n, "n", 0), whole(batch_size, "batch_size"), whole(parts, "parts")
-    norms, sizes = _moving_norms(net), [s for s in (n % batch_size, min(batch_size, n)) if s // parts == 1]
+    norms, sizes = (
+        _moving_norms(net),
+        [s for s in (n % batch_size, min(batch_size, n)) if s // parts == 1],
+    )
     if not norms or not sizes:
         return
     if sample is None:
@@ -131,8 +139,13 @@ def check_batches(
     else:
         alone = _sees_one_number(net, norms, sample, forward or net)
     part = "" if parts == 1 else f", learned in {parts} parts"
-    check(not alone, "batch_size", batch_size, f"another number: {n} samples leave a batch of {sizes[0]}{part}, "
-          "and batch normalisation cannot be trained on a single sample")
+    check(
+        not alone,
+        "batch_size",
+        batch_size,
+        f"another number: {n} samples leave a batch of {sizes[0]}{part}, "
+        "and batch normalisation cannot be trained on a single sample",
+    )
 
 # %% ../../nbs/0_core/training.ipynb #5037830d
 def shared_names(
@@ -170,12 +183,16 @@ def fit(
         check_batches(net, len(data), batch_size, data[:1][0], forward)
     start_training(net)
     for _ in range(epochs):
-        total, n = 0., 0
+        total, n = 0.0, 0
         for xb, yb in data.batches(batch_size, generator):
-            if before: before(xb, yb, opt)
+            if before:
+                before(xb, yb, opt)
             value = loss(forward(xb), yb)
-            opt.zero_grad(set_to_none=True); value.backward(); opt.step()
-            total += value.detach() * len(yb); n += len(yb)
+            opt.zero_grad(set_to_none=True)
+            value.backward()
+            opt.step()
+            total += value.detach() * len(yb)
+            n += len(yb)
         if not bool(torch.isfinite(torch.as_tensor(total))):
             raise FloatingPointError(f"the training loss is {float(total)}; lower lr={lr}")
     return float(total) / max(n, 1) if epochs else float("nan")
@@ -204,8 +221,10 @@ def accuracy(
 )->torch.Tensor:         # (...) share of right answers in [0, 1]
     "Share of samples whose largest logit is the label's; raises `ValueError` for NaN, no samples, or other shapes."
     if y.ndim != 1 or logits.ndim < 2 or logits.shape[-2] != len(y) or not len(y):
-        raise ValueError("logits must have shape (..., N, K) and y (N,) with N > 0, "
-                         f"not {tuple(logits.shape)} and {tuple(y.shape)}")
+        raise ValueError(
+            "logits must have shape (..., N, K) and y (N,) with N > 0, "
+            f"not {tuple(logits.shape)} and {tuple(y.shape)}"
+        )
     finite(logits, "logits", inf=True)
     return (logits.argmax(-1) == y.to(logits.device)).double().mean(-1)
 
@@ -217,7 +236,7 @@ def mean_std(
     v = np.asarray([number(x, f"values[{i}]") for i, x in enumerate(values)], dtype=float)
     if len(v) == 0:
         raise ValueError("values is empty; give at least one number")
-    return float(v.mean()), float(v.std(ddof=1)) if len(v) > 1 else 0.
+    return float(v.mean()), float(v.std(ddof=1)) if len(v) > 1 else 0.0
 
 # %% ../../nbs/0_core/training.ipynb #316069e1
 def plus_minus(
@@ -227,7 +246,7 @@ def plus_minus(
 )->str:
     "The text `mean ± spread` of `values`; raises `ValueError` as `mean_std` does."
     digits, scale = whole(digits, "digits", 0), number(scale, "scale")
-    m, sd = mean_std([scale*number(v, f"values[{i}]") for i, v in enumerate(values)])
+    m, sd = mean_std([scale * number(v, f"values[{i}]") for i, v in enumerate(values)])
     return f"{m:.{digits}f} ± {sd:.{digits}f}"
 
 # %% ../../nbs/0_core/training.ipynb #72c6059d
@@ -236,13 +255,17 @@ def write_atomic(
     data:bytes, # its content
 )->Path:
     "Write `data` to `path` so that a reader sees the old file or the whole new one, never a part."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(tmp, "wb") as f:
-            f.write(data); f.flush(); os.fsync(f.fileno())
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        tmp.unlink(missing_ok=True)
     return path
 
 # %% ../../nbs/0_core/training.ipynb #48baf897
@@ -263,7 +286,9 @@ def _problem(o, name=""):
         return name, o
     if isinstance(o, float):
         return None if np.isfinite(o) else (name, o)
-    parts = o.items() if isinstance(o, dict) else enumerate(o) if isinstance(o, (list, tuple)) else ()
+    parts = (
+        o.items() if isinstance(o, dict) else enumerate(o) if isinstance(o, (list, tuple)) else ()
+    )
     key = lambda k: f"{name}.{k}" if isinstance(o, dict) else f"{name}[{k}]"
     return next((found for k, v in parts if (found := _problem(v, key(k).lstrip(".")))), None)
 
@@ -278,7 +303,12 @@ def check_json(
         return json.dumps(values, indent=indent, default=_plain, allow_nan=False, **kwargs)
     except (TypeError, ValueError, RecursionError):
         where, value = _problem(values) or ("values", values)
-    check(False, where, value, "a finite number, text, flag, None, or a list or dict of those: it is kept as JSON")
+    check(
+        False,
+        where,
+        value,
+        "a finite number, text, flag, None, or a list or dict of those: it is kept as JSON",
+    )
 
 # %% ../../nbs/0_core/training.ipynb #aa24d369
 def _raw(t):
@@ -312,8 +342,14 @@ def save_tensors(
 )->str:                 # sha256 of the file
     "Write tensors and a little JSON into one safetensors file, atomically and with a checksum."
     from safetensors.torch import save
+
     for name, v in tensors.items():
-        check(isinstance(name, str) and isinstance(v, torch.Tensor), "tensors", {name: v}, "names with tensors")
+        check(
+            isinstance(name, str) and isinstance(v, torch.Tensor),
+            "tensors",
+            {name: v},
+            "names with tensors",
+        )
     tensors, text = _apart(tensors), check_json(meta or {}, indent=None)
     data = save(tensors, metadata={"checked": f"{_checksum(tensors, text)} {text}"})
     write_atomic(path, data)
@@ -322,7 +358,7 @@ def save_tensors(
 # %% ../../nbs/0_core/training.ipynb #d0978ffc
 def _header_text(data):
     "(checksum or None, JSON text) of a file's header; files of older versions and of other programs have no checksum."
-    head = json.loads(data[8:8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
     if set(head) == {"checked"}:
         found, _, text = head["checked"].partition(" ")
         return found, text
@@ -338,23 +374,38 @@ def load_tensors(
     "Read a file of `save_tensors`; raises `FileNotFoundError`, or `ValueError` if it is damaged."
     from safetensors import SafetensorError
     from safetensors.torch import load
+
     check(sha256 is None or isinstance(sha256, str), "sha256", sha256, "a hash as text")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights file at {path}")
     data = path.read_bytes()
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError(f"{path} does not have the sha256 its record names: it was changed or cut off")
+        raise ValueError(
+            f"{path} does not have the sha256 its record names: it was changed or cut off"
+        )
     try:
         tensors, (found, text) = load(data), _header_text(data)
         if found is not None and found != _checksum(tensors, text):
             raise ValueError("its numbers do not have the checksum they were written with")
         return tensors, json.loads(text)
     except (SafetensorError, ValueError, AttributeError, KeyError, RecursionError) as e:
-        raise ValueError(f"{path} is not a whole safetensors file: {e}; delete it, or get it again") from None
+        raise ValueError(
+            f"{path} is not a whole safetensors file: {e}; delete it, or get it again"
+        ) from None
 
 # %% ../../nbs/0_core/training.ipynb #aeaa28bf
-_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
+_INSTRUCTIONS = (
+    "avx2",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_vnni",
+    "amx_tile",
+    "amx_bf16",
+    "asimd",
+    "sve",
+    "bf16",
+)
 
 def _read_cpuinfo(text):
     "(model, instruction sets) of Linux' /proc/cpuinfo; None for what it does not say."
@@ -369,14 +420,18 @@ def _read_cpuinfo(text):
 def _ask_sysctl():
     "The same from macOS."
     import subprocess
+
     names = ["machdep.cpu.brand_string", "machdep.cpu.features", "machdep.cpu.leaf7_features"]
-    ask = lambda n: subprocess.run(["sysctl", "-n", n], capture_output=True, text=True, timeout=5).stdout.strip()
+    ask = lambda n: subprocess.run(
+        ["sysctl", "-n", n], capture_output=True, text=True, timeout=5
+    ).stdout.strip()
     model, *flags = map(ask, names)
     return model or None, " ".join(flags).lower().split() or None
 
 def _ask_registry():
     "The same from Windows, which does not tell its instruction sets."
     import winreg
+
     place = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
     with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, place) as key:
         return winreg.QueryValueEx(key, "ProcessorNameString")[0].strip(), None
@@ -384,46 +439,74 @@ def _ask_registry():
 # %% ../../nbs/0_core/training.ipynb #47dde47e
 def processor()->dict: # model, instructions (list, None: unknown), threads, torch
     "The processor as far as this system tells it, the threads PyTorch uses, and the kernels it chose; never fails."
-    ask = dict(Linux=lambda: _read_cpuinfo(Path("/proc/cpuinfo").read_text(errors="replace")),
-               Darwin=_ask_sysctl, Windows=_ask_registry)
+    ask = dict(
+        Linux=lambda: _read_cpuinfo(Path("/proc/cpuinfo").read_text(errors="replace")),
+        Darwin=_ask_sysctl,
+        Windows=_ask_registry,
+    )
     try:
         model, flags = ask[platform.system()]()
-    except Exception:                  # an unusual system: a record without the name is better than none
+    except Exception:  # an unusual system: a record without the name is better than none
         model, flags = None, None
     kernels = getattr(torch.backends.cpu, "get_cpu_capability", lambda: None)()
     known = None if flags is None else [f for f in _INSTRUCTIONS if f in flags]
-    return dict(model=model or platform.processor() or platform.machine(), instructions=known,
-                threads=torch.get_num_threads(), torch=kernels)
+    return dict(
+        model=model or platform.processor() or platform.machine(),
+        instructions=known,
+        threads=torch.get_num_threads(),
+        torch=kernels,
+    )
 
 # %% ../../nbs/0_core/training.ipynb #5ca00e62
 def environment()->dict: # versions, hardware and the command line
     "What a reader needs to repeat a run: versions of what computes, the machine, the command."
     from importlib.metadata import PackageNotFoundError, version
+
     def v(p):
-        try: return version(p)
-        except PackageNotFoundError: return None
+        try:
+            return version(p)
+        except PackageNotFoundError:
+            return None
+
     names = ("darkdistill_nb", "torch", "torchvision", "timm", "numpy", "scikit-learn")
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     words = sys.orig_argv
-    words = ["python", *words[words.index("-m"):]] if "-m" in words else [Path(sys.argv[0]).name, *sys.argv[1:]]
-    return dict(versions={"python": platform.python_version(), **{p: v(p) for p in names}},
-                hardware=dict(machine=platform.machine(), system=platform.system(), cpus=os.cpu_count(), gpu=gpu,
-                              processor=processor()),
-                command=" ".join(words))
+    words = (
+        ["python", *words[words.index("-m") :]]
+        if "-m" in words
+        else [Path(sys.argv[0]).name, *sys.argv[1:]]
+    )
+    return dict(
+        versions={"python": platform.python_version(), **{p: v(p) for p in names}},
+        hardware=dict(
+            machine=platform.machine(),
+            system=platform.system(),
+            cpus=os.cpu_count(),
+            gpu=gpu,
+            processor=processor(),
+        ),
+        command=" ".join(words),
+    )
 
 # %% ../../nbs/0_core/training.ipynb #640e58da
 @dataclass
 class Record:
     "Configuration, environment and measurements of finished runs; plain JSON on disk."
+
     config:dict                               # everything that was asked for
-    runs:list = field(default_factory=list)   # one dict per (method, seed): rounds, final numbers, weights file
-    info:dict = field(default_factory=dict)   # numbers shared by all runs, e.g. MACs per exit, who holds what
+    runs: list = field(
+        default_factory=list
+    )  # one dict per (method, seed): rounds, final numbers, weights file
+    info: dict = field(
+        default_factory=dict
+    )  # numbers shared by all runs, e.g. MACs per exit, who holds what
     versions:dict = field(default_factory=dict)
     hardware:dict = field(default_factory=dict)
     command:str = ""
     created:str = ""                          # UTC, ISO 8601
     seconds:float = 0.                        # wall-clock of all runs
     format:int = 1
+
     @classmethod
     def begin(cls,
         config:dict, # what was asked for
@@ -431,7 +514,12 @@ class Record:
     ):
         "A new record that knows machine, versions and time; raises `ValueError` for what JSON cannot hold."
         check_json(dict(config=config, info=info))
-        return cls(config=config, info=info, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **environment())
+        return cls(
+            config=config,
+            info=info,
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **environment(),
+        )
 
 # %% ../../nbs/0_core/training.ipynb #28bd0fbe
 def save_record(
@@ -441,37 +529,56 @@ def save_record(
 )->Path:                 # the record's path
     "Write weights, then `record.json` with their sha256; raises `ValueError` for what JSON cannot hold."
     folder, d = Path(folder), asdict(record)
-    check_json(d)                            # before anything is written
-    files = {f"weights/{n}.safetensors": save_tensors(folder/"weights"/f"{n}.safetensors", t) for n, t in (weights or {}).items()}
+    check_json(d)  # before anything is written
+    files = {
+        f"weights/{n}.safetensors": save_tensors(folder / "weights" / f"{n}.safetensors", t)
+        for n, t in (weights or {}).items()
+    }
     d["files"] = {**d["info"].pop("files", {}), **files}
-    return write_atomic(folder/"record.json", check_json(d).encode())
+    return write_atomic(folder / "record.json", check_json(d).encode())
 
 # %% ../../nbs/0_core/training.ipynb #2cc22529
 def read_json(
     path # a file
 ):       # its values
     "The JSON of a file; raises `ValueError` with the file's name for anything else, NaN and infinities included."
+
     def refuse(word):
         raise ValueError(f"it holds {word}, which is not JSON")
+
     def decimal(word):
         return float(word) if np.isfinite(float(word)) else refuse(word)
+
     try:
         return json.loads(Path(path).read_bytes(), parse_constant=refuse, parse_float=decimal)
     except ValueError as e:
         raise ValueError(f"{path} is not whole JSON: {e}") from None
     except RecursionError:
-        raise ValueError(f"{path} is not JSON of this package: its brackets are nested too deeply") from None
+        raise ValueError(
+            f"{path} is not JSON of this package: its brackets are nested too deeply"
+        ) from None
 
 # %% ../../nbs/0_core/training.ipynb #bac64df0
-_RECORD = dict(config=dict, runs=list, info=dict, versions=dict, hardware=dict, command=str, created=str,
-               seconds=(int, float), files=dict)
+_RECORD = dict(
+    config=dict,
+    runs=list,
+    info=dict,
+    versions=dict,
+    hardware=dict,
+    command=str,
+    created=str,
+    seconds=(int, float),
+    files=dict,
+)
 _KINDS = {dict: "an object", list: "a list", str: "a text", (int, float): "a number"}
 
 def _record_parts(d, path):
     "The parts of a record that this version knows, each of its kind."
+
     def need(ok, what):
         if not ok:
             raise ValueError(f"{path} is not a record of this package: {what}")
+
     need(isinstance(d, dict), "it is not a JSON object")
     form = d.get("format")
     need(type(form) is int and form == 1, f"its format is {shown(form)}, and this version reads 1")
@@ -482,7 +589,10 @@ def _record_parts(d, path):
         ok = isinstance(v, _RECORD[k]) and not isinstance(v, bool)
         need(ok, f"{k!r} must be {_KINDS[_RECORD[k]]}, not {shown(v)}")
     for i, run in enumerate(d["runs"]):
-        need(isinstance(run, dict) and run, f"runs[{i}] must be an object with a run's numbers, not {shown(run)}")
+        need(
+            isinstance(run, dict) and run,
+            f"runs[{i}] must be an object with a run's numbers, not {shown(run)}",
+        )
     return d
 
 # %% ../../nbs/0_core/training.ipynb #85e8361d
@@ -491,9 +601,11 @@ def load_record(
 )->Record:
     "Read a record; raises `FileNotFoundError`, or `ValueError` if the file is damaged or of another format."
     path = Path(path)
-    path = path/"record.json" if path.is_dir() else path
+    path = path / "record.json" if path.is_dir() else path
     if not path.is_file():
-        raise FileNotFoundError(f"no record at {path}: the run is not finished, or this is not a run folder")
+        raise FileNotFoundError(
+            f"no record at {path}: the run is not finished, or this is not a run folder"
+        )
     d = _record_parts(read_json(path), path)
     files = d.pop("files", {})
     d["info"]["files"] = files
@@ -508,8 +620,11 @@ def check_record(
     info=(),   # entries that `record.info` must have
 )->Record:     # `record`
     "Raise `ValueError`, with the file's name, if a record lacks what is to be shown of it."
-    for name, part, needed in (("config", record.config, config), ("info", record.info, info),
-                               *((f"runs[{i}]", run, runs) for i, run in enumerate(record.runs))):
+    for name, part, needed in (
+        ("config", record.config, config),
+        ("info", record.info, info),
+        *((f"runs[{i}]", run, runs) for i, run in enumerate(record.runs)),
+    ):
         for k in needed:
             if k not in part:
                 raise ValueError(f"{path} holds another kind of record: {name} has no {k!r}")
@@ -523,12 +638,14 @@ def shipped(
     "Folder of files that come with the package; raises `FileNotFoundError` when it has none."
     check(isinstance(what, str) and what, "what", what, "a folder: assets or tutorials")
     here = Path(here or str(resources.files("darkdistill_nb")))
-    inside, beside = here/f"_{what}", here.parent/what
+    inside, beside = here / f"_{what}", here.parent / what
     if inside.is_dir():
         return inside
-    if beside.is_dir() and (here.parent/"pyproject.toml").is_file():
+    if beside.is_dir() and (here.parent / "pyproject.toml").is_file():
         return beside
-    raise FileNotFoundError(f"this installation has no {what}: neither {inside} nor a checkout's {beside} is there")
+    raise FileNotFoundError(
+        f"this installation has no {what}: neither {inside} nor a checkout's {beside} is there"
+    )
 
 # %% ../../nbs/0_core/training.ipynb #56117b66
 def asset(
@@ -536,7 +653,7 @@ def asset(
 )->Path:
     "Path of a stored result, see `shipped`; raises `FileNotFoundError` if there is none of that name."
     check(isinstance(name, str) and name, "name", name, "a file, such as digits_default.json")
-    path = shipped("assets")/name
+    path = shipped("assets") / name
     if not path.is_file():
         raise FileNotFoundError(f"{name} is not among the stored results of this installation")
     return path
@@ -568,7 +685,7 @@ def _function(f):
     for cell in f.__closure__ or ():
         try:
             held.append(cell.cell_contents)
-        except ValueError:                       # not filled yet
+        except ValueError:  # not filled yet
             held.append(None)
     kinds = (bool, int, float, str, tuple, torch.Tensor, types.FunctionType, type)
     around = {n: f.__globals__.get(n) for n in _global_names(f.__code__)} if _is_own(f) else {}
@@ -623,7 +740,7 @@ def _describe(o, above=()):
     "Everything about `o` that a training may depend on, as JSON values."
     o = scalar(o)
     if isinstance(o, float):
-        return int(o) if o.is_integer() else o   # 1. and 1 are one setting
+        return int(o) if o.is_integer() else o  # 1. and 1 are one setting
     if o is None or isinstance(o, (bool, int, str)):
         return o
     if id(o) in above:
@@ -638,8 +755,8 @@ def _describe(o, above=()):
 
 # %% ../../nbs/0_core/training.ipynb #1d3fd70f
 def fingerprint(
-    *parts # numbers, texts, lists, dicts, tensors, data, networks, generators, functions, objects with settings
-)->str:    # 16 hexadecimal digits
+    *parts,  # numbers, texts, lists, dicts, tensors, data, networks, generators, functions, objects with settings
+) -> str:  # 16 hexadecimal digits
     "A short hash of everything in `parts` that a training may depend on; attributes named _x do not count."
     text = json.dumps(_describe(list(parts)), sort_keys=True)
     return _digest(text.encode())
@@ -658,7 +775,9 @@ def fingerprints(
     out = {}
     for name, v in parts.items():
         v = scalar(v)
-        plain = v is None or isinstance(v, (bool, int, float)) or (isinstance(v, str) and len(v) < 40)
+        plain = (
+            v is None or isinstance(v, (bool, int, float)) or (isinstance(v, str) and len(v) < 40)
+        )
         out[name] = v if plain else fingerprint(v)
     return out
 
@@ -671,10 +790,14 @@ def check_fingerprints(
     ways = f"delete {path} to train from the start, or name another file"
     if not isinstance(found, dict):
         raise ValueError(f"checkpoint={path} does not say which training wrote it; {ways}")
-    differ = [k for k in {**asked, **found} if k not in found or k not in asked or found[k] != asked[k]]
+    differ = [
+        k for k in {**asked, **found} if k not in found or k not in asked or found[k] != asked[k]
+    ]
     if differ:
-        raise ValueError(f"checkpoint={path} was written by another training: "
-                         f"{', '.join(_other(k, found.get(k), asked.get(k)) for k in differ)}; {ways}")
+        raise ValueError(
+            f"checkpoint={path} was written by another training: "
+            f"{', '.join(_other(k, found.get(k), asked.get(k)) for k in differ)}; {ways}"
+        )
 
 def _other(name, found, asked):
     digests = any(isinstance(v, str) and re.fullmatch("[0-9a-f]{16}", v) for v in (found, asked))
@@ -697,7 +820,9 @@ def by_name(
     any_name = any(p.kind is p.VAR_KEYWORD for p in takes.values())
     unknown = [k for k in kwargs if k not in takes and not any_name]
     if unknown:
-        raise ValueError(f"{what} {name!r} has no option {unknown[0]!r}; it has {', '.join(takes) or 'none'}")
+        raise ValueError(
+            f"{what} {name!r} has no option {unknown[0]!r}; it has {', '.join(takes) or 'none'}"
+        )
     return table[name](**kwargs)
 
 # %% ../../nbs/0_core/training.ipynb #b6d644a6
@@ -712,7 +837,11 @@ def pick_device(
         d = torch.device(name)
     except RuntimeError:
         raise ValueError(f"device={name!r} is unknown; use auto, cpu, cuda or mps") from None
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
     if not there.get(d.type, False):
         raise ValueError(f"device={name!r} is not available on this machine; use auto or cpu")
     if d.type == "cuda" and (d.index or 0) >= torch.cuda.device_count():
@@ -720,11 +849,28 @@ def pick_device(
     return d
 
 # %% ../../nbs/0_core/training.ipynb #c84d37d3
-PALETTE = tuple(OKABE_ITO[i] for i in (0, 3, 2, 4, 1, 5, 7, 6))   # neighbours as different as possible
+PALETTE = tuple(
+    OKABE_ITO[i] for i in (0, 3, 2, 4, 1, 5, 7, 6)
+)  # neighbours as different as possible
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid", "dash")
 PLOT_CONFIG = dict(displaylogo=False, showSendToCloud=False, plotlyServerURL="", responsive=True)
-_AXIS = dict(automargin=True, gridcolor="#EBF0F8", linecolor="#EBF0F8", zerolinecolor="#EBF0F8", title=dict(standoff=15))
-LOOK = dict(layout=dict(plot_bgcolor="white", paper_bgcolor="white", font=dict(color="#2a3f5f"), colorway=PALETTE, xaxis=_AXIS, yaxis=_AXIS)) # plotly template
+_AXIS = dict(
+    automargin=True,
+    gridcolor="#EBF0F8",
+    linecolor="#EBF0F8",
+    zerolinecolor="#EBF0F8",
+    title=dict(standoff=15),
+)
+LOOK = dict(
+    layout=dict(
+        plot_bgcolor="white",
+        paper_bgcolor="white",
+        font=dict(color="#2a3f5f"),
+        colorway=PALETTE,
+        xaxis=_AXIS,
+        yaxis=_AXIS,
+    )
+)  # plotly template
 
 def style(
     i:int, # number of the curve
@@ -746,11 +892,20 @@ def figure(
 ):
     "A plotly figure in the look of this package."
     import plotly.graph_objects as go
+
     for k, v in dict(title=title, x=x, y=y).items():
         check(isinstance(v, str), k, v, "a text")
     height = whole(height, "height", 10)
     fig = go.Figure(list(traces))
-    fig.layout.template = LOOK                    # not update_layout, which would add plotly's own template of 7 kB
-    fig.update_layout(title=dict(text=title, font=dict(size=15)), xaxis_title=x, yaxis_title=y, height=height,
-                      margin=dict(l=60, r=20, t=50 if title else 20, b=50), font=dict(size=13), legend=dict(bgcolor="rgba(255,255,255,.7)"), **layout)
+    fig.layout.template = LOOK  # not update_layout, which would add plotly's own template of 7 kB
+    fig.update_layout(
+        title=dict(text=title, font=dict(size=15)),
+        xaxis_title=x,
+        yaxis_title=y,
+        height=height,
+        margin=dict(l=60, r=20, t=50 if title else 20, b=50),
+        font=dict(size=13),
+        legend=dict(bgcolor="rgba(255,255,255,.7)"),
+        **layout,
+    )
     return fig

@@ -13,7 +13,17 @@ import math
 import torch
 import torch.nn.functional as F
 from ..core.checks import check, choice, finite, flag, number, same_shape, whole
-from .losses import (RKD, _batch, _rows, _two_sets, _up, dist_loss, dkd_loss, kd_loss, logit_mse)
+from darkdistill_nb.distill.losses import (
+    RKD,
+    _batch,
+    _rows,
+    _two_sets,
+    _up,
+    dist_loss,
+    dkd_loss,
+    kd_loss,
+    logit_mse,
+)
 from fastcore.basics import patch
 from torch import nn
 
@@ -25,14 +35,18 @@ def _two_layers(student, teacher, axes=LAYERS):
     _batch(student, "student", axes)
     _batch(teacher, "teacher", axes)
     if student.ndim != teacher.ndim or len(student) != len(teacher):
-        raise ValueError(f"student of shape {tuple(student.shape)} and teacher of shape {tuple(teacher.shape)} "
-                         "must be layers of one kind, for the same samples")
+        raise ValueError(
+            f"student of shape {tuple(student.shape)} and teacher of shape {tuple(teacher.shape)} "
+            "must be layers of one kind, for the same samples"
+        )
     return _same_size(_up(student), _up(finite(teacher, "teacher")).detach())
 
 def _same_size(a, b):
     "Two batches of maps, the larger ones averaged down; vectors, tokens and equal sizes stay as they are."
     if a.ndim == 3 and a.shape[1] != b.shape[1]:
-        raise ValueError(f"student has {a.shape[1]} tokens a sample, the teacher {b.shape[1]}; they must be the same")
+        raise ValueError(
+            f"student has {a.shape[1]} tokens a sample, the teacher {b.shape[1]}; they must be the same"
+        )
     if a.ndim < 4 or a.shape[2:] == b.shape[2:]:
         return a, b
     size = [min(p, q) for p, q in zip(a.shape[2:], b.shape[2:])]
@@ -41,6 +55,7 @@ def _same_size(a, b):
 # %% ../../nbs/1_distill/features.ipynb #1ddf777c
 class Hint(nn.Module):
     "FitNets' hint: squared distance to a teacher's layer after a trained regressor (arXiv 1412.6550, eq. 3); raises `ValueError` for other widths."
+
     def __init__(self,
         student_width:int, # channels or features of the student's layer
         teacher_width:int, # of the teacher's
@@ -48,12 +63,22 @@ class Hint(nn.Module):
     ):
         super().__init__()
         self.widths = whole(student_width, "student_width"), whole(teacher_width, "teacher_width")
-        self.regressor = nn.Conv2d(*self.widths, 1) if flag(maps, "maps") else nn.Linear(*self.widths)
+        self.regressor = (
+            nn.Conv2d(*self.widths, 1) if flag(maps, "maps") else nn.Linear(*self.widths)
+        )
+
     def forward(self, student, teacher):
         maps = isinstance(self.regressor, nn.Conv2d)
         student, teacher = _two_layers(student, teacher, LAYERS[2:] if maps else LAYERS[:2])
-        got = (student.shape[1], teacher.shape[1]) if maps else (student.shape[-1], teacher.shape[-1])
-        check(got == self.widths, "widths of student and teacher", got, f"{self.widths}, for which this hint was made")
+        got = (
+            (student.shape[1], teacher.shape[1]) if maps else (student.shape[-1], teacher.shape[-1])
+        )
+        check(
+            got == self.widths,
+            "widths of student and teacher",
+            got,
+            f"{self.widths}, for which this hint was made",
+        )
         return F.mse_loss(self.regressor(student), teacher)
 
 # %% ../../nbs/1_distill/features.ipynb #dbbb7e0d
@@ -75,29 +100,34 @@ def at_loss(
 
 # %% ../../nbs/1_distill/features.ipynb #7f22916f
 def lpd_loss(
-    student:torch.Tensor,   # (B, h_S) features, or maps, which are flattened
-    teacher:torch.Tensor,   # (B, h_T) features; no gradient flows into them
-    k:int=5,                # neighbours, at most B-1
-    sigma:float=None,       # width of the weights; None: from the median neighbour distance of the batch (ours)
-    reduction:str="mean",   # mean: divided by B*k (ours); sum: the equation as printed
-)->torch.Tensor:            # scalar; 0 for B < 2
+    student: torch.Tensor,  # (B, h_S) features, or maps, which are flattened
+    teacher: torch.Tensor,  # (B, h_T) features; no gradient flows into them
+    k: int = 5,  # neighbours, at most B-1
+    sigma: float = None,  # width of the weights; None: from the median neighbour distance of the batch (ours)
+    reduction: str = "mean",  # mean: divided by B*k (ours); sum: the equation as printed
+) -> torch.Tensor:  # scalar; 0 for B < 2
     "Locality preserving loss: the student's distances between the teacher's neighbours (arXiv 1812.06597); raises `ValueError` for what does not fit."
     k, reduction = whole(k, "k"), choice(reduction, "reduction", ("mean", "sum"))
     sigma = sigma if sigma is None else number(sigma, "sigma", above=0)
     _two_sets(student, teacher)
     hs, ht, B = _rows(student), _rows(teacher).detach(), len(student)
     if B < 2:
-        return hs.sum() * 0.
+        return hs.sum() * 0.0
     d2 = (ht.unsqueeze(1) - ht.unsqueeze(0)).pow(2).sum(-1).fill_diagonal_(float("inf"))
     d2, near = d2.topk(min(k, B - 1), largest=False)
-    weight = torch.exp(-d2 / (sigma ** 2 if sigma else d2.median().clamp_min(1e-12)))
-    total = .5 * (weight * (hs.unsqueeze(1) - hs[near]).pow(2).sum(-1)).sum()
+    weight = torch.exp(-d2 / (sigma**2 if sigma else d2.median().clamp_min(1e-12)))
+    total = 0.5 * (weight * (hs.unsqueeze(1) - hs[near]).pow(2).sum(-1)).sum()
     return total / near.numel() if reduction == "mean" else total
 
 # %% ../../nbs/1_distill/features.ipynb #690d7e04
 def _class_counts(labels):
     "Samples per class, of at least two classes."
-    ok = isinstance(labels, torch.Tensor) and labels.ndim == 1 and len(labels) and labels.dtype == torch.long
+    ok = (
+        isinstance(labels, torch.Tensor)
+        and labels.ndim == 1
+        and len(labels)
+        and labels.dtype == torch.long
+    )
     if not (ok and int(labels.min()) >= 0):
         raise ValueError("labels must be a tensor of whole numbers of at least 0, one per sample")
     counts = torch.bincount(labels)
@@ -108,6 +138,7 @@ def _class_counts(labels):
 # %% ../../nbs/1_distill/features.ipynb #2727b06d
 class CRD(nn.Module):
     "Contrastive representation distillation with memory banks on both sides (arXiv 1910.10699, eq. 17-19); raises `ValueError` for bad settings."
+
     def __init__(self,
         labels:torch.Tensor, # (n,) labels of the data set, in its order: negatives are of other classes
         student_width:int,   # features of the student
@@ -121,14 +152,28 @@ class CRD(nn.Module):
     ):
         super().__init__()
         widths = [whole(student_width, "student_width"), whole(teacher_width, "teacher_width")]
-        self.tau, self.momentum, dim = number(tau, "tau", above=0), number(momentum, "momentum", 0, 1), whole(dim, "dim")
+        self.tau, self.momentum, dim = (
+            number(tau, "tau", above=0),
+            number(momentum, "momentum", 0, 1),
+            whole(dim, "dim"),
+        )
         self.mode, self.generator = choice(mode, "mode", ("exact", "relax")), generator
         n, counts = len(labels), _class_counts(labels)
-        self.n, self.N = n, min(16384, 4 * n) if negatives is None else whole(negatives, "negatives")
+        self.n, self.N = (
+            n,
+            min(16384, 4 * n) if negatives is None else whole(negatives, "negatives"),
+        )
         self.heads = nn.ModuleList(nn.Linear(w, dim) for w in widths)
-        self.register_buffer("banks", F.normalize(torch.rand(2, n, dim) * 2 - 1, dim=-1))   # student's, teacher's
-        self.register_buffer("log_z", torch.full((2,), float("nan")))                       # set by the first batch
-        for name, v in dict(labels=labels, by_class=labels.argsort(stable=True), counts=counts, starts=counts.cumsum(0) - counts).items():
+        self.register_buffer(
+            "banks", F.normalize(torch.rand(2, n, dim) * 2 - 1, dim=-1)
+        )  # student's, teacher's
+        self.register_buffer("log_z", torch.full((2,), float("nan")))  # set by the first batch
+        for name, v in dict(
+            labels=labels,
+            by_class=labels.argsort(stable=True),
+            counts=counts,
+            starts=counts.cumsum(0) - counts,
+        ).items():
             self.register_buffer(name, v.clone(), persistent=False)
 
 # %% ../../nbs/1_distill/features.ipynb #0297c104
@@ -137,8 +182,14 @@ def draw(self:CRD,
     idx:torch.Tensor # (B,) places of the samples in the data set
 )->torch.Tensor:     # (B, 1+N) places in the banks: the positive, then the negatives
     "The rows a batch is compared with; negatives are of other classes and may repeat."
-    c = self.labels[idx]; start, count = self.starts[c, None], self.counts[c, None]
-    random = lambda k: torch.randint(2 ** 62, (len(idx), k), generator=self.generator, device=self.generator.device if self.generator else None).to(idx.device)
+    c = self.labels[idx]
+    start, count = self.starts[c, None], self.counts[c, None]
+    random = lambda k: torch.randint(
+        2**62,
+        (len(idx), k),
+        generator=self.generator,
+        device=self.generator.device if self.generator else None,
+    ).to(idx.device)
     r = random(self.N) % (self.n - count)
     negative = self.by_class[r + count * (r >= start)]
     positive = idx[:, None] if self.mode == "exact" else self.by_class[start + random(1) % count]
@@ -146,35 +197,47 @@ def draw(self:CRD,
 
 # %% ../../nbs/1_distill/features.ipynb #efe64ecb
 @patch
-def _check_places(self:CRD, idx, n):
+def _check_places(self: CRD, idx, n):
     "Places in the data set, one per sample."
     ok = isinstance(idx, torch.Tensor) and idx.shape == (n,) and idx.dtype == torch.long
     if not (ok and 0 <= int(idx.min()) and int(idx.max()) < self.n):
-        raise ValueError(f"idx must be ({n},) whole numbers from 0 to {self.n - 1}, the samples' places in the data set")
+        raise ValueError(
+            f"idx must be ({n},) whole numbers from 0 to {self.n - 1}, the samples' places in the data set"
+        )
 
+# %% ../../nbs/1_distill/features.ipynb #64e8e8a4
 @patch
-def forward(self:CRD,
-    student:torch.Tensor,   # (B, student_width) features
-    teacher:torch.Tensor,   # (B, teacher_width) features; no gradient flows into them, but into the teacher's head
-    idx:torch.Tensor,       # (B,) places of the samples in the data set
-    rows:torch.Tensor=None, # (B, 1+N) places in the banks, positive first; None: drawn
-)->torch.Tensor:            # scalar (nats), both sides added
+def forward(
+    self: CRD,
+    student: torch.Tensor,  # (B, student_width) features
+    teacher: torch.Tensor,  # (B, teacher_width) features; no gradient flows into them, but into the teacher's head
+    idx: torch.Tensor,  # (B,) places of the samples in the data set
+    rows: torch.Tensor = None,  # (B, 1+N) places in the banks, positive first; None: drawn
+) -> torch.Tensor:  # scalar (nats), both sides added
     "The contrastive loss; in training mode the batch's rows of the banks are then updated; raises `ValueError` for features of other widths or samples."
     _two_sets(student, teacher)
     self._check_places(idx, len(student))
     sides = [_rows(student), _rows(teacher).detach()]
     got, made = [h.shape[1] for h in sides], [head.in_features for head in self.heads]
-    check(got == made, "widths of student and teacher", got, f"{made}, for which this loss was made")
+    check(
+        got == made, "widths of student and teacher", got, f"{made}, for which this loss was made"
+    )
     rows = self.draw(idx) if rows is None else rows
     g = [F.normalize(head(h), dim=1) for head, h in zip(self.heads, sides)]
-    u = torch.stack([(g[i] @ self.banks[1 - i].t()).gather(1, rows) / self.tau for i in (0, 1)])   # each side against the other's bank
+    u = torch.stack(
+        [(g[i] @ self.banks[1 - i].t()).gather(1, rows) / self.tau for i in (0, 1)]
+    )  # each side against the other's bank
     if bool(self.log_z.isnan().any()):
-        self.log_z.copy_(u.detach().flatten(1).logsumexp(1) - math.log(u[0].numel()) + math.log(self.n))
+        self.log_z.copy_(
+            u.detach().flatten(1).logsumexp(1) - math.log(u[0].numel()) + math.log(self.n)
+        )
     u = u - self.log_z[:, None, None] - math.log((rows.shape[1] - 1) / self.n)
     if self.training:
         with torch.no_grad():
             banks = self.banks.clone()
-            banks[:, idx] = F.normalize(self.momentum * banks[:, idx] + (1 - self.momentum) * torch.stack(g), dim=-1)
+            banks[:, idx] = F.normalize(
+                self.momentum * banks[:, idx] + (1 - self.momentum) * torch.stack(g), dim=-1
+            )
             self.banks = banks
     return (F.softplus(-u[..., 0]) + F.softplus(u[..., 1:]).sum(-1)).mean(1).sum()
 
@@ -188,7 +251,7 @@ def _logits_term(loss, *hyper):
     term(dict(logits=z), dict(logits=z), y, None)
     return term
 
-def _kd(alpha=.9, T=4.):
+def _kd(alpha=0.9, T=4.0):
     alpha = number(alpha, "alpha", 0, 1)
     return 1 - alpha, alpha, None, _logits_term(lambda s, t, y, T: kd_loss(s, t, T), T)
 
@@ -196,45 +259,61 @@ def _mse(alpha=.5, tau=1.): return 0., 1., None, _logits_term(logit_mse, alpha, 
 
 def _dkd(alpha=1., beta=8., T=4.): return 1., 1., None, _logits_term(dkd_loss, alpha, beta, T)
 
-def _dist(beta=1., gamma=1., T=1.):
-    return 1., 1., None, _logits_term(lambda s, t, y, *k: dist_loss(s, t, *k), beta, gamma, T)
+def _dist(beta=1.0, gamma=1.0, T=1.0):
+    return 1.0, 1.0, None, _logits_term(lambda s, t, y, *k: dist_loss(s, t, *k), beta, gamma, T)
 
 # %% ../../nbs/1_distill/features.ipynb #e9297050
-def _hint(weight=100., on="maps", **k):
-    return _with(Hint(**k), 1., number(weight, "weight", 0), lambda m, s, t, y, i: m(s[on], t[on]))
+def _hint(weight=100.0, on="maps", **k):
+    return _with(Hint(**k), 1.0, number(weight, "weight", 0), lambda m, s, t, y, i: m(s[on], t[on]))
 
-def _at(weight=1000., on="maps"):
-    return 1., number(weight, "weight", 0), None, lambda s, t, y, i: at_loss(s[on], t[on])
+def _at(weight=1000.0, on="maps"):
+    return 1.0, number(weight, "weight", 0), None, lambda s, t, y, i: at_loss(s[on], t[on])
 
-def _rkd(distance=25., angle=50., on="features"):
+def _rkd(distance=25.0, angle=50.0, on="features"):
     rkd = RKD(distance, angle)
-    return 1., 1., None, lambda s, t, y, i: rkd(s[on], t[on])
+    return 1.0, 1.0, None, lambda s, t, y, i: rkd(s[on], t[on])
 
-def _lpd(weight=1., on="features", **k):
-    lpd_loss(torch.zeros(2, 1), torch.zeros(2, 1), **k)              # bad settings show before training
-    return 1., number(weight, "weight", 0), None, lambda s, t, y, i: lpd_loss(s[on], t[on], **k)
+def _lpd(weight=1.0, on="features", **k):
+    lpd_loss(torch.zeros(2, 1), torch.zeros(2, 1), **k)  # bad settings show before training
+    return 1.0, number(weight, "weight", 0), None, lambda s, t, y, i: lpd_loss(s[on], t[on], **k)
 
-def _crd(weight=.8, on="features", **k):
-    return _with(CRD(**k), 1., number(weight, "weight", 0), lambda m, s, t, y, i: m(s[on], t[on], i))
+def _crd(weight=0.8, on="features", **k):
+    return _with(
+        CRD(**k), 1.0, number(weight, "weight", 0), lambda m, s, t, y, i: m(s[on], t[on], i)
+    )
 
 # %% ../../nbs/1_distill/features.ipynb #41426b59
-METHODS = dict(ce=lambda: (1., 0., None, None), kd=_kd, mse=_mse, dkd=_dkd, dist=_dist,
-               hint=_hint, at=_at, rkd=_rkd, lpd=_lpd, crd=_crd)
+METHODS = dict(
+    ce=lambda: (1.0, 0.0, None, None),
+    kd=_kd,
+    mse=_mse,
+    dkd=_dkd,
+    dist=_dist,
+    hint=_hint,
+    at=_at,
+    rkd=_rkd,
+    lpd=_lpd,
+    crd=_crd,
+)
 
 class MethodLoss(nn.Module):
     "Cross-entropy plus a weighted distillation term, as `distill` calls it."
-    def __init__(self, name, ce, weight, part, term, kd=0., warmup=0):
+
+    def __init__(self, name, ce, weight, part, term, kd=0.0, warmup=0):
         super().__init__()
         self.name, self.ce, self.weight, self.part, self.term = name, ce, weight, part, term
         self.kd, self.warmup, self.steps = kd, warmup, 0
+
     def forward(self, s, t, y, idx):
         self.steps += 1
-        ramp = min(1., self.steps / self.warmup) if self.warmup else 1.
+        ramp = min(1.0, self.steps / self.warmup) if self.warmup else 1.0
         try:
-            loss = ramp * self.weight * self.term(s, t, y, idx) if self.term else 0.
+            loss = ramp * self.weight * self.term(s, t, y, idx) if self.term else 0.0
         except KeyError as e:
-            raise ValueError(f"method {self.name!r} needs {e} from both networks; "
-                             "name a submodule for it in `layers` and `teacher_layers`") from None
+            raise ValueError(
+                f"method {self.name!r} needs {e} from both networks; "
+                "name a submodule for it in `layers` and `teacher_layers`"
+            ) from None
         if self.kd:
             loss = loss + self.kd * kd_loss(s["logits"], t["logits"])
         return loss + self.ce * F.cross_entropy(_up(s["logits"]), y) if self.ce else loss
@@ -252,5 +331,7 @@ def method_loss(
     try:
         parts = METHODS[name](**hyper)
     except TypeError as e:
-        raise ValueError(f"method {name!r} does not take these settings: {', '.join(hyper) or 'none'} ({e})") from None
+        raise ValueError(
+            f"method {name!r} does not take these settings: {', '.join(hyper) or 'none'} ({e})"
+        ) from None
     return MethodLoss(name, *parts, kd, warmup)

@@ -112,14 +112,17 @@ class LatentNet(nn.Module):
 
 # %% ../../nbs/1_distill/latent.ipynb #59e6ff1e
 NETS = {
-    "teacher":   (((96,), (96,), (96,)), ((4, 2), (4, 1), (4, 1))),
+    "teacher": (((96,), (96,), (96,)), ((4, 2), (4, 1), (4, 1))),
     "student-1": (((16, 16, 16), (32, 32, 32), (48, 48, 64)), (2, 2, None)),
     "student-2": (((16, 32, 32), (48, 64, 80), (96, 96, 128)), (2, 2, None)),
     "student-3": (((32, 48, 64, 64), (80,) * 4, (128,) * 3), (2, 2, None)),
     "student-4": (((32, 32, 32, 48, 48), (80,) * 6, (128,) * 6), (2, 2, None)),
-    "half":      (((8, 8, 8), (16, 16, 16), (24, 24, 32)), (2, 2, None)),  # ours: student-1 at half its widths
-    "midi":      (((16,), (32,), (64,)), (2, 2, None)),                    # ours: one convolution a group
-    "mini":      (((8,), (16,), (32,)), (2, 2, None)),                     # ours: half of midi
+    "half": (
+        ((8, 8, 8), (16, 16, 16), (24, 24, 32)),
+        (2, 2, None),
+    ),  # ours: student-1 at half its widths
+    "midi": (((16,), (32,), (64,)), (2, 2, None)),  # ours: one convolution a group
+    "mini": (((8,), (16,), (32,)), (2, 2, None)),  # ours: half of midi
 }
 
 def latent_net(
@@ -215,6 +218,7 @@ def lkd(
 @dataclass
 class ClientTask:
     "What one client holds, its class mix, and the two sets it is tested on."
+
     data:ArrayData  # n pictures
     p:torch.Tensor  # (K,) class mix
     priv:ArrayData  # T_priv: test pictures in the mix p
@@ -233,14 +237,16 @@ def client_task(
     if n > len(pool):
         raise ValueError(f"n={n} exceeds the {len(pool)} pictures of the pool")
     if (pool.shape, pool.n_classes) != (test.shape, test.n_classes):
-        raise ValueError(f"test has {test.n_classes} classes of pictures {test.shape}, "
-                         f"but the pool {pool.n_classes} of {pool.shape}")
+        raise ValueError(
+            f"test has {test.n_classes} classes of pictures {test.shape}, "
+            f"but the pool {pool.n_classes} of {pool.shape}"
+        )
     for name, data in (("pool", pool), ("test set", test)):
         have = torch.bincount(data.y.cpu(), minlength=pool.n_classes)
         if (have == 0).any():
             raise ValueError(f"the {name} holds no picture of class {int(have.argmin())}")
     (idx,), p = dirichlet_draw(pool.y, n, gamma, seed=seed)
-    largest = min(1000, int(have.min())) # `have` of the test set
+    largest = min(1000, int(have.min()))  # `have` of the test set
     n_priv = largest if n_priv is None else whole(n_priv, "n_priv")
     priv = resample_test(test.y, p[0], n_priv, seed)
     check(len(priv), "n_priv", n_priv, "enough for one picture")
@@ -315,14 +321,18 @@ def match_transfer(
     "Let the student follow the teacher on unlabelled pictures; `ValueError` for unequal l."
     target, epochs = choice(target, "target", ("latent", "logits")), whole(epochs, "epochs", 0)
     lr, batch_size = number(lr, "lr", 0), whole(batch_size, "batch_size")
-    scale = 1. if scale is None else number(scale, "scale", above=0)
+    scale = 1.0 if scale is None else number(scale, "scale", above=0)
     if target == "latent" and student.l != teacher.l:
-        raise ValueError(f"the student has l={student.l}, the teacher l={teacher.l}; "
-                         "matching latents needs the same l")
+        raise ValueError(
+            f"the student has l={student.l}, the teacher l={teacher.l}; "
+            "matching latents needs the same l"
+        )
     loss = lambda s, t, y, idx: F.mse_loss(s[target], t[target]) / scale
-    how = dict(lr=lr, batch_size=batch_size, optimizer="adam", weight_decay=0.)
+    how = dict(lr=lr, batch_size=batch_size, optimizer="adam", weight_decay=0.0)
     taps = {"latent": "representation"}
-    return distill(student, teacher, transfer, loss, epochs, layers=taps, generator=generator, **how)
+    return distill(
+        student, teacher, transfer, loss, epochs, layers=taps, generator=generator, **how
+    )
 
 # %% ../../nbs/1_distill/latent.ipynb #7b49e0af
 def _stacked(spaces):
@@ -381,6 +391,7 @@ def plot_latents(
     "One panel per network, one colour and symbol per class; `ValueError` if labels do not fit."
     from plotly.subplots import make_subplots
     from darkdistill_nb.core.data import class_look
+
     check(isinstance(title, str), "title", title, "a text")
     y, height = torch.as_tensor(y), whole(height, "height", 50)
     check(isinstance(maps, dict) and maps, "maps", maps, "a dict of at least one map")
@@ -391,14 +402,23 @@ def plot_latents(
     last = int(y.max())
     names = [str(c) for c in (range(last + 1) if classes is None else classes)]
     check(len(names) > last, "classes", classes, f"names of all labels up to {last}")
-    shared = dict(shared_xaxes="all", shared_yaxes="all", horizontal_spacing=.02)
+    shared = dict(shared_xaxes="all", shared_yaxes="all", horizontal_spacing=0.02)
     fig = make_subplots(1, len(maps), subplot_titles=list(maps), **shared)
     for j, flat in enumerate(maps.values()):
         for c in y.unique().tolist():
             xy = flat[y == c].double().numpy().round(2).tolist()
-            mark = {**class_look(c, "dot"), "opacity": .8}
-            fig.add_scatter(x=[p[0] for p in xy], y=[p[1] for p in xy], mode="markers", marker=mark,
-                            name=names[c], legendgroup=str(c), showlegend=j == 0, row=1, col=j + 1)
+            mark = {**class_look(c, "dot"), "opacity": 0.8}
+            fig.add_scatter(
+                x=[p[0] for p in xy],
+                y=[p[1] for p in xy],
+                mode="markers",
+                marker=mark,
+                name=names[c],
+                legendgroup=str(c),
+                showlegend=j == 0,
+                row=1,
+                col=j + 1,
+            )
     fig.update_xaxes(title="axis 1").update_yaxes(title="axis 2", col=1)
     margin = dict(l=50, r=10, t=70 if title else 40, b=40)
     fig.update_layout(template=LOOK, title=dict(text=title, font=dict(size=15)))

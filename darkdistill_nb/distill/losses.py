@@ -20,7 +20,8 @@ from fastcore.basics import patch
 from torch import nn
 
 # %% ../../nbs/1_distill/losses.ipynb #98413b36
-def _up(x): return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x   # at least 32 bits
+def _up(x):
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # at least 32 bits
 
 def _positive(**values): # exits.training uses it, and its tests know these words
     for name, v in values.items():
@@ -40,7 +41,9 @@ def _batch(x, name, axes):
     ok = isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim in sizes and x.numel() > 0
     if not ok:
         got = tuple(x.shape) if hasattr(x, "shape") else type(x).__name__
-        raise ValueError(f"{name} of shape {got} must be a tensor of numbers of shape {words}, not empty")
+        raise ValueError(
+            f"{name} of shape {got} must be a tensor of numbers of shape {words}, not empty"
+        )
     return x
 
 def _certain(z, name):
@@ -48,8 +51,10 @@ def _certain(z, name):
     best = z.detach().amax(-1)
     bad = int((~best.isfinite()).sum())
     if bad:
-        raise ValueError(f"{name} must be numbers, or -inf for some classes of a sample, but {bad} of "
-                         f"{best.numel()} samples hold NaN, +inf, or no class that is possible")
+        raise ValueError(
+            f"{name} must be numbers, or -inf for some classes of a sample, but {bad} of "
+            f"{best.numel()} samples hold NaN, +inf, or no class that is possible"
+        )
     return z
 
 def _pair(student, teacher):
@@ -59,22 +64,42 @@ def _pair(student, teacher):
     same_shape(student=student, teacher=teacher)
     _certain(teacher, "teacher")
 
+# %% ../../nbs/1_distill/losses.ipynb #2d34191b
 def _labels(y, logits, name="y"):
     "Labels of the rows of `logits`: whole numbers 0..K-1."
     n, K = logits.shape[-2:]
-    ok = isinstance(y, torch.Tensor) and y.shape == (n,) and not y.is_floating_point() and y.dtype != torch.bool
+    ok = (
+        isinstance(y, torch.Tensor)
+        and y.shape == (n,)
+        and not y.is_floating_point()
+        and y.dtype != torch.bool
+    )
     if not ok:
-        got = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, torch.Tensor) else type(y).__name__
+        got = (
+            f"{y.dtype} of shape {tuple(y.shape)}"
+            if isinstance(y, torch.Tensor)
+            else type(y).__name__
+        )
         raise ValueError(f"{name} must be ({n},) whole numbers, one label per sample, not {got}")
     low, high = int(y.min()), int(y.max())
-    check(0 <= low and high < K, f"{name}'s labels", (low, high), f"between 0 and {K - 1}: there are {K} classes")
+    check(
+        0 <= low and high < K,
+        f"{name}'s labels",
+        (low, high),
+        f"between 0 and {K - 1}: there are {K} classes",
+    )
     return y
 
 # %% ../../nbs/1_distill/losses.ipynb #1f0894a4
 def _terms(log_p, log_q, reduction):
     "p (log p - log q) of every class; one of probability 0 under p adds 0, and has no gradient."
     gone = log_p == -math.inf
-    return F.kl_div(log_q.masked_fill(gone, 0.), log_p.masked_fill(gone, 0.), reduction=reduction, log_target=True)
+    return F.kl_div(
+        log_q.masked_fill(gone, 0.0),
+        log_p.masked_fill(gone, 0.0),
+        reduction=reduction,
+        log_target=True,
+    )
 
 def _masked(student, teacher):
     "Where both say that a class cannot occur."
@@ -108,9 +133,9 @@ def logit_mse(
     alpha, tau = number(alpha, "alpha", 0, 1), number(tau, "tau", above=0)
     _pair(student, teacher)
     y, student, teacher = _labels(y, student).long(), _up(student), _up(teacher).detach()
-    ce = F.cross_entropy(student, y) if alpha < 1 else 0.
+    ce = F.cross_entropy(student, y) if alpha < 1 else 0.0
     both = ~_masked(student, teacher)
-    if not both.all():                                           # the mean is over what is possible
+    if not both.all():  # the mean is over what is possible
         student, teacher = student[both], teacher[both]
     mse = F.mse_loss(student / tau, teacher / tau)
     return (1 - alpha) * ce + alpha * mse
@@ -133,85 +158,122 @@ def _places(net, layers):
     for name, path in layers.items():
         p, _, end = path.partition(":") if isinstance(path, str) else (None, "", "")
         if p not in known or end not in ("", "input"):
-            raise ValueError(f"layers[{name!r}]={path!r} is no submodule; there are {', '.join(k for k in known if k)}")
+            raise ValueError(
+                f"layers[{name!r}]={path!r} is no submodule; there are {', '.join(k for k in known if k)}"
+            )
         if name == "logits":
-            raise ValueError("the name 'logits' is taken by the network's output; call the tap differently")
+            raise ValueError(
+                "the name 'logits' is taken by the network's output; call the tap differently"
+            )
         found[name] = known[p], end == "input"
     return found
 
 # %% ../../nbs/1_distill/losses.ipynb #8a82d058
 class Taps:
     "Run a network and keep outputs of named submodules: `Taps(net, {'latent': 'fc1'})(x)` has 'logits' and 'latent'. Raises `ValueError` for an unknown path."
-    def __init__(self,
-        net:nn.Module,    # called with the images
-        layers:dict=None, # name -> path of a submodule, as in `net.named_modules()`; path + ':input': what enters it
+
+    def __init__(
+        self,
+        net: nn.Module,  # called with the images
+        layers: dict = None,  # name -> path of a submodule, as in `net.named_modules()`; path + ':input': what enters it
     ):
         self.net, self.layers, self.kept, self.hooks = net, dict(layers or {}), {}, []
         for name, (module, before) in _places(net, self.layers).items():
             self.hooks.append(self._hook(name, module, before))
+
     def _hook(self, name, module, before):
         "Keep a copy of what enters `module`, or of what it puts out."
-        def enters(module, args, kwargs): self.kept[name] = _copied(next(iter((*args, *kwargs.values()))))
+
+        def enters(module, args, kwargs):
+            self.kept[name] = _copied(next(iter((*args, *kwargs.values()))))
+
         def leaves(module, args, out): self.kept[name] = _copied(out)
+
         if before:
             return module.register_forward_pre_hook(enters, with_kwargs=True)
         return module.register_forward_hook(leaves)
+
     def __call__(self, x):
         self.kept.clear()
         out = {"logits": self.net(x), **self.kept}
         self.kept.clear()
         if missing := self.layers.keys() - out.keys():
-            raise ValueError(f"the forward pass never reached {', '.join(self.layers[m] for m in missing)}")
+            raise ValueError(
+                f"the forward pass never reached {', '.join(self.layers[m] for m in missing)}"
+            )
         return out
+
     def close(self):
         for h in self.hooks:
             h.remove()
+
     def __enter__(self): return self
+
     def __exit__(self, *a): self.close()
 
 # %% ../../nbs/1_distill/losses.ipynb #25977b3e
 class CropFlip:
     "Random crop after padding, and a horizontal flip with probability 1/2: the usual augmentation of 32x32 pictures; raises `ValueError` for other settings."
+
     def __init__(self,
         pad:int=4,      # pixels of zeros (the mean colour of normalised pictures) on each side
         flip:bool=True, # mirror half of the pictures
     ):
         self.pad, self.flip = whole(pad, "pad", 0), flag(flip, "flip")
+
     def draw(self, n, generator):
         shift = torch.randint(2 * self.pad + 1, (n, 2), generator=generator)
         return torch.cat([shift, torch.randint(1 + self.flip, (n, 1), generator=generator)], 1)
+
     def apply(self, x, drawn):
         check(x.ndim == 4, "x's shape", tuple(x.shape), "(B, C, H, W)")
         (B, C, H, W), drawn = x.shape, drawn.to(x.device)
         rows = drawn[:, :1] + torch.arange(H, device=x.device)
         cols = torch.arange(W, device=x.device).expand(B, W)
         cols = drawn[:, 1:2] + torch.where(drawn[:, 2:] > 0, W - 1 - cols, cols)
-        b, c = torch.arange(B, device=x.device).view(B, 1, 1, 1), torch.arange(C, device=x.device).view(1, C, 1, 1)
+        b, c = (
+            torch.arange(B, device=x.device).view(B, 1, 1, 1),
+            torch.arange(C, device=x.device).view(1, C, 1, 1),
+        )
         return F.pad(x, (self.pad,) * 4)[b, c, rows[:, None, :, None], cols[:, None, None, :]]
+
     def __call__(self, x, generator): return self.apply(x, self.draw(len(x), generator))
 
 # %% ../../nbs/1_distill/losses.ipynb #72ea74b7
 class Views:
     "V augmented versions of each picture of a data set that can be made again at any time (FKD, arXiv 2112.01528)."
-    def __init__(self,
-        data,                # `ArrayData`
-        augment=None,        # augment(x, generator) -> x, or an object with `draw` and `apply` like `CropFlip`; None: the pictures themselves
-        views:int=4,         # V
-        generator:torch.Generator=None, # draws the stored numbers; None: seed 0
+
+    def __init__(
+        self,
+        data,  # `ArrayData`
+        augment=None,  # augment(x, generator) -> x, or an object with `draw` and `apply` like `CropFlip`; None: the pictures themselves
+        views: int = 4,  # V
+        generator: torch.Generator = None,  # draws the stored numbers; None: seed 0
     ):
         views = whole(views, "views")
         self.data, self.augment, self.n = data, augment, views if augment else 1
         g, N = generator or torch.Generator().manual_seed(0), len(data)
         self.whole = hasattr(augment, "draw")
-        if self.whole: self.drawn = torch.stack([augment.draw(N, g) for _ in range(views)])
-        elif augment: self.drawn = torch.randint(2 ** 62, (views, N), generator=g)
+        if self.whole:
+            self.drawn = torch.stack([augment.draw(N, g) for _ in range(views)])
+        elif augment:
+            self.drawn = torch.randint(2**62, (views, N), generator=g)
+
     def __len__(self): return len(self.data)
+
     def __call__(self, idx, view=0):
         x, y = self.data[idx]
-        if not self.augment: return x, y
+        if not self.augment:
+            return x, y
         drawn = self.drawn[view, idx.cpu()]
-        if self.whole: return self.augment.apply(x, drawn), y
-        return torch.cat([self.augment(p[None], torch.Generator().manual_seed(k)) for p, k in zip(x, drawn.tolist())]), y
+        if self.whole:
+            return self.augment.apply(x, drawn), y
+        return torch.cat(
+            [
+                self.augment(p[None], torch.Generator().manual_seed(k))
+                for p, k in zip(x, drawn.tolist())
+            ]
+        ), y
 
 # %% ../../nbs/1_distill/losses.ipynb #2d02f186
 def _fits_half(x):
@@ -221,14 +283,20 @@ def _fits_half(x):
 def _empty_table(out, V, N, limit):
     "Room for V x N outputs like `out`, or a message why there is none."
     if bad := [k for k, o in out.items() if not isinstance(o, torch.Tensor)]:
-        raise TypeError(f"the teacher's {bad[0]!r} is a {type(out[bad[0]]).__name__}, not one tensor; "
-                        "tap a single layer, or pass cache=False")
+        raise TypeError(
+            f"the teacher's {bad[0]!r} is a {type(out[bad[0]]).__name__}, not one tensor; "
+            "tap a single layer, or pass cache=False"
+        )
     gib = V * N * sum(o[0].numel() for o in out.values()) * 2 / 2**30
     if gib > limit:
-        raise ValueError(f"the teacher's outputs would take {gib:.1f} GiB, more than limit={limit}; "
-                         "tap smaller layers, or pass cache=False")
+        raise ValueError(
+            f"the teacher's outputs would take {gib:.1f} GiB, more than limit={limit}; "
+            "tap smaller layers, or pass cache=False"
+        )
     kind = lambda o: torch.float16 if o.is_floating_point() else o.dtype
-    return {k: torch.empty(V, N, *o.shape[1:], dtype=kind(o), device=o.device) for k, o in out.items()}
+    return {
+        k: torch.empty(V, N, *o.shape[1:], dtype=kind(o), device=o.device) for k, o in out.items()
+    }
 
 # %% ../../nbs/1_distill/losses.ipynb #fa21cb2a
 @torch.no_grad()
@@ -259,7 +327,11 @@ def teacher_table(
 # %% ../../nbs/1_distill/losses.ipynb #941ff0fc
 def _check_last_batch(net, data, batch_size):
     "Refuse a last batch of one image where batch normalisation would see one value per channel."
-    if len(data) % batch_size != 1 and batch_size > 1 or not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()):
+    if (
+        len(data) % batch_size != 1
+        and batch_size > 1
+        or not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
+    ):
         return
     with torch.no_grad(), torch.random.fork_rng():
         try:
@@ -267,8 +339,10 @@ def _check_last_batch(net, data, batch_size):
         except ValueError as e:
             if "more than 1 value per channel" not in str(e):
                 raise
-            raise ValueError(f"batch_size={batch_size} leaves a last batch of one of {len(data)} images, in which batch "
-                             "normalisation has no spread to divide by; choose another batch_size") from None
+            raise ValueError(
+                f"batch_size={batch_size} leaves a last batch of one of {len(data)} images, in which batch "
+                "normalisation has no spread to divide by; choose another batch_size"
+            ) from None
 
 def _check_run(nets, data, epochs, batch_size):
     "What every way to train networks refuses before it starts."
@@ -283,7 +357,11 @@ def _check_run(nets, data, epochs, batch_size):
 def _order(data, generator):
     "The samples' places in the order of one epoch; the same numbers as `data.batches` draws."
     device = data.x.device
-    return torch.arange(len(data), device=device) if generator is None else torch.randperm(len(data), generator=generator, device=generator.device).to(device)
+    return (
+        torch.arange(len(data), device=device)
+        if generator is None
+        else torch.randperm(len(data), generator=generator, device=generator.device).to(device)
+    )
 
 # %% ../../nbs/1_distill/losses.ipynb #e25ca833
 def _optimizer(name, params, lr, momentum, weight_decay):
@@ -296,22 +374,40 @@ def _optimizer(name, params, lr, momentum, weight_decay):
 
 def _stream(generator, name):
     "A generator that follows from `generator` without drawing from it, so that the order of batches stays the same with and without its use."
-    return torch.Generator().manual_seed(seed_for(generator.initial_seed() if generator else 0, name))
+    return torch.Generator().manual_seed(
+        seed_for(generator.initial_seed() if generator else 0, name)
+    )
 
+# %% ../../nbs/1_distill/losses.ipynb #153f9718
 def _prepare(teacher, data, layers, augment, cache, views, generator):
     "The views, the teacher's table or None, and the augmentation of uncached batches or None."
     check(isinstance(cache, (bool, dict)), "cache", cache, "True, False or a `teacher_table`")
     if not cache and augment and not isinstance(augment, Views):
         g = _stream(generator, "augment")
         return Views(data), None, lambda x: augment(x, g)
-    source = augment if isinstance(augment, Views) else Views(data, augment, views, _stream(generator, "views"))
-    table = cache if isinstance(cache, dict) else teacher_table(teacher, source, layers) if cache and teacher is not None else None
+    source = (
+        augment
+        if isinstance(augment, Views)
+        else Views(data, augment, views, _stream(generator, "views"))
+    )
+    table = (
+        cache
+        if isinstance(cache, dict)
+        else teacher_table(teacher, source, layers)
+        if cache and teacher is not None
+        else None
+    )
     if table is not None and "logits" not in table:
-        raise ValueError(f"cache has no 'logits', only {', '.join(map(str, table))}: it must be a `teacher_table`")
+        raise ValueError(
+            f"cache has no 'logits', only {', '.join(map(str, table))}: it must be a `teacher_table`"
+        )
     if table is not None and tuple(table["logits"].shape[:2]) != (source.n, len(data)):
-        raise ValueError(f"the teacher's table has shape {tuple(table['logits'].shape[:2])} in (views, samples), but here there are {(source.n, len(data))}")
+        raise ValueError(
+            f"the teacher's table has shape {tuple(table['logits'].shape[:2])} in (views, samples), but here there are {(source.n, len(data))}"
+        )
     return source, table, None
 
+# %% ../../nbs/1_distill/losses.ipynb #d47d31a7
 @contextmanager
 def _answers(teacher, layers, table):
     "The teacher as a function (pictures, indices, view) -> dict: a look-up, nothing at all, or a forward pass."
@@ -336,7 +432,9 @@ def _set_rate(opt, lr):
 def _row(epoch, mean, start, lr):
     "An epoch's row, or `FloatingPointError` for a loss that is no number."
     if not math.isfinite(mean):
-        raise FloatingPointError(f"the distillation loss is {mean}; lower lr={lr} or the weight of the loss")
+        raise FloatingPointError(
+            f"the distillation loss is {mean}; lower lr={lr} or the weight of the loss"
+        )
     return dict(epoch=epoch, loss=mean, seconds=time.perf_counter() - start)
 
 def _step(opt, value):
@@ -346,12 +444,14 @@ def _step(opt, value):
 
 def _epoch(batches, view, source, fresh, inside, answers, loss, opt):
     "One pass; returns the loss summed over pictures."
-    total = 0.
+    total = 0.0
     for idx in batches:
         x, y = source(idx, view)
         if fresh:
             x = fresh(x)
-        t = answers(x, idx, view)     # before the student's pass fills the memory: measurably cheaper on a CPU
+        t = answers(
+            x, idx, view
+        )  # before the student's pass fills the memory: measurably cheaper on a CPU
         value = loss(inside(x), t, y, idx)
         _step(opt, value)
         total += value.detach() * len(y)
@@ -359,24 +459,24 @@ def _epoch(batches, view, source, fresh, inside, answers, loss, opt):
 
 # %% ../../nbs/1_distill/losses.ipynb #73d63530
 def distill(
-    student:nn.Module,      # trained in place
-    teacher:nn.Module,      # asked in evaluation mode without gradients; None: plain training, the loss gets t = {}
-    data,                   # `ArrayData`
-    loss,                   # loss(s, t, y, idx) -> scalar; s, t: dicts with "logits" and the taps; an nn.Module's parameters are trained too
-    epochs:int=1,           # passes over `data`
-    lr=.05,                 # learning rate, or a function of the epoch 0, 1, ...
-    batch_size:int=64,      # pictures a step
-    optimizer:str="sgd",    # sgd | adam
-    momentum:float=.9,      # of SGD
-    weight_decay:float=5e-4,# L2 penalty
-    layers:dict=None,       # the student's taps, as in `Taps`
-    teacher_layers:dict=None, # the teacher's taps; None: the same as `layers`
-    generator:torch.Generator=None, # draws the order; None: the order of `data`
-    augment=None,           # augment(x, generator) -> x, or `Views`
-    cache=True,             # ask the teacher once per view; False: in each step; a dict: a ready `teacher_table`
-    on_epoch=None,          # called as on_epoch(row, student) after each epoch; may add to the row
-    views:int=4,            # stored crops per picture, with `augment` and `cache`
-)->list:                    # a dict per epoch: epoch, loss (mean per picture), seconds (without building the table)
+    student: nn.Module,  # trained in place
+    teacher: nn.Module,  # asked in evaluation mode without gradients; None: plain training, the loss gets t = {}
+    data,  # `ArrayData`
+    loss,  # loss(s, t, y, idx) -> scalar; s, t: dicts with "logits" and the taps; an nn.Module's parameters are trained too
+    epochs: int = 1,  # passes over `data`
+    lr=0.05,  # learning rate, or a function of the epoch 0, 1, ...
+    batch_size: int = 64,  # pictures a step
+    optimizer: str = "sgd",  # sgd | adam
+    momentum: float = 0.9,  # of SGD
+    weight_decay: float = 5e-4,  # L2 penalty
+    layers: dict = None,  # the student's taps, as in `Taps`
+    teacher_layers: dict = None,  # the teacher's taps; None: the same as `layers`
+    generator: torch.Generator = None,  # draws the order; None: the order of `data`
+    augment=None,  # augment(x, generator) -> x, or `Views`
+    cache=True,  # ask the teacher once per view; False: in each step; a dict: a ready `teacher_table`
+    on_epoch=None,  # called as on_epoch(row, student) after each epoch; may add to the row
+    views: int = 4,  # stored crops per picture, with `augment` and `cache`
+) -> list:  # a dict per epoch: epoch, loss (mean per picture), seconds (without building the table)
     "Train a student with a finished teacher; raises `ValueError` for bad settings and `FloatingPointError` if the loss stops being finite."
     epochs, batch_size = _check_run([student], data, epochs, batch_size)
     rate, rows = lr if callable(lr) else lambda e: lr, []
@@ -388,7 +488,16 @@ def distill(
             start = time.perf_counter()
             start_training(student)
             _set_rate(opt, rate(e))
-            total = _epoch(_order(data, generator).split(batch_size), e % source.n, source, fresh, inside, answers, loss, opt)
+            total = _epoch(
+                _order(data, generator).split(batch_size),
+                e % source.n,
+                source,
+                fresh,
+                inside,
+                answers,
+                loss,
+                opt,
+            )
             rows.append(_row(e, float(total) / len(data), start, rate(e)))
             if on_epoch:
                 on_epoch(rows[-1], student)
@@ -401,8 +510,8 @@ def _target_and_rest(z, y):
     "Log-probabilities of (target, not target), and of the other classes among themselves."
     hit = F.one_hot(y, z.shape[1]).bool()
     rest, total = z[~hit].view(len(z), -1), z.logsumexp(1)
-    none = (rest == -math.inf).all(1, keepdim=True)              # only the target can occur
-    rest = rest.masked_fill(none, 0.)
+    none = (rest == -math.inf).all(1, keepdim=True)  # only the target can occur
+    rest = rest.masked_fill(none, 0.0)
     other = (rest.logsumexp(1) - total).masked_fill(none[:, 0], -math.inf)
     return torch.stack([z[hit] - total, other], 1), rest.log_softmax(1).masked_fill(none, -math.inf)
 
@@ -410,10 +519,16 @@ def _weight(w, name, n):
     "A weight of at least 0, or one per sample."
     if not isinstance(w, torch.Tensor) or w.ndim == 0:
         return number(w, name, 0)
-    check(w.shape == (n,), f"{name}.shape", tuple(w.shape), f"({n},), one weight per sample, or {name} one number")
+    check(
+        w.shape == (n,),
+        f"{name}.shape",
+        tuple(w.shape),
+        f"({n},), one weight per sample, or {name} one number",
+    )
     check(bool((finite(w, name) >= 0).all()), f"{name}'s smallest value", w.min(), "at least 0")
     return w
 
+# %% ../../nbs/1_distill/losses.ipynb #70700d1c
 def dkd_loss(
     student:torch.Tensor, # (B, K) logits
     teacher:torch.Tensor, # (B, K) logits; no gradient flows into them
@@ -427,7 +542,10 @@ def dkd_loss(
     _pair(student, teacher)
     check(student.shape[1] > 1, "student's number of classes", student.shape[1], "at least 2")
     y, beta = _labels(y, student).long(), _weight(beta, "beta", len(student))
-    (bs, rs), (bt, rt) = _target_and_rest(_up(student) / T, y), _target_and_rest(_up(teacher).detach() / T, y)
+    (bs, rs), (bt, rt) = (
+        _target_and_rest(_up(student) / T, y),
+        _target_and_rest(_up(teacher).detach() / T, y),
+    )
     return T * T * (alpha * _kl(bt, bs) + beta * _kl(rt, rs)).mean()
 
 # %% ../../nbs/1_distill/losses.ipynb #b5c25959
@@ -438,7 +556,12 @@ def pearson_gap(
     "1 minus the mean correlation of the rows of `a` with those of `b`; raises `ValueError` for shapes that differ."
     _batch(a, "a", "(n, m)")
     same_shape(a=a, b=b)
-    return 1 - F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1).mean()
+    return (
+        1
+        - F.cosine_similarity(
+            a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1
+        ).mean()
+    )
 
 # %% ../../nbs/1_distill/losses.ipynb #37081e7f
 def dist_loss(
@@ -452,10 +575,14 @@ def dist_loss(
     T, beta, gamma = number(T, "T", above=0), number(beta, "beta", 0), number(gamma, "gamma", 0)
     _pair(student, teacher)
     never = _masked(student, teacher).all(0)
-    if never.any():                                              # no probability to correlate
+    if never.any():  # no probability to correlate
         student, teacher = student[:, ~never], teacher[:, ~never]
     a, b = (_up(student) / T).softmax(1), (_up(teacher).detach() / T).softmax(1)
-    return T * T * (beta * pearson_gap(a, b) + (gamma * pearson_gap(a.t(), b.t()) if len(a) > 1 else 0.))
+    return (
+        T
+        * T
+        * (beta * pearson_gap(a, b) + (gamma * pearson_gap(a.t(), b.t()) if len(a) > 1 else 0.0))
+    )
 
 # %% ../../nbs/1_distill/losses.ipynb #3869a138
 def _rows(h): return _up(h).flatten(1)   # maps and tokens as vectors
@@ -465,13 +592,15 @@ def _two_sets(student, teacher):
     for name, h in (("student", student), ("teacher", teacher)):
         _batch(h, name, ("(n, h)", "(n, T, h)", "(n, C, H, W)"))
     if len(student) != len(teacher):
-        raise ValueError(f"student has {len(student)} samples, the teacher {len(teacher)}; they must be the same")
+        raise ValueError(
+            f"student has {len(student)} samples, the teacher {len(teacher)}; they must be the same"
+        )
     finite(teacher, "teacher")
 
 def _distances(h):
     sq = (h.unsqueeze(1) - h.unsqueeze(0)).pow(2).sum(-1)
     d = sq.clamp_min(1e-12).sqrt() * (sq > 0)
-    return d / (d[d > 0].mean() if bool((d > 0).any()) else 1.)
+    return d / (d[d > 0].mean() if bool((d > 0).any()) else 1.0)
 
 def rkd_distance(
     student:torch.Tensor, # (n, h_S) features; maps and tokens are flattened
@@ -480,14 +609,14 @@ def rkd_distance(
     "Distance-wise relational loss: Huber of distances scaled to mean 1 (arXiv 1904.05068, eq. 5); raises `ValueError` for what does not fit."
     _two_sets(student, teacher)
     if len(student) < 2:
-        return student.sum() * 0.
+        return student.sum() * 0.0
     with torch.no_grad():
         target = _distances(_rows(teacher))
     return F.smooth_l1_loss(_distances(_rows(student)), target)
 
 # %% ../../nbs/1_distill/losses.ipynb #ca4e8e50
 def _angles(h):
-    d = h.unsqueeze(0) - h.unsqueeze(1)                                     # d[i, j] = h_j - h_i
+    d = h.unsqueeze(0) - h.unsqueeze(1)  # d[i, j] = h_j - h_i
     sq = d.pow(2).sum(-1, keepdim=True)
     u = d * (sq > 0) / sq.clamp_min(1e-12).sqrt()
     return u @ u.transpose(1, 2)
@@ -499,7 +628,7 @@ def rkd_angle(
     "Angle-wise relational loss: Huber between the cosines of all angles (arXiv 1904.05068, eq. 7); raises `ValueError` for what does not fit."
     _two_sets(student, teacher)
     if len(student) < 2:
-        return student.sum() * 0.
+        return student.sum() * 0.0
     with torch.no_grad():
         target = _angles(_rows(teacher))
     return F.smooth_l1_loss(_angles(_rows(student)), target)
@@ -507,16 +636,19 @@ def rkd_angle(
 # %% ../../nbs/1_distill/losses.ipynb #30136950
 class RKD:
     "Relational distillation: a weighted sum of distance and angle loss (arXiv 1904.05068); raises `ValueError` for weights below 0."
+
     def __init__(self,
         distance:float=25., # weight of the distance loss; the paper's 25, DarkDistill's 5
         angle:float=50.,    # weight of the angle loss; the paper's 50, DarkDistill's 10
     ):
         self.distance, self.angle = number(distance, "distance", 0), number(angle, "angle", 0)
+
     def relations(self,
         h:torch.Tensor # (n, h) features; maps and tokens are flattened
     )->tuple:          # (n, n) distances scaled to mean 1, (n, n, n) cosines
         "What the loss compares."
         return _distances(_rows(h)), _angles(_rows(h))
+
     def __call__(self,
         student:torch.Tensor, # (n, h_S) features
         teacher,              # (n, h_T) features, or their `relations`; no gradient flows into them
@@ -525,7 +657,7 @@ class RKD:
         ready = isinstance(teacher, tuple)
         _two_sets(student, teacher[0] if ready else teacher)
         if len(student) < 2:
-            return student.sum() * 0.
+            return student.sum() * 0.0
         with torch.no_grad():
             target = teacher if ready else self.relations(teacher)
         d, a = (F.smooth_l1_loss(s, t.detach()) for s, t in zip(self.relations(student), target))

@@ -13,27 +13,50 @@ import math, time
 import torch
 import torch.nn.functional as F
 from ..core.checks import check, flag, number, same_shape, whole
-from .losses import (_batch, _certain, _check_run, _kd, _kl, _labels, _optimizer, _order, _pair,
-                                         _step, _up)
+from darkdistill_nb.distill.losses import (
+    _batch,
+    _certain,
+    _check_run,
+    _kd,
+    _kl,
+    _labels,
+    _optimizer,
+    _order,
+    _pair,
+    _step,
+    _up,
+)
 from ..core.training import start_training
 from torch import nn
 
 # %% ../../nbs/1_distill/online.ipynb #1d47a87d
 def _peers(m, z, y):
     "Logits of several networks for the same samples, `m` one of them. A NaN goes through: the driver reports it."
-    check(isinstance(z, (list, tuple)) and len(z) > 0, "z", z, "a list of logits, one tensor (B, K) per network")
+    check(
+        isinstance(z, (list, tuple)) and len(z) > 0,
+        "z",
+        z,
+        "a list of logits, one tensor (B, K) per network",
+    )
     m = whole(m, "m", 0, len(z) - 1)
     for n, v in enumerate(z):
-        same_shape(**{"the first network's logits": z[0], f"network {n}'s logits": _batch(v, f"z[{n}]", "(B, K)")})
+        same_shape(
+            **{
+                "the first network's logits": z[0],
+                f"network {n}'s logits": _batch(v, f"z[{n}]", "(B, K)"),
+            }
+        )
     return m, _labels(y, z[m]).long()
 
 # %% ../../nbs/1_distill/online.ipynb #ab22da93
 class DML:
     "Deep mutual learning: cross-entropy plus the mean divergence from the other networks (arXiv 1706.00384, eq. 7); raises `ValueError` for T <= 0."
+
     def __init__(self,
         T:float=1. # temperature, > 0; the paper's is 1
     ):
         self.T = number(T, "T", above=0)
+
     def __call__(self,
         m:int,          # whose loss
         z:list,         # M tensors (B, K) of logits
@@ -42,42 +65,61 @@ class DML:
         "The loss of network `m`; raises `ValueError` for logits or labels that do not fit."
         m, y = _peers(m, z, y)
         others = [v for n, v in enumerate(z) if n != m]
-        return F.cross_entropy(_up(z[m]), y) + sum(_kd(z[m], v, self.T) for v in others) / max(len(others), 1)
+        return F.cross_entropy(_up(z[m]), y) + sum(_kd(z[m], v, self.T) for v in others) / max(
+            len(others), 1
+        )
 
 # %% ../../nbs/1_distill/online.ipynb #47bb9d96
 def _turns(nets, x, alternate):
     "For each network its number, and the logits of all: only its own carry a gradient."
     if not alternate:
         z = [net(x) for net in nets]
-        yield from ((m, [v if n == m else v.detach() for n, v in enumerate(z)]) for m in range(len(nets)))
+        yield from (
+            (m, [v if n == m else v.detach() for n, v in enumerate(z)]) for m in range(len(nets))
+        )
         return
-    with torch.no_grad(): z = [None, *(net(x) for net in nets[1:])]
+    with torch.no_grad():
+        z = [None, *(net(x) for net in nets[1:])]
     for m, net in enumerate(nets):
-        z[m] = net(x); yield m, list(z)
+        z[m] = net(x)
+        yield m, list(z)
         if m < len(nets) - 1:
-            with torch.no_grad(): z[m] = net(x)    # answers again, after its step
+            with torch.no_grad():
+                z[m] = net(x)  # answers again, after its step
 
 # %% ../../nbs/1_distill/online.ipynb #aedec762
 def train_together(
-    nets:list,              # networks, trained in place
-    data,                   # `ArrayData`
-    loss,                   # loss(m, z, y) -> scalar, as in `DML`
-    epochs:int=1,           # passes over `data`
-    lr:float=.05,           # learning rate
-    batch_size:int=64,      # pictures a step
-    optimizer:str="sgd",    # sgd | adam
-    momentum:float=.9,      # of SGD
-    weight_decay:float=5e-4,# L2 penalty
-    generator:torch.Generator=None, # draws the order; None: the order of `data`
-    alternate:bool=True,    # True: take turns and answer again after each step; False: all step from the same answers
-    on_epoch=None,          # called as on_epoch(row, nets); may add to the row
-)->list:                    # a dict per epoch: epoch, loss (list, one mean per network), seconds
+    nets: list,  # networks, trained in place
+    data,  # `ArrayData`
+    loss,  # loss(m, z, y) -> scalar, as in `DML`
+    epochs: int = 1,  # passes over `data`
+    lr: float = 0.05,  # learning rate
+    batch_size: int = 64,  # pictures a step
+    optimizer: str = "sgd",  # sgd | adam
+    momentum: float = 0.9,  # of SGD
+    weight_decay: float = 5e-4,  # L2 penalty
+    generator: torch.Generator = None,  # draws the order; None: the order of `data`
+    alternate: bool = True,  # True: take turns and answer again after each step; False: all step from the same answers
+    on_epoch=None,  # called as on_epoch(row, nets); may add to the row
+) -> list:  # a dict per epoch: epoch, loss (list, one mean per network), seconds
     "Train several networks that learn from each other's answers; raises `ValueError` for bad settings, `FloatingPointError` for a loss that is not finite."
     epochs, batch_size = _check_run(nets, data, epochs, batch_size)
     alternate = flag(alternate, "alternate")
-    opts, rows = [_optimizer(optimizer, [p for p in n.parameters() if p.requires_grad], lr, momentum, weight_decay) for n in nets], []
+    opts, rows = (
+        [
+            _optimizer(
+                optimizer,
+                [p for p in n.parameters() if p.requires_grad],
+                lr,
+                momentum,
+                weight_decay,
+            )
+            for n in nets
+        ],
+        [],
+    )
     for e in range(epochs):
-        total, start = [0.] * len(nets), time.perf_counter()
+        total, start = [0.0] * len(nets), time.perf_counter()
         for n in nets:
             start_training(n)
         for idx in _order(data, generator).split(batch_size):
@@ -86,7 +128,13 @@ def train_together(
                 value = loss(m, z, y)
                 _step(opts[m], value)
                 total[m] += value.detach() * len(y)
-        rows.append(dict(epoch=e, loss=[float(t) / len(data) for t in total], seconds=time.perf_counter() - start))
+        rows.append(
+            dict(
+                epoch=e,
+                loss=[float(t) / len(data) for t in total],
+                seconds=time.perf_counter() - start,
+            )
+        )
         if not all(map(math.isfinite, rows[-1]["loss"])):
             raise FloatingPointError(f"the losses are {rows[-1]['loss']}; lower lr={lr}")
         if on_epoch:
@@ -96,7 +144,7 @@ def train_together(
 # %% ../../nbs/1_distill/online.ipynb #d643258d
 def _entropy(logits, T):
     log_p = F.log_softmax(_up(logits) / T, -1)
-    return -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.)).sum(-1)
+    return -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.0)).sum(-1)
 
 # %% ../../nbs/1_distill/online.ipynb #55575010
 def entropy(
@@ -112,17 +160,21 @@ def _both_ways(student, teacher, T, forward, reverse, boost):
     "`bidirectional_loss` without its checks."
     s, t = F.log_softmax(_up(student) / T, -1), F.log_softmax(_up(teacher).detach() / T, -1)
     sure = (_entropy(student.detach(), T) < _entropy(teacher.detach(), T)).to(s.dtype)
-    return T * T * (forward * boost ** sure * _kl(t, s) + reverse * boost ** (1 - sure) * _kl(s, t)).mean()
+    return (
+        T
+        * T
+        * (forward * boost**sure * _kl(t, s) + reverse * boost ** (1 - sure) * _kl(s, t)).mean()
+    )
 
 # %% ../../nbs/1_distill/online.ipynb #8193ac21
 def bidirectional_loss(
-    student:torch.Tensor, # (B, K) logits
-    teacher:torch.Tensor, # (B, K) logits; no gradient flows into them
-    T:float=1.,           # temperature, > 0
-    forward:float=1.,     # weight of KL(teacher || student)
-    reverse:float=1.,     # weight of KL(student || teacher)
-    boost:float=2.,       # factor on forward where the student is the surer one, on reverse elsewhere; 1: none
-)->torch.Tensor:          # scalar (nats)
+    student: torch.Tensor,  # (B, K) logits
+    teacher: torch.Tensor,  # (B, K) logits; no gradient flows into them
+    T: float = 1.0,  # temperature, > 0
+    forward: float = 1.0,  # weight of KL(teacher || student)
+    reverse: float = 1.0,  # weight of KL(student || teacher)
+    boost: float = 2.0,  # factor on forward where the student is the surer one, on reverse elsewhere; 1: none
+) -> torch.Tensor:  # scalar (nats)
     "T^2 times both divergences, weighted for each sample by whose entropy is lower (BD-KD, arXiv 2212.12965). Raises `ValueError` as `kd_loss` does."
     T, boost = number(T, "T", above=0), number(boost, "boost", above=0)
     forward, reverse = number(forward, "forward", 0), number(reverse, "reverse", 0)
@@ -132,6 +184,7 @@ def bidirectional_loss(
 # %% ../../nbs/1_distill/online.ipynb #290fa4bf
 class BDKD:
     "BD-KD for `train_together([student, teacher], ...)`: both learn from labels and from each other (arXiv 2212.12965); raises `ValueError` for bad settings."
+
     def __init__(self,
         T:float=1.,       # temperature, > 0
         forward:float=1., # weights of the student's two directions, as in `bidirectional_loss`
@@ -142,6 +195,7 @@ class BDKD:
         self.T, self.boost = number(T, "T", above=0), number(boost, "boost", above=0)
         self.forward, self.reverse = number(forward, "forward", 0), number(reverse, "reverse", 0)
         self.teacher = number(teacher, "teacher", 0)
+
     def __call__(self,
         m:int,          # 0: the student, 1: the teacher
         z:list,         # logits of student and teacher, (B, K) each
@@ -155,7 +209,7 @@ class BDKD:
         if m == 0:
             return ce + _both_ways(*z, self.T, self.forward, self.reverse, self.boost)
         log_s, log_t = (F.log_softmax(_up(v) / self.T, -1) for v in (z[0].detach(), z[1]))
-        return ce + self.teacher * self.T ** 2 * _kl(log_t, log_s).mean()
+        return ce + self.teacher * self.T**2 * _kl(log_t, log_s).mean()
 
 # %% ../../nbs/1_distill/online.ipynb #03997a09
 def self_distillation(
@@ -167,11 +221,19 @@ def self_distillation(
     weight:float=.03,    # lambda, of the features' squared distance
 )->torch.Tensor:         # scalar (nats), the mean over exits
     "The deepest exit teaches the others (arXiv 1905.08094); raises `ValueError` for what does not fit."
-    alpha, T, weight = number(alpha, "alpha", 0, 1), number(T, "T", above=0), number(weight, "weight", 0)
+    alpha, T, weight = (
+        number(alpha, "alpha", 0, 1),
+        number(T, "T", above=0),
+        number(weight, "weight", 0),
+    )
     logits = list(logits)
     _, y = _peers(-1 + len(logits), logits, y)
-    if features is not None and (len(features) != len(logits) or len({f.shape for f in features}) > 1):
-        raise ValueError(f"features have shapes {[tuple(f.shape) for f in features]}; {len(logits)} tensors of one shape are needed")
+    if features is not None and (
+        len(features) != len(logits) or len({f.shape for f in features}) > 1
+    ):
+        raise ValueError(
+            f"features have shapes {[tuple(f.shape) for f in features]}; {len(logits)} tensors of one shape are needed"
+        )
     total = F.cross_entropy(_up(logits[-1]), y)
     for i, z in enumerate(logits[:-1]):
         total = total + (1 - alpha) * F.cross_entropy(_up(z), y) + alpha * _kd(z, logits[-1], T)

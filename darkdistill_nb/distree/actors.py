@@ -24,9 +24,14 @@ from .policies import LastExit, PartialLogits, RandomExit, policy_by_name
 
 # %% ../../nbs/4_distree/actors.ipynb #80cf1bf0
 def _ray():
-    for k, v in dict(RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0", RAY_USAGE_STATS_ENABLED="0").items(): os.environ.setdefault(k, v)
-    try: import ray
-    except ImportError: raise ImportError("ray is not installed; `pip install darkdistill-nb[distributed]` adds what students in processes need") from None
+    for k, v in dict(RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0", RAY_USAGE_STATS_ENABLED="0").items():
+        os.environ.setdefault(k, v)
+    try:
+        import ray
+    except ImportError:
+        raise ImportError(
+            "ray is not installed; `pip install darkdistill-nb[distributed]` adds what students in processes need"
+        ) from None
     return ray
 
 # %% ../../nbs/4_distree/actors.ipynb #2919b5fe
@@ -38,88 +43,180 @@ def ray_cluster(
 ):                     # the module ray, connected
     "Ray, ready for use: the one this program is connected to, the one at `address`, or a local one that is shut down at the end."
     num_cpus, store = whole(num_cpus, "num_cpus"), whole(store, "store", 80)
-    check(address is None or isinstance(address, str), "address", address, "a text such as 'auto', or None")
+    check(
+        address is None or isinstance(address, str),
+        "address",
+        address,
+        "a text such as 'auto', or None",
+    )
     ray = _ray()
     if ray.is_initialized():
         yield ray
         return
     logging.getLogger("ray").setLevel(logging.ERROR)
-    settings = dict(num_cpus=num_cpus, num_gpus=0, include_dashboard=False, object_store_memory=store * 2 ** 20)
-    ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else settings))
-    try: yield ray
-    finally: ray.shutdown()
+    settings = dict(
+        num_cpus=num_cpus, num_gpus=0, include_dashboard=False, object_store_memory=store * 2**20
+    )
+    ray.init(
+        address or "local",
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        **({} if address else settings),
+    )
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
 
 # %% ../../nbs/4_distree/actors.ipynb #9cd066d9
 @dataclass
 class Seen:
     "What one student knows about one picture so far; used as an index, it is the number of the picture."
+
     sample:int=None                              # number of the picture, for policies that look it up
     features:list=field(default_factory=list)    # (1, m) of each exit so far
     logits:list=field(default_factory=list)      # (1, K) of the local head at each exit so far
+
     def __index__(self):
-        if self.sample is None: raise ValueError("sample=None, but this policy looks pictures up in a table: say which one it is")
+        if self.sample is None:
+            raise ValueError(
+                "sample=None, but this policy looks pictures up in a table: say which one it is"
+            )
         return self.sample
+
     def answers(self):
         "A table of one student, one picture and the exits so far."
         z, f = torch.stack(self.logits), torch.stack(self.features)
-        costs = torch.arange(1., len(z) + 1, dtype=torch.float64)[None]
-        return SystemAnswers(torch.zeros_like(z)[None], z.new_zeros(z.shape[-1]), z[None], torch.zeros(1).long(), costs, [f.shape[-1]], [f])
+        costs = torch.arange(1.0, len(z) + 1, dtype=torch.float64)[None]
+        return SystemAnswers(
+            torch.zeros_like(z)[None],
+            z.new_zeros(z.shape[-1]),
+            z[None],
+            torch.zeros(1).long(),
+            costs,
+            [f.shape[-1]],
+            [f],
+        )
 
 # %% ../../nbs/4_distree/actors.ipynb #d450f399
 def live_policy(
-    policy,       # a `SystemPolicy` or its name: last, a local rule, or partial
-    n_exits:int,  # E
-    T=None,       # (E,) thresholds for all students, or (N, E); None: those of the lambda that a request carries, or the policy's own
-    **kw          # patience, need of `Policy`
-)->Policy:
+    policy,  # a `SystemPolicy` or its name: last, a local rule, or partial
+    n_exits: int,  # E
+    T=None,  # (E,) thresholds for all students, or (N, E); None: those of the lambda that a request carries, or the policy's own
+    **kw,  # patience, need of `Policy`
+) -> Policy:
     "A rule that students and aggregator can follow while they compute; raises `ValueError` for rules that need more than partial logits."
     policy, table, n_exits = policy_by_name(policy), None, whole(n_exits, "n_exits")
     if T is not None:
-        table = np.asarray([read_thresholds(t) for t in T] if np.ndim(T) == 2 else read_thresholds(T))
-    ok = isinstance(policy, (PartialLogits, LastExit)) or not (policy.together or isinstance(policy, RandomExit))
-    check(ok, "policy", type(policy).__name__, "LastExit, PartialLogits or a rule by which each student decides alone, to be run live")
-    check(T is None or (table.ndim in (1, 2) and table.shape[-1] == n_exits), "T", T, f"{n_exits} thresholds, or as many for each student")
+        table = np.asarray(
+            [read_thresholds(t) for t in T] if np.ndim(T) == 2 else read_thresholds(T)
+        )
+    ok = isinstance(policy, (PartialLogits, LastExit)) or not (
+        policy.together or isinstance(policy, RandomExit)
+    )
+    check(
+        ok,
+        "policy",
+        type(policy).__name__,
+        "LastExit, PartialLogits or a rule by which each student decides alone, to be run live",
+    )
+    check(
+        T is None or (table.ndim in (1, 2) and table.shape[-1] == n_exits),
+        "T",
+        T,
+        f"{n_exits} thresholds, or as many for each student",
+    )
+
     def limit(n, e, lam):
-        T = table if table is not None else np.asarray(policy.default(n_exits) if lam is None else policy.path(lam, n_exits), dtype=float)
-        return max(float(T[n, e] if T.ndim == 2 else T[e]), -1e300)                # above -inf: an exit that cannot be taken stays closed
-    if isinstance(policy, LastExit): return Policy(**kw)
+        T = (
+            table
+            if table is not None
+            else np.asarray(
+                policy.default(n_exits) if lam is None else policy.path(lam, n_exits), dtype=float
+            )
+        )
+        return max(
+            float(T[n, e] if T.ndim == 2 else T[e]), -1e300
+        )  # above -inf: an exit that cannot be taken stays closed
+
+    if isinstance(policy, LastExit):
+        return Policy(**kw)
     if isinstance(policy, PartialLogits):
-        score = lambda z: float(policy.score.score(torch.as_tensor(np.asarray(z))[None, None])[0, 0])
-        return Policy(points=policy.at(n_exits), stop=lambda z, e, lam: score(z) >= limit(0, e, lam), **{"speculative": policy.speculative, **kw})
+        score = lambda z: float(
+            policy.score.score(torch.as_tensor(np.asarray(z))[None, None])[0, 0]
+        )
+        return Policy(
+            points=policy.at(n_exits),
+            stop=lambda z, e, lam: score(z) >= limit(0, e, lam),
+            **{"speculative": policy.speculative, **kw},
+        )
     passed = (lambda s, t: s > t) if policy.strict else (lambda s, t: s >= t)
-    return Policy(leave=lambda n, e, seen, lam: passed(float(policy.scores(seen.answers())[0, -1, 0]), limit(n, e, lam)), **kw)
+    return Policy(
+        leave=lambda n, e, seen, lam: passed(
+            float(policy.scores(seen.answers())[0, -1, 0]), limit(n, e, lam)
+        ),
+        **kw,
+    )
 
 # %% ../../nbs/4_distree/actors.ipynb #d907f5df
 class Student:
     "One device: computes stage by stage on the thread that runs `serve`, takes pictures and words on another."
-    def __init__(self,
-        n:int,                # its number
-        net,                  # `EarlyExitNet`
-        W:torch.Tensor,       # (K, m) its columns of the joint classifier
-        policy:Policy=None,   # `leave`, `points`, `speculative` and `patience` are used; None: to the last exit
-        fallback:str=None,    # None | "every": report every exit
-        speed:float=None,     # MACs/s it pretends to have; None: as fast as it can
+
+    def __init__(
+        self,
+        n: int,  # its number
+        net,  # `EarlyExitNet`
+        W: torch.Tensor,  # (K, m) its columns of the joint classifier
+        policy: Policy = None,  # `leave`, `points`, `speculative` and `patience` are used; None: to the last exit
+        fallback: str = None,  # None | "every": report every exit
+        speed: float = None,  # MACs/s it pretends to have; None: as fast as it can
     ):
         self.n = whole(n, "n", 0)
         width = net.exits[0].norm.normalized_shape[0]
-        check(W.ndim == 2 and W.shape[1] == width, "W.shape", tuple(W.shape), f"(K, {width}), classes and the student's features")
-        self.net, self.W, self.macs = net.eval(), W, np.diff(np.asarray(net.macs(), dtype=float), prepend=0.)
-        self.inbox, self.change, self.words, self.done = queue.SimpleQueue(), threading.Condition(), {}, -1
+        check(
+            W.ndim == 2 and W.shape[1] == width,
+            "W.shape",
+            tuple(W.shape),
+            f"(K, {width}), classes and the student's features",
+        )
+        self.net, self.W, self.macs = (
+            net.eval(),
+            W,
+            np.diff(np.asarray(net.macs(), dtype=float), prepend=0.0),
+        )
+        self.inbox, self.change, self.words, self.done = (
+            queue.SimpleQueue(),
+            threading.Condition(),
+            {},
+            -1,
+        )
         self.use(policy or Policy(), fallback, speed)
+
     def use(self, policy, fallback=None, speed=None):
         check(isinstance(policy, Policy), "policy", type(policy).__name__, "a Policy")
         speed = math.inf if speed is None else number(speed, "speed", above=0)
         self.policy, self.fallback = policy, choice(fallback, "fallback", (None, "every"))
-        self.seconds = self.macs / speed                                       # a stage takes at least so long
+        self.seconds = self.macs / speed  # a stage takes at least so long
+
     def ping(self): return self.n
+
     def put(self, key, x, sample=None, lam=None, left=math.inf):
         self.inbox.put((key, torch.tensor(x)[None], Seen(sample), lam, time.monotonic() + left))
+
     def tell(self, key, exit):
         with self.change:
-            if key > self.done: self.words[key] = max(exit, self.words.get(key, -1)); self.change.notify_all()
+            if key > self.done:
+                self.words[key] = max(exit, self.words.get(key, -1))
+                self.change.notify_all()
+
     def over(self, key, until): return self.words.get(key) == math.inf or time.monotonic() >= until
+
     def wait(self, key, exit, until):
-        with self.change: self.change.wait_for(lambda: self.words.get(key, -1) >= exit, max(0., min(self.policy.patience, until - time.monotonic())))
+        with self.change:
+            self.change.wait_for(
+                lambda: self.words.get(key, -1) >= exit,
+                max(0.0, min(self.policy.patience, until - time.monotonic())),
+            )
 
 # %% ../../nbs/4_distree/actors.ipynb #23c5ea84
 @patch
@@ -131,10 +228,12 @@ def stage(self:Student,
 )->tuple:      # latents, partial logits (K,)
     "Compute a stage and its exit."
     start, net = time.perf_counter(), self.net
-    z = net.stages[e](net.stem(z) if e == 0 else z); a = net.exits[e].features(z)
-    seen.features.append(a); seen.logits.append(net.exits[e].classify(a))
+    z = net.stages[e](net.stem(z) if e == 0 else z)
+    a = net.exits[e].features(z)
+    seen.features.append(a)
+    seen.logits.append(net.exits[e].classify(a))
     partial = (a @ self.W.T)[0].numpy()
-    time.sleep(max(0., self.seconds[e] - (time.perf_counter() - start)))
+    time.sleep(max(0.0, self.seconds[e] - (time.perf_counter() - start)))
     return z, partial
 
 # %% ../../nbs/4_distree/actors.ipynb #5b66a1df
@@ -149,24 +248,32 @@ def work(self:Student,
     "Reports about one picture."
     p, z, E = self.policy, x, len(self.net)
     for e in range(E):
-        if self.over(key, until): break
+        if self.over(key, until):
+            break
         z, partial = self.stage(e, z, seen)
         final = e == E - 1 or (p.leave is not None and bool(p.leave(self.n, e, seen, lam)))
         asks = e in p.points and not final
-        if final or asks or self.fallback == "every": yield key, e, partial, final
-        if final: break
-        if asks and not p.speculative: self.wait(key, e, until)
-    with self.change: self.words.pop(key, None); self.done = max(self.done, key)
+        if final or asks or self.fallback == "every":
+            yield key, e, partial, final
+        if final:
+            break
+        if asks and not p.speculative:
+            self.wait(key, e, until)
+    with self.change:
+        self.words.pop(key, None)
+        self.done = max(self.done, key)
 
 @patch
-def serve(self:Student):
+def serve(self: Student):
     "Reports about all pictures, for ever; this is the thread that computes."
     torch.set_num_threads(1)
-    while True: yield from self.work(*self.inbox.get())
+    while True:
+        yield from self.work(*self.inbox.get())
 
 # %% ../../nbs/4_distree/actors.ipynb #79725db6
 class RaySystem:
     "A trained system on Ray: an actor per student, and an aggregator that answers every request by its deadline; a context manager."
+
     def __init__(self,
         system:DistrEE,    # is copied; its weights travel once
         policy=None,       # this and `settings`: see `use`
@@ -177,126 +284,230 @@ class RaySystem:
         **settings         # deadline, fallback, mean, suspect, knob, speed, margin
     ):
         check(isinstance(system, DistrEE), "system", type(system).__name__, "a trained DistrEE")
-        check(options is None or callable(options), "options", options, "a function of the student's number, or None")
-        self.N, self.n_exits, self.shape = len(system), system.n_exits, tuple(system.students[0].input_shape)
+        check(
+            options is None or callable(options),
+            "options",
+            options,
+            "a function of the student's number, or None",
+        )
+        self.N, self.n_exits, self.shape = (
+            len(system),
+            system.n_exits,
+            tuple(system.students[0].input_shape),
+        )
         self.restart = flag(restart, "restart")
-        self.options, self.bias = options or (lambda n: {}), system.joint.bias.detach().cpu().double().numpy()
-        self.lock, self.futures, self.count, self.closed, self.error, self.events = threading.Condition(), {}, 0, False, None, []
-        self.actors, self.alive, self.threads, self.aggregator = [None] * self.N, [False] * self.N, [], None
+        self.options, self.bias = (
+            options or (lambda n: {}),
+            system.joint.bias.detach().cpu().double().numpy(),
+        )
+        self.lock, self.futures, self.count, self.closed, self.error, self.events = (
+            threading.Condition(),
+            {},
+            0,
+            False,
+            None,
+            [],
+        )
+        self.actors, self.alive, self.threads, self.aggregator = (
+            [None] * self.N,
+            [False] * self.N,
+            [],
+            None,
+        )
         self.use(policy, **settings)
-        self.stack = ExitStack(); self.ray = self.stack.enter_context(ray_cluster(address, num_cpus)); self.stack.callback(self._end)
+        self.stack = ExitStack()
+        self.ray = self.stack.enter_context(ray_cluster(address, num_cpus))
+        self.stack.callback(self._end)
         try:
-            at = np.cumsum([0, *system.sizes]); W = system.joint.weight.detach().cpu()
-            self.weights = [(self.ray.put(copy.deepcopy(s).cpu()), self.ray.put(W[:, at[n]:at[n + 1]].clone())) for n, s in enumerate(system.students)]
-            for n, actor in enumerate([self._launch(n) for n in range(self.N)]): self._up(n, actor)
+            at = np.cumsum([0, *system.sizes])
+            W = system.joint.weight.detach().cpu()
+            self.weights = [
+                (
+                    self.ray.put(copy.deepcopy(s).cpu()),
+                    self.ray.put(W[:, at[n] : at[n + 1]].clone()),
+                )
+                for n, s in enumerate(system.students)
+            ]
+            for n, actor in enumerate([self._launch(n) for n in range(self.N)]):
+                self._up(n, actor)
             self._thread(self._clock)
-        except BaseException: self.close(); raise
+        except BaseException:
+            self.close()
+            raise
+
     def __enter__(self): return self
+
     def __exit__(self, *_): self.close()
+
     def close(self): self.stack.close()
 
 # %% ../../nbs/4_distree/actors.ipynb #d62d8eed
 @patch
-def _launch(self:RaySystem, n):
+def _launch(self: RaySystem, n):
     "A new actor for student n; returns at once."
-    make = self.ray.remote(concurrency_groups={"inbox": 1})(Student).options(**{"num_cpus": 0, **self.options(n)})
+    make = self.ray.remote(concurrency_groups={"inbox": 1})(Student).options(
+        **{"num_cpus": 0, **self.options(n)}
+    )
     return make.remote(n, *self.weights[n], self.local, self.fallback, self.speed[n])
 
 # %% ../../nbs/4_distree/actors.ipynb #2e3ded88
 @patch
-def _up(self:RaySystem, n, actor):
+def _up(self: RaySystem, n, actor):
     "Wait until the actor is there, then listen to it."
     self.ray.get(actor.ping.options(concurrency_group="inbox").remote())
     with self.lock:
-        if self.closed: return self.ray.kill(actor)
-        self.actors[n], self.alive[n] = actor, True; self.events.append((time.monotonic(), "up", n)); self.lock.notify_all()
+        if self.closed:
+            return self.ray.kill(actor)
+        self.actors[n], self.alive[n] = actor, True
+        self.events.append((time.monotonic(), "up", n))
+        self.lock.notify_all()
         self._thread(self._listen, n, actor)
 
 @patch
-def _thread(self:RaySystem, f, *args):
-    self.threads.append(threading.Thread(target=f, args=args, daemon=True)); self.threads[-1].start()
+def _thread(self: RaySystem, f, *args):
+    self.threads.append(threading.Thread(target=f, args=args, daemon=True))
+    self.threads[-1].start()
 
 # %% ../../nbs/4_distree/actors.ipynb #c4a9a91b
 @patch
-def _listen(self:RaySystem, n, actor):
+def _listen(self: RaySystem, n, actor):
     "Hand the reports of student n to the aggregator until its actor dies."
     try:
-        for promise in actor.serve.options(num_returns="streaming").remote(): self._hear(n, *self.ray.get(promise))
-    except self.ray.exceptions.RayActorError: pass
-    except Exception as e: self.error = f"student {n} failed: {e}"
-    with self.lock: self.alive[n] = False; self.events.append((time.monotonic(), "down", n)); self.lock.notify_all()
-    if not self.restart or self.closed or self.error: return
-    try: self.revive(n)
-    except (self.ray.exceptions.RayError, ValueError): pass      # it died at once, or somebody was quicker
+        for promise in actor.serve.options(num_returns="streaming").remote():
+            self._hear(n, *self.ray.get(promise))
+    except self.ray.exceptions.RayActorError:
+        pass
+    except Exception as e:
+        self.error = f"student {n} failed: {e}"
+    with self.lock:
+        self.alive[n] = False
+        self.events.append((time.monotonic(), "down", n))
+        self.lock.notify_all()
+    if not self.restart or self.closed or self.error:
+        return
+    try:
+        self.revive(n)
+    except (self.ray.exceptions.RayError, ValueError):
+        pass  # it died at once, or somebody was quicker
 
 # %% ../../nbs/4_distree/actors.ipynb #dba202cb
 @patch
-def _hear(self:RaySystem, n, key, exit, partial, final):
+def _hear(self: RaySystem, n, key, exit, partial, final):
     with self.lock:
         answer, word, to = self.aggregator.receive(key, n, exit, partial, final, time.monotonic())
-        if answer is not None: self._answer(answer)
-        told = {m: math.inf if word == "STOP" else self.aggregator.waiting[key]["told"][m] for m in to}
+        if answer is not None:
+            self._answer(answer)
+        told = {
+            m: math.inf if word == "STOP" else self.aggregator.waiting[key]["told"][m] for m in to
+        }
     if word == "STOP" or not self.policy.speculative:
-        for m, e in told.items(): self.actors[m].tell.options(concurrency_group="inbox", num_returns=0).remote(key, e)
+        for m, e in told.items():
+            self.actors[m].tell.options(concurrency_group="inbox", num_returns=0).remote(key, e)
 
 # %% ../../nbs/4_distree/actors.ipynb #c108f282
 @patch
-def _answer(self:RaySystem, answer):
+def _answer(self: RaySystem, answer):
     self.futures[answer.key].set_result(answer)
-    if self.knob is not None: self.knob.update(answer.latency, gain=confidence_of(answer.logits))
+    if self.knob is not None:
+        self.knob.update(answer.latency, gain=confidence_of(answer.logits))
 
 @patch
-def _expire(self:RaySystem, keys):
-    for k in keys: self._answer(self.aggregator.close(k, time.monotonic()))
+def _expire(self: RaySystem, keys):
+    for k in keys:
+        self._answer(self.aggregator.close(k, time.monotonic()))
 
 # %% ../../nbs/4_distree/actors.ipynb #d41565dd
 @patch
-def _clock(self:RaySystem):
+def _clock(self: RaySystem):
     "Answer what is due, then sleep until the next deadline."
     with self.lock:
         while not self.closed:
             self._expire(self.aggregator.due(time.monotonic()))
             first, D = next(iter(self.aggregator.waiting.values()), None), self.aggregator.deadline
-            self.lock.wait(None if first is None or D == math.inf else max(0., first["start"] + D - time.monotonic()))
+            self.lock.wait(
+                None
+                if first is None or D == math.inf
+                else max(0.0, first["start"] + D - time.monotonic())
+            )
 
 # %% ../../nbs/4_distree/actors.ipynb #87eee33f
 @patch
-def _end(self:RaySystem):
-    with self.lock: self.closed = True; self._expire(list(self.aggregator.waiting)); self.lock.notify_all()
+def _end(self: RaySystem):
+    with self.lock:
+        self.closed = True
+        self._expire(list(self.aggregator.waiting))
+        self.lock.notify_all()
     for a in self.actors:
-        if a is not None: self.ray.kill(a)
+        if a is not None:
+            self.ray.kill(a)
     for t in self.threads:
-        if t is not threading.current_thread(): t.join(5)
+        if t is not threading.current_thread():
+            t.join(5)
 
 # %% ../../nbs/4_distree/actors.ipynb #f8bc8fa8
 @patch
-def use(self:RaySystem,
-    policy:Policy=None,      # of distree.simulator, or from `live_policy`; None: all students to the last exit
-    deadline:float=1.,       # s after arrival; inf: wait for all students, if need be for ever
-    fallback:str=None,       # None | "every": students report every exit, so that the deadline finds something
-    mean=None,               # (N, K) contribution of a missing student, e.g. `answers.means()` of other pictures; None: zeros
-    suspect:float=math.inf,  # silent requests after which a student is no longer waited for
-    knob=None,               # has `.lam` and `.update(latency, gain=confidence)`, e.g. `LatencyController`
-    speed=None,              # MACs/s that students pretend to have: a number, or one per student; None: as fast as they can
-    margin:float=.01,        # s before the deadline at which an answer is given
+def use(
+    self: RaySystem,
+    policy: Policy = None,  # of distree.simulator, or from `live_policy`; None: all students to the last exit
+    deadline: float = 1.0,  # s after arrival; inf: wait for all students, if need be for ever
+    fallback: str = None,  # None | "every": students report every exit, so that the deadline finds something
+    mean=None,  # (N, K) contribution of a missing student, e.g. `answers.means()` of other pictures; None: zeros
+    suspect: float = math.inf,  # silent requests after which a student is no longer waited for
+    knob=None,  # has `.lam` and `.update(latency, gain=confidence)`, e.g. `LatencyController`
+    speed=None,  # MACs/s that students pretend to have: a number, or one per student; None: as fast as they can
+    margin: float = 0.01,  # s before the deadline at which an answer is given
 ):
     "Change how requests are answered; raises `ValueError` for impossible settings, `RuntimeError` while requests are open."
     policy, speed = policy or Policy(), list(speed) if np.ndim(speed) else [speed] * self.N
-    check(isinstance(policy, Policy), "policy", type(policy).__name__, "a Policy, e.g. of `live_policy`")
+    check(
+        isinstance(policy, Policy),
+        "policy",
+        type(policy).__name__,
+        "a Policy, e.g. of `live_policy`",
+    )
     check(len(speed) == self.N, "speed", speed, f"a number above 0 MACs/s, or {self.N} of them")
     speed = [None if v is None else number(v, "speed", above=0) for v in speed]
     deadline, margin = number(deadline, "deadline", inf=True), number(margin, "margin")
-    check(deadline > margin >= 0, "deadline, margin", (deadline, margin), "a time in s and a shorter one")
+    check(
+        deadline > margin >= 0,
+        "deadline, margin",
+        (deadline, margin),
+        "a time in s and a shorter one",
+    )
     fallback = choice(fallback, "fallback", (None, "every"))
-    check(all(e < self.n_exits - 1 for e in policy.points), "points", policy.points, f"exits before the last, 0..{self.n_exits - 2}")
-    check(knob is None or callable(getattr(knob, "update", None)), "knob", knob, "an object with `lam` and `update`, or None")
-    aggregator = Aggregator(self.bias, self.N, deadline - margin, mean, policy.stop, policy.points, policy.need, suspect)
+    check(
+        all(e < self.n_exits - 1 for e in policy.points),
+        "points",
+        policy.points,
+        f"exits before the last, 0..{self.n_exits - 2}",
+    )
+    check(
+        knob is None or callable(getattr(knob, "update", None)),
+        "knob",
+        knob,
+        "an object with `lam` and `update`, or None",
+    )
+    aggregator = Aggregator(
+        self.bias, self.N, deadline - margin, mean, policy.stop, policy.points, policy.need, suspect
+    )
     with self.lock:
-        if self.aggregator and self.aggregator.waiting: raise RuntimeError(f"{len(self.aggregator.waiting)} requests are open; wait for their answers first")
-        self.aggregator, self.policy, self.fallback, self.knob, self.speed = aggregator, policy, fallback, knob, speed
-        self.local = Policy(policy.leave, policy.points, None, policy.speculative, policy.patience)     # what a student needs of it
+        if self.aggregator and self.aggregator.waiting:
+            raise RuntimeError(
+                f"{len(self.aggregator.waiting)} requests are open; wait for their answers first"
+            )
+        self.aggregator, self.policy, self.fallback, self.knob, self.speed = (
+            aggregator,
+            policy,
+            fallback,
+            knob,
+            speed,
+        )
+        self.local = Policy(
+            policy.leave, policy.points, None, policy.speculative, policy.patience
+        )  # what a student needs of it
         actors = [(a, v) for a, v, ok in zip(self.actors, speed, self.alive) if ok]
-    for a, v in actors: self.ray.get(a.use.options(concurrency_group="inbox").remote(self.local, fallback, v))
+    for a, v in actors:
+        self.ray.get(a.use.options(concurrency_group="inbox").remote(self.local, fallback, v))
     return self
 
 # %% ../../nbs/4_distree/actors.ipynb #d9aed0b6
@@ -310,14 +521,20 @@ def submit(self:RaySystem,
     check(x.shape == self.shape, "x.shape", x.shape, f"{self.shape}, one image")
     finite(x, "x")
     sample = None if sample is None else whole(sample, "sample", 0)
-    if self.error: raise RuntimeError(self.error)
+    if self.error:
+        raise RuntimeError(self.error)
     with self.lock:
-        if self.closed: raise RuntimeError("the system is closed")
-        key, lam = self.count, None if self.knob is None else self.knob.lam; self.count += 1
-        self.futures[key] = Future(); self.futures[key].lam = lam
-        self.aggregator.open(key, time.monotonic(), lam); self.lock.notify_all()
+        if self.closed:
+            raise RuntimeError("the system is closed")
+        key, lam = self.count, None if self.knob is None else self.knob.lam
+        self.count += 1
+        self.futures[key] = Future()
+        self.futures[key].lam = lam
+        self.aggregator.open(key, time.monotonic(), lam)
+        self.lock.notify_all()
         to, left = [a for a, ok in zip(self.actors, self.alive) if ok], self.aggregator.deadline
-    for a in to: a.put.options(concurrency_group="inbox", num_returns=0).remote(key, x, sample, lam, left)
+    for a in to:
+        a.put.options(concurrency_group="inbox", num_returns=0).remote(key, x, sample, lam, left)
     return key
 
 # %% ../../nbs/4_distree/actors.ipynb #de581c58
@@ -329,8 +546,10 @@ def answer(self:RaySystem,
     "The answer to a request, handed out once; raises `TimeoutError` if it takes longer, `ValueError` for a request that is not there."
     check(key in self.futures, "key", key, "a request whose answer was not handed out yet")
     timeout = None if timeout is None else number(timeout, "timeout", 0)
-    try: answer = self.futures[key].result(timeout)
-    except TimeoutError: raise TimeoutError(f"request {key} has no answer after {timeout} s") from None
+    try:
+        answer = self.futures[key].result(timeout)
+    except TimeoutError:
+        raise TimeoutError(f"request {key} has no answer after {timeout} s") from None
     del self.futures[key]
     return answer
 
@@ -345,30 +564,62 @@ def run(self:RaySystem,
 )->Outcomes:       # measured; NaN: not measured
     "Answer a stream of pictures; raises `ValueError` for times that do not fit."
     R, nan = len(x), math.nan
-    rising = arrival is None or (len(arrival) == R and np.isfinite(arrival).all() and (np.diff(arrival, prepend=0) >= 0).all())
+    rising = arrival is None or (
+        len(arrival) == R
+        and np.isfinite(arrival).all()
+        and (np.diff(arrival, prepend=0) >= 0).all()
+    )
     check(rising, "arrival", arrival, f"{R} rising times from 0 on")
-    sample, keys, came, lam, got = np.arange(R) if sample is None else np.asarray(sample), [], [], [], {}
-    check(len(sample) == R > 0, "len(sample)", len(sample), f"one for each of the {R} images, at least one")
+    sample, keys, came, lam, got = (
+        np.arange(R) if sample is None else np.asarray(sample),
+        [],
+        [],
+        [],
+        {},
+    )
+    check(
+        len(sample) == R > 0,
+        "len(sample)",
+        len(sample),
+        f"one for each of the {R} images, at least one",
+    )
     check(y is None or len(y) == R, "y", y, f"{R} labels, or None")
-    start = time.monotonic(); now = lambda: time.monotonic() - start
+    start = time.monotonic()
+    now = lambda: time.monotonic() - start
     for r in range(R):
-        if arrival is not None: time.sleep(max(0., arrival[r] - now()))
-        if before is not None: before(r)
-        came.append(now()); keys.append(self.submit(x[r], int(sample[r]))); lam.append(self.futures[keys[r]].lam)
-        if arrival is None: got[r] = self.answer(keys[r])
+        if arrival is not None:
+            time.sleep(max(0.0, arrival[r] - now()))
+        if before is not None:
+            before(r)
+        came.append(now())
+        keys.append(self.submit(x[r], int(sample[r])))
+        lam.append(self.futures[keys[r]].lam)
+        if arrival is None:
+            got[r] = self.answer(keys[r])
     got = [got[r] if r in got else self.answer(keys[r]) for r in range(R)]
     each = lambda f: np.array([f(a) for a in got])
-    return Outcomes(arrival=np.array(came), sample=sample, y=np.full(R, -1) if y is None else np.asarray(y), logits=each(lambda a: a.logits),
-                    exits=each(lambda a: a.exits), latency=each(lambda a: a.latency), bytes=np.full(R, nan), energy=np.full(R, nan),
-                    macs=np.full((R, self.N), nan), wasted=np.full(R, nan), missing=each(lambda a: [n in a.missing for n in range(self.N)]),
-                    late=each(lambda a: [n in a.late for n in range(self.N)]), stopped=each(lambda a: a.stopped),
-                    lam=np.array([nan if v is None else v for v in lam]), idle=nan, trace=[])
+    return Outcomes(
+        arrival=np.array(came),
+        sample=sample,
+        y=np.full(R, -1) if y is None else np.asarray(y),
+        logits=each(lambda a: a.logits),
+        exits=each(lambda a: a.exits),
+        latency=each(lambda a: a.latency),
+        bytes=np.full(R, nan),
+        energy=np.full(R, nan),
+        macs=np.full((R, self.N), nan),
+        wasted=np.full(R, nan),
+        missing=each(lambda a: [n in a.missing for n in range(self.N)]),
+        late=each(lambda a: [n in a.late for n in range(self.N)]),
+        stopped=each(lambda a: a.stopped),
+        lam=np.array([nan if v is None else v for v in lam]),
+        idle=nan,
+        trace=[],
+    )
 
 # %% ../../nbs/4_distree/actors.ipynb #c02a6340
 @patch
-def revive(self:RaySystem,
-    student:int,
-):
+def revive(self: RaySystem, student: int):
     "Start a new actor for a student that died; returns when it is ready; raises `ValueError` for one that is alive."
     dead = [n for n in range(self.N) if not self.alive[n]]
     check(student in dead, "student", student, f"one that is dead, {dead}")
@@ -382,19 +633,20 @@ def wait_alive(self:RaySystem,
     "Wait until all students are alive; raises `TimeoutError` if that takes longer."
     timeout = number(timeout, "timeout", 0)
     with self.lock:
-        if not self.lock.wait_for(lambda: all(self.alive), timeout): raise TimeoutError(f"students {self.alive} (alive) after {timeout} s")
+        if not self.lock.wait_for(lambda: all(self.alive), timeout):
+            raise TimeoutError(f"students {self.alive} (alive) after {timeout} s")
 
 # %% ../../nbs/4_distree/actors.ipynb #87a1be79
 @patch
-def kill(self:RaySystem,
-    student:int,
-):
+def kill(self: RaySystem, student: int):
     "End the process of a student at once; returns when it is gone; raises `ValueError` for one that is dead already."
     alive = [n for n in range(self.N) if self.alive[n]]
     check(student in alive, "student", student, f"one that is alive, {alive}")
-    with self.lock: actor = self.actors[student]
+    with self.lock:
+        actor = self.actors[student]
     self.ray.kill(actor)
-    with self.lock: self.lock.wait_for(lambda: self.actors[student] is not actor or not self.alive[student], 10)
+    with self.lock:
+        self.lock.wait_for(lambda: self.actors[student] is not actor or not self.alive[student], 10)
 
 # %% ../../nbs/4_distree/actors.ipynb #1b3a97e3
 def plot_requests(
@@ -407,16 +659,45 @@ def plot_requests(
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
     from darkdistill_nb.core.training import figure, style
+
     check(len(runs), "runs", runs, "one or more named Outcomes")
     deadline = None if deadline is None else number(deadline, "deadline", above=0)
-    fig = make_subplots(len(runs), 1, shared_xaxes=True, vertical_spacing=.1, subplot_titles=list(runs), figure=figure(title=title, height=height))
+    fig = make_subplots(
+        len(runs),
+        1,
+        shared_xaxes=True,
+        vertical_spacing=0.1,
+        subplot_titles=list(runs),
+        figure=figure(title=title, height=height),
+    )
     for row, o in enumerate(runs.values(), 1):
-        gone = o.missing.any(1); kinds = {"complete": ~o.degraded, "a student is missing": gone, "a student is late": o.late.any(1) & ~gone}
+        gone = o.missing.any(1)
+        kinds = {
+            "complete": ~o.degraded,
+            "a student is missing": gone,
+            "a student is late": o.late.any(1) & ~gone,
+        }
         for i, (name, m) in enumerate(kinds.items()):
             mark = dict(style(i)["marker"], symbol=["circle-open", "x", "triangle-up"][i], size=7)
-            fig.add_trace(go.Scatter(x=np.flatnonzero(m).tolist(), y=(1000 * o.latency[m]).round(2).tolist(), mode="markers", marker=mark, name=name,
-                                     legendgroup=name, showlegend=row == 1), row, 1)
-        if deadline: fig.add_hline(y=1000 * deadline, line=dict(color="black", width=1, dash="dot"), row=row, col=1)
+            fig.add_trace(
+                go.Scatter(
+                    x=np.flatnonzero(m).tolist(),
+                    y=(1000 * o.latency[m]).round(2).tolist(),
+                    mode="markers",
+                    marker=mark,
+                    name=name,
+                    legendgroup=name,
+                    showlegend=row == 1,
+                ),
+                row,
+                1,
+            )
+        if deadline:
+            fig.add_hline(
+                y=1000 * deadline, line=dict(color="black", width=1, dash="dot"), row=row, col=1
+            )
         fig.update_yaxes(title="latency (ms)", rangemode="tozero", row=row, col=1)
-    fig.update_annotations(font_size=13).update_layout(margin_t=80, legend=dict(orientation="h", y=-.2))
+    fig.update_annotations(font_size=13).update_layout(
+        margin_t=80, legend=dict(orientation="h", y=-0.2)
+    )
     return fig.update_xaxes(title="request", row=len(runs), col=1)

@@ -25,7 +25,9 @@ def _simpy():
     try:
         import simpy
     except ImportError:
-        raise ImportError("simpy is not installed; `pip install darkdistill-nb[distributed]` adds what the simulator needs") from None
+        raise ImportError(
+            "simpy is not installed; `pip install darkdistill-nb[distributed]` adds what the simulator needs"
+        ) from None
     return simpy
 
 def _numbers(o, **limits):
@@ -37,16 +39,26 @@ def _numbers(o, **limits):
 @dataclass(frozen=True)
 class Device:
     "A device that computes stages one by one: speed, jitter, power, and when it dies; raises `ValueError` for impossible numbers."
+
     speed:float=1e8       # MACs/s; or a function of the time in s
     jitter:float=0.       # standard deviation of a stage's time, relative to its mean
     active:float=4.       # W while computing
     idle:float=2.         # W while waiting
     dies:float=math.inf   # s; from then on it neither computes nor sends
     p_dead:float=0.       # probability of being dead from the start, drawn once a run
+
     def __post_init__(self):
         if not callable(self.speed):
             _numbers(self, speed=dict(above=0))
-        _numbers(self, jitter=dict(low=0), active=dict(low=0), idle=dict(low=0), dies=dict(low=0, inf=True), p_dead=dict(low=0, high=1))
+        _numbers(
+            self,
+            jitter=dict(low=0),
+            active=dict(low=0),
+            idle=dict(low=0),
+            dies=dict(low=0, inf=True),
+            p_dead=dict(low=0, high=1),
+        )
+
     def seconds(self,
         macs,   # of a stage
         z=0.,   # standard normal number
@@ -54,7 +66,7 @@ class Device:
     ):
         "Time of a stage; raises `ValueError` for a speed that falls to 0."
         check(macs >= 0 and math.isfinite(z), "macs, z", (macs, z), "at least 0, and finite")
-        v, s2 = self.speed(now) if callable(self.speed) else self.speed, math.log1p(self.jitter ** 2)
+        v, s2 = self.speed(now) if callable(self.speed) else self.speed, math.log1p(self.jitter**2)
         check(0 < v < math.inf, "speed", v, "a finite number above 0 MACs/s at all times")
         return macs / v * math.exp(math.sqrt(s2) * z - s2 / 2)
 
@@ -62,6 +74,7 @@ class Device:
 @dataclass(frozen=True)
 class Link:
     "A link between a device and the aggregator, the same both ways; raises `ValueError` for impossible numbers."
+
     bandwidth:float=1e6   # bytes/s
     latency:float=.002    # s
     jitter:float=0.       # s, mean of an exponential extra delay
@@ -69,46 +82,93 @@ class Link:
     retries:int=0         # further tries after a loss
     timeout:float=.02     # s until the sender tries again
     joule:float=1e-6      # J per byte sent, both ends together
+
     def __post_init__(self):
-        _numbers(self, bandwidth=dict(above=0, inf=True), latency=dict(low=0), jitter=dict(low=0), loss=dict(low=0, high=1),
-                 timeout=dict(low=0), joule=dict(low=0))
+        _numbers(
+            self,
+            bandwidth=dict(above=0, inf=True),
+            latency=dict(low=0),
+            jitter=dict(low=0),
+            loss=dict(low=0, high=1),
+            timeout=dict(low=0),
+            joule=dict(low=0),
+        )
         object.__setattr__(self, "retries", whole(self.retries, "retries", 0))
+
     def fate(self,
         nbytes, # of the message
         u=1.,   # uniform in (0, 1]: decides on losses
         x=0.,   # exponential with mean 1: the extra delay
     )->tuple:   # (number of tries, seconds until it arrives; inf if it never does)
         "What happens to a message; raises `ValueError` for impossible numbers."
-        check(nbytes >= 0 and 0 < u <= 1 and x >= 0, "nbytes, u, x", (nbytes, u, x), "at least 0, in (0, 1], and at least 0")
-        lost = 0 if u > self.loss else self.retries + 1 if self.loss == 1 else int(math.log(u) / math.log(self.loss))
+        check(
+            nbytes >= 0 and 0 < u <= 1 and x >= 0,
+            "nbytes, u, x",
+            (nbytes, u, x),
+            "at least 0, in (0, 1], and at least 0",
+        )
+        lost = (
+            0
+            if u > self.loss
+            else self.retries + 1
+            if self.loss == 1
+            else int(math.log(u) / math.log(self.loss))
+        )
         tries = min(lost, self.retries) + 1
-        if lost > self.retries: return tries, math.inf
-        return tries, tries * nbytes / self.bandwidth + lost * self.timeout + self.latency + self.jitter * x
+        if lost > self.retries:
+            return tries, math.inf
+        return (
+            tries,
+            tries * nbytes / self.bandwidth + lost * self.timeout + self.latency + self.jitter * x,
+        )
 
 # %% ../../nbs/4_distree/simulator.ipynb #c8a8805b
 @dataclass(frozen=True)
 class Cluster:
     "Devices and the link of each to the aggregator."
+
     devices:tuple # N `Device`
     links:tuple   # N `Link`
+
     def __post_init__(self):
         for name, kind in (("devices", Device), ("links", Link)):
-            ok = isinstance(getattr(self, name), (tuple, list)) and all(isinstance(v, kind) for v in getattr(self, name))
+            ok = isinstance(getattr(self, name), (tuple, list)) and all(
+                isinstance(v, kind) for v in getattr(self, name)
+            )
             check(ok, name, getattr(self, name), f"a tuple of {kind.__name__}s")
-        check(len(self.devices) == len(self.links) > 0, "len(links)", len(self.links), f"as many as devices, {len(self.devices)}, at least 1")
+        check(
+            len(self.devices) == len(self.links) > 0,
+            "len(links)",
+            len(self.links),
+            f"as many as devices, {len(self.devices)}, at least 1",
+        )
+
     def __len__(self): return len(self.devices)
+
     @classmethod
-    def equal(cls, n:int, device=Device(), link=Link()):
+    def equal(cls, n: int, device=Device(), link=Link()):
         "A cluster of `n` equal devices."
         n = whole(n, "n")
         return cls((device,) * n, (link,) * n)
-    def with_device(self, i:int, **fields):
+
+    def with_device(self, i: int, **fields):
         "A copy in which fields of device `i` are changed; raises `ValueError` for a device that is not there."
         i = whole(i, "i", 0, len(self) - 1)
-        return Cluster(tuple(dataclasses.replace(d, **fields) if k == i else d for k, d in enumerate(self.devices)), self.links)
-    def with_devices(self, **fields): return Cluster(tuple(dataclasses.replace(d, **fields) for d in self.devices), self.links)
-    def with_links(self, **fields): return Cluster(self.devices, tuple(dataclasses.replace(l, **fields) for l in self.links))
-    def straggler(self, i:int, factor:float):
+        return Cluster(
+            tuple(
+                dataclasses.replace(d, **fields) if k == i else d
+                for k, d in enumerate(self.devices)
+            ),
+            self.links,
+        )
+
+    def with_devices(self, **fields):
+        return Cluster(tuple(dataclasses.replace(d, **fields) for d in self.devices), self.links)
+
+    def with_links(self, **fields):
+        return Cluster(self.devices, tuple(dataclasses.replace(l, **fields) for l in self.links))
+
+    def straggler(self, i: int, factor: float):
         "A copy in which device `i` is `factor` times slower; raises `ValueError` for a factor that is not above 0."
         i, factor = whole(i, "i", 0, len(self) - 1), number(factor, "factor", above=0)
         v = self.devices[i].speed
@@ -116,24 +176,39 @@ class Cluster:
 
 # %% ../../nbs/4_distree/simulator.ipynb #7dd7b770
 def noise(
-    seed:int,
-    n_devices:int,  # N
-    n_requests:int, # R
-    n_exits:int,    # E: stages, and the most packets of a request per device and direction
-)->dict:            # stage (N, R, E) normal; up, down (N, R, E) uniform in (0, 1]; up_delay, down_delay (N, R, E) exponential; dead (N,) uniform
+    seed: int,
+    n_devices: int,  # N
+    n_requests: int,  # R
+    n_exits: int,  # E: stages, and the most packets of a request per device and direction
+) -> dict:  # stage (N, R, E) normal; up, down (N, R, E) uniform in (0, 1]; up_delay, down_delay (N, R, E) exponential; dead (N,) uniform
     "All random numbers of a run, each at its own address; raises `ValueError` for sizes below 1."
     seed, n_devices = whole(seed, "seed", None), whole(n_devices, "n_devices")
     n_requests, n_exits = whole(n_requests, "n_requests"), whole(n_exits, "n_exits")
     rng = lambda kind, n: np.random.default_rng(seed_for(seed, "simulator", kind, n))
     size = n_requests, n_exits
-    normal, uniform, exponential = lambda g: g.standard_normal(size), lambda g: 1 - g.random(size), lambda g: g.standard_exponential(size)
-    kinds = dict(stage=normal, up=uniform, down=uniform, up_delay=exponential, down_delay=exponential, dead=lambda g: g.random())
-    return {kind: np.array([draw(rng(kind, n)) for n in range(n_devices)]) for kind, draw in kinds.items()}
+    normal, uniform, exponential = (
+        lambda g: g.standard_normal(size),
+        lambda g: 1 - g.random(size),
+        lambda g: g.standard_exponential(size),
+    )
+    kinds = dict(
+        stage=normal,
+        up=uniform,
+        down=uniform,
+        up_delay=exponential,
+        down_delay=exponential,
+        dead=lambda g: g.random(),
+    )
+    return {
+        kind: np.array([draw(rng(kind, n)) for n in range(n_devices)])
+        for kind, draw in kinds.items()
+    }
 
 # %% ../../nbs/4_distree/simulator.ipynb #0f8248d0
 @dataclass
 class Answer:
     "The answer to one request and how it came about."
+
     key:object          # which request
     logits:np.ndarray   # (K,)
     exits:list          # N exits used, counted from 0; -1: nothing came
@@ -141,54 +216,100 @@ class Answer:
     missing:tuple       # students replaced by their mean contribution
     late:tuple          # students of whom an earlier exit than they wanted was taken
     stopped:bool=False  # by the rule at a decision point
+
     @property
-    def prediction(self): return int(self.logits.argmax())
+    def prediction(self):
+        return int(self.logits.argmax())
+
     @property
-    def degraded(self): return bool(self.missing or self.late)
+    def degraded(self):
+        return bool(self.missing or self.late)
 
 # %% ../../nbs/4_distree/simulator.ipynb #f1160766
 class Aggregator:
     "Adds up partial logits until all students are done, a decision point is sure enough, or the deadline has come; keeps no clock."
-    def __init__(self,
-        bias,                    # (K,) of the joint classifier
-        n_students:int,          # N
-        deadline:float=math.inf, # s after arrival
-        mean=None,               # (N, K) contribution of a missing student; None: zeros
-        stop=None,               # stop(logits (K,), exit, lam) -> bool; None: no decisions
-        points=(),               # exits at which `stop` is asked
-        need:int=None,           # students that must have reported for a decision; None: all
-        suspect:float=math.inf,  # after so many requests without a word a student is no longer waited for, until it speaks again
+
+    def __init__(
+        self,
+        bias,  # (K,) of the joint classifier
+        n_students: int,  # N
+        deadline: float = math.inf,  # s after arrival
+        mean=None,  # (N, K) contribution of a missing student; None: zeros
+        stop=None,  # stop(logits (K,), exit, lam) -> bool; None: no decisions
+        points=(),  # exits at which `stop` is asked
+        need: int = None,  # students that must have reported for a decision; None: all
+        suspect: float = math.inf,  # after so many requests without a word a student is no longer waited for, until it speaks again
     ):
-        self.bias, self.N = finite(np.asarray(bias, dtype=float), "bias"), whole(n_students, "n_students")
-        check(self.bias.ndim == 1 and len(self.bias), "bias.shape", self.bias.shape, "(K,), one number a class")
+        self.bias, self.N = (
+            finite(np.asarray(bias, dtype=float), "bias"),
+            whole(n_students, "n_students"),
+        )
+        check(
+            self.bias.ndim == 1 and len(self.bias),
+            "bias.shape",
+            self.bias.shape,
+            "(K,), one number a class",
+        )
         shape = self.N, len(self.bias)
-        self.mean = np.zeros(shape) if mean is None else finite(np.asarray(mean, dtype=float), "mean")
-        check(self.mean.shape == shape, "mean.shape", self.mean.shape, f"{shape}, students and classes")
+        self.mean = (
+            np.zeros(shape) if mean is None else finite(np.asarray(mean, dtype=float), "mean")
+        )
+        check(
+            self.mean.shape == shape,
+            "mean.shape",
+            self.mean.shape,
+            f"{shape}, students and classes",
+        )
         self.need = self.N if need is None else whole(need, "need", 1, self.N)
-        self.deadline, self.suspect = number(deadline, "deadline", above=0, inf=True), number(suspect, "suspect", 1, inf=True)
-        check(stop is None or callable(stop), "stop", stop, "a function of logits, exit and lam, or None")
+        self.deadline, self.suspect = (
+            number(deadline, "deadline", above=0, inf=True),
+            number(suspect, "suspect", 1, inf=True),
+        )
+        check(
+            stop is None or callable(stop),
+            "stop",
+            stop,
+            "a function of logits, exit and lam, or None",
+        )
         self.stop, self.points = stop, tuple(whole(p, "a point", 0) for p in points)
         self.silent, self.waiting, self.ignored = [0] * n_students, {}, 0
-    def open(self, key, now:float, lam=None):
+
+    def open(self, key, now: float, lam=None):
         "A request arrives; returns the time of its deadline; raises `ValueError` for a request that is open already."
         N = self.N
         check(key not in self.waiting, "key", key, "the key of a new request; this one is open")
-        self.waiting[key] = dict(start=now, lam=lam, exits=[-1] * N, final=[False] * N, parts=list(self.mean), level=-1, told=[-1] * N)
+        self.waiting[key] = dict(
+            start=now,
+            lam=lam,
+            exits=[-1] * N,
+            final=[False] * N,
+            parts=list(self.mean),
+            level=-1,
+            told=[-1] * N,
+        )
         return now + self.deadline
-    def due(self, now:float):
+
+    def due(self, now: float):
         "Requests whose deadline has come."
         return [k for k, w in self.waiting.items() if now >= w["start"] + self.deadline]
 
 # %% ../../nbs/4_distree/simulator.ipynb #a9ba2a9b
 @patch
-def close(self:Aggregator, key, now:float, stopped:bool=False)->Answer:
+def close(self: Aggregator, key, now: float, stopped: bool = False) -> Answer:
     "Answer a request with what has come so far; raises `ValueError` for one that is not open."
     check(key in self.waiting, "key", key, "the key of an open request")
     w = self.waiting.pop(key)
-    if not stopped: self.silent = [0 if e >= 0 else s + 1 for s, e in zip(self.silent, w["exits"])]
+    if not stopped:
+        self.silent = [0 if e >= 0 else s + 1 for s, e in zip(self.silent, w["exits"])]
     missing = tuple(n for n, e in enumerate(w["exits"]) if e < 0)
-    late = () if stopped else tuple(n for n, e in enumerate(w["exits"]) if e >= 0 and not w["final"][n])
-    return Answer(key, sum(w["parts"], self.bias), w["exits"], now - w["start"], missing, late, stopped)
+    late = (
+        ()
+        if stopped
+        else tuple(n for n, e in enumerate(w["exits"]) if e >= 0 and not w["final"][n])
+    )
+    return Answer(
+        key, sum(w["parts"], self.bias), w["exits"], now - w["start"], missing, late, stopped
+    )
 
 # %% ../../nbs/4_distree/simulator.ipynb #d9005079
 @patch
@@ -203,20 +324,39 @@ def receive(self:Aggregator,
     "Take a message; messages for answered requests or past the deadline are counted in `ignored`."
     check(0 <= student < self.N, "student", student, f"from 0 to {self.N - 1}")
     w, self.silent[student] = self.waiting.get(key), 0
-    if w is None or now > w["start"] + self.deadline: self.ignored += 1; return None, None, ()
-    if exit >= w["exits"][student]: w["exits"][student], w["parts"][student] = exit, partial    # messages may overtake each other
+    if w is None or now > w["start"] + self.deadline:
+        self.ignored += 1
+        return None, None, ()
+    if exit >= w["exits"][student]:
+        w["exits"][student], w["parts"][student] = exit, partial  # messages may overtake each other
     w["final"][student] |= final
-    reached = [math.inf if f or s >= self.suspect else e for e, f, s in zip(w["exits"], w["final"], self.silent)]
-    if min(reached) == math.inf: return self.close(key, now), None, ()
-    if self.stop is None: return None, None, ()
+    reached = [
+        math.inf if f or s >= self.suspect else e
+        for e, f, s in zip(w["exits"], w["final"], self.silent)
+    ]
+    if min(reached) == math.inf:
+        return self.close(key, now), None, ()
+    if self.stop is None:
+        return None, None, ()
     enough = sorted(reached, reverse=True)[self.need - 1]
-    level = enough if enough == math.inf else max((p for p in self.points if p <= enough), default=-1)
+    level = (
+        enough if enough == math.inf else max((p for p in self.points if p <= enough), default=-1)
+    )
     if level > w["level"]:
         w["level"] = level
         if self.stop(sum(w["parts"], self.bias), min(level, max(w["exits"])), w["lam"]):
-            return self.close(key, now, stopped=True), "STOP", tuple(n for n, f in enumerate(w["final"]) if not f)
-    to = tuple(n for n, e in enumerate(w["exits"]) if not w["final"][n] and e in self.points and w["told"][n] < e <= level)
-    for n in to: w["told"][n] = w["exits"][n]
+            return (
+                self.close(key, now, stopped=True),
+                "STOP",
+                tuple(n for n, f in enumerate(w["final"]) if not f),
+            )
+    to = tuple(
+        n
+        for n, e in enumerate(w["exits"])
+        if not w["final"][n] and e in self.points and w["told"][n] < e <= level
+    )
+    for n in to:
+        w["told"][n] = w["exits"][n]
     return None, "GO" if to else None, to
 
 # %% ../../nbs/4_distree/simulator.ipynb #ff1eb87b
@@ -224,25 +364,40 @@ def _limits(threshold, N, E):
     "Thresholds (N, E) from a number, one number an exit, or one a student and exit; as records write them, too."
     if np.ndim(threshold) == 0:
         return [[number(threshold, "threshold", inf=True)] * E] * N
-    rows = [read_thresholds(t, E, "threshold") for t in (threshold if np.ndim(threshold) == 2 else [threshold] * N)]
-    check(len(rows) == N, "threshold", threshold, f"a number, {E} numbers, or {E} numbers for each of {N} students")
+    rows = [
+        read_thresholds(t, E, "threshold")
+        for t in (threshold if np.ndim(threshold) == 2 else [threshold] * N)
+    ]
+    check(
+        len(rows) == N,
+        "threshold",
+        threshold,
+        f"a number, {E} numbers, or {E} numbers for each of {N} students",
+    )
     return rows
 
 # %% ../../nbs/4_distree/simulator.ipynb #57648d6a
 @dataclass
 class Policy:
     "When students leave, and where they ask the aggregator."
+
     leave:object=None      # leave(student, exit, sample, lam) -> bool; None: only at the last exit
     points:tuple=()        # exits after which a student reports and asks whether to go on
     stop:object=None       # stop(joint logits (K,), exit, lam) -> bool, asked at the decision points
     speculative:bool=False # compute on while asking
     patience:float=1.      # s a student waits for GO or STOP before it goes on
     need:int=None          # students that must have reported for a decision; None: all
+
     def __post_init__(self):
         for name in ("leave", "stop"):
             f = getattr(self, name)
             check(f is None or callable(f), name, f, "a function, or None")
-        check(isinstance(self.points, (tuple, list)), "points", self.points, "a tuple of exits, counted from 0")
+        check(
+            isinstance(self.points, (tuple, list)),
+            "points",
+            self.points,
+            "a tuple of exits, counted from 0",
+        )
         self.points = tuple(whole(p, "a point", 0) for p in self.points)
         self.speculative = flag(self.speculative, "speculative")
         self.patience = number(self.patience, "patience", above=0)
@@ -255,7 +410,12 @@ def fixed_policy(
     "Exits known in advance, from any rule that looks only at the image; raises `ValueError` for what is no table of exits."
     d = torch.as_tensor(depth)
     check(d.ndim == 2 and d.numel(), "depth.shape", tuple(d.shape), "(students, samples)")
-    check(d.dtype is not torch.bool and ((d >= 0) & (d == d.round())).all(), "depth", d.tolist(), "whole numbers from 0 on")
+    check(
+        d.dtype is not torch.bool and ((d >= 0) & (d == d.round())).all(),
+        "depth",
+        d.tolist(),
+        "whole numbers from 0 on",
+    )
     table = d.tolist()
     return Policy(leave=lambda n, e, s, lam: e >= table[n][s])
 
@@ -265,7 +425,12 @@ def local_policy(
 )->Policy:
     "Each student leaves at its first exit whose own score reaches the threshold; raises `ValueError` for NaN and what does not fit."
     scores = torch.as_tensor(scores)
-    check(scores.ndim == 3 and scores.numel(), "scores.shape", tuple(scores.shape), "(students, exits, samples)")
+    check(
+        scores.ndim == 3 and scores.numel(),
+        "scores.shape",
+        tuple(scores.shape),
+        "(students, exits, samples)",
+    )
     table = finite(scores, "scores", inf=True).tolist()
     if threshold is None:
         return Policy(leave=lambda n, e, s, lam: table[n][e][s] >= lam)
@@ -278,7 +443,12 @@ def confidence_of(
 )->float:
     "Largest softmax probability; raises `ValueError` for no logits, or NaN among them."
     z = np.asarray(z)
-    check(z.ndim == 1 and z.size and -math.inf < z.max() < math.inf, "z", z.tolist(), "a list of logits below infinity, without NaN")
+    check(
+        z.ndim == 1 and z.size and -math.inf < z.max() < math.inf,
+        "z",
+        z.tolist(),
+        "a list of logits below infinity, without NaN",
+    )
     return float(1 / np.exp(z - z.max()).sum())
 
 def joint_policy(
@@ -288,7 +458,12 @@ def joint_policy(
     **kw                    # speculative, patience, need of `Policy`
 )->Policy:
     "Stop all students at the first decision point where the joint score reaches the threshold; raises `ValueError` without points."
-    check(hasattr(points, "__len__") and len(points), "points", points, "one or more exits, counted from 0")
+    check(
+        hasattr(points, "__len__") and len(points),
+        "points",
+        points,
+        "one or more exits, counted from 0",
+    )
     points = tuple(sorted({whole(p, "a point", 0) for p in points}))
     T = None if threshold is None else number(threshold, "threshold", inf=True)
     return Policy(points=points, stop=lambda z, e, lam: score(z) >= (lam if T is None else T), **kw)
@@ -297,6 +472,7 @@ def joint_policy(
 @dataclass
 class Outcomes:
     "What happened to each of R simulated requests."
+
     arrival:np.ndarray  # (R,) s
     sample:np.ndarray   # (R,) which picture
     y:np.ndarray        # (R,) label
@@ -311,22 +487,43 @@ class Outcomes:
     late:np.ndarray     # (R, N) bool: an earlier exit than wanted was taken
     stopped:np.ndarray  # (R,) bool: by the rule at a decision point
     lam:np.ndarray      # (R,) threshold the request carried; NaN: none
-    idle:float          # J, all devices together: idle from time 0 to the last answer or, if sooner, their death
+    idle: float  # J, all devices together: idle from time 0 to the last answer or, if sooner, their death
     trace:list          # (what, device, request, exit, start, end, arrived) if asked for
     answered = property(lambda self: np.isfinite(self.latency), doc="(R,) bool")
-    degraded = property(lambda self: (self.missing | self.late).any(1) | ~self.answered, doc="(R,) bool")
-    prediction = property(lambda self: np.where(self.answered, np.nan_to_num(self.logits).argmax(1), -1), doc="(R,), -1: no answer")
-    right = property(lambda self: self.prediction == self.y, doc="(R,) bool; an answer that never comes is not right")
+    degraded = property(
+        lambda self: (self.missing | self.late).any(1) | ~self.answered, doc="(R,) bool"
+    )
+    prediction = property(
+        lambda self: np.where(self.answered, np.nan_to_num(self.logits).argmax(1), -1),
+        doc="(R,), -1: no answer",
+    )
+    right = property(
+        lambda self: self.prediction == self.y,
+        doc="(R,) bool; an answer that never comes is not right",
+    )
+
     def __len__(self): return len(self.y)
 
 # %% ../../nbs/4_distree/simulator.ipynb #d4b4ca7f
 @patch
-def summary(self:Outcomes)->dict:
+def summary(self: Outcomes) -> dict:
     "Accuracy, latency percentiles (s), and means per request of energy and idle energy (J), bytes, MACs and wasted MACs; a percentile is one of the latencies."
     q = lambda v: float(np.percentile(self.latency, v, method="inverted_cdf"))
-    return dict(requests=len(self), accuracy=float(self.right.mean()), mean=float(self.latency.mean()), p50=q(50), p95=q(95), p99=q(99),
-                energy=float(self.energy.mean()), idle=self.idle / len(self), bytes=float(self.bytes.mean()), macs=float(self.macs.sum(1).mean()),
-                wasted=float(self.wasted.mean()), degraded=float(self.degraded.mean()), unanswered=float((~self.answered).mean()))
+    return dict(
+        requests=len(self),
+        accuracy=float(self.right.mean()),
+        mean=float(self.latency.mean()),
+        p50=q(50),
+        p95=q(95),
+        p99=q(99),
+        energy=float(self.energy.mean()),
+        idle=self.idle / len(self),
+        bytes=float(self.bytes.mean()),
+        macs=float(self.macs.sum(1).mean()),
+        wasted=float(self.wasted.mean()),
+        degraded=float(self.degraded.mean()),
+        unanswered=float((~self.answered).mean()),
+    )
 
 def outcome_table(
     runs:dict, # name -> Outcomes
@@ -335,138 +532,292 @@ def outcome_table(
     check(len(runs), "runs", runs, "one or more named Outcomes")
     width, line = max(map(len, runs)), []
     for name, o in runs.items():
-        s = o.summary(); ms = " ".join(f"{1000 * s[k]:7.0f}" for k in ("p50", "p95", "p99"))
+        s = o.summary()
+        ms = " ".join(f"{1000 * s[k]:7.0f}" for k in ("p50", "p95", "p99"))
         share = f"{100 * s['degraded']:8.1f} {100 * s['unanswered']:9.1f}"
-        line.append(f"{name:{width}} {100 * s['accuracy']:8.1f} {ms} {s['energy']:8.2f} {s['bytes']:7.0f} {share}")
-    return "\n".join([f"{'simulated':{width}} accuracy  p50 ms  p95 ms  p99 ms energy J   bytes degraded no answer", *line])
+        line.append(
+            f"{name:{width}} {100 * s['accuracy']:8.1f} {ms} {s['energy']:8.2f} {s['bytes']:7.0f} {share}"
+        )
+    return "\n".join(
+        [
+            f"{'simulated':{width}} accuracy  p50 ms  p95 ms  p99 ms energy J   bytes degraded no answer",
+            *line,
+        ]
+    )
 
 # %% ../../nbs/4_distree/simulator.ipynb #7919442e
-class _Dead(Exception): pass
+class _Dead(Exception):
+    pass
 
+# %% ../../nbs/4_distree/simulator.ipynb #0d119eb0
 class _DeviceSide:
     "What a device does; mixed into `_Run`."
+
     def device(self, n):
         while True:
             r = yield self.queue[n].get()
-            if (n, r) in self.told or self.env.now >= self.limit[r]: continue          # stopped or too old before it was begun
+            if (n, r) in self.told or self.env.now >= self.limit[r]:
+                continue  # stopped or too old before it was begun
             self.current[n] = r
-            try: yield from self.work(n, r)
-            except self.simpy.Interrupt: pass                                           # STOP
-            except _Dead: self.current[n] = None; return
+            try:
+                yield from self.work(n, r)
+            except self.simpy.Interrupt:
+                pass  # STOP
+            except _Dead:
+                self.current[n] = None
+                return
             self.current[n] = None
+
     def work(self, n, r):
         p, s, lam = self.policy, self.sample[r], self.lam[r]
         for e in range(self.E):
-            in_time = yield from self.spend(n, r, e, self.cluster.devices[n].seconds(self.stage_macs[n][e], self.z[n][r][e], self.env.now))
-            if not in_time: return self.report(n, r, e - 1, False) if self.fallback == "last" and e else None
-            final, asks = e == self.E - 1 or (p.leave is not None and p.leave(n, e, s, lam)), e in p.points
-            if final or asks or self.fallback == "every": self.report(n, r, e, final)
-            if final: return
-            if asks and not p.speculative: yield from self.ask(n, r, e)
+            in_time = yield from self.spend(
+                n,
+                r,
+                e,
+                self.cluster.devices[n].seconds(
+                    self.stage_macs[n][e], self.z[n][r][e], self.env.now
+                ),
+            )
+            if not in_time:
+                return self.report(n, r, e - 1, False) if self.fallback == "last" and e else None
+            final, asks = (
+                e == self.E - 1 or (p.leave is not None and p.leave(n, e, s, lam)),
+                e in p.points,
+            )
+            if final or asks or self.fallback == "every":
+                self.report(n, r, e, final)
+            if final:
+                return
+            if asks and not p.speculative:
+                yield from self.ask(n, r, e)
 
 # %% ../../nbs/4_distree/simulator.ipynb #b31174e0
 class _Waits:
     "What takes a device's time; mixed into `_Run`."
+
     def spend(self, n, r, e, seconds):
         start, dies = self.env.now, self.dies[n]
         end = min(start + seconds, self.limit[r], dies)
         try:
-            if end > start: yield self.env.timeout(end - start)
+            if end > start:
+                yield self.env.timeout(end - start)
         finally:
             busy, device = self.env.now - start, self.cluster.devices[n]
-            self.energy[r] += busy * device.active; self.busy[n] += busy
-            self.macs[r][n] += self.stage_macs[n][e] * (busy / seconds if seconds else 1.)
-            if self.trace is not None: self.trace.append(("compute", n, r, e, start, self.env.now, busy >= .999999 * seconds))
-        if end == dies: raise _Dead
+            self.energy[r] += busy * device.active
+            self.busy[n] += busy
+            self.macs[r][n] += self.stage_macs[n][e] * (busy / seconds if seconds else 1.0)
+            if self.trace is not None:
+                self.trace.append(
+                    ("compute", n, r, e, start, self.env.now, busy >= 0.999999 * seconds)
+                )
+        if end == dies:
+            raise _Dead
         return start + seconds <= end
+
     def ask(self, n, r, e):
         self.asking[n] = r, e
-        try: yield self.env.timeout(min(self.policy.patience, max(self.limit[r] - self.env.now, 0.)))
+        try:
+            yield self.env.timeout(
+                min(self.policy.patience, max(self.limit[r] - self.env.now, 0.0))
+            )
         except self.simpy.Interrupt as word:
-            if word.cause == "STOP": raise
-        finally: self.asking[n] = None
+            if word.cause == "STOP":
+                raise
+        finally:
+            self.asking[n] = None
 
 # %% ../../nbs/4_distree/simulator.ipynb #a27e9da1
 class _NetworkSide:
     "Messages up, words down; mixed into `_Run`."
+
     def send(self, way, n, r, e, nbytes, then):
-        link, k = self.cluster.links[n], self.packets[way][n].get(r, 0); self.packets[way][n][r] = k + 1
+        link, k = self.cluster.links[n], self.packets[way][n].get(r, 0)
+        self.packets[way][n][r] = k + 1
         tries, seconds = link.fate(nbytes, self.u[way][n][r][k], self.x[way][n][r][k])
-        start = max(self.env.now, self.radio[way][n]); self.radio[way][n] = start + tries * nbytes / link.bandwidth
-        self.bytes[r] += tries * nbytes; self.energy[r] += tries * nbytes * link.joule
+        start = max(self.env.now, self.radio[way][n])
+        self.radio[way][n] = start + tries * nbytes / link.bandwidth
+        self.bytes[r] += tries * nbytes
+        self.energy[r] += tries * nbytes * link.joule
         arrives = start + seconds
         if self.trace is not None:
-            gone = start + nbytes / link.bandwidth + link.latency                     # where it would have been by now
-            self.trace.append((then[0], n, r, e, start, gone if seconds == math.inf else arrives, seconds < math.inf))
-        if seconds < math.inf: self.env.timeout(arrives - self.env.now).callbacks.append(lambda _: then[1](n, r, e))
+            gone = start + nbytes / link.bandwidth + link.latency  # where it would have been by now
+            self.trace.append(
+                (
+                    then[0],
+                    n,
+                    r,
+                    e,
+                    start,
+                    gone if seconds == math.inf else arrives,
+                    seconds < math.inf,
+                )
+            )
+        if seconds < math.inf:
+            self.env.timeout(arrives - self.env.now).callbacks.append(lambda _: then[1](n, r, e))
+
     def report(self, n, r, e, final):
-        if self.sent[n].get(r) == (e, final): return
+        if self.sent[n].get(r) == (e, final):
+            return
         self.sent[n][r] = e, final
-        self.send("up", n, r, e, self.message_bytes[n], ("up", lambda n, r, e: self.hear(n, r, e, final)))
+        self.send(
+            "up", n, r, e, self.message_bytes[n], ("up", lambda n, r, e: self.hear(n, r, e, final))
+        )
+
     def hear(self, n, r, e, final):
-        answer, word, to = self.aggregator.receive(r, n, e, self.partial[n, e, self.sample[r]], final, self.env.now)
-        if answer is not None: self.answer(r, answer)
+        answer, word, to = self.aggregator.receive(
+            r, n, e, self.partial[n, e, self.sample[r]], final, self.env.now
+        )
+        if answer is not None:
+            self.answer(r, answer)
         if word == "STOP" or (word == "GO" and not self.policy.speculative):
-            at = {m: e if word == "STOP" else self.aggregator.waiting[r]["told"][m] for m in to}        # GO names the exit of its addressee
-            for m in to: self.send("down", m, r, at[m], self.header, (word, self.stop if word == "STOP" else self.go))
+            at = {
+                m: e if word == "STOP" else self.aggregator.waiting[r]["told"][m] for m in to
+            }  # GO names the exit of its addressee
+            for m in to:
+                self.send(
+                    "down",
+                    m,
+                    r,
+                    at[m],
+                    self.header,
+                    (word, self.stop if word == "STOP" else self.go),
+                )
+
     def stop(self, n, r, e):
         self.told.add((n, r))
-        if self.current[n] == r: self.process[n].interrupt("STOP")
+        if self.current[n] == r:
+            self.process[n].interrupt("STOP")
+
     def go(self, n, r, e):
-        if self.asking[n] is not None and self.asking[n][0] == r and self.asking[n][1] <= e: self.process[n].interrupt("GO")
+        if self.asking[n] is not None and self.asking[n][0] == r and self.asking[n][1] <= e:
+            self.process[n].interrupt("GO")
 
 # %% ../../nbs/4_distree/simulator.ipynb #a628b94d
 class _Traffic:
     "Requests come, answers go out; mixed into `_Run`."
+
     def source(self):
         for r, t in enumerate(self.arrival):
             yield self.env.timeout(t - self.env.now)
             self.lam[r] = None if self.knob is None else self.knob.lam
             self.aggregator.open(r, self.env.now, self.lam[r])
             D = self.aggregator.deadline
-            if D < math.inf: self.env.timeout(D).callbacks.append(lambda _, r=r: self.expire(r))
-            for q in self.queue: q.put(r)
+            if D < math.inf:
+                self.env.timeout(D).callbacks.append(lambda _, r=r: self.expire(r))
+            for q in self.queue:
+                q.put(r)
+
     def expire(self, r):
-        if self.answers[r] is None: self.answer(r, self.aggregator.close(r, self.env.now))
+        if self.answers[r] is None:
+            self.answer(r, self.aggregator.close(r, self.env.now))
+
     def answer(self, r, answer):
         self.answers[r], self.end = answer, self.env.now
-        if self.knob is not None: self.knob.update(answer.latency, gain=confidence_of(answer.logits))
+        if self.knob is not None:
+            self.knob.update(answer.latency, gain=confidence_of(answer.logits))
 
 # %% ../../nbs/4_distree/simulator.ipynb #59b6f324
 class _Run(_DeviceSide, _Waits, _NetworkSide, _Traffic):
     "One simulation."
-    def __init__(self, answers, policy, cluster, arrival, sample, deadline, fallback, margin, mean, suspect, knob, message_bytes, header, seed, trace):
-        self.simpy = _simpy(); self.env = self.simpy.Environment()
-        self.N, self.E, _, K = answers.partial.shape; self.R = R = len(arrival); N = self.N
+
+    def __init__(
+        self,
+        answers,
+        policy,
+        cluster,
+        arrival,
+        sample,
+        deadline,
+        fallback,
+        margin,
+        mean,
+        suspect,
+        knob,
+        message_bytes,
+        header,
+        seed,
+        trace,
+    ):
+        self.simpy = _simpy()
+        self.env = self.simpy.Environment()
+        self.N, self.E, _, K = answers.partial.shape
+        self.R = R = len(arrival)
+        N = self.N
         self.policy, self.cluster, self.knob, self.fallback = policy, cluster, knob, fallback
         self.header, self.message_bytes = header, message_bytes
-        self.arrival, self.sample, self.partial = arrival.tolist(), sample.tolist(), answers.partial.double().numpy()
-        self.stage_macs = np.diff(answers.costs.double().numpy(), prepend=0.).tolist()
-        f = noise(seed, N, R, self.E); self.z = f["stage"].tolist()
-        self.u, self.x = ({w: f[w + end].tolist() for w in ("up", "down")} for end in ("", "_delay"))
-        self.dies = [0. if u < d.p_dead else d.dies for u, d in zip(f["dead"], cluster.devices)]
-        self.aggregator = Aggregator(answers.bias, N, deadline, mean, policy.stop, policy.points, policy.need, suspect)
-        self.limit = (arrival + (deadline - (margin if fallback == "last" else 0.))).tolist()
-        self.lam, self.energy, self.bytes, self.macs = [None] * R, [0.] * R, [0.] * R, [[0.] * N for _ in range(R)]
+        self.arrival, self.sample, self.partial = (
+            arrival.tolist(),
+            sample.tolist(),
+            answers.partial.double().numpy(),
+        )
+        self.stage_macs = np.diff(answers.costs.double().numpy(), prepend=0.0).tolist()
+        f = noise(seed, N, R, self.E)
+        self.z = f["stage"].tolist()
+        self.u, self.x = (
+            {w: f[w + end].tolist() for w in ("up", "down")} for end in ("", "_delay")
+        )
+        self.dies = [0.0 if u < d.p_dead else d.dies for u, d in zip(f["dead"], cluster.devices)]
+        self.aggregator = Aggregator(
+            answers.bias, N, deadline, mean, policy.stop, policy.points, policy.need, suspect
+        )
+        self.limit = (arrival + (deadline - (margin if fallback == "last" else 0.0))).tolist()
+        self.lam, self.energy, self.bytes, self.macs = (
+            [None] * R,
+            [0.0] * R,
+            [0.0] * R,
+            [[0.0] * N for _ in range(R)],
+        )
         self.answers, self.told, self.trace = [None] * R, set(), [] if trace else None
-        self.current, self.asking, self.sent, self.busy, self.end = [None] * N, [None] * N, [{} for _ in range(N)], [0.] * N, 0.
-        self.packets, self.radio = ({w: [make() for _ in range(N)] for w in ("up", "down")} for make in (dict, float))
+        self.current, self.asking, self.sent, self.busy, self.end = (
+            [None] * N,
+            [None] * N,
+            [{} for _ in range(N)],
+            [0.0] * N,
+            0.0,
+        )
+        self.packets, self.radio = (
+            {w: [make() for _ in range(N)] for w in ("up", "down")} for make in (dict, float)
+        )
         self.queue = [self.simpy.Store(self.env) for _ in range(N)]
         self.process = [self.env.process(self.device(n)) for n in range(N)]
-        self.env.process(self.source()); self.env.run()
+        self.env.process(self.source())
+        self.env.run()
 
 # %% ../../nbs/4_distree/simulator.ipynb #9eb4afd6
 def _outcomes(run, answers, arrival, sample):
-    N, K, got, cost = run.N, answers.partial.shape[-1], run.answers, np.pad(answers.costs.double().numpy(), ((0, 0), (1, 0)))
+    N, K, got, cost = (
+        run.N,
+        answers.partial.shape[-1],
+        run.answers,
+        np.pad(answers.costs.double().numpy(), ((0, 0), (1, 0))),
+    )
     each = lambda f, none: np.array([none if a is None else f(a) for a in got])
     flags = lambda name: each(lambda a: [n in getattr(a, name) for n in range(N)], [False] * N)
     exits, macs = each(lambda a: a.exits, [-1] * N), np.array(run.macs)
-    used = cost[np.arange(N), exits + 1]                                           # exit -1: nothing used
-    idle = sum(d.idle * max(min(run.end, dies) - busy, 0.) for d, dies, busy in zip(run.cluster.devices, run.dies, run.busy))
-    return Outcomes(arrival=arrival, sample=sample, y=answers.y.numpy()[sample], logits=each(lambda a: a.logits, np.full(K, math.nan)), exits=exits,
-                    latency=each(lambda a: a.latency, math.inf), bytes=np.array(run.bytes), energy=np.array(run.energy), macs=macs,
-                    wasted=np.maximum(macs - used, 0).sum(1), missing=flags("missing"), late=flags("late"), stopped=each(lambda a: a.stopped, False),
-                    lam=np.array([math.nan if v is None else v for v in run.lam]), idle=idle, trace=run.trace or [])
+    used = cost[np.arange(N), exits + 1]  # exit -1: nothing used
+    idle = sum(
+        d.idle * max(min(run.end, dies) - busy, 0.0)
+        for d, dies, busy in zip(run.cluster.devices, run.dies, run.busy)
+    )
+    return Outcomes(
+        arrival=arrival,
+        sample=sample,
+        y=answers.y.numpy()[sample],
+        logits=each(lambda a: a.logits, np.full(K, math.nan)),
+        exits=exits,
+        latency=each(lambda a: a.latency, math.inf),
+        bytes=np.array(run.bytes),
+        energy=np.array(run.energy),
+        macs=macs,
+        wasted=np.maximum(macs - used, 0).sum(1),
+        missing=flags("missing"),
+        late=flags("late"),
+        stopped=each(lambda a: a.stopped, False),
+        lam=np.array([math.nan if v is None else v for v in run.lam]),
+        idle=idle,
+        trace=run.trace or [],
+    )
 
 # %% ../../nbs/4_distree/simulator.ipynb #168a8b0d
 def _requests(arrival, sample, S):
@@ -475,45 +826,98 @@ def _requests(arrival, sample, S):
     rising = arrival.ndim == 1 and len(arrival) and (np.diff(arrival, prepend=0) >= 0).all()
     check(rising, "arrival", arrival.tolist(), "a rising list of times from 0 on")
     sample = np.arange(len(arrival)) % S if sample is None else np.asarray(sample)
-    check(sample.shape == arrival.shape and sample.dtype.kind in "iu", "sample", sample.tolist(), "one whole number a request")
+    check(
+        sample.shape == arrival.shape and sample.dtype.kind in "iu",
+        "sample",
+        sample.tolist(),
+        "one whole number a request",
+    )
     check(sample.min() >= 0 and sample.max() < S, "sample", sample.tolist(), f"in 0..{S - 1}")
     return arrival, sample
 
 # %% ../../nbs/4_distree/simulator.ipynb #02a212c0
 def simulate_devices(
-    answers,                 # `SystemAnswers` of S pictures
-    policy:Policy,           # when students leave
-    cluster:Cluster,         # as many devices as students
-    arrival,                 # (R,) s, rising: when requests come
-    sample=None,             # (R,) which picture each is; None: 0..S-1, again and again
-    deadline:float=math.inf, # s after arrival; inf: wait for all students, if need be for ever
-    fallback:str=None,       # None | "every" | "last": what students send so that the deadline finds something
-    margin:float=None,       # s before the deadline at which "last" sends; None: twice the mean time of a message
-    mean=None,               # (N, K) contribution of a missing student, e.g. `answers.means()` of other pictures; None: zeros
-    suspect:float=math.inf,  # silent requests after which a student is no longer waited for
-    knob=None,               # has `.lam` and `.update(latency, gain=confidence)`, e.g. `LatencyController`
-    payload:str="partial",   # a message holds K "partial" logits or m_n "features", 4 bytes each
-    header:int=8,            # bytes beside the payload; STOP and GO are headers only
-    seed:int=0,
-    trace:bool=False,        # keep all stages and messages, for `plot_timeline`
-)->Outcomes:
+    answers,  # `SystemAnswers` of S pictures
+    policy: Policy,  # when students leave
+    cluster: Cluster,  # as many devices as students
+    arrival,  # (R,) s, rising: when requests come
+    sample=None,  # (R,) which picture each is; None: 0..S-1, again and again
+    deadline: float = math.inf,  # s after arrival; inf: wait for all students, if need be for ever
+    fallback: str = None,  # None | "every" | "last": what students send so that the deadline finds something
+    margin: float = None,  # s before the deadline at which "last" sends; None: twice the mean time of a message
+    mean=None,  # (N, K) contribution of a missing student, e.g. `answers.means()` of other pictures; None: zeros
+    suspect: float = math.inf,  # silent requests after which a student is no longer waited for
+    knob=None,  # has `.lam` and `.update(latency, gain=confidence)`, e.g. `LatencyController`
+    payload: str = "partial",  # a message holds K "partial" logits or m_n "features", 4 bytes each
+    header: int = 8,  # bytes beside the payload; STOP and GO are headers only
+    seed: int = 0,
+    trace: bool = False,  # keep all stages and messages, for `plot_timeline`
+) -> Outcomes:
     "Simulate a stream of requests; the same seed gives the same numbers; raises `ValueError` for settings that do not fit together."
-    check(all(isinstance(a, k) for a, k in ((policy, Policy), (cluster, Cluster))), "policy, cluster",
-          (type(policy).__name__, type(cluster).__name__), "a Policy and a Cluster")
+    check(
+        all(isinstance(a, k) for a, k in ((policy, Policy), (cluster, Cluster))),
+        "policy, cluster",
+        (type(policy).__name__, type(cluster).__name__),
+        "a Policy and a Cluster",
+    )
     N, E, S, K = answers.partial.shape
     check(len(cluster) == N, "len(cluster)", len(cluster), f"as many devices as students, {N}")
     arrival, sample = _requests(arrival, sample, S)
-    deadline, fallback = number(deadline, "deadline", above=0, inf=True), choice(fallback, "fallback", (None, "every", "last"))
-    check(fallback != "last" or deadline < math.inf, "fallback", fallback, "used with a finite deadline")
-    payload, header = choice(payload, "payload", ("partial", "features")), whole(header, "header", 0)
-    check(all(e < E - 1 for e in policy.points), "points", policy.points, f"exits before the last, 0..{E - 2}")
-    check(knob is None or callable(getattr(knob, "update", None)), "knob", knob, "an object with `lam` and `update`, or None")
+    deadline, fallback = (
+        number(deadline, "deadline", above=0, inf=True),
+        choice(fallback, "fallback", (None, "every", "last")),
+    )
+    check(
+        fallback != "last" or deadline < math.inf,
+        "fallback",
+        fallback,
+        "used with a finite deadline",
+    )
+    payload, header = (
+        choice(payload, "payload", ("partial", "features")),
+        whole(header, "header", 0),
+    )
+    check(
+        all(e < E - 1 for e in policy.points),
+        "points",
+        policy.points,
+        f"exits before the last, 0..{E - 2}",
+    )
+    check(
+        knob is None or callable(getattr(knob, "update", None)),
+        "knob",
+        knob,
+        "an object with `lam` and `update`, or None",
+    )
     seed, trace = whole(seed, "seed", None), flag(trace, "trace")
     size = [header + 4 * (K if payload == "partial" else m) for m in answers.sizes]
     if margin is None:
-        margin = max(2 * (l.latency + l.jitter + b / l.bandwidth) for l, b in zip(cluster.links, size))
-    check(0 <= number(margin, "margin", 0) < deadline, "margin", margin, f"at least 0 and below the deadline, {deadline} s")
-    run = _Run(answers, policy, cluster, arrival, sample, deadline, fallback, margin, mean, suspect, knob, size, header, seed, trace)
+        margin = max(
+            2 * (l.latency + l.jitter + b / l.bandwidth) for l, b in zip(cluster.links, size)
+        )
+    check(
+        0 <= number(margin, "margin", 0) < deadline,
+        "margin",
+        margin,
+        f"at least 0 and below the deadline, {deadline} s",
+    )
+    run = _Run(
+        answers,
+        policy,
+        cluster,
+        arrival,
+        sample,
+        deadline,
+        fallback,
+        margin,
+        mean,
+        suspect,
+        knob,
+        size,
+        header,
+        seed,
+        trace,
+    )
     return _outcomes(run, answers, arrival, sample)
 
 # %% ../../nbs/4_distree/simulator.ipynb #3372ebb2
@@ -524,11 +928,24 @@ def arrivals(
     kind:str="poisson", # poisson | fixed
 )->np.ndarray: # (n,) s, rising
     "Arrival times: random and independent, or evenly spaced; raises `ValueError` for rates that are not above 0."
-    n, seed, kind = whole(n, "n"), whole(seed, "seed", None), choice(kind, "kind", ("poisson", "fixed"))
+    n, seed, kind = (
+        whole(n, "n"),
+        whole(seed, "seed", None),
+        choice(kind, "kind", ("poisson", "fixed")),
+    )
     rate = finite(np.asarray(rate, dtype=float), "rate")
-    check(rate.shape in ((), (n,)), "rate.shape", rate.shape, f"a number, or one for each of the {n} requests")
+    check(
+        rate.shape in ((), (n,)),
+        "rate.shape",
+        rate.shape,
+        f"a number, or one for each of the {n} requests",
+    )
     check(rate.min() > 0, "rate", rate.min(), "above 0 requests/s")
-    gap = np.random.default_rng(seed_for(seed, "arrivals")).standard_exponential(n) if kind == "poisson" else np.ones(n)
+    gap = (
+        np.random.default_rng(seed_for(seed, "arrivals")).standard_exponential(n)
+        if kind == "poisson"
+        else np.ones(n)
+    )
     return np.cumsum(gap / rate)
 
 # %% ../../nbs/4_distree/simulator.ipynb #2fea4b1b
@@ -540,26 +957,73 @@ def plot_timeline(
 ):
     "Draw the stages and messages of one request on all devices; raises `ValueError` without a trace."
     import plotly.graph_objects as go
+
     check(len(o.trace), "trace", o.trace, "kept: simulate_devices(..., trace=True)")
     request = whole(request, "request", 0, len(o) - 1)
     check(isinstance(title, str), "title", title, "a text")
-    N, start, fig = o.exits.shape[1], o.arrival[request], figure(title=f"{title} (simulated)".strip(), x="ms after arrival", height=height)
-    looks = dict(compute=(0, "computing, used"), unused=(7, "computing, not in the answer"), up=(1, "partial logits"), GO=(2, "GO"), STOP=(3, "STOP"))
+    N, start, fig = (
+        o.exits.shape[1],
+        o.arrival[request],
+        figure(title=f"{title} (simulated)".strip(), x="ms after arrival", height=height),
+    )
+    looks = dict(
+        compute=(0, "computing, used"),
+        unused=(7, "computing, not in the answer"),
+        up=(1, "partial logits"),
+        GO=(2, "GO"),
+        STOP=(3, "STOP"),
+    )
     seen, top = set(), N
     for what, n, r, e, t0, t1, ok in o.trace:
-        if r != request: continue
+        if r != request:
+            continue
         x0, x1, row = 1000 * (t0 - start), 1000 * (t1 - start), N - 1 - n
-        if what == "compute" and (e > o.exits[r, n] or not ok): what = "unused"
-        i, name = looks[what]; bar = what in ("compute", "unused"); line = dict(style(i)["line"])
-        if bar: line.update(width=13, dash="solid"); y = [row, row]
-        else: y = [row, top] if what == "up" else [top, row]
-        if not (bar or ok): x1, y = (x0 + x1) / 2, [y[0], sum(y) / 2]
-        x, mode, mark = [x0 + 1.5, x1 - 1.5] if bar else [x0, x1], "lines" if ok or bar else "lines+markers", dict(symbol="x", size=[0, 9], color=line["color"])
-        fig.add_trace(go.Scatter(x=x, y=y, mode=mode, line=line, marker=mark, name=name, legendgroup=name, showlegend=name not in seen, hoverinfo="skip"))
+        if what == "compute" and (e > o.exits[r, n] or not ok):
+            what = "unused"
+        i, name = looks[what]
+        bar = what in ("compute", "unused")
+        line = dict(style(i)["line"])
+        if bar:
+            line.update(width=13, dash="solid")
+            y = [row, row]
+        else:
+            y = [row, top] if what == "up" else [top, row]
+        if not (bar or ok):
+            x1, y = (x0 + x1) / 2, [y[0], sum(y) / 2]
+        x, mode, mark = (
+            [x0 + 1.5, x1 - 1.5] if bar else [x0, x1],
+            "lines" if ok or bar else "lines+markers",
+            dict(symbol="x", size=[0, 9], color=line["color"]),
+        )
+        fig.add_trace(
+            go.Scatter(
+                x=x,
+                y=y,
+                mode=mode,
+                line=line,
+                marker=mark,
+                name=name,
+                legendgroup=name,
+                showlegend=name not in seen,
+                hoverinfo="skip",
+            )
+        )
         seen.add(name)
-        if bar and ok: fig.add_annotation(x=x1, y=row, text=str(e + 1), showarrow=False, yshift=15, font=dict(size=10))
-    if np.isfinite(o.latency[request]): fig.add_vline(x=1000 * o.latency[request], line=dict(color="black", width=1, dash="dot"), annotation_text="answer")
-    return fig.update_yaxes(tickvals=list(range(N + 1)), ticktext=[*(f"device {n}" for n in reversed(range(N))), "aggregator"], range=[-.6, N + .5])
+        if bar and ok:
+            fig.add_annotation(
+                x=x1, y=row, text=str(e + 1), showarrow=False, yshift=15, font=dict(size=10)
+            )
+    if np.isfinite(o.latency[request]):
+        fig.add_vline(
+            x=1000 * o.latency[request],
+            line=dict(color="black", width=1, dash="dot"),
+            annotation_text="answer",
+        )
+    return fig.update_yaxes(
+        tickvals=list(range(N + 1)),
+        ticktext=[*(f"device {n}" for n in reversed(range(N))), "aggregator"],
+        range=[-0.6, N + 0.5],
+    )
 
 # %% ../../nbs/4_distree/simulator.ipynb #9205f934
 def plot_latency(
@@ -571,15 +1035,31 @@ def plot_latency(
 ):
     "Share of requests answered within a time, for several runs; raises `ValueError` without runs."
     import plotly.graph_objects as go
+
     check(len(runs), "runs", runs, "one or more named Outcomes")
     check(isinstance(title, str), "title", title, "a text")
     points = whole(points, "points", 2)
     deadline = None if deadline is None else number(deadline, "deadline", above=0)
     longest = None if longest is None else number(longest, "longest", above=0)
     ends = [o.latency[o.answered].max() for o in runs.values() if o.answered.any()]
-    x = np.linspace(0, longest or max(ends, default=1.), points)
-    traces = [go.Scatter(x=1000 * x, y=np.searchsorted(np.sort(o.latency), x, "right") / len(o), name=k, mode="lines", line=style(i)["line"])
-              for i, (k, o) in enumerate(runs.items())]
-    fig = figure(*traces, title=f"{title} (simulated)", x="latency (ms)", y="share of requests answered")
-    if deadline: fig.add_vline(x=1000 * deadline, line=dict(color="black", width=1, dash="dot"), annotation_text="deadline")
+    x = np.linspace(0, longest or max(ends, default=1.0), points)
+    traces = [
+        go.Scatter(
+            x=1000 * x,
+            y=np.searchsorted(np.sort(o.latency), x, "right") / len(o),
+            name=k,
+            mode="lines",
+            line=style(i)["line"],
+        )
+        for i, (k, o) in enumerate(runs.items())
+    ]
+    fig = figure(
+        *traces, title=f"{title} (simulated)", x="latency (ms)", y="share of requests answered"
+    )
+    if deadline:
+        fig.add_vline(
+            x=1000 * deadline,
+            line=dict(color="black", width=1, dash="dot"),
+            annotation_text="deadline",
+        )
     return fig

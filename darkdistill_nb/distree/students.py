@@ -20,38 +20,68 @@ from ..core.data import ArrayData
 from ..distill.losses import Views, kd_loss, teacher_table
 from ..exits.networks import EarlyExitNet, Exit, build_net
 from ..exits.training import _draws, _load_progress, _save_progress
-from ..core.training import Streams, check_batches, evaluating, figure, fingerprints, start_training
+from darkdistill_nb.core.training import (
+    Streams,
+    check_batches,
+    evaluating,
+    figure,
+    fingerprints,
+    start_training,
+)
 from fastcore.basics import patch
 from torch import nn
 
 # %% ../../nbs/4_distree/students.ipynb #59e1efd3
 class Teacher(nn.Module):
     "The last exit of an early-exit network as a plain classifier; its submodule `last.reduce` outputs the features (B, C)."
+
     def __init__(self,
         net, # `EarlyExitNet`
     ):
         super().__init__()
         check(isinstance(net, EarlyExitNet), "net", type(net).__name__, "an EarlyExitNet")
         self.stem, self.stages, self.last = net.stem, net.stages, net.exits[-1]
+
     def forward(self, x):
         z = self.stem(x)
-        for stage in self.stages: z = stage(z)
+        for stage in self.stages:
+            z = stage(z)
         return self.last(z)
 
 # %% ../../nbs/4_distree/students.ipynb #1ee1e319
 def _table(x, name, shape):
     "`x` as a tensor of numbers without NaN and infinity; `shape` names its dimensions."
     x = torch.as_tensor(x)
-    check(x.ndim == len(shape) and x.numel(), f"{name}.shape", tuple(x.shape), f"({', '.join(shape)}), none of them 0")
-    check(not x.dtype.is_complex and x.dtype is not torch.bool, f"{name}.dtype", x.dtype, "real numbers")
+    check(
+        x.ndim == len(shape) and x.numel(),
+        f"{name}.shape",
+        tuple(x.shape),
+        f"({', '.join(shape)}), none of them 0",
+    )
+    check(
+        not x.dtype.is_complex and x.dtype is not torch.bool,
+        f"{name}.dtype",
+        x.dtype,
+        "real numbers",
+    )
     return finite(x, name)
 
 def _graph(W, links=False, both_ways=True):
     "`W` as the weights of a graph; with `links` there must be one at least."
     W = _table(W, "W", ("filters", "filters"))
-    check(W.shape[0] == W.shape[1], "W.shape", tuple(W.shape), "(filters, filters), as many rows as columns")
+    check(
+        W.shape[0] == W.shape[1],
+        "W.shape",
+        tuple(W.shape),
+        "(filters, filters), as many rows as columns",
+    )
     check((W >= 0).all(), "W.min()", W.min(), "at least 0")
-    check(not both_ways or torch.allclose(W, W.T), "(W - W.T).abs().max()", (W - W.T).abs().max(), "0: links have no direction")
+    check(
+        not both_ways or torch.allclose(W, W.T),
+        "(W - W.T).abs().max()",
+        (W - W.T).abs().max(),
+        "0: links have no direction",
+    )
     check(not links or W.any(), "W.max()", W.max(), "above 0: a graph with at least one link")
     return W
 
@@ -63,7 +93,10 @@ def filter_graph(
     scale:bool=True,       # divide by the largest activity of the picture
 )->torch.Tensor:           # (C, C) float64, symmetric, zero diagonal
     "Weights of NoNN's filter activation graph, summed over images (arXiv 1907.11804); raises `ValueError` for NaN."
-    a, top = _table(activity, "activity", ("images", "filters")).double().clamp_min(0), whole(top, "top", 2)
+    a, top = (
+        _table(activity, "activity", ("images", "filters")).double().clamp_min(0),
+        whole(top, "top", 2),
+    )
     if flag(scale, "scale"):
         a = a / a.amax(1, keepdim=True).clamp_min(1e-12)
     best = a.topk(min(top, a.shape[1]), 1).indices
@@ -81,16 +114,20 @@ def strongest_links(
 )->torch.Tensor:      # (C, C) scaled to a largest weight of 1
     "The graph with its weak links removed; raises `ValueError` for a share outside (0, 1]."
     W, keep = _graph(W, both_ways=False), number(keep, "keep", above=0, high=1)
-    W = W if W.dtype in (torch.float32, torch.float64) else W.float()      # quantiles need 32 bits
+    W = W if W.dtype in (torch.float32, torch.float64) else W.float()  # quantiles need 32 bits
     if not W.any():
         return W
     W = W / W.max()
-    return torch.where(W >= torch.quantile(W[W > 0], 1 - keep), W, 0.)
+    return torch.where(W >= torch.quantile(W[W > 0], 1 - keep), W, 0.0)
 
 # %% ../../nbs/4_distree/students.ipynb #69358cf7
 def _check_parts(parts, n, name="parts"):
     "Lists of filters, none empty, no filter twice."
-    lists = isinstance(parts, (list, tuple)) and len(parts) and all(hasattr(p, "__len__") and len(p) for p in parts)
+    lists = (
+        isinstance(parts, (list, tuple))
+        and len(parts)
+        and all(hasattr(p, "__len__") and len(p) for p in parts)
+    )
     check(lists, name, parts, "lists of filters, none of them empty")
     every = [whole(f, f"a filter of {name}", 0, n - 1) for p in parts for f in p]
     check(len(set(every)) == len(every), name, parts, "lists in which no filter stands twice")
@@ -105,7 +142,7 @@ def modularity(
     W, resolution = _graph(W, links=True), number(resolution, "resolution", low=0)
     _check_parts(groups, len(W), "groups")
     check(sum(map(len, groups)) == len(W), "groups", groups, f"lists of all {len(W)} nodes")
-    total, Q = float(W.sum()), 0.
+    total, Q = float(W.sum()), 0.0
     for g in groups:
         Q += float(W[g][:, g].sum()) / total - resolution * (float(W[g].sum()) / total) ** 2
     return Q
@@ -117,7 +154,12 @@ def communities(
 )->list:                 # lists of nodes, the largest group first; nodes without links stand alone
     "Groups of nodes by Louvain's method; raises `ValueError` for what is no graph."
     import networkx as nx
-    W, resolution, seed = _graph(W), number(resolution, "resolution", above=0), whole(seed, "seed", None)
+
+    W, resolution, seed = (
+        _graph(W),
+        number(resolution, "resolution", above=0),
+        whole(seed, "seed", None),
+    )
     G = nx.from_numpy_array(W.numpy())
     found = nx.community.louvain_communities(G, resolution=resolution, seed=seed)
     return sorted((sorted(g) for g in found), key=lambda g: (-len(g), g))
@@ -125,30 +167,42 @@ def communities(
 # %% ../../nbs/4_distree/students.ipynb #58064960
 def _deal(groups, I, n):
     "The heaviest group to the lightest part; returns the parts."
-    parts, load = [[] for _ in range(n)], [0.] * n
+    parts, load = [[] for _ in range(n)], [0.0] * n
     for g in sorted(groups, key=lambda g: (-float(I[g].sum()), g)):
         k = min(range(n), key=lambda k: (load[k], len(parts[k])))
-        parts[k] += g; load[k] += float(I[g].sum())
+        parts[k] += g
+        load[k] += float(I[g].sum())
     return parts
 
 def _imbalance(parts, I):
-    load = [float(I[p].sum()) if len(p) else 0. for p in parts]
+    load = [float(I[p].sum()) if len(p) else 0.0 for p in parts]
     return max(load) * len(load) / sum(load) - 1
 
 def _authors_parts(W, n, resolution, seed):
     groups = communities(strongest_links(W), resolution, seed)
     alone = [i for g in groups if len(g) == 1 for i in g]
-    groups = sorted([g for g in groups if len(g) > 1] + ([alone] if alone else []), key=len, reverse=True)[1:]
-    if len(groups) < n: raise ValueError(f"n_parts={n}: the strong links form only {len(groups)} groups besides the largest; use rule='balanced'")
+    groups = sorted(
+        [g for g in groups if len(g) > 1] + ([alone] if alone else []), key=len, reverse=True
+    )[1:]
+    if len(groups) < n:
+        raise ValueError(
+            f"n_parts={n}: the strong links form only {len(groups)} groups besides the largest; use rule='balanced'"
+        )
     parts = [list(g) for g in groups[:n]]
-    for g in groups[n:]: min(parts, key=len).extend(g)
+    for g in groups[n:]:
+        min(parts, key=len).extend(g)
     return parts
 
 # %% ../../nbs/4_distree/students.ipynb #3d3e69bf
 def _importance(importance, n):
     I = _table(importance, "importance", ("filters",)).double()
     check(len(I) == n, "len(importance)", len(I), f"the number of filters, {n}")
-    check((I >= 0).all() and I.any(), "importance", I.tolist(), "nowhere negative, and somewhere above 0")
+    check(
+        (I >= 0).all() and I.any(),
+        "importance",
+        I.tolist(),
+        "nowhere negative, and somewhere above 0",
+    )
     return I
 
 def _split(groups, I):
@@ -159,16 +213,16 @@ def _split(groups, I):
 
 def _balanced_parts(W, I, n, cover, resolution, seed):
     strength = W.sum(1)
-    weak = strength < .05 * strength.max()
+    weak = strength < 0.05 * strength.max()
     core = (~weak).nonzero()[:, 0]
     if len(core) < n:
         core, weak = torch.arange(len(W)), torch.zeros_like(weak)
-    for gamma in [resolution] if resolution else [1., 1.2, 1.5, 2., 3., 5.]:
+    for gamma in [resolution] if resolution else [1.0, 1.2, 1.5, 2.0, 3.0, 5.0]:
         groups = [core[g].tolist() for g in communities(W[core][:, core], gamma, seed)]
         if len(groups) >= n:
             break
     parts = _deal(groups, I, n)
-    while (not all(parts) or _imbalance(parts, I) > .25) and any(len(g) > 1 for g in groups):
+    while (not all(parts) or _imbalance(parts, I) > 0.25) and any(len(g) > 1 for g in groups):
         groups = _split(groups, I)
         parts = _deal(groups, I, n)
     alone = [[i] for i in weak.nonzero()[:, 0].tolist()]
@@ -176,22 +230,26 @@ def _balanced_parts(W, I, n, cover, resolution, seed):
 
 # %% ../../nbs/4_distree/students.ipynb #c5f5128a
 def partition_filters(
-    W:torch.Tensor,          # (C, C) from `filter_graph`
-    importance:torch.Tensor, # (C,) e.g. summed activity
-    n_parts:int,             # N students
-    cover:bool=True,         # hand out filters without strong links too
-    rule:str="balanced",     # balanced | authors (the released code of NoNN, which never covers)
-    resolution:float=None,   # of Louvain's method; None: 1 and more until there are N groups, or 1/0.7 for the authors' rule
-    seed:int=0,              # of Louvain's method
-)->list:                     # N sorted lists of filters, disjoint, none empty
+    W: torch.Tensor,  # (C, C) from `filter_graph`
+    importance: torch.Tensor,  # (C,) e.g. summed activity
+    n_parts: int,  # N students
+    cover: bool = True,  # hand out filters without strong links too
+    rule: str = "balanced",  # balanced | authors (the released code of NoNN, which never covers)
+    resolution: float = None,  # of Louvain's method; None: 1 and more until there are N groups, or 1/0.7 for the authors' rule
+    seed: int = 0,  # of Louvain's method
+) -> list:  # N sorted lists of filters, disjoint, none empty
     "Divide a teacher's filters among N students; raises `ValueError` for more students than filters, NaN, or a graph without links."
     W = _graph(W, links=True)
     n_parts, I = whole(n_parts, "n_parts", 1, len(W)), _importance(importance, len(W))
-    cover, rule, seed = flag(cover, "cover"), choice(rule, "rule", ("balanced", "authors")), whole(seed, "seed", None)
+    cover, rule, seed = (
+        flag(cover, "cover"),
+        choice(rule, "rule", ("balanced", "authors")),
+        whole(seed, "seed", None),
+    )
     if resolution is not None:
         resolution = number(resolution, "resolution", above=0)
     if rule == "authors":
-        parts = _authors_parts(W, n_parts, resolution or 1 / .7, seed)
+        parts = _authors_parts(W, n_parts, resolution or 1 / 0.7, seed)
     else:
         parts = _balanced_parts(W, I, n_parts, cover, resolution, seed)
     return [sorted(p) for p in parts]
@@ -209,8 +267,12 @@ def partition_report(
     used = torch.tensor(sorted(sum(parts, [])), dtype=torch.long)
     where = {int(f): i for i, f in enumerate(used)}
     inside = W[used][:, used]
-    return dict(sizes=[len(p) for p in parts], importance=[round(float(importance[p].sum() / importance.sum()), 4) for p in parts],
-                left_out=len(W) - len(used), Q=round(modularity(inside, [[where[f] for f in p] for p in parts]), 4))
+    return dict(
+        sizes=[len(p) for p in parts],
+        importance=[round(float(importance[p].sum() / importance.sum()), 4) for p in parts],
+        left_out=len(W) - len(used),
+        Q=round(modularity(inside, [[where[f] for f in p] for p in parts]), 4),
+    )
 
 # %% ../../nbs/4_distree/students.ipynb #1ca4c4b9
 def plot_filters(
@@ -224,21 +286,41 @@ def plot_filters(
     import networkx as nx
     import plotly.graph_objects as go
     from darkdistill_nb.core.data import class_look
+
     importance = _importance(importance, len(_graph(W, links=True)))
     _check_parts(parts, len(W))
     strong = strongest_links(W, keep)
-    G = nx.from_numpy_array(strong.numpy()); linked = [i for i in G if G.degree(i)]
+    G = nx.from_numpy_array(strong.numpy())
+    linked = [i for i in G if G.degree(i)]
     at = nx.spring_layout(G.subgraph(linked), weight="weight", seed=0, k=2 / math.sqrt(len(linked)))
     lines = [[at[i][d], at[j][d], None] for d in (0, 1) for i, j in G.edges if i != j]
-    half = len(lines) // 2; x, y = sum(lines[:half], []), sum(lines[half:], [])
+    half = len(lines) // 2
+    x, y = sum(lines[:half], []), sum(lines[half:], [])
     short = lambda v: [u if u is None else round(float(u), 3) for u in v]
-    traces = [go.Scatter(x=short(x), y=short(y), mode="lines", line=dict(color="rgba(120,120,120,.35)", width=1), hoverinfo="skip", name="strong link")]
+    traces = [
+        go.Scatter(
+            x=short(x),
+            y=short(y),
+            mode="lines",
+            line=dict(color="rgba(120,120,120,.35)", width=1),
+            hoverinfo="skip",
+            name="strong link",
+        )
+    ]
     size = 6 + 16 * (importance / importance.max()).sqrt()
     for n, p in enumerate(parts):
         p = [i for i in p if i in at]
         dot = {**class_look(n, "dot"), "size": [round(float(size[i]), 1) for i in p]}
-        traces.append(go.Scatter(x=short(at[i][0] for i in p), y=short(at[i][1] for i in p), mode="markers", name=f"student {n + 1}",
-                                 text=[f"filter {i}" for i in p], marker=dot))
+        traces.append(
+            go.Scatter(
+                x=short(at[i][0] for i in p),
+                y=short(at[i][1] for i in p),
+                mode="markers",
+                name=f"student {n + 1}",
+                text=[f"filter {i}" for i in p],
+                marker=dot,
+            )
+        )
     fig = figure(*traces, title=title, height=420)
     return fig.update_xaxes(visible=False).update_yaxes(visible=False)
 
@@ -264,26 +346,54 @@ def student_net(
 # %% ../../nbs/4_distree/students.ipynb #d1d73e91
 class DistrEE(nn.Module):
     "N students with exits and one joint linear classifier on their features (arXiv 2502.15735); with a single exit it is NoNN."
+
     def __init__(self,
         students,      # `EarlyExitNet`s with equally many exits, see `student_net`
         sizes,         # m_n: length of each student's features
         n_classes:int, # K
     ):
         super().__init__()
-        students, sizes, n_classes = list(students), [whole(m, "a size") for m in sizes], whole(n_classes, "n_classes")
-        check(all(isinstance(s, EarlyExitNet) for s in students), "students", [type(s).__name__ for s in students], "EarlyExitNets")
+        students, sizes, n_classes = (
+            list(students),
+            [whole(m, "a size") for m in sizes],
+            whole(n_classes, "n_classes"),
+        )
+        check(
+            all(isinstance(s, EarlyExitNet) for s in students),
+            "students",
+            [type(s).__name__ for s in students],
+            "EarlyExitNets",
+        )
         depths = [len(s) for s in students]
         if len(set(depths)) != 1 or len(students) != len(sizes):
-            raise ValueError(f"students with {depths} exits and {len(sizes)} sizes: there must be one size a student, and equally many exits")
+            raise ValueError(
+                f"students with {depths} exits and {len(sizes)} sizes: there must be one size a student, and equally many exits"
+            )
         for s, m in zip(students, sizes):
             widths = {v.norm.normalized_shape[0] for v in s.exits}
-            check(widths == {m}, "sizes", sizes, f"the lengths of the students' features; one student's exits give {sorted(widths)}")
-        self.students, self.sizes, self.n_exits, self.n_classes = nn.ModuleList(students), list(sizes), len(students[0]), n_classes
+            check(
+                widths == {m},
+                "sizes",
+                sizes,
+                f"the lengths of the students' features; one student's exits give {sorted(widths)}",
+            )
+        self.students, self.sizes, self.n_exits, self.n_classes = (
+            nn.ModuleList(students),
+            list(sizes),
+            len(students[0]),
+            n_classes,
+        )
         self.joint = nn.Linear(sum(sizes), n_classes)
+
     def __len__(self): return len(self.students)
+
     def forward(self, x): return [torch.stack(s.features(s.stem(x))) for s in self.students]
-    def partial(self, n, F): return F @ self.joint.weight[:, sum(self.sizes[:n]):sum(self.sizes[:n + 1])].T
-    def logits(self, features): return sum(self.partial(n, f) for n, f in enumerate(features)) + self.joint.bias
+
+    def partial(self, n, F):
+        return F @ self.joint.weight[:, sum(self.sizes[:n]) : sum(self.sizes[: n + 1])].T
+
+    def logits(self, features):
+        return sum(self.partial(n, f) for n, f in enumerate(features)) + self.joint.bias
 
 # %% ../../nbs/4_distree/students.ipynb #525fedfc
 def transfer_loss(
@@ -291,8 +401,12 @@ def transfer_loss(
     teacher:torch.Tensor, # (B, m) features of the same filters
 )->torch.Tensor:          # (...) mean over the batch
     "Squared distance of features scaled to length 1 (NoNN, arXiv 1907.11804); raises `ValueError` for other shapes."
-    check(student.ndim >= 2 and student.shape[-2:] == teacher.shape, "student.shape", tuple(student.shape),
-          f"(..., B, m) with the teacher's (B, m), {tuple(teacher.shape)}")
+    check(
+        student.ndim >= 2 and student.shape[-2:] == teacher.shape,
+        "student.shape",
+        tuple(student.shape),
+        f"(..., B, m) with the teacher's (B, m), {tuple(teacher.shape)}",
+    )
     return (F.normalize(student, dim=-1) - F.normalize(teacher, dim=-1)).square().sum(-1).mean(-1)
 
 # %% ../../nbs/4_distree/students.ipynb #fff426b5
@@ -306,8 +420,12 @@ def branch_weights(
         return torch.ones(n_exits)
     if kind == "last":
         return n_exits * F.one_hot(torch.tensor(n_exits - 1), n_exits).float()
-    known = torch.tensor([.5, .75, 1, 1.25, 1.25, 1, 1.5])[None, None]
-    w = F.interpolate(known, n_exits, mode="linear", align_corners=True)[0, 0] if n_exits > 1 else torch.ones(1)
+    known = torch.tensor([0.5, 0.75, 1, 1.25, 1.25, 1, 1.5])[None, None]
+    w = (
+        F.interpolate(known, n_exits, mode="linear", align_corners=True)[0, 0]
+        if n_exits > 1
+        else torch.ones(1)
+    )
     return w * n_exits / w.sum()
 
 # %% ../../nbs/4_distree/students.ipynb #484fe40c
@@ -318,6 +436,7 @@ def _generator(g):
 # %% ../../nbs/4_distree/students.ipynb #efe235ce
 class DistrEELoss:
     "Distillation and activation transfer over all exits, with local heads on detached features."
+
     def __init__(self,
         system:DistrEE,
         parts:list,            # teacher's filters of each student
@@ -330,35 +449,63 @@ class DistrEELoss:
         generator=None,        # draws the missing students
     ):
         check(isinstance(system, DistrEE), "system", type(system).__name__, "a DistrEE")
-        _check_parts(parts, 10 ** 9)
+        _check_parts(parts, 10**9)
         if [len(p) for p in parts] != system.sizes:
-            raise ValueError(f"parts have {[len(p) for p in parts]} filters, the students {system.sizes} features")
+            raise ValueError(
+                f"parts have {[len(p) for p in parts]} filters, the students {system.sizes} features"
+            )
         self.system, self.parts = system, [list(map(int, p)) for p in parts]
         self.alpha, self.tau = number(alpha, "alpha", 0, 1), number(tau, "tau", above=0)
         self.beta, self.drop = number(beta, "beta", 0), number(drop, "drop", 0, below=1)
         self.local, self.generator = flag(local, "local"), _generator(generator)
-        self.w = branch_weights(system.n_exits, w) if isinstance(w, str) else _table(w, "w", ("exits",)).float()
+        self.w = (
+            branch_weights(system.n_exits, w)
+            if isinstance(w, str)
+            else _table(w, "w", ("exits",)).float()
+        )
         if len(self.w) != system.n_exits:
             raise ValueError(f"w has {len(self.w)} entries for {system.n_exits} exits")
-        check((self.w >= 0).all() and self.w.any(), "w", self.w.tolist(), "nowhere negative, and somewhere above 0")
+        check(
+            (self.w >= 0).all() and self.w.any(),
+            "w",
+            self.w.tolist(),
+            "nowhere negative, and somewhere above 0",
+        )
+
     def missing(self, N, B):
         "(N, B) which students are missing; never all."
         gone = torch.rand(N, B, generator=self.generator) < self.drop
         gone[torch.randint(N, (B,), generator=self.generator), torch.arange(B)] = False
         return gone
-    def kd(self, z, t, y): return (1 - self.alpha) * F.cross_entropy(z, y) + self.alpha * kd_loss(z, t, self.tau)
+
+    def kd(self, z, t, y):
+        return (1 - self.alpha) * F.cross_entropy(z, y) + self.alpha * kd_loss(z, t, self.tau)
 
 # %% ../../nbs/4_distree/students.ipynb #6b7d7760
 def _check_batch(system, parts, features, t, y):
     "Do features, the teacher's answers and labels belong to one batch?"
     B, E = len(y), system.n_exits
     wanted = [(E, B, m) for m in system.sizes]
-    check([tuple(f.shape) for f in features] == wanted, "the features' shapes", [tuple(f.shape) for f in features], f"{wanted}")
+    check(
+        [tuple(f.shape) for f in features] == wanted,
+        "the features' shapes",
+        [tuple(f.shape) for f in features],
+        f"{wanted}",
+    )
     shape = tuple(t["logits"].shape)
-    check(shape == (B, system.n_classes), "t['logits'].shape", shape, f"{(B, system.n_classes)}, batch and classes")
+    check(
+        shape == (B, system.n_classes),
+        "t['logits'].shape",
+        shape,
+        f"{(B, system.n_classes)}, batch and classes",
+    )
     shape, least = tuple(t["features"].shape), 1 + max(max(p) for p in parts)
-    check(len(shape) == 2 and shape[0] == B and shape[1] >= least, "t['features'].shape", shape,
-          f"({B}, filters), at least {least} of them, which parts names")
+    check(
+        len(shape) == 2 and shape[0] == B and shape[1] >= least,
+        "t['features'].shape",
+        shape,
+        f"({B}, filters), at least {least} of them, which parts names",
+    )
 
 # %% ../../nbs/4_distree/students.ipynb #8a3a87bb
 @patch
@@ -372,27 +519,34 @@ def __call__(self:DistrEELoss,
     part = [self.system.partial(n, f) for n, f in enumerate(features)]
     if self.drop:
         gone = self.missing(len(part), len(y)).to(y.device)
-        part = [torch.where(g[None, :, None], p.mean(1, keepdim=True), p) for p, g in zip(part, gone)]
-    z, total = sum(part) + self.system.joint.bias, 0.
+        part = [
+            torch.where(g[None, :, None], p.mean(1, keepdim=True), p) for p, g in zip(part, gone)
+        ]
+    z, total = sum(part) + self.system.joint.bias, 0.0
     transfer = sum(transfer_loss(f, t["features"][:, p]) for f, p in zip(features, self.parts))
     for w, z_j, at in zip(self.w, z, transfer):
-        if w: total = total + w * (self.kd(z_j, t["logits"], y) + self.beta * at)
+        if w:
+            total = total + w * (self.kd(z_j, t["logits"], y) + self.beta * at)
     if self.local:
         for s, f in zip(self.system.students, features):
-            total = total + sum(self.kd(v, t["logits"], y) for v in s.classify(list(f.detach()))) / len(f)
+            total = total + sum(
+                self.kd(v, t["logits"], y) for v in s.classify(list(f.detach()))
+            ) / len(f)
     return total
 
 # %% ../../nbs/4_distree/students.ipynb #52e4f115
 def _pass(system, loss, views, v, table, opt, rate, order, amp):
     "One pass over view v of the data; returns the mean loss per picture."
-    total = 0.
+    total = 0.0
     for i, idx in enumerate(order):
         for group in opt.param_groups:
             group["lr"] = rate(i / len(order))
         x, y = views(idx, v)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
             features = system(x)
-        value = loss([f.float() for f in features], {k: u[v][idx].float() for k, u in table.items()}, y)
+        value = loss(
+            [f.float() for f in features], {k: u[v][idx].float() for k, u in table.items()}, y
+        )
         opt.zero_grad(set_to_none=True)
         value.backward()
         opt.step()
@@ -402,7 +556,9 @@ def _pass(system, loss, views, v, table, opt, rate, order, amp):
 def _epoch(e, epochs, lr, system, loss, views, table, opt, batch_size, generator, amp):
     "One epoch; returns its row."
     start, N = time.perf_counter(), len(views)
-    order = (torch.arange(N) if generator is None else torch.randperm(N, generator=generator)).split(batch_size)
+    order = (
+        torch.arange(N) if generator is None else torch.randperm(N, generator=generator)
+    ).split(batch_size)
     rate = lambda part: lr * (1 + math.cos(math.pi * (e + part) / epochs)) / 2
     value = _pass(system, loss, views, e % views.n, table, opt, rate, order, amp)
     if not math.isfinite(value):
@@ -412,27 +568,68 @@ def _epoch(e, epochs, lr, system, loss, views, table, opt, batch_size, generator
 # %% ../../nbs/4_distree/students.ipynb #2dd7967b
 def _lesson(system, loss, data, table, batch_size):
     "The data as `Views`, if system, loss, data and the teacher's table belong together."
-    check(isinstance(data, (ArrayData, Views)), "data", type(data).__name__, "an ArrayData, or Views of one")
+    check(
+        isinstance(data, (ArrayData, Views)),
+        "data",
+        type(data).__name__,
+        "an ArrayData, or Views of one",
+    )
     views = data if isinstance(data, Views) else Views(data)
     check(isinstance(system, DistrEE), "system", type(system).__name__, "a DistrEE")
-    check(isinstance(loss, DistrEELoss) and loss.system is system, "loss", type(loss).__name__, "a DistrEELoss of this system")
-    check(isinstance(views.data, ArrayData) and len(views), "data", type(views.data).__name__, "an ArrayData with samples")
-    check({"logits", "features"} <= set(table), "table", list(table), "a table with 'logits' and 'features', of `teacher_table`")
+    check(
+        isinstance(loss, DistrEELoss) and loss.system is system,
+        "loss",
+        type(loss).__name__,
+        "a DistrEELoss of this system",
+    )
+    check(
+        isinstance(views.data, ArrayData) and len(views),
+        "data",
+        type(views.data).__name__,
+        "an ArrayData with samples",
+    )
+    check(
+        {"logits", "features"} <= set(table),
+        "table",
+        list(table),
+        "a table with 'logits' and 'features', of `teacher_table`",
+    )
     for k in ("logits", "features"):
         if (shape := tuple(table[k].shape[:2])) != (views.n, len(views)):
-            raise ValueError(f"the teacher's {k} have shape {shape} in (views, images), the data {(views.n, len(views))}")
+            raise ValueError(
+                f"the teacher's {k} have shape {shape} in (views, images), the data {(views.n, len(views))}"
+            )
         finite(table[k], f"table[{k!r}]")
     labels = int(views.data.y.min()), int(views.data.y.max())
-    check(labels[0] >= 0 and labels[1] < system.n_classes, "data.y", labels, f"labels from 0 to {system.n_classes - 1}")
-    check(any(p.requires_grad for p in system.parameters()), "system", "one with all weights frozen", "one with weights to train")
+    check(
+        labels[0] >= 0 and labels[1] < system.n_classes,
+        "data.y",
+        labels,
+        f"labels from 0 to {system.n_classes - 1}",
+    )
+    check(
+        any(p.requires_grad for p in system.parameters()),
+        "system",
+        "one with all weights frozen",
+        "one with weights to train",
+    )
     check_batches(system, len(views), batch_size, views.data[:1][0])
     return views
 
+# %% ../../nbs/4_distree/students.ipynb #19798926
 def _training_of(system, loss, views, table, opt, generator, **settings):
     "Fingerprints of everything that the students' weights follow from."
     groups = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in opt.param_groups]
-    return fingerprints(**settings, data=views, table=table, loss=loss, weights=system, generator=generator,
-                        optimizer=[type(opt), groups], rng=torch.get_rng_state() if _draws(system) else None)
+    return fingerprints(
+        **settings,
+        data=views,
+        table=table,
+        loss=loss,
+        weights=system,
+        generator=generator,
+        optimizer=[type(opt), groups],
+        rng=torch.get_rng_state() if _draws(system) else None,
+    )
 
 def _resume(path, system, opt, drawn, loss, marks):
     "Rows of a checkpoint that belongs to this training; a damaged file is named with what to do."
@@ -441,39 +638,60 @@ def _resume(path, system, opt, drawn, loss, marks):
     except (ValueError, KeyError, RuntimeError) as e:
         if "delete" in str(e):
             raise
-        raise ValueError(f"checkpoint={path} cannot be continued: {e}; delete {path} to train from the start") from None
+        raise ValueError(
+            f"checkpoint={path} cannot be continued: {e}; delete {path} to train from the start"
+        ) from None
 
 # %% ../../nbs/4_distree/students.ipynb #a943872b
 def train_distree(
-    system:DistrEE,         # trained in place
-    loss:DistrEELoss,
-    data,                   # `ArrayData`, or `Views` of one
-    table:dict,             # of `teacher_table` for the same views, with "logits" and "features"
-    epochs:int=10,          # passes
-    lr:float=.03,           # of the first step; falls to 0 along half a cosine
-    batch_size:int=32,      # pictures a step
-    weight_decay:float=5e-4,# of SGD
-    generator=None,         # draws the order; None: the stored order
-    optimizer=None,         # optimizer(parameters) -> torch optimiser; None: SGD with momentum .9
-    amp:bool=False,         # compute the students in bfloat16 where that is safe
-    checkpoint=None,        # file that is written after each epoch, and read first if it is there and of this training
-    on_epoch=None,          # called as on_epoch(row, system) after each epoch
-)->list:                    # a dict per epoch: epoch, loss (mean per image), seconds
+    system: DistrEE,  # trained in place
+    loss: DistrEELoss,
+    data,  # `ArrayData`, or `Views` of one
+    table: dict,  # of `teacher_table` for the same views, with "logits" and "features"
+    epochs: int = 10,  # passes
+    lr: float = 0.03,  # of the first step; falls to 0 along half a cosine
+    batch_size: int = 32,  # pictures a step
+    weight_decay: float = 5e-4,  # of SGD
+    generator=None,  # draws the order; None: the stored order
+    optimizer=None,  # optimizer(parameters) -> torch optimiser; None: SGD with momentum .9
+    amp: bool = False,  # compute the students in bfloat16 where that is safe
+    checkpoint=None,  # file that is written after each epoch, and read first if it is there and of this training
+    on_epoch=None,  # called as on_epoch(row, system) after each epoch
+) -> list:  # a dict per epoch: epoch, loss (mean per image), seconds
     "Train all students; raises `ValueError` for bad settings or another training's checkpoint, `FloatingPointError` if the loss is not finite."
-    epochs, batch_size, amp = whole(epochs, "epochs", 0), whole(batch_size, "batch_size"), flag(amp, "amp")
+    epochs, batch_size, amp = (
+        whole(epochs, "epochs", 0),
+        whole(batch_size, "batch_size"),
+        flag(amp, "amp"),
+    )
     lr, weight_decay = number(lr, "lr", 0), number(weight_decay, "weight_decay", 0)
     views = _lesson(system, loss, data, table, batch_size)
-    make = optimizer or (lambda p: torch.optim.SGD(p, lr=lr, momentum=.9, weight_decay=weight_decay))
+    make = optimizer or (
+        lambda p: torch.optim.SGD(p, lr=lr, momentum=0.9, weight_decay=weight_decay)
+    )
     opt = make([p for p in system.parameters() if p.requires_grad])
     drawn, rows, marks = [g for g in (_generator(generator), loss.generator) if g], [], None
     if checkpoint:
-        marks = _training_of(system, loss, views, table, opt, generator, epochs=epochs, lr=lr, batch_size=batch_size, amp=amp)
+        marks = _training_of(
+            system,
+            loss,
+            views,
+            table,
+            opt,
+            generator,
+            epochs=epochs,
+            lr=lr,
+            batch_size=batch_size,
+            amp=amp,
+        )
         rows = _resume(checkpoint, system, opt, drawn, loss, marks)
     modes = [(m, m.training) for m in start_training(system).modules()]
     for e in range(len(rows), epochs):
-        for m, mode in modes:                          # whatever `on_epoch` did to them
+        for m, mode in modes:  # whatever `on_epoch` did to them
             m.training = mode
-        rows.append(_epoch(e, epochs, lr, system, loss, views, table, opt, batch_size, generator, amp))
+        rows.append(
+            _epoch(e, epochs, lr, system, loss, views, table, opt, batch_size, generator, amp)
+        )
         if checkpoint:
             _save_progress(checkpoint, system, opt, drawn, rows, marks)
         if on_epoch:
@@ -483,22 +701,43 @@ def train_distree(
 # %% ../../nbs/4_distree/students.ipynb #5d6da50c
 def _check_answers(a):
     "Shapes that fit together, without NaN; costs that rise. Parts that are None are not looked at."
-    check(isinstance(a.partial, torch.Tensor) and a.partial.ndim == 4, "partial", type(a.partial).__name__,
-          "a tensor of shape (students, exits, images, classes)")
+    check(
+        isinstance(a.partial, torch.Tensor) and a.partial.ndim == 4,
+        "partial",
+        type(a.partial).__name__,
+        "a tensor of shape (students, exits, images, classes)",
+    )
     N, E, S, K = a.partial.shape
-    check(min(N, E, K) > 0, "partial.shape", (N, E, S, K), "(students, exits, images, classes), at least one of each but images")
+    check(
+        min(N, E, K) > 0,
+        "partial.shape",
+        (N, E, S, K),
+        "(students, exits, images, classes), at least one of each but images",
+    )
     shapes = dict(bias=(K,), proxy=(N, E, S, K), y=(S,), costs=(N, E))
     for name, wanted in shapes.items():
         if (v := getattr(a, name)) is not None:
-            check(tuple(v.shape) == wanted, f"{name}.shape", tuple(v.shape), f"{wanted}, as partial has {(N, E, S, K)}")
+            check(
+                tuple(v.shape) == wanted,
+                f"{name}.shape",
+                tuple(v.shape),
+                f"{wanted}, as partial has {(N, E, S, K)}",
+            )
     check(len(a.sizes) == N, "len(sizes)", len(a.sizes), f"the number of students, {N}")
     [whole(m, "a size") for m in a.sizes]
     for name in ("partial", "bias", "proxy", "costs"):
         if (v := getattr(a, name)) is not None:
             finite(v, name)
     if a.costs is not None:
-        rising = (a.costs.diff(dim=1) >= 0).all() and (a.costs >= 0).all() and (a.costs[:, -1] > 0).all()
-        check(rising, "costs", a.costs.tolist(), "MACs that never fall from exit to exit, and are above 0 at the last")
+        rising = (
+            (a.costs.diff(dim=1) >= 0).all() and (a.costs >= 0).all() and (a.costs[:, -1] > 0).all()
+        )
+        check(
+            rising,
+            "costs",
+            a.costs.tolist(),
+            "MACs that never fall from exit to exit, and are above 0 at the last",
+        )
     if a.features is not None:
         wanted = [(E, S, m) for m in a.sizes]
         found = [tuple(f.shape) for f in a.features]
@@ -509,6 +748,7 @@ def _check_answers(a):
 @dataclass
 class SystemAnswers:
     "What the students of a system would send at each exit, for S images; raises `ValueError` for parts that do not fit."
+
     partial:torch.Tensor # (N, E, S, K) partial logits
     bias:torch.Tensor    # (K,) of the joint classifier
     proxy:torch.Tensor   # (N, E, S, K) logits of the local heads
@@ -516,15 +756,26 @@ class SystemAnswers:
     costs:torch.Tensor   # (N, E) MACs of student n up to and including exit e
     sizes:list           # m_n: numbers in a feature message
     features:list=None   # N tensors (E, S, m_n), or None
+
     def __post_init__(self): _check_answers(self)
+
     def __len__(self): return len(self.y)
+
     n_students = property(lambda self: len(self.partial), doc="N")
     n_exits = property(lambda self: self.partial.shape[1], doc="E")
+
     def joint(self, e): return self.partial[:, e].sum(0) + self.bias
-    def means(self): return self.partial[:, -1].mean(1)          # (N, K): what to put in place of a missing student
+
+    def means(self):
+        return self.partial[:, -1].mean(1)  # (N, K): what to put in place of a missing student
+
     def subset(self, keep):
         cut = dict(partial=self.partial[:, :, keep], proxy=self.proxy[:, :, keep], y=self.y[keep])
-        return dataclasses.replace(self, **cut, features=None if self.features is None else [f[:, keep] for f in self.features])
+        return dataclasses.replace(
+            self,
+            **cut,
+            features=None if self.features is None else [f[:, keep] for f in self.features],
+        )
 
 # %% ../../nbs/4_distree/students.ipynb #7439c0ce
 @patch
@@ -536,16 +787,33 @@ def logits(self:SystemAnswers,
     "Joint logits of students that stopped at different exits; raises `ValueError` for exits that do not exist."
     N, E, S, K = self.partial.shape
     depth = torch.as_tensor(depth)
-    exits = not (depth.dtype.is_floating_point or depth.dtype is torch.bool) and ((depth >= 0) & (depth < E)).all()
+    exits = (
+        not (depth.dtype.is_floating_point or depth.dtype is torch.bool)
+        and ((depth >= 0) & (depth < E)).all()
+    )
     if tuple(depth.shape) != (N, S) or not exits:
         raise ValueError(f"depth must have shape {(N, S)} with exits 0..{E - 1}")
     z = self.partial.gather(1, depth.long()[:, None, :, None].expand(N, 1, S, K))[:, 0]
     if present is not None:
-        check(tuple(present.shape) == (N, S) and present.dtype is torch.bool, "present", (present.dtype, tuple(present.shape)), f"bool of shape {(N, S)}")
+        check(
+            tuple(present.shape) == (N, S) and present.dtype is torch.bool,
+            "present",
+            (present.dtype, tuple(present.shape)),
+            f"bool of shape {(N, S)}",
+        )
         if mean is not None:
-            check(tuple(mean.shape) == (N, K), "mean.shape", tuple(mean.shape), f"{(N, K)}, students and classes")
+            check(
+                tuple(mean.shape) == (N, K),
+                "mean.shape",
+                tuple(mean.shape),
+                f"{(N, K)}, students and classes",
+            )
             finite(mean, "mean")
-        z = torch.where(present[..., None], z, torch.zeros(N, K)[:, None] if mean is None else mean[:, None].to(z))
+        z = torch.where(
+            present[..., None],
+            z,
+            torch.zeros(N, K)[:, None] if mean is None else mean[:, None].to(z),
+        )
     return z.sum(0) + self.bias
 
 # %% ../../nbs/4_distree/students.ipynb #c6f324f0
@@ -558,17 +826,32 @@ def system_answers(
 )->SystemAnswers:       # on the CPU
     "Ask every student at every exit for a whole data set; raises `ValueError` for an empty one."
     check(isinstance(system, DistrEE), "system", type(system).__name__, "a DistrEE")
-    check(isinstance(data, ArrayData) and len(data), "data", type(data).__name__, "an ArrayData with samples")
+    check(
+        isinstance(data, ArrayData) and len(data),
+        "data",
+        type(data).__name__,
+        "an ArrayData with samples",
+    )
     features, parts = flag(features, "features"), []
     with evaluating(system):
         for x, _ in data.batches(whole(batch_size, "batch_size")):
             f = system(x)
             local = [torch.stack(s.classify(list(v))) for s, v in zip(system.students, f)]
-            parts.append(([system.partial(n, v) for n, v in enumerate(f)], local, f if features else []))
+            parts.append(
+                ([system.partial(n, v) for n, v in enumerate(f)], local, f if features else [])
+            )
     join = lambda k: [torch.cat([p[k][n] for p in parts], 1).cpu() for n in range(len(parts[0][k]))]
     costs = torch.tensor([s.macs() for s in system.students], dtype=torch.float64)
     bias = system.joint.bias.detach().cpu().clone()
-    return SystemAnswers(torch.stack(join(0)), bias, torch.stack(join(1)), data.y.cpu(), costs, list(system.sizes), join(2) if features else None)
+    return SystemAnswers(
+        torch.stack(join(0)),
+        bias,
+        torch.stack(join(1)),
+        data.y.cpu(),
+        costs,
+        list(system.sizes),
+        join(2) if features else None,
+    )
 
 # %% ../../nbs/4_distree/students.ipynb #88fa1ab9
 def make_answers(
@@ -582,17 +865,23 @@ def make_answers(
     "A synthetic table of answers in which easy images are right early, and deep exits are better; raises `ValueError` for sizes below 1."
     N, E, S = whole(n_students, "n_students"), whole(n_exits, "n_exits"), whole(n, "n")
     K, length = whole(n_classes, "n_classes"), whole(length, "length")
-    g = torch.Generator().manual_seed(whole(seed, "seed", 0, 2 ** 63 - 1))
+    g = torch.Generator().manual_seed(whole(seed, "seed", 0, 2**63 - 1))
     y, hard = torch.randint(K, (S,), generator=g), torch.rand(S, generator=g)
-    skill = .75 + .5 * torch.rand(N, K, generator=g)                                   # a student's strength by class
-    depth = torch.linspace(.2, 1, E)
-    signal = 5 / N * skill[:, y][:, None] * torch.sigmoid(8 * (depth[:, None] - .9 * hard + .1))[None]            # (N, E, S)
+    skill = 0.75 + 0.5 * torch.rand(N, K, generator=g)  # a student's strength by class
+    depth = torch.linspace(0.2, 1, E)
+    signal = (
+        5 / N * skill[:, y][:, None] * torch.sigmoid(8 * (depth[:, None] - 0.9 * hard + 0.1))[None]
+    )  # (N, E, S)
     shared, own = torch.randn(N, 1, S, K, generator=g), torch.randn(N, E, S, K, generator=g)
-    noise = (.8 * shared + .6 * own) / math.sqrt(N)
+    noise = (0.8 * shared + 0.6 * own) / math.sqrt(N)
     partial = signal[..., None] * F.one_hot(y, K) + noise
-    proxy = 1.2 * N * signal[..., None] * F.one_hot(y, K) / 2 + 1.2 * (.8 * shared + .6 * torch.randn(N, E, S, K, generator=g))
+    proxy = 1.2 * N * signal[..., None] * F.one_hot(y, K) / 2 + 1.2 * (
+        0.8 * shared + 0.6 * torch.randn(N, E, S, K, generator=g)
+    )
     first, goal = (torch.rand(N, S, length, generator=g).relu() for _ in range(2))
-    way = torch.linspace(0, 1, E)[None, :, None] ** (.5 + hard)                          # hard pictures move later
+    way = torch.linspace(0, 1, E)[None, :, None] ** (0.5 + hard)  # hard pictures move later
     features = list(first[:, None] * (1 - way[..., None]) + goal[:, None] * way[..., None])
-    costs = torch.linspace(1 / E, 1, E, dtype=torch.float64)[None] * torch.full((N, 1), 2.7e7, dtype=torch.float64)
+    costs = torch.linspace(1 / E, 1, E, dtype=torch.float64)[None] * torch.full(
+        (N, 1), 2.7e7, dtype=torch.float64
+    )
     return SystemAnswers(partial, torch.zeros(K), proxy, y, costs, [length] * N, features)

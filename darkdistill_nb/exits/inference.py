@@ -36,7 +36,12 @@ def confidence(
 def _check_logits(logits, name="logits", samples=0):
     "`logits` is a tensor (E, N, K) with at least one exit and class, and `samples` samples."
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    ok = isinstance(logits, torch.Tensor) and logits.ndim == 3 and logits.shape[0] > 0 and logits.shape[2] > 0
+    ok = (
+        isinstance(logits, torch.Tensor)
+        and logits.ndim == 3
+        and logits.shape[0] > 0
+        and logits.shape[2] > 0
+    )
     check(ok, f"{name}'s shape", shape, "(E, N, K): exits, samples, classes")
     if logits.shape[1] < samples:
         raise ValueError(f"{name} has no samples; at least one is needed")
@@ -45,8 +50,11 @@ def _check_logits(logits, name="logits", samples=0):
 # %% ../../nbs/2_exits/inference.ipynb #675a6949
 class Score:
     "How ready a sample is to leave, larger means leave; a subclass defines `of`, or `step` if it remembers earlier exits."
-    needs_features = False   # does `step` read the features `a`?
+
+    needs_features = False  # does `step` read the features `a`?
+
     def of(self, F): raise NotImplementedError(f"{type(self).__name__} must define `of` or `step`")
+
     def step(self,
         F:torch.Tensor,      # (n, K) logits that decide at this exit
         a:torch.Tensor=None, # (n, h) features of this exit
@@ -54,6 +62,7 @@ class Score:
     )->tuple:                # (n,) scores, dict of tensors whose first axis is n
         "Scores at one exit, and what the next exit needs to know."
         return self.of(F), {}
+
     def score(self,
         logits:torch.Tensor, # (E, N, K) logits that decide
         features=None,       # E tensors (N, h), for scores that read features
@@ -61,10 +70,14 @@ class Score:
         "Scores of all exits, as if nobody left; raises `ValueError` if features are needed and missing."
         _check_logits(logits)
         if self.needs_features and features is None:
-            raise ValueError(f"{type(self).__name__} compares features: pass features, one (N, h) tensor per exit")
+            raise ValueError(
+                f"{type(self).__name__} compares features: pass features, one (N, h) tensor per exit"
+            )
         features = [None] * len(logits) if features is None else features
         if len(features) != len(logits):
-            raise ValueError(f"features has {len(features)} entries for {len(logits)} exits: give one per exit")
+            raise ValueError(
+                f"features has {len(features)} entries for {len(logits)} exits: give one per exit"
+            )
         out, state = [], None
         for f, a in zip(logits, features):
             s, state = self.step(f, a, state)
@@ -73,41 +86,60 @@ class Score:
 
 class Confidence(Score):
     "Largest softmax probability, max_k p_k."
+
     def of(self, F): return confidence(F)
 
 # %% ../../nbs/2_exits/inference.ipynb #25b8e211
 class Margin(Score):
     "Difference of the two largest probabilities, p_(1) - p_(2)."
+
     def of(self, F):
-        check(F.shape[-1] > 1, "number of classes", F.shape[-1], "at least 2: the margin is between two")
+        check(
+            F.shape[-1] > 1,
+            "number of classes",
+            F.shape[-1],
+            "at least 2: the margin is between two",
+        )
         return -_up(F).softmax(-1).topk(2, -1).values.diff(dim=-1)[..., 0]
 
 class Entropy(Score):
     "Normalised certainty 1 - H(p)/ln K in [0, 1] (EENet, WACV 2024)."
+
     def of(self, F):
-        check(F.shape[-1] > 1, "number of classes", F.shape[-1], "at least 2: with one there is nothing to be unsure about")
+        check(
+            F.shape[-1] > 1,
+            "number of classes",
+            F.shape[-1],
+            "at least 2: with one there is nothing to be unsure about",
+        )
         p = _up(F).softmax(-1)
         return 1 + torch.special.xlogy(p, p).sum(-1) / math.log(F.shape[-1])
 
 class Energy(Score):
     "Free energy T logsumexp(F / T), in the units of the logits (arXiv 2010.03759); raises `ValueError` for T <= 0."
+
     def __init__(self,
         T:float=1. # temperature, > 0
     ):
         self.T = number(T, "T", above=0)
+
     def of(self, F): return self.T * (_up(F) / self.T).logsumexp(-1)
 
 class Logit(Score):
     "Largest logit, not normalised: what the code released with DarkDistill compares."
+
     def of(self, F): return _up(F).amax(-1)
 
 # %% ../../nbs/2_exits/inference.ipynb #0a6babf6
 class Patience(Score):
     "Number of successive exits, up to this one, that agreed with the exit before them (PABEE, arXiv 2006.04152)."
+
     def step(self, F, a=None, state=None):
         label = F.argmax(-1)
-        if state is None: count = torch.zeros(len(F), device=F.device)
-        else: count = (state["count"] + 1) * (label == state["label"])
+        if state is None:
+            count = torch.zeros(len(F), device=F.device)
+        else:
+            count = (state["count"] + 1) * (label == state["label"])
         return count, dict(count=count, label=label)
 
 # %% ../../nbs/2_exits/inference.ipynb #7dafec1d
@@ -116,31 +148,40 @@ def _cosine(name, a, b):
         raise ValueError(f"{name} compares features: pass a, the (n, h) features of this exit")
     check(a.ndim == 2, f"{name}: shape of the features", tuple(a.shape), "(n, h)")
     if a.shape[-1] != b.shape[-1]:
-        raise ValueError(f"{name} needs features of equal length at all exits, not {b.shape[-1]} and {a.shape[-1]}")
+        raise ValueError(
+            f"{name} needs features of equal length at all exits, not {b.shape[-1]} and {a.shape[-1]}"
+        )
     return F.cosine_similarity(_up(a), _up(b), dim=-1)
 
 # %% ../../nbs/2_exits/inference.ipynb #ba4d0afe
 class Saturation(Score):
     "Cosine of this exit's features and those of the exit before; -inf at exit 1."
+
     needs_features = True
+
     def step(self, F, a=None, state=None):
         c = _cosine("Saturation", a, a if state is None else state["before"])
         s = torch.full_like(c, -math.inf) if state is None else c
-        return s, dict(before=a.clone())   # a later stage may work in place
+        return s, dict(before=a.clone())  # a later stage may work in place
 
 class Difference(Score):
     "DistrEE's 1/cos of this exit's features and the first exit's (arXiv 2502.15735); -inf at exit 1."
+
     needs_features = True
+
     def step(self, F, a=None, state=None):
         first = a if state is None else state["first"]
         d = 1 / _cosine("Difference", a, first).clamp(1e-6, 1)
         if state is None:
-            return torch.full_like(d, -math.inf), dict(first=a.clone())   # a later stage may work in place
+            return torch.full_like(d, -math.inf), dict(
+                first=a.clone()
+            )  # a later stage may work in place
         return d, dict(first=first)
 
 # %% ../../nbs/2_exits/inference.ipynb #87c3f61e
 class Gate(Score, nn.Module):
     "Learned score: per exit a logistic model of 'this exit is right' (EENet, WACV 2024); see `fit_gate`. Raises `ValueError` for other exits or classes."
+
     def __init__(self,
         exits:int,     # E
         n_classes:int, # K
@@ -148,23 +189,39 @@ class Gate(Score, nn.Module):
         super().__init__()
         exits, self.n_classes = whole(exits, "exits"), whole(n_classes, "n_classes", 2)
         self.layers = nn.ModuleList(nn.Linear(n_classes + 3 + e, 1) for e in range(exits))
+
     @staticmethod
     def inputs(F, before):
         p = _up(F).softmax(-1)
-        return torch.cat([p, torch.stack([confidence(F), Margin().of(F), Entropy().of(F)], -1), before], -1)
+        return torch.cat(
+            [p, torch.stack([confidence(F), Margin().of(F), Entropy().of(F)], -1), before], -1
+        )
+
     def step(self, F, a=None, state=None):
         before = state["before"] if state else _up(F).new_zeros(len(F), 0)
         e = before.shape[1]
         if e >= len(self.layers):
-            raise ValueError(f"this gate has {len(self.layers)} exits; it was asked for exit {e + 1}")
+            raise ValueError(
+                f"this gate has {len(self.layers)} exits; it was asked for exit {e + 1}"
+            )
         if F.shape[-1] != self.n_classes:
             raise ValueError(f"this gate was made for {self.n_classes} classes, not {F.shape[-1]}")
         s = self.layers[e](self.inputs(F, before)).sigmoid()
         return s[:, 0], dict(before=torch.cat([before, s], -1))
 
 # %% ../../nbs/2_exits/inference.ipynb #d34c441d
-SCORES = dict(confidence=Confidence, margin=Margin, entropy=Entropy, energy=Energy, logit=Logit,
-              patience=Patience, saturation=Saturation, difference=Difference, gate=Gate)
+SCORES = dict(
+    confidence=Confidence,
+    margin=Margin,
+    entropy=Entropy,
+    energy=Energy,
+    logit=Logit,
+    patience=Patience,
+    saturation=Saturation,
+    difference=Difference,
+    gate=Gate,
+)
+
 def score_by_name(
     name,    # a name of `SCORES`, or a `Score`, which is returned as it is
     **kwargs # passed on, e.g. T for energy, exits and n_classes for gate
@@ -181,24 +238,33 @@ def anytime(
     _certain(_check_logits(logits, samples=1), "logits")
     _labels(y, logits)
     acc = accuracy(logits, y)
-    return dict(exits=acc.tolist(), mean=float(acc.mean()), std_across_exits=float(acc.std()) if len(acc) > 1 else 0.)
+    return dict(
+        exits=acc.tolist(),
+        mean=float(acc.mean()),
+        std_across_exits=float(acc.std()) if len(acc) > 1 else 0.0,
+    )
 
 # %% ../../nbs/2_exits/inference.ipynb #0a7e9cb9
 @torch.no_grad()
 def exit_outputs(
-    net,                # `EarlyExitNet`; put into evaluation mode and back
-    data,               # `ArrayData`
-    policy=None,        # how the exits were trained, e.g. `BoostNet()`: turns raw logits into deciding ones; None: raw logits decide
-    batch_size:int=512, # pictures a forward pass
-)->tuple:               # logits (E, N, K) and a list of E tensors (N, h) of features, on the CPU
+    net,  # `EarlyExitNet`; put into evaluation mode and back
+    data,  # `ArrayData`
+    policy=None,  # how the exits were trained, e.g. `BoostNet()`: turns raw logits into deciding ones; None: raw logits decide
+    batch_size: int = 512,  # pictures a forward pass
+) -> tuple:  # logits (E, N, K) and a list of E tensors (N, h) of features, on the CPU
     "Deciding logits and features of all exits for a whole data set; raises `ValueError` for an empty one."
     if len(data) == 0:
         raise ValueError("data has no images")
-    batch_size, device, logits, features = whole(batch_size, "batch_size"), next(net.parameters()).device, [], []
+    batch_size, device, logits, features = (
+        whole(batch_size, "batch_size"),
+        next(net.parameters()).device,
+        [],
+        [],
+    )
     with evaluating(net):
         for xb, _ in data.batches(batch_size):
             a = net.features(net.stem(xb.to(device)))
-            features.append([v.clone().cpu() for v in a])           # the classifiers may work in place
+            features.append([v.clone().cpu() for v in a])  # the classifiers may work in place
             raw = net.classify(a)
             logits.append(torch.stack(list(policy.predict(raw)) if policy else raw).cpu())
     return torch.cat(logits, 1), [torch.cat(v) for v in zip(*features)]
@@ -226,10 +292,10 @@ def write_thresholds(
     return [t if math.isfinite(t) else str(t) for t in T]
 
 def read_thresholds(
-    T,            # E thresholds: numbers, "inf" or "-inf"; None (in old records) at the last exit: -inf, before it: +inf
-    exits=None,   # E, if it is known
-    name:str="T", # of the argument, for messages
-)->list:          # E floats
+    T,  # E thresholds: numbers, "inf" or "-inf"; None (in old records) at the last exit: -inf, before it: +inf
+    exits=None,  # E, if it is known
+    name: str = "T",  # of the argument, for messages
+) -> list:  # E floats
     "Thresholds as numbers, from a list, array, tensor or record; raises `ValueError` for NaN, words, another shape or number."
     T = T.tolist() if hasattr(T, "tolist") else T
     if isinstance(T, str) or not hasattr(T, "__len__") or not hasattr(T, "__iter__"):
@@ -248,7 +314,9 @@ def _check_scores(scores, name="scores"):
     if s.shape[1] == 0:
         raise ValueError(f"{name} is an empty batch: it needs at least one sample")
     if torch.isnan(s).any():
-        raise ValueError(f"{name} contains NaN at exit {int(torch.isnan(s).any(1).int().argmax()) + 1}")
+        raise ValueError(
+            f"{name} contains NaN at exit {int(torch.isnan(s).any(1).int().argmax()) + 1}"
+        )
     return s
 
 def _fractional(scores):
@@ -261,12 +329,17 @@ def _check_right(right, scores):
         raise ValueError("right=None must be (E, N) bool: is exit e right about sample n?")
     r = torch.as_tensor(right)
     if r.shape != scores.shape:
-        raise ValueError(f"right has shape {tuple(r.shape)}, not {tuple(scores.shape)} like the scores")
+        raise ValueError(
+            f"right has shape {tuple(r.shape)}, not {tuple(scores.shape)} like the scores"
+        )
     bad = int(((r != 0) & (r != 1)).sum())
     if bad:
-        raise ValueError(f"right must be True or False (or 1 and 0), but {bad} of its {r.numel()} values are neither")
+        raise ValueError(
+            f"right must be True or False (or 1 and 0), but {bad} of its {r.numel()} values are neither"
+        )
     return r.bool()
 
+# %% ../../nbs/2_exits/inference.ipynb #fb0b9237
 def _check_costs(costs, E):
     c = np.asarray([number(v, "costs", inf=True) for v in costs])
     if len(c) != E or E == 0:
@@ -299,14 +372,19 @@ def evaluate_thresholds(
     right, c = _check_right(right, scores), _check_costs(costs, len(scores))
     e = take_exit(scores, T).cpu()
     shares = torch.bincount(e, minlength=len(c)).double().numpy() / len(e)
-    return dict(accuracy=float(right.cpu().gather(0, e[None]).double().mean()), cost=float(shares @ c), shares=shares.tolist(), exit=e)
+    return dict(
+        accuracy=float(right.cpu().gather(0, e[None]).double().mean()),
+        cost=float(shares @ c),
+        shares=shares.tolist(),
+        exit=e,
+    )
 
 # %% ../../nbs/2_exits/inference.ipynb #6f9aba16
 def budget_thresholds(
-    conf:torch.Tensor, # (E, N) scores on validation data
-    shares,            # E target shares q_k, adding to 1
-    ties:str="in",     # samples that share the threshold's score: all leave ("in", MSDNet), or whichever is "nearest" to the share
-)->list:               # E thresholds; the last is -inf
+    conf: torch.Tensor,  # (E, N) scores on validation data
+    shares,  # E target shares q_k, adding to 1
+    ties: str = "in",  # samples that share the threshold's score: all leave ("in", MSDNet), or whichever is "nearest" to the share
+) -> list:  # E thresholds; the last is -inf
     "MSDNet's thresholds: about |V| q_k of the validation samples leave at exit k (arXiv 1703.09844); raises `ValueError` for shares that do not add to 1."
     conf = _check_scores(conf, "conf")
     E, N = conf.shape
@@ -317,10 +395,14 @@ def budget_thresholds(
     for k in range(E - 1):
         v, n, t = conf[k][here].sort(descending=True).values, int(N * shares[k] + 1e-9), math.inf
         if 1 <= n <= len(v):
-            t = float(v[n - 1]); above = int((v > t).sum())
-            if ties == "nearest" and n - above < int((v >= t).sum()) - n: t = float(v[above - 1]) if above else math.inf
-        if t == -math.inf: t = math.inf                  # a score of -inf: this exit cannot be taken
-        T.append(t); here &= conf[k] < t
+            t = float(v[n - 1])
+            above = int((v > t).sum())
+            if ties == "nearest" and n - above < int((v >= t).sum()) - n:
+                t = float(v[above - 1]) if above else math.inf
+        if t == -math.inf:
+            t = math.inf  # a score of -inf: this exit cannot be taken
+        T.append(t)
+        here &= conf[k] < t
     return T + [-math.inf]
 
 # %% ../../nbs/2_exits/inference.ipynb #def7404b
@@ -329,17 +411,18 @@ def _plain_number(p, name):
     number(p, name, above=0)
     return scalar(p)
 
+# %% ../../nbs/2_exits/inference.ipynb #dd3a0eb9
 def budget_curve(
-    valid:torch.Tensor,      # (E, N_v, K) logits on validation data
-    test:torch.Tensor,       # (E, N_t, K) logits on test data
-    y:torch.Tensor,          # (N_t,) test labels
-    costs,                   # E costs of leaving at each exit, e.g. MACs
-    P=range(1, 40),          # budget parameter, rising, see `exit_shares`
-    score="confidence",      # a `Score` or its name
-    exponent:int=1,          # q_k ~ (P/20)^(exponent k); DarkDistill's code has 4
-    flat:bool=False,         # keep earlier thresholds when later ones are worse on validation data
-    valid_y:torch.Tensor=None, # (N_v,) validation labels, for `flat`
-)->list:                     # one dict per P: P, thresholds (see `write_thresholds`), cost (mean on test data), accuracy, shares taken
+    valid: torch.Tensor,  # (E, N_v, K) logits on validation data
+    test: torch.Tensor,  # (E, N_t, K) logits on test data
+    y: torch.Tensor,  # (N_t,) test labels
+    costs,  # E costs of leaving at each exit, e.g. MACs
+    P=range(1, 40),  # budget parameter, rising, see `exit_shares`
+    score="confidence",  # a `Score` or its name
+    exponent: int = 1,  # q_k ~ (P/20)^(exponent k); DarkDistill's code has 4
+    flat: bool = False,  # keep earlier thresholds when later ones are worse on validation data
+    valid_y: torch.Tensor = None,  # (N_v,) validation labels, for `flat`
+) -> list:  # one dict per P: P, thresholds (see `write_thresholds`), cost (mean on test data), accuracy, shares taken
     "Accuracy against mean cost; thresholds are set on validation data and applied to test data. Raises `ValueError` for what does not fit."
     if flag(flat, "flat") and valid_y is None:
         raise ValueError("flat=True compares accuracies on validation data: pass valid_y")
@@ -349,7 +432,7 @@ def budget_curve(
     P, exponent = [_plain_number(p, "P") for p in P], number(exponent, "exponent", 0)
     score = score_by_name(score)
     sv, st = score.score(valid), score.score(test)
-    right, out, best = test.argmax(-1).cpu() == y.cpu(), [], (-1., None)
+    right, out, best = test.argmax(-1).cpu() == y.cpu(), [], (-1.0, None)
     for p in P:
         T = budget_thresholds(sv, exit_shares(len(sv), 20 * (p / 20) ** exponent))
         if flat:
@@ -357,7 +440,15 @@ def budget_curve(
             best = max(best, (here, T), key=lambda b: b[0])
             T = best[1]
         r = evaluate_thresholds(st.cpu(), right, costs, T)
-        out.append(dict(P=p, thresholds=write_thresholds(T), cost=r["cost"], accuracy=r["accuracy"], shares=r["shares"]))
+        out.append(
+            dict(
+                P=p,
+                thresholds=write_thresholds(T),
+                cost=r["cost"],
+                accuracy=r["accuracy"],
+                shares=r["shares"],
+            )
+        )
     return out
 
 # %% ../../nbs/2_exits/inference.ipynb #2237579f
@@ -366,12 +457,15 @@ def _check_budget(costs, budget, floor=None):
     budget = number(budget, "budget")
     ok = low * (1 - 1e-9) <= budget <= high * (1 + 1e-9)
     if not ok:
-        raise ValueError(f"budget={budget:g} must lie between {low:g}, the cheapest exit that can be taken, and {high:g}, the dearest")
+        raise ValueError(
+            f"budget={budget:g} must lie between {low:g}, the cheapest exit that can be taken, and {high:g}, the dearest"
+        )
     return budget
 
 def _bisect(f, low, high, steps=50):
     "A point of [low, high] where the rising function `f` is still <= 0, as far right as bisection finds; `low` if none is."
-    if f(high) <= 0: return high
+    if f(high) <= 0:
+        return high
     for _ in range(steps):
         mid = (low + high) / 2
         low, high = (mid, high) if f(mid) <= 0 else (low, mid)
@@ -385,34 +479,45 @@ def shares_for_budget(
     "Geometric shares q_k ~ r^k whose mean cost is the budget (MSDNet, arXiv 1703.09844); raises `ValueError` for a budget no exit can meet."
     c = _check_costs(costs, len(costs))
     budget = _check_budget(c, budget)
+
     def q(log_r):
         w = np.exp(log_r * np.arange(len(c)) - max(0, log_r * (len(c) - 1)))
         return w / w.sum()
-    return q(_bisect(lambda l: q(l) @ c - budget, -45., 45., 60)).tolist()
+
+    return q(_bisect(lambda l: q(l) @ c - budget, -45.0, 45.0, 60)).tolist()
 
 # %% ../../nbs/2_exits/inference.ipynb #fa910845
 def quantile_thresholds(
-    scores,    # (E, N) on validation data
-    fractions, # of those who arrive at exit k, the fraction that leaves there: a number, or E - 1 of them, in [0, 1]
-)->list:       # E thresholds; the last is -inf
+    scores,  # (E, N) on validation data
+    fractions,  # of those who arrive at exit k, the fraction that leaves there: a number, or E - 1 of them, in [0, 1]
+) -> list:  # E thresholds; the last is -inf
     "Thresholds that let a fraction of the survivors leave at each exit, as nearly as ties allow; raises `ValueError` for fractions outside [0, 1]."
     s = _check_scores(scores)
     E, N = s.shape
     one = np.ndim(fractions) == 0
     h = [number(v, "fractions", 0, 1) for v in ([fractions] * (E - 1) if one else fractions)]
-    check(len(h) == E - 1, "fractions", fractions, f"{E - 1} numbers in [0, 1], or one for all exits")
+    check(
+        len(h) == E - 1, "fractions", fractions, f"{E - 1} numbers in [0, 1], or one for all exits"
+    )
     here, T = torch.ones(N, dtype=torch.bool), []
     for k in range(E - 1):
-        n = round(h[k] * int(here.sum())); v = s[k].cpu()[here]
-        T.append(budget_thresholds(torch.stack([v, v]), [n / len(v), 1 - n / len(v)], "nearest")[0] if n else math.inf)
+        n = round(h[k] * int(here.sum()))
+        v = s[k].cpu()[here]
+        T.append(
+            budget_thresholds(torch.stack([v, v]), [n / len(v), 1 - n / len(v)], "nearest")[0]
+            if n
+            else math.inf
+        )
         here &= s[k].cpu() < T[-1]
     return T + [-math.inf]
 
 # %% ../../nbs/2_exits/inference.ipynb #739abb01
 def _best_cut(s, gain):
     "Threshold on s whose upper set has the largest total gain; inf if no upper set gains anything. The isotonic fit of gain on s is positive above it."
-    order = np.argsort(-s, kind="stable"); total = np.cumsum(gain[order]); s = s[order]
-    total = np.where(np.append(s[:-1] > s[1:], True), total, -np.inf)     # a cut cannot separate ties
+    order = np.argsort(-s, kind="stable")
+    total = np.cumsum(gain[order])
+    s = s[order]
+    total = np.where(np.append(s[:-1] > s[1:], True), total, -np.inf)  # a cut cannot separate ties
     k = int(total.argmax())
     return float(s[k]) if total[k] > 1e-9 * len(s) else math.inf
 
@@ -427,7 +532,7 @@ def stopping_thresholds(
     s, mu = _check_scores(scores), number(mu, "mu", 0)
     right, c = _check_right(right, s).cpu().double().numpy(), _check_costs(costs, len(s))
     s = s.cpu().double().numpy()
-    T, V = [-math.inf], right[-1] - mu * c[-1]                            # V: reward of each sample from here on
+    T, V = [-math.inf], right[-1] - mu * c[-1]  # V: reward of each sample from here on
     for k in range(len(c) - 2, -1, -1):
         leave = right[k] - mu * c[k]
         T.insert(0, math.inf if np.isneginf(s[k]).all() else _best_cut(s[k], leave - V))
@@ -437,47 +542,56 @@ def stopping_thresholds(
 # %% ../../nbs/2_exits/inference.ipynb #d0217722
 def _counts_to_T(s, n):
     "Thresholds that n[k] of all samples reach at exit k."
-    return [math.inf if k < 1 else float(v[k - 1]) for v, k in zip(np.sort(s, 1)[:, ::-1], n)] + [-math.inf]
+    return [math.inf if k < 1 else float(v[k - 1]) for v, k in zip(np.sort(s, 1)[:, ::-1], n)] + [
+        -math.inf
+    ]
 
 def _lagrange(scores, right, costs, budget, cost_of):
-    high = 2 / np.diff(costs).min()                         # at this price nothing is worth going on for
+    high = 2 / np.diff(costs).min()  # at this price nothing is worth going on for
     at = lambda mu: stopping_thresholds(scores, right, costs, mu)
-    dear = at(0.)
-    if cost_of(dear) <= budget: return dear
-    low = 0.; cheap = at(high)
+    dear = at(0.0)
+    if cost_of(dear) <= budget:
+        return dear
+    low = 0.0
+    cheap = at(high)
     for _ in range(20):
-        mid = (low + high) / 2; T = at(mid)
-        if cost_of(T) > budget: low, dear = mid, T
-        else: high, cheap = mid, T
+        mid = (low + high) / 2
+        T = at(mid)
+        if cost_of(T) > budget:
+            low, dear = mid, T
+        else:
+            high, cheap = mid, T
     s = scores[:-1].cpu().double().numpy()
     a, b = (np.array([(v >= t).sum() for v, t in zip(s, T)], float) for T in (cheap, dear))
     path = lambda t: _counts_to_T(s, np.round(a + t * (b - a)).astype(int))
-    t = _bisect(lambda t: cost_of(path(t)) - budget, 0., 1., 20)
+    t = _bisect(lambda t: cost_of(path(t)) - budget, 0.0, 1.0, 20)
     return path(t) if t > 0 else cheap
 
 # %% ../../nbs/2_exits/inference.ipynb #00b6b17f
 def thresholds_for_budget(
-    valid_scores,        # (E, N) scores on validation data
-    right,               # (E, N) bool: is exit e right about sample n? Read by "lagrange" only, may be None otherwise
-    costs,               # E costs of leaving at each exit, rising, e.g. MACs
-    budget:float,        # mean cost per sample, in the units of `costs`
-    scheme:str="msdnet", # msdnet | quantile | shared | lagrange
-)->list:                 # E thresholds; the last is -inf
+    valid_scores,  # (E, N) scores on validation data
+    right,  # (E, N) bool: is exit e right about sample n? Read by "lagrange" only, may be None otherwise
+    costs,  # E costs of leaving at each exit, rising, e.g. MACs
+    budget: float,  # mean cost per sample, in the units of `costs`
+    scheme: str = "msdnet",  # msdnet | quantile | shared | lagrange
+) -> list:  # E thresholds; the last is -inf
     "Thresholds whose mean cost on validation data meets the budget; raises `ValueError` for a budget below the cheapest or above the dearest exit."
     s, scheme = _check_scores(valid_scores), choice(scheme, "scheme", SCHEMES)
     c = _check_costs(costs, len(s))
-    can = (s > -math.inf).any(1).tolist()[:-1] + [True]                    # exits that can be taken
+    can = (s > -math.inf).any(1).tolist()[:-1] + [True]  # exits that can be taken
     budget = _check_budget(c, budget, min(c[can]))
     cost_of = lambda T: float(c[take_exit(s, T).cpu().numpy()].mean())
     over = lambda make: lambda t: cost_of(make(t)) - budget * (1 + 1e-9)
     if scheme == "msdnet":
-        q = np.zeros(len(c)); q[can] = shares_for_budget(c[can], budget) if sum(can) > 1 else 1.
+        q = np.zeros(len(c))
+        q[can] = shares_for_budget(c[can], budget) if sum(can) > 1 else 1.0
         return budget_thresholds(s, q.tolist())
     if scheme == "quantile":
         make = lambda stay: quantile_thresholds(s, 1 - stay)
-        return make(_bisect(over(make), 0., 1., 25))
+        return make(_bisect(over(make), 0.0, 1.0, 25))
     if scheme == "shared":
-        v = torch.cat([s[:-1].flatten().unique(), s.new_tensor([math.inf])]); v = v[v > -math.inf]
+        v = torch.cat([s[:-1].flatten().unique(), s.new_tensor([math.inf])])
+        v = v[v > -math.inf]
         make = lambda i: [float(v[round(i)])] * (len(c) - 1) + [-math.inf]
         return make(_bisect(over(make), 0, len(v) - 1, 25))
     return _lagrange(s, _check_right(right, s).cpu(), c, budget * (1 + 1e-9), cost_of)
@@ -495,8 +609,10 @@ def _gate_loss(X, gate, assign, right, c, budget, alpha_ce, alpha_cost, beta):
         before = torch.cat([before, u[-1].sigmoid().detach()], -1)
     log_a = torch.cat(r, -1).log_softmax(-1)
     a = log_a.exp()
-    w, t = a.detach() / a.detach().sum(0), before ** beta / (before ** beta).sum(-1, keepdim=True)
-    bce = (w * F.binary_cross_entropy_with_logits(torch.cat(u, -1), right, reduction="none")).sum() / len(X)
+    w, t = a.detach() / a.detach().sum(0), before**beta / (before**beta).sum(-1, keepdim=True)
+    bce = (
+        w * F.binary_cross_entropy_with_logits(torch.cat(u, -1), right, reduction="none")
+    ).sum() / len(X)
     cost = ((a @ c).mean() / budget - 1).abs()
     return bce + alpha_ce * F.kl_div(log_a, t, reduction="batchmean") + alpha_cost * cost, a
 
@@ -519,12 +635,24 @@ def fit_gate(
     _labels(y, logits)
     c = _check_costs(costs, E)
     budget = _check_budget(c, budget)
-    alpha_ce, alpha_cost, beta = number(alpha_ce, "alpha_ce", 0), number(alpha_cost, "alpha_cost", 0), number(beta, "beta", 0)
-    steps, lr, hidden, seed = whole(steps, "steps"), number(lr, "lr", above=0), whole(hidden, "hidden"), whole(seed, "seed", None)
-    right, c = (logits.argmax(-1) == y).float().T, torch.tensor(c, dtype=torch.float)                  # (N, E)
+    alpha_ce, alpha_cost, beta = (
+        number(alpha_ce, "alpha_ce", 0),
+        number(alpha_cost, "alpha_cost", 0),
+        number(beta, "beta", 0),
+    )
+    steps, lr, hidden, seed = (
+        whole(steps, "steps"),
+        number(lr, "lr", above=0),
+        whole(hidden, "hidden"),
+        whole(seed, "seed", None),
+    )
+    right, c = (logits.argmax(-1) == y).float().T, torch.tensor(c, dtype=torch.float)  # (N, E)
     with Streams(seed).scope("gate"):
         gate = Gate(E, K)
-        assign = nn.ModuleList(nn.Sequential(nn.Linear(K + 3 + e, hidden), nn.Sigmoid(), nn.Linear(hidden, 1)) for e in range(E))
+        assign = nn.ModuleList(
+            nn.Sequential(nn.Linear(K + 3 + e, hidden), nn.Sigmoid(), nn.Linear(hidden, 1))
+            for e in range(E)
+        )
     opt = torch.optim.Adam([*gate.parameters(), *assign.parameters()], lr=lr)
     fall = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
     X = [Gate.inputs(f, f.new_zeros(N, 0)) for f in logits.float()]
@@ -570,26 +698,32 @@ def oracle(
     if right.ndim != 2 or right.shape[1] == 0:
         raise ValueError(f"right must have shape (E, N) with N >= 1, not {tuple(right.shape)}")
     right, c = _check_right(right, right), _check_costs(costs, len(right))
-    e = right.int().argmax(0).cpu()          # 0 where no exit is right
+    e = right.int().argmax(0).cpu()  # 0 where no exit is right
     if budget is not None:
         budget = _check_budget(c, budget)
         extra, order = c[e] - c[0], e.argsort(stable=True)
-        e[order[np.cumsum(extra[order]) > (budget - c[0]) * len(e) + 1e-9]] = 0   # not affordable: leave at once, wrong
-    T = torch.arange(len(c))[:, None] == e                                        # a score that is 1 at the exit to take
-    return evaluate_thresholds(T.double(), right.cpu(), c, [.5] * (len(c) - 1) + [-math.inf])
+        e[order[np.cumsum(extra[order]) > (budget - c[0]) * len(e) + 1e-9]] = (
+            0  # not affordable: leave at once, wrong
+        )
+    T = torch.arange(len(c))[:, None] == e  # a score that is 1 at the exit to take
+    return evaluate_thresholds(T.double(), right.cpu(), c, [0.5] * (len(c) - 1) + [-math.inf])
 
 # %% ../../nbs/2_exits/inference.ipynb #080aa52b
 def failure_auroc(
-    scores, # (E, N)
+    scores,  # (E, N)
     right,  # (E, N) bool
-)->list:    # E numbers in [0, 1], 0.5 for a score that knows nothing; nan where an exit is always right or always wrong
+) -> list:  # E numbers in [0, 1], 0.5 for a score that knows nothing; nan where an exit is always right or always wrong
     "AUROC of the score for 'this exit is right', per exit."
     scores = _check_scores(scores)
     right, out = _check_right(right, scores).cpu().numpy(), []
     for s, r in zip(scores.cpu().numpy(), right):
         _, same, n = np.unique(s, return_inverse=True, return_counts=True)
-        rank, P = (n.cumsum() - (n - 1) / 2)[same], int(r.sum())                  # ties share their mean rank
-        out.append(float((rank[r].sum() - P * (P + 1) / 2) / (P * (len(r) - P))) if 0 < P < len(r) else math.nan)
+        rank, P = (n.cumsum() - (n - 1) / 2)[same], int(r.sum())  # ties share their mean rank
+        out.append(
+            float((rank[r].sum() - P * (P + 1) / 2) / (P * (len(r) - P)))
+            if 0 < P < len(r)
+            else math.nan
+        )
     return out
 
 # %% ../../nbs/2_exits/inference.ipynb #f0ebc02a
@@ -601,7 +735,9 @@ def aurc(
     scores = _check_scores(scores)
     right, out = _check_right(right, scores).cpu().numpy(), []
     for s, r in zip(scores.cpu().numpy(), right):
-        _, same, n = np.unique(-s, return_inverse=True, return_counts=True)       # group 0: the largest score
+        _, same, n = np.unique(
+            -s, return_inverse=True, return_counts=True
+        )  # group 0: the largest score
         error = np.repeat(np.bincount(same, ~r) / n, n)
         out.append(float((error.cumsum() / np.arange(1, len(r) + 1)).mean()))
     return out
@@ -617,16 +753,39 @@ def policy_table(
     scheme:str="lagrange", # see `thresholds_for_budget`
 )->list:                   # one dict per score: name, auroc (E), cost, accuracy, over_mixture, below_oracle
     "Print and return how each score does at one budget: AUROC per exit, test accuracy, distance to the static mixture and to the oracle at the same cost."
-    check(valid.keys() == test.keys() and len(valid) > 0, "names of scores in valid and test", (sorted(valid), sorted(test)), "the same, at least one")
+    check(
+        valid.keys() == test.keys() and len(valid) > 0,
+        "names of scores in valid and test",
+        (sorted(valid), sorted(test)),
+        "the same, at least one",
+    )
     right_test = _check_right(right_test, torch.as_tensor(next(iter(test.values()))))
     each, rows = right_test.double().mean(1).tolist(), []
-    print(f"{'score':12s}{'AUROC, exits 1-' + str(len(each)):>{7*len(each)}s}{'cost':>9s}{'accuracy':>10s}{'over mixture':>14s}{'below oracle':>14s}")
+    print(
+        f"{'score':12s}{'AUROC, exits 1-' + str(len(each)):>{7 * len(each)}s}{'cost':>9s}{'accuracy':>10s}{'over mixture':>14s}{'below oracle':>14s}"
+    )
     for name, sv in valid.items():
-        r = evaluate_thresholds(test[name], right_test, costs, thresholds_for_budget(sv, right_valid, costs, budget, scheme))
+        r = evaluate_thresholds(
+            test[name],
+            right_test,
+            costs,
+            thresholds_for_budget(sv, right_valid, costs, budget, scheme),
+        )
         c, acc, auroc = r["cost"], r["accuracy"], failure_auroc(test[name], right_test)
-        over, below = acc - float(static_mixture(costs, each, c)), oracle(right_test, costs, c)["accuracy"] - acc
-        rows.append(dict(name=name, auroc=auroc, cost=c, accuracy=acc, over_mixture=over, below_oracle=below))
-        print(f"{name:12s}" + "".join(f"{a:7.3f}" for a in auroc) + f"{c:9.3f}{acc:10.3f}{over:+14.3f}{below:14.3f}")
+        over, below = (
+            acc - float(static_mixture(costs, each, c)),
+            oracle(right_test, costs, c)["accuracy"] - acc,
+        )
+        rows.append(
+            dict(
+                name=name, auroc=auroc, cost=c, accuracy=acc, over_mixture=over, below_oracle=below
+            )
+        )
+        print(
+            f"{name:12s}"
+            + "".join(f"{a:7.3f}" for a in auroc)
+            + f"{c:9.3f}{acc:10.3f}{over:+14.3f}{below:14.3f}"
+        )
     return rows
 
 # %% ../../nbs/2_exits/inference.ipynb #9edf2ae7
@@ -646,7 +805,12 @@ def policy_curve(
         budgets = np.linspace(costs[first], costs[-1], 12).tolist()
     Ts = [thresholds_for_budget(valid, right_valid, costs, b, scheme) for b in budgets]
     got = [evaluate_thresholds(test, right_test, costs, T) for T in Ts]
-    return dict(budget=list(budgets), cost=[r["cost"] for r in got], accuracy=[r["accuracy"] for r in got], thresholds=Ts)
+    return dict(
+        budget=list(budgets),
+        cost=[r["cost"] for r in got],
+        accuracy=[r["accuracy"] for r in got],
+        thresholds=Ts,
+    )
 
 # %% ../../nbs/2_exits/inference.ipynb #5775ca79
 def plot_policies(
@@ -659,12 +823,35 @@ def plot_policies(
     "Accuracy against mean cost for policies, with the static mixture of the exits and the oracle."
     check(isinstance(unit, str), "unit", unit, "a text")
     import plotly.graph_objects as go
-    traces = [go.Scatter(x=c["cost"], y=c["accuracy"], name=n, mode="lines+markers", **style(i)) for i, (n, c) in enumerate(curves.items())]
+
+    traces = [
+        go.Scatter(x=c["cost"], y=c["accuracy"], name=n, mode="lines+markers", **style(i))
+        for i, (n, c) in enumerate(curves.items())
+    ]
     if exits is not None:
-        x = np.linspace(exits[0][0], exits[0][-1], 40); grey = lambda dash: dict(mode="lines", line=dict(color="grey", dash=dash, width=2))
-        traces.append(go.Scatter(x=x, y=static_mixture(*exits, x), name="static mixture", **grey("dash")))
-        traces.append(go.Scatter(x=exits[0], y=exits[1], name="exits", mode="markers", marker=dict(color="grey", symbol="star-diamond", size=11)))
-        if right is not None: traces.append(go.Scatter(x=x, y=[oracle(right, exits[0], b)["accuracy"] for b in x], name="oracle", **grey("dot")))
+        x = np.linspace(exits[0][0], exits[0][-1], 40)
+        grey = lambda dash: dict(mode="lines", line=dict(color="grey", dash=dash, width=2))
+        traces.append(
+            go.Scatter(x=x, y=static_mixture(*exits, x), name="static mixture", **grey("dash"))
+        )
+        traces.append(
+            go.Scatter(
+                x=exits[0],
+                y=exits[1],
+                name="exits",
+                mode="markers",
+                marker=dict(color="grey", symbol="star-diamond", size=11),
+            )
+        )
+        if right is not None:
+            traces.append(
+                go.Scatter(
+                    x=x,
+                    y=[oracle(right, exits[0], b)["accuracy"] for b in x],
+                    name="oracle",
+                    **grey("dot"),
+                )
+            )
     return figure(*traces, title=title, x=f"mean cost ({unit})", y="test accuracy", height=420)
 
 # %% ../../nbs/2_exits/inference.ipynb #c30083e3
@@ -674,9 +861,17 @@ def plot_auroc(
 ):              # plotly Figure
     "AUROC of every score at every exit, one row per score."
     import plotly.graph_objects as go
-    E = len(next(iter(table.values()))); names = list(table)[::-1]; look = lambda e: dict(mode="markers", marker=dict(style(e)["marker"], size=10))
-    marks = [go.Scatter(x=[table[n][e] for n in names], y=names, name=f"exit {e+1}", **look(e)) for e in range(E)]
-    return figure(*marks, title=title, x="AUROC for 'this exit is right'", height=110 + 28 * len(names)).add_vline(x=.5, line=dict(dash="dash", color="grey"))
+
+    E = len(next(iter(table.values())))
+    names = list(table)[::-1]
+    look = lambda e: dict(mode="markers", marker=dict(style(e)["marker"], size=10))
+    marks = [
+        go.Scatter(x=[table[n][e] for n in names], y=names, name=f"exit {e + 1}", **look(e))
+        for e in range(E)
+    ]
+    return figure(
+        *marks, title=title, x="AUROC for 'this exit is right'", height=110 + 28 * len(names)
+    ).add_vline(x=0.5, line=dict(dash="dash", color="grey"))
 
 # %% ../../nbs/2_exits/inference.ipynb #c4cacb01
 def reliability(
@@ -689,12 +884,20 @@ def reliability(
     right = _check_right(right, conf).cpu().numpy()
     low, high = float(conf.min()), float(conf.max())
     if low < 0 or high > 1:
-        raise ValueError(f"conf must lie in [0, 1], not in [{low:g}, {high:g}]: only probabilities can be calibrated")
+        raise ValueError(
+            f"conf must lie in [0, 1], not in [{low:g}, {high:g}]: only probabilities can be calibrated"
+        )
     for c, r in zip(conf.double().cpu().numpy(), right):
         b = np.minimum((c * bins).astype(int), bins - 1)
         n = np.bincount(b, minlength=bins)
         k = n > 0
-        out.append(dict(confidence=np.bincount(b, c, bins)[k] / n[k], accuracy=np.bincount(b, r, bins)[k] / n[k], count=n[k]))
+        out.append(
+            dict(
+                confidence=np.bincount(b, c, bins)[k] / n[k],
+                accuracy=np.bincount(b, r, bins)[k] / n[k],
+                count=n[k],
+            )
+        )
     return out
 
 def ece(
@@ -703,7 +906,10 @@ def ece(
     bins:int=15, # of equal width over [0, 1]
 )->list:         # E numbers in [0, 1]
     "Expected calibration error of every exit."
-    return [float((d["count"] * abs(d["confidence"] - d["accuracy"])).sum() / d["count"].sum()) for d in reliability(conf, right, bins)]
+    return [
+        float((d["count"] * abs(d["confidence"] - d["accuracy"])).sum() / d["count"].sum())
+        for d in reliability(conf, right, bins)
+    ]
 
 # %% ../../nbs/2_exits/inference.ipynb #6bfa4068
 def temperature(
@@ -713,19 +919,30 @@ def temperature(
     high:float=3.,       # largest log T
 )->torch.Tensor:         # (...) temperatures, usually one per exit
     "Temperatures that minimise the cross-entropy of logits / T, by bisection on log T (arXiv 1706.04599); raises `ValueError` for what does not fit."
-    check(isinstance(logits, torch.Tensor) and logits.ndim > 1, "logits' shape", tuple(getattr(logits, "shape", ())), "(..., N, K)")
+    check(
+        isinstance(logits, torch.Tensor) and logits.ndim > 1,
+        "logits' shape",
+        tuple(getattr(logits, "shape", ())),
+        "(..., N, K)",
+    )
     if logits.shape[-2] == 0:
         raise ValueError("logits has no samples; a temperature needs at least one")
-    y, low, high = _labels(y, _certain(logits, "logits")).long(), number(low, "low"), number(high, "high")
+    y, low, high = (
+        _labels(y, _certain(logits, "logits")).long(),
+        number(low, "low"),
+        number(high, "high"),
+    )
     check(low < high, "low", low, f"below high={high}")
     z = logits.double()
     of_y = z.gather(-1, y.to(z.device).expand(z.shape[:-1])[..., None])[..., 0].mean(-1)
     finite(of_y, "mean logit of the labels' classes")
-    held = z.masked_fill(z == -math.inf, 0.)                     # 0 times a class that cannot occur is 0
+    held = z.masked_fill(z == -math.inf, 0.0)  # 0 times a class that cannot occur is 0
     a, b = torch.full_like(of_y, low), torch.full_like(of_y, high)
     for _ in range(50):
         t = (a + b) / 2
-        too_hot = ((z / t.exp()[..., None, None]).softmax(-1) * held).sum(-1).mean(-1) < of_y      # slope in 1/T < 0: sharper is better
+        too_hot = ((z / t.exp()[..., None, None]).softmax(-1) * held).sum(-1).mean(
+            -1
+        ) < of_y  # slope in 1/T < 0: sharper is better
         a, b = torch.where(too_hot, a, t), torch.where(too_hot, t, b)
     return ((a + b) / 2).exp().float()
 
@@ -739,16 +956,45 @@ def plot_reliability(
     "Reliability diagrams, one panel per exit; the diagonal is perfect calibration."
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
+
     E, errors = len(right), [ece(c, right) for c in confs.values()]
-    heads = [f"exit {e+1}<br>ECE " + ", ".join(f"{v[e]:.3f}" for v in errors) for e in range(E)]
-    fig = make_subplots(1, E, shared_yaxes=True, horizontal_spacing=.02, subplot_titles=heads)
+    heads = [f"exit {e + 1}<br>ECE " + ", ".join(f"{v[e]:.3f}" for v in errors) for e in range(E)]
+    fig = make_subplots(1, E, shared_yaxes=True, horizontal_spacing=0.02, subplot_titles=heads)
     for e in range(E):
-        fig.add_trace(go.Scatter(x=[0, 1], y=[0, 1], mode="lines", line=dict(color="grey", dash="dot"), showlegend=False), 1, e + 1)
+        fig.add_trace(
+            go.Scatter(
+                x=[0, 1],
+                y=[0, 1],
+                mode="lines",
+                line=dict(color="grey", dash="dot"),
+                showlegend=False,
+            ),
+            1,
+            e + 1,
+        )
         for i, (n, c) in enumerate(confs.items()):
             d = reliability(c, right, bins)[e]
-            fig.add_trace(go.Scatter(x=d["confidence"], y=d["accuracy"], name=n, legendgroup=n, showlegend=e == 0, mode="lines+markers", **style(i)), 1, e + 1)
-    fig.update_layout(figure(title=title, height=320).layout, margin_t=90, font_size=12).update_annotations(font_size=12)
-    return fig.update_xaxes(title="confidence", range=[0, 1], dtick=.5).update_yaxes(range=[0, 1]).update_yaxes(title="accuracy", col=1)
+            fig.add_trace(
+                go.Scatter(
+                    x=d["confidence"],
+                    y=d["accuracy"],
+                    name=n,
+                    legendgroup=n,
+                    showlegend=e == 0,
+                    mode="lines+markers",
+                    **style(i),
+                ),
+                1,
+                e + 1,
+            )
+    fig.update_layout(
+        figure(title=title, height=320).layout, margin_t=90, font_size=12
+    ).update_annotations(font_size=12)
+    return (
+        fig.update_xaxes(title="confidence", range=[0, 1], dtick=0.5)
+        .update_yaxes(range=[0, 1])
+        .update_yaxes(title="accuracy", col=1)
+    )
 
 # %% ../../nbs/2_exits/inference.ipynb #bca76484
 def plot_depth(
@@ -760,15 +1006,42 @@ def plot_depth(
 ):               # plotly Figure
     "Share of the samples that leave at each exit, against their true difficulty; raises `ValueError` for what does not fit."
     import plotly.graph_objects as go
-    exit, d, n_exits, bins = np.asarray(exit), np.asarray(difficulty, float), whole(n_exits, "n_exits"), whole(bins, "bins")
+
+    exit, d, n_exits, bins = (
+        np.asarray(exit),
+        np.asarray(difficulty, float),
+        whole(n_exits, "n_exits"),
+        whole(bins, "bins"),
+    )
     if len(exit) != len(d) or not len(d):
-        raise ValueError(f"exit and difficulty must be equally long and not empty, not {len(exit)} and {len(d)}")
+        raise ValueError(
+            f"exit and difficulty must be equally long and not empty, not {len(exit)} and {len(d)}"
+        )
     finite(d, "difficulty")
-    check(0 <= exit.min() and exit.max() < n_exits, "exit's range", (exit.min().item(), exit.max().item()), f"within 0 to {n_exits - 1}")
+    check(
+        0 <= exit.min() and exit.max() < n_exits,
+        "exit's range",
+        (exit.min().item(), exit.max().item()),
+        f"within 0 to {n_exits - 1}",
+    )
     parts = np.array_split(d.argsort(kind="stable"), min(bins, len(d)))
     share = np.array([np.bincount(exit[p], minlength=n_exits) / len(p) for p in parts])
-    return figure(*(go.Scatter(x=[d[p].mean() for p in parts], y=share[:, e], name=f"exit {e+1}", mode="lines+markers", **style(e)) for e in range(n_exits)),
-                  title=title, x="true difficulty", y="share of pictures", height=340)
+    return figure(
+        *(
+            go.Scatter(
+                x=[d[p].mean() for p in parts],
+                y=share[:, e],
+                name=f"exit {e + 1}",
+                mode="lines+markers",
+                **style(e),
+            )
+            for e in range(n_exits)
+        ),
+        title=title,
+        x="true difficulty",
+        y="share of pictures",
+        height=340,
+    )
 
 # %% ../../nbs/2_exits/inference.ipynb #b60146b7
 def picture_grid(
@@ -782,13 +1055,21 @@ def picture_grid(
     check(isinstance(title, str), "title", title, "a text")
     exit, scores, each = torch.as_tensor(exit), _check_scores(scores).cpu(), whole(each, "each")
     n = len(data), len(exit), scores.shape[1]
-    if len(set(n)) > 1: raise ValueError(f"{n[0]} pictures, {n[1]} exits taken and scores for {n[2]} samples: all must be equally many")
+    if len(set(n)) > 1:
+        raise ValueError(
+            f"{n[0]} pictures, {n[1]} exits taken and scores for {n[2]} samples: all must be equally many"
+        )
     idx, rows = [], []
     for e in range(len(scores)):
-        here = (exit == e).nonzero()[:, 0]; here = here[scores[e][here].argsort(descending=True, stable=True)].tolist()
+        here = (exit == e).nonzero()[:, 0]
+        here = here[scores[e][here].argsort(descending=True, stable=True)].tolist()
         left, right = here[:each], here[each:][-each:]
-        idx += left + [-1] * (2 * each + 1 - len(left) - len(right)) + right; rows.append(f"exit {e+1}")
-    idx = torch.tensor(idx); x = data.x[idx]
-    x[idx < 0] = 255 if x.dtype == torch.uint8 else x.max()                       # blank between the halves, and where there are too few
+        idx += left + [-1] * (2 * each + 1 - len(left) - len(right)) + right
+        rows.append(f"exit {e + 1}")
+    idx = torch.tensor(idx)
+    x = data.x[idx]
+    x[idx < 0] = (
+        255 if x.dtype == torch.uint8 else x.max()
+    )  # blank between the halves, and where there are too few
     chosen = ArrayData(x, torch.zeros(len(x), dtype=torch.long))
     return show_pictures(chosen, slice(None), columns=2 * each + 1, rows=rows, title=title)

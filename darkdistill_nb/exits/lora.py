@@ -19,6 +19,7 @@ from .networks import EarlyExitNet
 # %% ../../nbs/2_exits/lora.ipynb #b4cbaff8
 class LoRALinear(nn.Linear):
     "A linear layer plus trained low-rank corrections of parts of its output (arXiv 2106.09685)."
+
     def __init__(self,
         base:nn.Linear,    # its weight and bias are taken over, not copied
         parts:dict,        # name -> which of `of` equal parts of the output, from 0
@@ -27,33 +28,57 @@ class LoRALinear(nn.Linear):
         alpha:float=64,    # the correction is scaled by alpha/rank
         dropout:float=.01, # on the input of the correction, while training
     ):
-        nn.Module.__init__(self)   # not Linear's, which would make and initialise a weight
+        nn.Module.__init__(self)  # not Linear's, which would make and initialise a weight
         of, rank = whole(of, "of"), whole(rank, "rank")
         alpha, dropout = number(alpha, "alpha"), number(dropout, "dropout", low=0, below=1)
         check(isinstance(parts, dict) and parts, "parts", parts, "a dict: name -> part, from 0")
         parts = {k: whole(i, f"parts[{k!r}]", 0, of - 1) for k, i in parts.items()}
-        check(base.out_features % of == 0, "of", of, f"a divisor of the {base.out_features} outputs")
-        self.in_features, self.out_features, width = base.in_features, base.out_features, base.out_features // of
+        check(
+            base.out_features % of == 0, "of", of, f"a divisor of the {base.out_features} outputs"
+        )
+        self.in_features, self.out_features, width = (
+            base.in_features,
+            base.out_features,
+            base.out_features // of,
+        )
         self.weight, self.bias, self.dropout = base.weight, base.bias, nn.Dropout(dropout)
-        self.parts, self.scale = {k: (i * width, (i + 1) * width) for k, i in parts.items()}, alpha / rank
+        self.parts, self.scale = (
+            {k: (i * width, (i + 1) * width) for k, i in parts.items()},
+            alpha / rank,
+        )
         like = dict(device=base.weight.device, dtype=base.weight.dtype)
-        self.lora_A = nn.ParameterDict({k: torch.empty(rank, self.in_features, **like) for k in parts})
+        self.lora_A = nn.ParameterDict(
+            {k: torch.empty(rank, self.in_features, **like) for k in parts}
+        )
         self.lora_B = nn.ParameterDict({k: torch.zeros(width, rank, **like) for k in parts})
-        for A in self.lora_A.values(): nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        self.train(base.training)   # or dropout would be on in a network that is evaluating
+        for A in self.lora_A.values():
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        self.train(base.training)  # or dropout would be on in a network that is evaluating
+
     def forward(self, x):
         y, x = super().forward(x), self.dropout(x)
-        for k, (a, b) in self.parts.items(): y[..., a:b].add_(F.linear(F.linear(x, self.lora_A[k]), self.lora_B[k]), alpha=self.scale)
+        for k, (a, b) in self.parts.items():
+            y[..., a:b].add_(
+                F.linear(F.linear(x, self.lora_A[k]), self.lora_B[k]), alpha=self.scale
+            )
         return y
+
     def merged(self):
         "The plain weight that computes the same: W + alpha/r * BA."
         w = self.weight.detach().clone()
-        for k, (a, b) in self.parts.items(): w[a:b] += self.scale * self.lora_B[k].detach() @ self.lora_A[k].detach()
+        for k, (a, b) in self.parts.items():
+            w[a:b] += self.scale * self.lora_B[k].detach() @ self.lora_A[k].detach()
         return w
 
 # %% ../../nbs/2_exits/lora.ipynb #a5f99b6e
-TARGETS = {"q": ("attn.qkv", 0, 3), "k": ("attn.qkv", 1, 3), "v": ("attn.qkv", 2, 3),   # name -> layer, part, parts
-           "proj": ("attn.proj", 0, 1), "fc1": ("mlp.fc1", 0, 1), "fc2": ("mlp.fc2", 0, 1)}
+TARGETS = {
+    "q": ("attn.qkv", 0, 3),
+    "k": ("attn.qkv", 1, 3),
+    "v": ("attn.qkv", 2, 3),  # name -> layer, part, parts
+    "proj": ("attn.proj", 0, 1),
+    "fc1": ("mlp.fc1", 0, 1),
+    "fc2": ("mlp.fc2", 0, 1),
+}
 
 def _adapted(net): return [(n, m) for n, m in net.named_modules() if isinstance(m, LoRALinear)]
 
@@ -64,11 +89,18 @@ def _replace(net, name, module):
 def _find(net, targets):
     "[(name of a layer, the layer, its parts to adapt, of how many)] in the stages of `net`."
     paths, found = {}, []
-    for t in targets: paths.setdefault(TARGETS[t][0], []).append(t)
+    for t in targets:
+        paths.setdefault(TARGETS[t][0], []).append(t)
     for path, ts in paths.items():
-        hits = [(n, m) for n, m in net.named_modules() if n.startswith("stages.") and n.endswith("." + path) and isinstance(m, nn.Linear)]
+        hits = [
+            (n, m)
+            for n, m in net.named_modules()
+            if n.startswith("stages.") and n.endswith("." + path) and isinstance(m, nn.Linear)
+        ]
         if not hits:
-            raise ValueError(f"targets={tuple(targets)}: no linear layer {path!r} in the stages of this network; LoRA adapts transformer blocks")
+            raise ValueError(
+                f"targets={tuple(targets)}: no linear layer {path!r} in the stages of this network; LoRA adapts transformer blocks"
+            )
         found += [(n, m, {t: TARGETS[t][1] for t in ts}, TARGETS[ts[0]][2]) for n, m in hits]
     return found
 
@@ -84,12 +116,20 @@ def add_lora(
     targets = (targets,) if isinstance(targets, str) else tuple(dict.fromkeys(map(str, targets)))
     unknown = [t for t in targets if t not in TARGETS]
     check(targets and not unknown, "targets", targets, f"some of {', '.join(TARGETS)}")
-    rank, alpha, dropout = whole(rank, "rank"), number(alpha, "alpha"), number(dropout, "dropout", low=0, below=1)
+    rank, alpha, dropout = (
+        whole(rank, "rank"),
+        number(alpha, "alpha"),
+        number(dropout, "dropout", low=0, below=1),
+    )
     if _adapted(net):
-        raise ValueError("this network has LoRA already; merge_lora(net) folds it in before new one is added")
+        raise ValueError(
+            "this network has LoRA already; merge_lora(net) folds it in before new one is added"
+        )
     found = _find(net, targets)
-    net.requires_grad_(False); net.exits.requires_grad_(True)
-    for name, base, parts, of in found: _replace(net, name, LoRALinear(base, parts, of, rank, alpha, dropout))
+    net.requires_grad_(False)
+    net.exits.requires_grad_(True)
+    for name, base, parts, of in found:
+        _replace(net, name, LoRALinear(base, parts, of, rank, alpha, dropout))
     return net
 
 # %% ../../nbs/2_exits/lora.ipynb #6f9eb909
@@ -97,7 +137,8 @@ def lora_state(
     net:EarlyExitNet # after `add_lora`
 )->dict:             # name -> tensor: corrections, exits, and what else was unfrozen
     "The weights that are trained: what a client stores and sends."
-    if not _adapted(net): raise ValueError("this network has no LoRA; call add_lora(net) first")
+    if not _adapted(net):
+        raise ValueError("this network has no LoRA; call add_lora(net) first")
     return {k: p.detach() for k, p in net.named_parameters() if p.requires_grad}
 
 # %% ../../nbs/2_exits/lora.ipynb #7f1a2714
@@ -106,9 +147,12 @@ def merge_lora(
 )->EarlyExitNet:     # `net`, a plain network whose parameters are all trainable
     "Fold the corrections into the weights; raises `ValueError` if there are none."
     found = _adapted(net)
-    if not found: raise ValueError("this network has no LoRA to merge; call add_lora(net) first")
+    if not found:
+        raise ValueError("this network has no LoRA to merge; call add_lora(net) first")
     for name, m in found:
-        plain = nn.Linear(m.in_features, m.out_features, m.bias is not None, device="meta")   # no memory, no random numbers
+        plain = nn.Linear(
+            m.in_features, m.out_features, m.bias is not None, device="meta"
+        )  # no memory, no random numbers
         plain.weight, plain.bias = nn.Parameter(m.merged()), m.bias
         _replace(net, name, plain)
     return net.requires_grad_(True)

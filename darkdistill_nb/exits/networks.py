@@ -27,7 +27,9 @@ def _sizes(low=1, **numbers):
 
 def _shape(input_shape, axes=3):
     "A shape as a tuple of whole numbers; `axes` None: any number of them."
-    ok = isinstance(input_shape, (tuple, list, torch.Size)) and len(input_shape) == (axes or max(len(input_shape), 1))
+    ok = isinstance(input_shape, (tuple, list, torch.Size)) and len(input_shape) == (
+        axes or max(len(input_shape), 1)
+    )
     check(ok, "input_shape", input_shape, "(C, H, W)" if axes else "a tuple of sizes")
     return tuple(whole(v, f"input_shape[{i}]", 1, 100_000) for i, v in enumerate(input_shape))
 
@@ -41,6 +43,7 @@ def _exits_at(exits, low, high, what):
 # %% ../../nbs/2_exits/networks.ipynb #d0e3fde9
 class Exit(nn.Module):
     "One exit: a vector of features per sample, then LayerNorm and a linear classifier on it."
+
     def __init__(self,
         reduce:nn.Module, # stage output -> (B, width) features
         width:int,        # length of the feature vector
@@ -49,30 +52,40 @@ class Exit(nn.Module):
         super().__init__()
         width, n_classes = _sizes(width=width, n_classes=n_classes)
         self.reduce, self.norm, self.fc = reduce, nn.LayerNorm(width), nn.Linear(width, n_classes)
+
     def features(self, z): return self.reduce(z)
+
     def classify(self, a): return self.fc(self.norm(a))
+
     def forward(self, z): return self.classify(self.features(z))
 
 # %% ../../nbs/2_exits/networks.ipynb #a39d94b3
 class ClassToken(nn.Module):
     "The first token of a transformer's output: (B, T, h) -> (B, h)."
+
     def forward(self, z): return z[:, 0]
 
 class PooledMap(nn.Module):
     "A feature map after ReLU, averaged to a grid: (B, C, H, W) -> (B, C*grid*grid)."
+
     def __init__(self,
         grid:int=4 # cells along each side
     ):
         super().__init__()
-        self.grid, = _sizes(grid=grid)
+        (self.grid,) = _sizes(grid=grid)
+
     def forward(self, z): return F.adaptive_avg_pool2d(F.relu(z), self.grid).flatten(1)
 
 # %% ../../nbs/2_exits/networks.ipynb #3905e0a2
 class _Scale(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, s): ctx.s = s; return x.view_as(x)
+    def forward(ctx, x, s):
+        ctx.s = s
+        return x.view_as(x)
+
     @staticmethod
-    def backward(ctx, g): return g * ctx.s, None
+    def backward(ctx, g):
+        return g * ctx.s, None
 
 def scale_gradient(
     x:torch.Tensor, # any shape
@@ -85,6 +98,7 @@ def scale_gradient(
 # %% ../../nbs/2_exits/networks.ipynb #9a5d810f
 class EarlyExitNet(nn.Module):
     "A stem, stages, and one exit after each stage."
+
     def __init__(self,
         stem:nn.Module,    # picture (B, C, H, W) -> latents that enter the first stage
         stages:list,       # modules; the output of one enters the next
@@ -94,23 +108,32 @@ class EarlyExitNet(nn.Module):
     ):
         super().__init__()
         if len(stages) != len(exits) or not len(stages):
-            raise ValueError(f"{len(stages)} stages and {len(exits)} exits: both lists must be equally long and not empty")
+            raise ValueError(
+                f"{len(stages)} stages and {len(exits)} exits: both lists must be equally long and not empty"
+            )
         for name, part in dict(stem=[stem], stages=stages, exits=exits).items():
             check(all(isinstance(m, nn.Module) for m in part), name, part, "modules of PyTorch")
         self.stem, self.stages, self.exits = stem, nn.ModuleList(stages), nn.ModuleList(exits)
         self.input_shape, (self.n_classes,) = _shape(input_shape, None), _sizes(n_classes=n_classes)
+
     def __len__(self): return len(self.stages)
+
     def features(self, z, ge="none"):
         a, E = [], len(self)
         choice(ge, "ge", ("none", "full", "released"))
         for e, (stage, exit) in enumerate(zip(self.stages, self.exits), 1):
             z, k = stage(z), E - e + 1
-            if ge != "none": z = scale_gradient(z, 1 / k)
+            if ge != "none":
+                z = scale_gradient(z, 1 / k)
             a.append(exit.features(z))
-            if ge == "full" and k > 1: z = scale_gradient(z, k - 1)
+            if ge == "full" and k > 1:
+                z = scale_gradient(z, k - 1)
         return a
+
     def classify(self, a): return [exit.classify(v) for exit, v in zip(self.exits, a)]
+
     def from_latents(self, z, ge="none"): return self.classify(self.features(z, ge))
+
     def forward(self, x, ge="none"): return self.from_latents(self.stem(x), ge)
 
 # %% ../../nbs/2_exits/networks.ipynb #cf5760e2
@@ -119,7 +142,8 @@ def take_rows(
     keep:torch.Tensor, # indices of samples, or a boolean mask (B,)
 ):                     # latents of the same kind with the kept samples
     "The samples `keep` of a batch of latents."
-    if isinstance(z, (tuple, list)): return type(z)(take_rows(v, keep) for v in z)
+    if isinstance(z, (tuple, list)):
+        return type(z)(take_rows(v, keep) for v in z)
     return z[keep] if keep.dtype == torch.bool else z.index_select(0, keep)
 
 # %% ../../nbs/2_exits/networks.ipynb #c1242128
@@ -129,7 +153,9 @@ def prefix(self:EarlyExitNet,
 )->EarlyExitNet:
     "The first `m` blocks, sharing parameters and their names; raises `ValueError` if there are fewer."
     m = whole(m, "m", 1, len(self))
-    return EarlyExitNet(self.stem, list(self.stages[:m]), list(self.exits[:m]), self.input_shape, self.n_classes)
+    return EarlyExitNet(
+        self.stem, list(self.stages[:m]), list(self.exits[:m]), self.input_shape, self.n_classes
+    )
 
 def block_of(
     name:str # name of a parameter or buffer of an `EarlyExitNet`
@@ -145,6 +171,7 @@ def block_of(
 def _count(f, *args):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
+
     # attention as plain matrix products, which the counter sees
     with FlopCounterMode(display=False) as c, sdpa_kernel(SDPBackend.MATH):
         out = f(*args)
@@ -179,6 +206,7 @@ def latent_shape(self:EarlyExitNet)->tuple: # shape of one sample's latents
 # %% ../../nbs/2_exits/networks.ipynb #04e60e6d
 class ConvStage(nn.Module):
     "A residual stage: `depth` pre-activated 3x3 convolutions, after an optional halving of the map."
+
     def __init__(self,
         width:int,        # channels in and out
         halve:bool=False, # average-pool 2x2 first
@@ -190,9 +218,11 @@ class ConvStage(nn.Module):
         self.halve = flag(halve, "halve")
         self.norms = nn.ModuleList(nn.GroupNorm(4, width) for _ in range(depth))
         self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth))
+
     def forward(self, z):
         z = h = F.avg_pool2d(z, 2) if self.halve else z
-        for norm, conv in zip(self.norms, self.convs): h = conv(F.relu(norm(h)))
+        for norm, conv in zip(self.norms, self.convs):
+            h = conv(F.relu(norm(h)))
         return z + h
 
 # %% ../../nbs/2_exits/networks.ipynb #011cf5b5
@@ -206,21 +236,34 @@ def cnn(
     "A small residual CNN with an exit after every stage; raises `ValueError` for sizes that cannot be."
     C, H, W = input_shape = _shape(input_shape)
     if min(H, W) < 4:
-        raise ValueError(f"input_shape={input_shape} is too small; the exits need maps of at least 4x4")
+        raise ValueError(
+            f"input_shape={input_shape} is too small; the exits need maps of at least 4x4"
+        )
     n_classes, width = _sizes(n_classes=n_classes, width=width)
     stages, depth = whole(stages, "stages", 1, 1000), whole(depth, "depth", 1, 1000)
     check(width % 4 == 0, "width", width, "a multiple of 4 (GroupNorm with 4 groups)")
     big = min(H, W) >= 16
-    stem, size = nn.Conv2d(C, width, 3, stride=2 if big else 1, padding=1), min(H, W) // (2 if big else 1)
+    stem, size = (
+        nn.Conv2d(C, width, 3, stride=2 if big else 1, padding=1),
+        min(H, W) // (2 if big else 1),
+    )
     parts = []
     for _ in range(stages):
-        halve = size > 8; size //= 2 if halve else 1
+        halve = size > 8
+        size //= 2 if halve else 1
         parts.append(ConvStage(width, halve, depth))
-    return EarlyExitNet(stem, parts, [Exit(PooledMap(4), width * 16, n_classes) for _ in parts], input_shape, n_classes)
+    return EarlyExitNet(
+        stem,
+        parts,
+        [Exit(PooledMap(4), width * 16, n_classes) for _ in parts],
+        input_shape,
+        n_classes,
+    )
 
 # %% ../../nbs/2_exits/networks.ipynb #2d257803
 class WideBlock(nn.Module):
     "Pre-activated residual block of a WideResNet (arXiv 1605.07146)."
+
     def __init__(self,
         cin:int,         # channels in
         cout:int,        # channels out
@@ -229,9 +272,15 @@ class WideBlock(nn.Module):
     ):
         super().__init__()
         cin, cout, stride = _sizes(cin=cin, cout=cout, stride=stride)
-        self.bn1, self.conv1 = nn.BatchNorm2d(cin), nn.Conv2d(cin, cout, 3, stride, 1, bias=flag(bias, "bias"))
+        self.bn1, self.conv1 = (
+            nn.BatchNorm2d(cin),
+            nn.Conv2d(cin, cout, 3, stride, 1, bias=flag(bias, "bias")),
+        )
         self.bn2, self.conv2 = nn.BatchNorm2d(cout), nn.Conv2d(cout, cout, 3, 1, 1, bias=bias)
-        self.short = nn.Conv2d(cin, cout, 1, stride, bias=bias) if cin != cout or stride != 1 else None
+        self.short = (
+            nn.Conv2d(cin, cout, 1, stride, bias=bias) if cin != cout or stride != 1 else None
+        )
+
     def forward(self, z):
         h = F.relu(self.bn1(z))
         s = z if self.short is None else self.short(h)
@@ -240,6 +289,7 @@ class WideBlock(nn.Module):
 # %% ../../nbs/2_exits/networks.ipynb #9357a97b
 class Project(nn.Module):
     "A reduction followed by a linear map, so that exits of different width give features of one length."
+
     def __init__(self,
         reduce:nn.Module, # stage output -> (B, width)
         width:int,        # what `reduce` gives
@@ -247,19 +297,20 @@ class Project(nn.Module):
     ):
         super().__init__()
         self.reduce, self.fc = reduce, nn.Linear(*_sizes(width=width, length=length))
+
     def forward(self, z): return self.fc(self.reduce(z))
 
 # %% ../../nbs/2_exits/networks.ipynb #3cea776b
 def wrn(
-    depth:int=16,                 # 6n+4
-    widen:int=1,                  # k
-    input_shape:tuple=(3, 32, 32),# (C, H, W)
-    n_classes:int=10,             # K
-    exits:tuple=None,             # after which blocks (1-based), 0 = after the stem; None: the end of each group
-    pool:int=4,                   # cells along each side that an exit averages to; 1 = global average pooling
-    features:int=None,            # length of every exit's features, by a linear map after pooling; None: channels * pool * pool
-    bias:bool=False,              # of the convolutions; the original has none
-)->EarlyExitNet:
+    depth: int = 16,  # 6n+4
+    widen: int = 1,  # k
+    input_shape: tuple = (3, 32, 32),  # (C, H, W)
+    n_classes: int = 10,  # K
+    exits: tuple = None,  # after which blocks (1-based), 0 = after the stem; None: the end of each group
+    pool: int = 4,  # cells along each side that an exit averages to; 1 = global average pooling
+    features: int = None,  # length of every exit's features, by a linear map after pooling; None: channels * pool * pool
+    bias: bool = False,  # of the convolutions; the original has none
+) -> EarlyExitNet:
     "WideResNet-`depth`-`widen` with exits after chosen residual blocks; raises `ValueError` for sizes that cannot be."
     depth, input_shape = whole(depth, "depth", None), _shape(input_shape)
     check(10 <= depth <= 10_000 and depth % 6 == 4, "depth", depth, "6n+4: 10, 16, 22, 28, 40, ...")
@@ -268,14 +319,32 @@ def wrn(
     exits = _exits_at(exits, 0, 3 * n, "after the stem and after the last block")
     widen, n_classes, pool = _sizes(widen=widen, n_classes=n_classes, pool=pool)
     features = None if features is None else whole(features, "features", 1, 100_000)
-    widths, blocks, c = [16, *(16 * widen * 2 ** (i // n) for i in range(3 * n))], [], 16   # widths[b]: channels after block b
-    for i, w in enumerate(widths[1:exits[-1] + 1]): blocks.append(WideBlock(c, w, 2 if i % n == 0 and i else 1, bias)); c = w
+    widths, blocks, c = (
+        [16, *(16 * widen * 2 ** (i // n) for i in range(3 * n))],
+        [],
+        16,
+    )  # widths[b]: channels after block b
+    for i, w in enumerate(widths[1 : exits[-1] + 1]):
+        blocks.append(WideBlock(c, w, 2 if i % n == 0 and i else 1, bias))
+        c = w
     stages = [nn.Sequential(*blocks[a:b]) for a, b in zip((0, *exits), exits)]
+
     def head(width):
-        reduce, width = PooledMap(pool), width * pool ** 2
-        return Exit(Project(reduce, width, features), features, n_classes) if features else Exit(reduce, width, n_classes)
+        reduce, width = PooledMap(pool), width * pool**2
+        return (
+            Exit(Project(reduce, width, features), features, n_classes)
+            if features
+            else Exit(reduce, width, n_classes)
+        )
+
     heads = [head(widths[e]) for e in exits]
-    return EarlyExitNet(nn.Conv2d(input_shape[0], 16, 3, padding=1, bias=bias), stages, heads, input_shape, n_classes)
+    return EarlyExitNet(
+        nn.Conv2d(input_shape[0], 16, 3, padding=1, bias=bias),
+        stages,
+        heads,
+        input_shape,
+        n_classes,
+    )
 
 # %% ../../nbs/2_exits/networks.ipynb #0c77484d
 def conv_norm(
@@ -288,11 +357,14 @@ def conv_norm(
     choice(norm, "norm", ("batch", "group"))
     cin, cout, kernel, stride = _sizes(cin=cin, cout=cout, kernel=kernel, stride=stride)
     n = nn.BatchNorm2d(cout) if norm == "batch" else nn.GroupNorm(math.gcd(cout, 4), cout)
-    return nn.Sequential(nn.Conv2d(cin, cout, kernel, stride, kernel // 2, bias=False), n, nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(cin, cout, kernel, stride, kernel // 2, bias=False), n, nn.ReLU()
+    )
 
 # %% ../../nbs/2_exits/networks.ipynb #40ea9f39
 class ScaleLayer(nn.Module):
     "One layer of an MSDNet at one scale (arXiv 1703.09844, section 4): new channels are concatenated to the old ones."
+
     def __init__(self,
         scale:int,        # 0 = the finest
         cin:int,          # channels of this scale before the layer
@@ -304,14 +376,20 @@ class ScaleLayer(nn.Module):
         super().__init__()
         (scale, fine), (cin, new) = _sizes(0, scale=scale, fine=fine), _sizes(cin=cin, new=new)
         out = None if out is None else whole(out, "out", 1, 100_000)
+
         def narrow(c, n, stride, s): # bottleneck: 1x1 to 1, 2 or 4 times the new channels, then 3x3
-            m = min(c, n * min(2 ** s, 4)); return nn.Sequential(conv_norm(c, m, 1, norm=norm), conv_norm(m, n, 3, stride, norm))
+            m = min(c, n * min(2**s, 4))
+            return nn.Sequential(conv_norm(c, m, 1, norm=norm), conv_norm(m, n, 3, stride, norm))
+
         half = new // 2 if fine else 0
         self.scale, self.same = scale, narrow(cin, new - half, 1, scale)
         self.down = narrow(fine, half, 2, scale - 1) if fine else None
         self.transition = conv_norm(cin + new, out, 1, norm=norm) if out else None
+
     def forward(self, z, fine=None):
-        z = torch.cat([z, self.same(z)] if self.down is None else [z, self.down(fine), self.same(z)], 1)
+        z = torch.cat(
+            [z, self.same(z)] if self.down is None else [z, self.down(fine), self.same(z)], 1
+        )
         return z if self.transition is None else self.transition(z)
 
 # %% ../../nbs/2_exits/networks.ipynb #901a2348
@@ -327,30 +405,45 @@ def unpack(
 )->list:            # views of z: (B, C_i, H_i, W_i)
     "The maps that `pack` laid end to end, without copying; raises `ValueError` for shapes that do not add up."
     shapes = list(shapes)
-    check(sum(map(math.prod, shapes)) == z.shape[1], "shapes", shapes, f"those of {z.shape[1]} numbers")
+    check(
+        sum(map(math.prod, shapes)) == z.shape[1],
+        "shapes",
+        shapes,
+        f"those of {z.shape[1]} numbers",
+    )
     return [v.unflatten(1, s) for v, s in zip(z.split([math.prod(s) for s in shapes], 1), shapes)]
 
 # %% ../../nbs/2_exits/networks.ipynb #a18783ba
 class ScaleStage(nn.Module):
     "Layers of an MSDNet between two exits, in the order in which they are computed."
-    def __init__(self,
-        layers:list,     # `ScaleLayer`s
-        enter:dict,      # scale -> (C, H, W) of the maps that come in packed
-        leave:dict,      # the same for what goes on
-        start:list=None, # stage 1: convolutions that make scales 1, 2, ... out of the finest map that comes in
+
+    def __init__(
+        self,
+        layers: list,  # `ScaleLayer`s
+        enter: dict,  # scale -> (C, H, W) of the maps that come in packed
+        leave: dict,  # the same for what goes on
+        start: list = None,  # stage 1: convolutions that make scales 1, 2, ... out of the finest map that comes in
     ):
         super().__init__()
         self.layers, self.enter, self.leave = nn.ModuleList(layers), enter, leave
         self.start = None if start is None else nn.ModuleList(start)
+
     def forward(self, z):
-        maps = {0: z} if self.start is not None else dict(zip(self.enter, unpack(z, self.enter.values())))
-        for s, halve in enumerate(self.start or [], 1): maps[s] = halve(maps[s - 1])
-        for layer in self.layers: maps[layer.scale] = layer(maps[layer.scale], maps.get(layer.scale - 1))
+        maps = (
+            {0: z}
+            if self.start is not None
+            else dict(zip(self.enter, unpack(z, self.enter.values())))
+        )
+        for s, halve in enumerate(self.start or [], 1):
+            maps[s] = halve(maps[s - 1])
+        for layer in self.layers:
+            maps[layer.scale] = layer(maps[layer.scale], maps.get(layer.scale - 1))
         return pack(maps[s] for s in self.leave)
 
 # %% ../../nbs/2_exits/networks.ipynb #cbc5affd
 class CoarseHead(nn.Module):
     "Features of an MSDNet exit: two convolutions on the coarsest map of packed latents, then the average over it."
+
     def __init__(self,
         shape:tuple,      # (C, H, W) of the coarsest map
         width:int,        # features
@@ -360,35 +453,70 @@ class CoarseHead(nn.Module):
         self.shape, (width,) = _shape(shape), _sizes(width=width)
         size, convs = min(self.shape[1:]), []
         for c in (shape[0], width):
-            stride = 2 if size > 2 else 1; size = -(-size // stride)   # a single pixel would leave BatchNorm no statistics
+            stride = 2 if size > 2 else 1
+            size = -(-size // stride)  # a single pixel would leave BatchNorm no statistics
             convs.append(conv_norm(c, width, 3, stride, norm))
         self.convs = nn.Sequential(*convs)
-    def forward(self, z): return self.convs(z[:, -math.prod(self.shape):].unflatten(1, self.shape)).mean((2, 3))
+
+    def forward(self, z):
+        return self.convs(z[:, -math.prod(self.shape) :].unflatten(1, self.shape)).mean((2, 3))
 
 # %% ../../nbs/2_exits/networks.ipynb #bbdc223d
 class _Plan:
     "Which layers an MSDNet of S scales and L layers has, and with how many channels; layers count from 1, scales from 0."
+
     def __init__(self, S, L, channels, growth, size, norm):
         self.S, self.part, self.growth, self.norm = S, math.ceil(L / S), growth, norm
-        self.factor, self.size, self.n = [min(2 ** s, 4) for s in range(S)], [tuple(size)], [channels]
-        for _ in range(S - 1): self.size.append(tuple(-(-v // 2) for v in self.size[-1]))
-        for l in range(1, L + 1): self.n.append((self.n[-1] + growth) // (2 if self.transition(l) else 1))
-        self.last = [min((s + 1) * self.part, L - (S - 1 - s)) for s in range(S)]   # a scale ends where it is dropped, or where no exit reads it any more
+        self.factor, self.size, self.n = [min(2**s, 4) for s in range(S)], [tuple(size)], [channels]
+        for _ in range(S - 1):
+            self.size.append(tuple(-(-v // 2) for v in self.size[-1]))
+        for l in range(1, L + 1):
+            self.n.append((self.n[-1] + growth) // (2 if self.transition(l) else 1))
+        self.last = [
+            min((s + 1) * self.part, L - (S - 1 - s)) for s in range(S)
+        ]  # a scale ends where it is dropped, or where no exit reads it any more
+
     def transition(self, l): return l > 1 and (l - 1) % self.part == 0
+
     def reads_fine(self, s, l): return s > 0 and l <= s * self.part + 1
-    def level(self, s, t): return min(max(t - (self.S - 1 - s), 0), self.last[s])   # layers of scale s done after step t
+
+    def level(self, s, t):
+        return min(
+            max(t - (self.S - 1 - s), 0), self.last[s]
+        )  # layers of scale s done after step t
+
     def shape(self, s, l): return self.n[l] * self.factor[s], *self.size[s]
-    def start(self): return [conv_norm(self.n[0] * a, self.n[0] * b, stride=2, norm=self.norm) for a, b in zip(self.factor, self.factor[1:])]
+
+    def start(self):
+        return [
+            conv_norm(self.n[0] * a, self.n[0] * b, stride=2, norm=self.norm)
+            for a, b in zip(self.factor, self.factor[1:])
+        ]
+
     def layer(self, s, l):
         f, n = self.factor, self.n
-        fine, out = n[l-1] * f[s-1] if self.reads_fine(s, l) else 0, n[l] * f[s] if self.transition(l) else None
-        return ScaleLayer(s, n[l-1] * f[s], self.growth * f[s], fine, out, self.norm)
+        fine, out = (
+            n[l - 1] * f[s - 1] if self.reads_fine(s, l) else 0,
+            n[l] * f[s] if self.transition(l) else None,
+        )
+        return ScaleLayer(s, n[l - 1] * f[s], self.growth * f[s], fine, out, self.norm)
+
     def layers(self, a, b):
-        return [self.layer(s, self.level(s, t)) for t in range(a + 1, b + 1) for s in range(self.S) if self.level(s, t) > self.level(s, t - 1)]
+        return [
+            self.layer(s, self.level(s, t))
+            for t in range(a + 1, b + 1)
+            for s in range(self.S)
+            if self.level(s, t) > self.level(s, t - 1)
+        ]
+
     def alive(self, t):
         "Scale -> shape of the maps that are still read after step t."
         grows = lambda s: self.level(s, t) < self.last[s]
-        later = lambda s: s == self.S - 1 or grows(s) or (grows(s + 1) and self.reads_fine(s + 1, self.level(s + 1, t) + 1))
+        later = lambda s: (
+            s == self.S - 1
+            or grows(s)
+            or (grows(s + 1) and self.reads_fine(s + 1, self.level(s + 1, t) + 1))
+        )
         return {s: self.shape(s, self.level(s, t)) for s in range(self.S) if later(s)}
 
 # %% ../../nbs/2_exits/networks.ipynb #c43adb8c
@@ -407,37 +535,71 @@ def msdnet(
     "Multi-scale dense network with exits on its coarsest scale (Huang et al. 2018, arXiv 1703.09844)."
     input_shape = _shape(input_shape)
     size = min(input_shape[1:])
-    S = max([1] + [s for s in (2, 3) if size >> s - 1 >= 4]) if scales is None else whole(scales, "scales", 1, 30)
-    exits, first, step = (whole(v, k, 1, 1000) for k, v in dict(exits=exits, first=first, step=step).items())
-    n_classes, channels, head, growth = _sizes(n_classes=n_classes, channels=channels, head=head, growth=growth)
+    S = (
+        max([1] + [s for s in (2, 3) if size >> s - 1 >= 4])
+        if scales is None
+        else whole(scales, "scales", 1, 30)
+    )
+    exits, first, step = (
+        whole(v, k, 1, 1000) for k, v in dict(exits=exits, first=first, step=step).items()
+    )
+    n_classes, channels, head, growth = _sizes(
+        n_classes=n_classes, channels=channels, head=head, growth=growth
+    )
     choice(norm, "norm", ("batch", "group"))
-    check(growth % 2 == 0, "growth", growth, "even: half of the new channels come from the finer scale")
+    check(
+        growth % 2 == 0,
+        "growth",
+        growth,
+        "even: half of the new channels come from the finer scale",
+    )
     if size >> S - 1 < 2:
-        raise ValueError(f"scales={S} is too many for input_shape={input_shape}: "
-                         "the coarsest map would be smaller than 2x2")
+        raise ValueError(
+            f"scales={S} is too many for input_shape={input_shape}: "
+            "the coarsest map would be smaller than 2x2"
+        )
     plan = _Plan(S, first + step * (exits - 1), channels, growth, input_shape[1:], norm)
     ends = [first + step * i for i in range(exits)]
-    stages = [ScaleStage(plan.layers(a, b), plan.alive(a) if a else {}, plan.alive(b), None if a else plan.start()) for a, b in zip((0, *ends), ends)]
+    stages = [
+        ScaleStage(
+            plan.layers(a, b),
+            plan.alive(a) if a else {},
+            plan.alive(b),
+            None if a else plan.start(),
+        )
+        for a, b in zip((0, *ends), ends)
+    ]
     heads = [Exit(CoarseHead(s.leave[S - 1], head, norm), head, n_classes) for s in stages]
-    return EarlyExitNet(conv_norm(input_shape[0], channels, norm=norm), stages, heads, input_shape, n_classes)
+    return EarlyExitNet(
+        conv_norm(input_shape[0], channels, norm=norm), stages, heads, input_shape, n_classes
+    )
 
 # %% ../../nbs/2_exits/networks.ipynb #41a7fd99
 class TokenStem(nn.Module):
     "All that a timm ViT does before its first block, by timm's own code: (B, C, H, W) -> (B, T, h)."
-    parts = "patch_embed cls_token reg_token dist_token pos_embed pos_drop patch_drop norm_pre".split()
+
+    parts = (
+        "patch_embed cls_token reg_token dist_token pos_embed pos_drop patch_drop norm_pre".split()
+    )
     flags = "no_embed_class num_prefix_tokens dynamic_img_size".split()
+
     def __init__(self,
         vit # a timm `VisionTransformer`
     ):
         super().__init__()
-        for name in self.parts: setattr(self, name, getattr(vit, name, None))
-        for name in self.flags: setattr(self, name, getattr(vit, name))
+        for name in self.parts:
+            setattr(self, name, getattr(vit, name, None))
+        for name in self.flags:
+            setattr(self, name, getattr(vit, name))
         self.kind = type(vit)
-    def forward(self, x): return self.norm_pre(self.patch_drop(self.kind._pos_embed(self, self.patch_embed(x))))
+
+    def forward(self, x):
+        return self.norm_pre(self.patch_drop(self.kind._pos_embed(self, self.patch_embed(x))))
 
 # %% ../../nbs/2_exits/networks.ipynb #d86d722c
 class TokenMean(nn.Module):
     "The mean over tokens `start` to `stop` of a transformer's output: (B, T, h) -> (B, h)."
+
     def __init__(self,
         start:int=0,   # first token
         stop:int=None, # end; None: to the last
@@ -445,58 +607,80 @@ class TokenMean(nn.Module):
         super().__init__()
         self.start = whole(start, "start", 0)
         self.stop = None if stop is None else whole(stop, "stop", self.start + 1)
+
     def forward(self, z): return z[:, self.start:self.stop].mean(1)
 
 def token_features(
     vit # a timm `VisionTransformer`
 )->nn.Module: # (B, T, h) -> (B, h)
     "What the exits of a ViT classify: its class token, the mean of class and distillation token, or the mean of its patches."
-    if getattr(vit, "dist_token", None) is not None: return TokenMean(0, 2)
-    if vit.cls_token is not None and vit.global_pool not in ("avg", "avgmax", "max"): return ClassToken()
+    if getattr(vit, "dist_token", None) is not None:
+        return TokenMean(0, 2)
+    if vit.cls_token is not None and vit.global_pool not in ("avg", "avgmax", "max"):
+        return ClassToken()
     return TokenMean(0 if vit.pool_include_prefix else vit.num_prefix_tokens)
 
 # %% ../../nbs/2_exits/networks.ipynb #f8c6d3a1
 def _timm_vit(name, pretrained, kwargs):
     "timm's model `name` without its classifier; raises one clear error where there is none or its weights do not come."
     from darkdistill_nb.core.compat import ensure_torchvision
+
     ensure_torchvision()
     import timm
     from timm.models.vision_transformer import VisionTransformer
+
     check(isinstance(name, str), "name", name, "the name of a timm model")
-    if ":" not in name and not timm.is_model(name): raise ValueError(f"name={name!r} is not a timm model; timm.list_models('*vit*') lists them")
+    if ":" not in name and not timm.is_model(name):
+        raise ValueError(f"name={name!r} is not a timm model; timm.list_models('*vit*') lists them")
     file = (kwargs.get("pretrained_cfg_overlay") or {}).get("file")
-    if pretrained and file and not Path(file).is_file(): raise FileNotFoundError(f"pretrained_cfg_overlay names the file {file}, which is not there")
+    if pretrained and file and not Path(file).is_file():
+        raise FileNotFoundError(f"pretrained_cfg_overlay names the file {file}, which is not there")
     on = "use pretrained=False, or give a file of weights: pretrained_cfg_overlay=dict(file=...)"
-    try: m = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+    try:
+        m = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
     except (TypeError, AssertionError, ZeroDivisionError) as e:
         raise ValueError(f"name={name!r} cannot be built with {kwargs}: {e}") from None
-    except OSError as e: raise ConnectionError(f"the weights of {name!r} could not be fetched (no connection?): {on} [{type(e).__name__}]") from e
+    except OSError as e:
+        raise ConnectionError(
+            f"the weights of {name!r} could not be fetched (no connection?): {on} [{type(e).__name__}]"
+        ) from e
     except RuntimeError as e:
         if not pretrained:
-            raise ValueError(f"name={name!r} cannot be built with {kwargs}: {str(e).splitlines()[0]}") from None
-        raise ValueError(f"no weights of {name!r} that fit {kwargs}: {on} [{str(e).splitlines()[0]}]") from e
-    if not isinstance(m, VisionTransformer): raise ValueError(f"name={name!r} is not a plain ViT but a {type(m).__name__}")
+            raise ValueError(
+                f"name={name!r} cannot be built with {kwargs}: {str(e).splitlines()[0]}"
+            ) from None
+        raise ValueError(
+            f"no weights of {name!r} that fit {kwargs}: {on} [{str(e).splitlines()[0]}]"
+        ) from e
+    if not isinstance(m, VisionTransformer):
+        raise ValueError(f"name={name!r} is not a plain ViT but a {type(m).__name__}")
     return m
 
 # %% ../../nbs/2_exits/networks.ipynb #07c7be2a
 def vit(
-    name:str="deit_tiny_patch16_224", # a plain ViT of timm
-    exits:tuple=None,                 # after which blocks (1-based); None: after each quarter of them
-    n_classes:int=100,                # K
-    pretrained:bool=False,            # timm's trained weights, downloaded or from a file
-    **kwargs                          # more for `timm.create_model`: img_size, patch_size, embed_dim, depth, num_heads, in_chans, pretrained_cfg_overlay
-)->EarlyExitNet:
+    name: str = "deit_tiny_patch16_224",  # a plain ViT of timm
+    exits: tuple = None,  # after which blocks (1-based); None: after each quarter of them
+    n_classes: int = 100,  # K
+    pretrained: bool = False,  # timm's trained weights, downloaded or from a file
+    **kwargs,  # more for `timm.create_model`: img_size, patch_size, embed_dim, depth, num_heads, in_chans, pretrained_cfg_overlay
+) -> EarlyExitNet:
     "A timm ViT with exits after chosen blocks; raises `ValueError` for other models, `ConnectionError` if weights cannot be fetched."
-    n_classes, = _sizes(n_classes=n_classes)
+    (n_classes,) = _sizes(n_classes=n_classes)
     for k in set(kwargs) & {"embed_dim", "depth", "num_heads", "in_chans"}:
-        kwargs[k], = _sizes(**{k: kwargs[k]})
+        (kwargs[k],) = _sizes(**{k: kwargs[k]})
     m = _timm_vit(name, flag(pretrained, "pretrained"), kwargs)
     L = len(m.blocks)
     exits = sorted({-(-L * q // 4) for q in (1, 2, 3, 4)}) if exits is None else exits
     exits = _exits_at(exits, 1, L, "the number of blocks")
     stages = [nn.Sequential(*m.blocks[a:b]) for a, b in zip((0, *exits), exits)]
     shape = (kwargs.get("in_chans", m.pretrained_cfg["input_size"][0]), *m.patch_embed.img_size)
-    return EarlyExitNet(TokenStem(m), stages, [Exit(token_features(m), m.embed_dim, n_classes) for _ in exits], shape, n_classes)
+    return EarlyExitNet(
+        TokenStem(m),
+        stages,
+        [Exit(token_features(m), m.embed_dim, n_classes) for _ in exits],
+        shape,
+        n_classes,
+    )
 
 # %% ../../nbs/2_exits/networks.ipynb #8e6e3745
 def build_net(
@@ -509,7 +693,11 @@ def build_net(
     input_shape, own = _shape(input_shape), dict(cnn=cnn, wrn=wrn, msdnet=msdnet)
     check(isinstance(arch, str), "arch", arch, f"{', '.join(own)}, or the name of a timm ViT")
     if arch in own:
-        takes = [k for k in inspect.signature(own[arch]).parameters if k not in ("input_shape", "n_classes")]
+        takes = [
+            k
+            for k in inspect.signature(own[arch]).parameters
+            if k not in ("input_shape", "n_classes")
+        ]
         for k in kwargs:
             if k not in takes:
                 raise ValueError(f"arch {arch!r} has no option {k!r}; it has {', '.join(takes)}")

@@ -19,7 +19,13 @@ import torch.nn.functional as F
 from ..core.checks import check, choice, flag, whole
 from .networks import ClassToken, EarlyExitNet, Exit, TokenStem, take_rows
 from .training import POLICIES, Joint, objective_by_name
-from .inference import SCORES, Confidence, read_thresholds, score_by_name, write_thresholds
+from darkdistill_nb.exits.inference import (
+    SCORES,
+    Confidence,
+    read_thresholds,
+    score_by_name,
+    write_thresholds,
+)
 from fastcore.basics import patch
 from torch import nn
 
@@ -37,7 +43,7 @@ def loop_exits(
     thresholds = read_thresholds(thresholds, len(net), "thresholds")
     check(len(x) > 0, "number of images in x", 0, "at least 1")
     for i in range(len(x)):
-        z, before, state, seen = net.stem(x[i:i+1]), None, None, []
+        z, before, state, seen = net.stem(x[i : i + 1]), None, None, []
         for e, (stage, exit) in enumerate(zip(net.stages, net.exits)):
             z = stage(z)
             a = exit.features(z)
@@ -54,11 +60,17 @@ def loop_exits(
 # %% ../../nbs/2_exits/runner.ipynb #6f100a68
 class onednn_route:
     "Inside this block fp32 matrix products on the CPU may go to oneDNN; the setting is put back afterwards."
+
     def __init__(self, on=True): self.on = on
+
     def __enter__(self):
-        if self.on: self.was = torch.backends.mkldnn.matmul.fp32_precision; torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        if self.on:
+            self.was = torch.backends.mkldnn.matmul.fp32_precision
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+
     def __exit__(self, *exc):
-        if self.on: torch.backends.mkldnn.matmul.fp32_precision = self.was
+        if self.on:
+            torch.backends.mkldnn.matmul.fp32_precision = self.was
 
 @functools.cache
 def route_is_exact()->bool: # False as well where this PyTorch or processor has no such route
@@ -66,11 +78,17 @@ def route_is_exact()->bool: # False as well where this PyTorch or processor has 
     g = torch.Generator().manual_seed(0)
     try:
         for shape in ((4, 65, 64), (2, 17, 192), (1, 200, 33)):
-            a, b = torch.randn(*shape, generator=g), torch.randn(shape[0], shape[2], 48, generator=g)
-            with onednn_route(): c = torch.bmm(a, b)
+            a, b = (
+                torch.randn(*shape, generator=g),
+                torch.randn(shape[0], shape[2], 48, generator=g),
+            )
+            with onednn_route():
+                c = torch.bmm(a, b)
             exact = torch.bmm(a.double(), b.double())
-            if (c - exact).abs().max() > 1e-6 * exact.abs().max(): return False
-    except (AttributeError, RuntimeError): return False
+            if (c - exact).abs().max() > 1e-6 * exact.abs().max():
+                return False
+    except (AttributeError, RuntimeError):
+        return False
     return True
 
 # %% ../../nbs/2_exits/runner.ipynb #8b2fb843
@@ -78,21 +96,32 @@ def route_is_exact()->bool: # False as well where this PyTorch or processor has 
 def _packs(dtype):
     "Do oneDNN's packed linear layers exist here, and are they as accurate as `dtype` allows?"
     tol = {torch.float32: 1e-6, torch.bfloat16: 1e-2}.get(dtype)
-    if tol is None: return False
+    if tol is None:
+        return False
     g = torch.Generator().manual_seed(0)
-    x, w, b, r = (torch.randn(*s, generator=g).to(dtype) for s in ((65, 192), (64, 192), (64,), (65, 64)))
+    x, w, b, r = (
+        torch.randn(*s, generator=g).to(dtype) for s in ((65, 192), (64, 192), (64,), (65, 64))
+    )
     exact = F.linear(x.double(), w.double(), b.double())
     try:
-        op, packed = torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._reorder_linear_weight(w, None)
-        got = [op(x, packed, b, *kind) for kind in (("none", [], "none"), ("gelu", [], "none"), ("gelu", [], "tanh"))]
+        op, packed = (
+            torch.ops.mkldnn._linear_pointwise,
+            torch.ops.mkldnn._reorder_linear_weight(w, None),
+        )
+        got = [
+            op(x, packed, b, *kind)
+            for kind in (("none", [], "none"), ("gelu", [], "none"), ("gelu", [], "tanh"))
+        ]
         got.append(op.binary(x, r, packed, b, "add"))
-    except (AttributeError, RuntimeError): return False
+    except (AttributeError, RuntimeError):
+        return False
     want = [exact, F.gelu(exact), F.gelu(exact, approximate="tanh"), exact + r.double()]
     return all((a.double() - b).abs().max() <= tol * exact.abs().max() for a, b in zip(got, want))
 
 # %% ../../nbs/2_exits/runner.ipynb #4588d6bc
 class PackedLinear:
     "y = x W' + b, with GELU or a residual in the same pass where oneDNN's packed layers are available."
+
     def __init__(self,
         weight:torch.Tensor, # (out, in)
         bias=None,           # (out,); None: zeros
@@ -101,7 +130,12 @@ class PackedLinear:
         w = weight.detach().to(dtype).contiguous()
         self.bias = w.new_zeros(len(w)) if bias is None else bias.detach().to(dtype).contiguous()
         self.packed = w.device.type == "cpu" and _packs(dtype)
-        self.weight, self.op = (torch.ops.mkldnn._reorder_linear_weight(w, None), torch.ops.mkldnn._linear_pointwise) if self.packed else (w, None)
+        self.weight, self.op = (
+            (torch.ops.mkldnn._reorder_linear_weight(w, None), torch.ops.mkldnn._linear_pointwise)
+            if self.packed
+            else (w, None)
+        )
+
     def __call__(self,
         x:torch.Tensor, # (n, in)
         gelu:str=None,  # apply GELU: "none" (exact) or "tanh" (approximation)
@@ -110,8 +144,11 @@ class PackedLinear:
         if not self.packed:
             y = F.linear(x, self.weight, self.bias)
             return y.add_(add) if add is not None else F.gelu(y, approximate=gelu) if gelu else y
-        if add is not None: return self.op.binary(x, add, self.weight, self.bias, "add")
-        return self.op.default(x, self.weight, self.bias, "gelu" if gelu else "none", [], gelu or "none")
+        if add is not None:
+            return self.op.binary(x, add, self.weight, self.bias, "add")
+        return self.op.default(
+            x, self.weight, self.bias, "gelu" if gelu else "none", [], gelu or "none"
+        )
 
 # %% ../../nbs/2_exits/runner.ipynb #e3d894be
 def _affine(lin, scale=None):
@@ -124,6 +161,7 @@ def _affine(lin, scale=None):
 # %% ../../nbs/2_exits/runner.ipynb #015ad8ff
 class FusedBlock:
     "A timm ViT block for inference: the same function in fewer passes, and `token`, its class token alone."
+
     def __init__(self,
         block,               # `timm.models.vision_transformer.Block`
         dtype=torch.float32, # of weights and tokens
@@ -131,43 +169,77 @@ class FusedBlock:
         A, M = block.attn, block.mlp
         H, D, h = A.num_heads, A.qkv.out_features // (3 * A.num_heads), A.qkv.in_features
         (W, b), (P, c), last = _affine(A.qkv), _affine(A.proj, block.ls1), _affine(M.fc2, block.ls2)
-        W[:H*D] *= A.scale; b[:H*D] *= A.scale                                  # queries carry the factor 1/sqrt(d)
+        W[: H * D] *= A.scale
+        b[: H * D] *= A.scale  # queries carry the factor 1/sqrt(d)
         self.H, self.D, self.h, self.gelu = H, D, h, M.act.approximate
-        self.qkv, self.proj, self.fc1, self.fc2 = (PackedLinear(*wb, dtype) for wb in ((W, b), (P, c), _affine(M.fc1), last))
-        self.norm1, self.norm2 = ((n.weight.detach().to(dtype), n.bias.detach().to(dtype), n.eps) for n in (block.norm1, block.norm2))
+        self.qkv, self.proj, self.fc1, self.fc2 = (
+            PackedLinear(*wb, dtype) for wb in ((W, b), (P, c), _affine(M.fc1), last)
+        )
+        self.norm1, self.norm2 = (
+            (n.weight.detach().to(dtype), n.bias.detach().to(dtype), n.eps)
+            for n in (block.norm1, block.norm2)
+        )
         (q, k, v), (bq, _, bv), P = W.view(3, H, D, h), b.view(3, H, D), P.view(h, H, D)
         mul = torch.einsum
-        self.ask = PackedLinear(mul("idj,idk->ijk", k, q).reshape(H*h, h), mul("idj,id->ij", k, bq).flatten(), dtype)  # u_i of all heads
-        self.read = PackedLinear(mul("oid,idj->oij", P, v).reshape(h, H*h), c + mul("oid,id->o", P, bv), dtype)        # values and projection
-        self.by_hand = W.device.type == "cpu" and (dtype == torch.bfloat16 or dtype == torch.float32 and route_is_exact())
-    def mlp(self, z): return self.fc2(self.fc1(F.layer_norm(z, (self.h,), *self.norm2), gelu=self.gelu), add=z)
+        self.ask = PackedLinear(
+            mul("idj,idk->ijk", k, q).reshape(H * h, h), mul("idj,id->ij", k, bq).flatten(), dtype
+        )  # u_i of all heads
+        self.read = PackedLinear(
+            mul("oid,idj->oij", P, v).reshape(h, H * h), c + mul("oid,id->o", P, bv), dtype
+        )  # values and projection
+        self.by_hand = W.device.type == "cpu" and (
+            dtype == torch.bfloat16 or dtype == torch.float32 and route_is_exact()
+        )
+
+    def mlp(self, z):
+        return self.fc2(self.fc1(F.layer_norm(z, (self.h,), *self.norm2), gelu=self.gelu), add=z)
+
     def attend(self, qkv, n, T):
-        q, k, v = qkv.view(n, T, 3, self.H, self.D).permute(2, 0, 3, 1, 4).contiguous().view(3, n * self.H, T, self.D).unbind(0)
-        if self.by_hand: o = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
-        else: o = F.scaled_dot_product_attention(*(t.view(n, self.H, T, self.D) for t in (q, k, v)), scale=1.)
+        q, k, v = (
+            qkv.view(n, T, 3, self.H, self.D)
+            .permute(2, 0, 3, 1, 4)
+            .contiguous()
+            .view(3, n * self.H, T, self.D)
+            .unbind(0)
+        )
+        if self.by_hand:
+            o = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
+        else:
+            o = F.scaled_dot_product_attention(
+                *(t.view(n, self.H, T, self.D) for t in (q, k, v)), scale=1.0
+            )
         return o.view(n, self.H, T, self.D).transpose(1, 2).reshape(n * T, self.H * self.D)
+
     def __call__(self, z):
         n, T, h = z.shape
         z = z.reshape(n * T, h)
         z = self.proj(self.attend(self.qkv(F.layer_norm(z, (h,), *self.norm1)), n, T), add=z)
         return self.mlp(z).view(n, T, h)
+
     def token(self, z):
         n, T, h = z.shape
         y = F.layer_norm(z, (h,), *self.norm1)
-        p = torch.bmm(self.ask(y[:, 0].contiguous()).view(n, self.H, h), y.transpose(1, 2)).softmax(-1)
+        p = torch.bmm(self.ask(y[:, 0].contiguous()).view(n, self.H, h), y.transpose(1, 2)).softmax(
+            -1
+        )
         return self.mlp(self.read(torch.bmm(p, y).view(n, self.H * h), add=z[:, 0].contiguous()))
 
 # %% ../../nbs/2_exits/runner.ipynb #716587bb
 class FusedStem:
     "A `TokenStem` whose patch embedding is a single linear layer."
+
     def __init__(self,
         stem:TokenStem,
         dtype=torch.float32, # of pictures and tokens
     ):
         conv, to = stem.patch_embed.proj, lambda p: p.detach().to(dtype)
-        self.patch, self.embed = conv.kernel_size, PackedLinear(conv.weight.flatten(1), conv.bias, dtype)
+        self.patch, self.embed = (
+            conv.kernel_size,
+            PackedLinear(conv.weight.flatten(1), conv.bias, dtype),
+        )
         pos, cls = to(stem.pos_embed[0]), to(stem.cls_token[0, 0])
         self.first, self.pos = (cls, pos) if stem.no_embed_class else (cls + pos[0], pos[1:])
+
     def __call__(self, x):
         (n, C, H, W), (p, q) = x.shape, self.patch
         t = x.reshape(n, C, H // p, p, W // q, q).permute(0, 2, 4, 1, 3, 5).reshape(-1, C * p * q)
@@ -179,17 +251,24 @@ class FusedStem:
 # %% ../../nbs/2_exits/runner.ipynb #dbfef9f0
 class FusedExit:
     "An `Exit`'s classifier, features -> logits."
+
     def __init__(self, exit):
         n, fc = exit.norm, exit.fc
-        self.norm, self.fc = (n.normalized_shape, n.weight.detach(), n.bias.detach(), n.eps), PackedLinear(fc.weight, fc.bias, fc.weight.dtype)
+        self.norm, self.fc = (
+            (n.normalized_shape, n.weight.detach(), n.bias.detach(), n.eps),
+            PackedLinear(fc.weight, fc.bias, fc.weight.dtype),
+        )
+
     def __call__(self, a): return self.fc(F.layer_norm(a, *self.norm))
 
 # %% ../../nbs/2_exits/runner.ipynb #469a517d
 def _agrees(fast, slow, z, dtype):
     "Does a fused form give its module's answer on z?"
     want = slow(z)
-    tol = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, .1) * (1 + want.abs().max())
-    return all((got.to(want.dtype) - ref).abs().max() <= tol for got, ref in fast(z.to(dtype), want))
+    tol = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 0.1) * (1 + want.abs().max())
+    return all(
+        (got.to(want.dtype) - ref).abs().max() <= tol for got, ref in fast(z.to(dtype), want)
+    )
 
 # %% ../../nbs/2_exits/runner.ipynb #7a98f95d
 def _plain(*parts): return all(type(m) is nn.Identity for m in parts)
@@ -198,14 +277,23 @@ def _known_block(b):
     "Is b timm's ordinary block, with linear layers, GELU and nothing else inside?"
     from timm.layers import Attention, Mlp
     from timm.models.vision_transformer import Block
-    if (type(b), type(b.attn), type(b.mlp)) != (Block, Attention, Mlp) or not isinstance(b.mlp.act, nn.GELU): return False
-    return _plain(b.attn.q_norm, b.attn.k_norm, b.mlp.norm) and all(type(l) is nn.Linear for l in (b.attn.qkv, b.attn.proj, b.mlp.fc1, b.mlp.fc2))
+
+    if (type(b), type(b.attn), type(b.mlp)) != (Block, Attention, Mlp) or not isinstance(
+        b.mlp.act, nn.GELU
+    ):
+        return False
+    return _plain(b.attn.q_norm, b.attn.k_norm, b.mlp.norm) and all(
+        type(l) is nn.Linear for l in (b.attn.qkv, b.attn.proj, b.mlp.fc1, b.mlp.fc2)
+    )
 
 def _known_stem(s):
     "Is s a stem whose patches do not overlap and are not normalised?"
     from timm.layers import PatchEmbed
+
     e = s.patch_embed
-    return type(e) is PatchEmbed and e.proj.kernel_size == e.proj.stride and _plain(e.norm, s.norm_pre)
+    return (
+        type(e) is PatchEmbed and e.proj.kernel_size == e.proj.stride and _plain(e.norm, s.norm_pre)
+    )
 
 # %% ../../nbs/2_exits/runner.ipynb #9e66eae8
 @torch.inference_mode()
@@ -216,30 +304,49 @@ def fuse(
 ):                  # stage: list of `FusedBlock`; stem: `FusedStem`; None: not recognised
     "Fused form of a timm ViT's stage or stem, checked against the module."
     from darkdistill_nb.core.compat import ensure_torchvision
+
     ensure_torchvision()
-    z = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(next(part.parameters(), torch.zeros(())))
+    z = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(
+        next(part.parameters(), torch.zeros(()))
+    )
     try:
         if type(part) is TokenStem:
             fast = FusedStem(part, dtype) if _known_stem(part) else None
-            return fast if fast and _agrees(lambda z, want: [(fast(z), want)], part, z, dtype) else None
-        if type(part) is not nn.Sequential or not len(part) or not all(map(_known_block, part)): return None
+            return (
+                fast
+                if fast and _agrees(lambda z, want: [(fast(z), want)], part, z, dtype)
+                else None
+            )
+        if type(part) is not nn.Sequential or not len(part) or not all(map(_known_block, part)):
+            return None
         blocks = [FusedBlock(b, dtype) for b in part]
-        same = lambda f, b: _agrees(lambda z, want: [(f(z), want), (f.token(z), want[:, 0])], b, z, dtype)
+        same = lambda f, b: _agrees(
+            lambda z, want: [(f(z), want), (f.token(z), want[:, 0])], b, z, dtype
+        )
         return blocks if all(map(same, blocks, part)) else None
-    except (AttributeError, RuntimeError, TypeError): return None    # another version of timm, another kind of part
+    except (AttributeError, RuntimeError, TypeError):
+        return None  # another version of timm, another kind of part
 
 # %% ../../nbs/2_exits/runner.ipynb #e9ed3fa4
 @dataclass
 class Group:
     "Pictures that stand before the same stage."
+
     rows:list                  # their ids
     z:object                   # latents: a tensor, or a tuple of tensors, first axis n
     before:torch.Tensor = None # (n, K) deciding logits of the exit before
     state:dict = None          # what the score remembers: tensors, first axis n
+
     def __len__(self): return len(self.rows)
+
     def take(self, keep, index):
         state = {k: v.index_select(0, index) for k, v in self.state.items()}
-        return Group([self.rows[i] for i in keep], take_rows(self.z, index), self.before.index_select(0, index), state)
+        return Group(
+            [self.rows[i] for i in keep],
+            take_rows(self.z, index),
+            self.before.index_select(0, index),
+            state,
+        )
 
 # %% ../../nbs/2_exits/runner.ipynb #441da963
 def _each(f, *z):
@@ -255,7 +362,9 @@ def merge_groups(
         return groups[0]
     a, rows = groups[0], [r for g in groups for r in g.rows]
     before = None if a.before is None else torch.cat([g.before for g in groups])
-    state = None if a.state is None else {k: torch.cat([g.state[k] for g in groups]) for k in a.state}
+    state = (
+        None if a.state is None else {k: torch.cat([g.state[k] for g in groups]) for k in a.state}
+    )
     return Group(rows, _each(lambda *t: torch.cat(t), *(g.z for g in groups)), before, state)
 
 def split_group(
@@ -266,47 +375,81 @@ def split_group(
     size = whole(size, "size")
     if len(g) <= size:
         return [g]
+
     def piece(i):
-        cut = lambda t: None if t is None else t[i:i+size]
-        return Group(g.rows[i:i+size], _each(cut, g.z), cut(g.before), None if g.state is None else {k: cut(v) for k, v in g.state.items()})
+        cut = lambda t: None if t is None else t[i : i + size]
+        return Group(
+            g.rows[i : i + size],
+            _each(cut, g.z),
+            cut(g.before),
+            None if g.state is None else {k: cut(v) for k, v in g.state.items()},
+        )
+
     return [piece(i) for i in range(0, len(g), size)]
 
 # %% ../../nbs/2_exits/runner.ipynb #b80e3fa9
 @dataclass
 class Outcome:
     "What became of each picture."
+
     ids:list                   # names of the pictures, in this order
     prediction:torch.Tensor    # (n,) class
     exit:torch.Tensor          # (n,) exit taken, 0..E-1
     score:torch.Tensor         # (n,) score at that exit
     macs:torch.Tensor          # (n,) multiply-accumulates, as `net.macs()` counts them
     logits:torch.Tensor = None # (n, K) deciding logits, if asked for
+
     def __len__(self): return len(self.ids)
 
 def _outcome(done, costs, n_classes, logits, ordered=False):
     "Outcome of what left: a list of (ids, deciding logits, exit, scores)."
     rows = [(i, d[2], s) for d in done for i, s in zip(d[0], d[3])]
-    F_ = done[0][1] if len(done) == 1 else torch.cat([d[1] for d in done]) if done else torch.zeros(0, n_classes)
+    F_ = (
+        done[0][1]
+        if len(done) == 1
+        else torch.cat([d[1] for d in done])
+        if done
+        else torch.zeros(0, n_classes)
+    )
     if ordered and len(done) > 1:
         order = sorted(range(len(rows)), key=lambda k: rows[k][0])
-        rows, F_ = [rows[k] for k in order], F_.index_select(0, torch.tensor(order, device=F_.device))
+        rows, F_ = (
+            [rows[k] for k in order],
+            F_.index_select(0, torch.tensor(order, device=F_.device)),
+        )
     exit = [e for _, e, _ in rows]
-    return Outcome([i for i, _, _ in rows], F_.argmax(-1), torch.tensor(exit, dtype=torch.long), torch.tensor([s for *_, s in rows]),
-                   torch.tensor([costs[e] for e in exit]), F_ if logits else None)
+    return Outcome(
+        [i for i, _, _ in rows],
+        F_.argmax(-1),
+        torch.tensor(exit, dtype=torch.long),
+        torch.tensor([s for *_, s in rows]),
+        torch.tensor([costs[e] for e in exit]),
+        F_ if logits else None,
+    )
 
 # %% ../../nbs/2_exits/runner.ipynb #22dce1e1
 def _set_rule(r, costs, thresholds, score, policy):
     "Costs, score, policy and checked thresholds, as attributes of r."
-    r.costs, r.score, r.policy = list(costs), score_by_name("confidence" if score is None else score), Joint() if policy is None else policy
-    check(hasattr(r.policy, "step"), "policy", policy, "a policy of exits.training (`objective_by_name` makes one), or None")
+    r.costs, r.score, r.policy = (
+        list(costs),
+        score_by_name("confidence" if score is None else score),
+        Joint() if policy is None else policy,
+    )
+    check(
+        hasattr(r.policy, "step"),
+        "policy",
+        policy,
+        "a policy of exits.training (`objective_by_name` makes one), or None",
+    )
     r.thresholds = read_thresholds(thresholds, len(r.costs), "thresholds")
-    r.rounded = torch.tensor(r.thresholds, dtype=torch.float32).tolist()   # like the scores
+    r.rounded = torch.tensor(r.thresholds, dtype=torch.float32).tolist()  # like the scores
     return r
 
 @torch.inference_mode()
 def _cache_size(stem, r):
     "Pictures whose latents fill 0.8 MB with fused blocks, 1.6 MB with modules: measured optima of small ViTs and CNNs."
-    if r.device.type != "cpu": return sys.maxsize
+    if r.device.type != "cpu":
+        return sys.maxsize
     z = stem(torch.zeros(1, *r.input_shape, dtype=r.dtype))
     size = sum(t.numel() * t.element_size() for t in (z if isinstance(z, (tuple, list)) else (z,)))
     return max(1, round((8e5 if all(r.fused) else 1.6e6) / size))
@@ -314,15 +457,17 @@ def _cache_size(stem, r):
 # %% ../../nbs/2_exits/runner.ipynb #fc54d44e
 class ExitRunner:
     "Early exit by a rule, stage by stage, on a snapshot of `net`: build a new runner after training. Raises `ValueError` for bad settings."
-    def __init__(self,
-        net:EarlyExitNet,
-        thresholds,      # E thresholds on the score, as numbers or as records hold them; the last exit takes everybody
-        score=None,      # a `Score` or its name; None: `Confidence()`
-        policy=None,     # what decides, see exits.training; None: `Joint()`
+
+    def __init__(
+        self,
+        net: EarlyExitNet,
+        thresholds,  # E thresholds on the score, as numbers or as records hold them; the last exit takes everybody
+        score=None,  # a `Score` or its name; None: `Confidence()`
+        policy=None,  # what decides, see exits.training; None: `Joint()`
         kernels="auto",  # auto: fused where recognised | modules: as they are | compile: `torch.compile` of every stage
-        dtype=None,      # of weights and latents, e.g. torch.bfloat16; None: the net's
-        device=None,     # None: the net's
-        micro=None,      # largest group in one call; None: so many that their latents take about 1 MB on a CPU, all on a GPU
+        dtype=None,  # of weights and latents, e.g. torch.bfloat16; None: the net's
+        device=None,  # None: the net's
+        micro=None,  # largest group in one call; None: so many that their latents take about 1 MB on a CPU, all on a GPU
     ):
         check(isinstance(net, EarlyExitNet), "net", type(net).__name__, "an `EarlyExitNet`")
         choice(kernels, "kernels", ("auto", "modules", "compile"))
@@ -332,28 +477,55 @@ class ExitRunner:
         _set_rule(self, net.macs(), thresholds, score, policy)
         self.input_shape, self.n_classes, p = net.input_shape, net.n_classes, next(net.parameters())
         net = copy.deepcopy(net).to(device or p.device).requires_grad_(False).eval()
-        self.dtype, self.device, self.exits = dtype or p.dtype, next(net.parameters()).device, net.exits
+        self.dtype, self.device, self.exits = (
+            dtype or p.dtype,
+            next(net.parameters()).device,
+            net.exits,
+        )
         fusing = kernels == "auto" and type(net.stem) is TokenStem
-        wrap = (lambda m: torch.compile(m.to(self.dtype), dynamic=True)) if kernels == "compile" else (lambda m: m.to(self.dtype))
-        stem, self.bodies, self.tokens, self.fused = fusing and fuse(net.stem, net.input_shape, self.dtype), [], [], []
+        wrap = (
+            (lambda m: torch.compile(m.to(self.dtype), dynamic=True))
+            if kernels == "compile"
+            else (lambda m: m.to(self.dtype))
+        )
+        stem, self.bodies, self.tokens, self.fused = (
+            fusing and fuse(net.stem, net.input_shape, self.dtype),
+            [],
+            [],
+            [],
+        )
         open_ = [stem or wrap(net.stem)]
         for stage, exit in zip(net.stages, net.exits):
             blocks = fuse(stage, net.latent_shape(), self.dtype) if fusing else None
-            first = bool(blocks) and type(exit.reduce) is ClassToken            # can the exit answer before the last block is complete?
+            first = (
+                bool(blocks) and type(exit.reduce) is ClassToken
+            )  # can the exit answer before the last block is complete?
             self.bodies.append(open_ + (blocks[:-1] if first else blocks or [wrap(stage)]))
-            self.tokens.append(blocks[-1].token if first else None); self.fused.append(bool(blocks))
-            exit.reduce.to(self.dtype); open_ = blocks[-1:] if first else []
-        self.answers = [FusedExit(e) if f and type(e) is Exit else e.classify for e, f in zip(self.exits, self.fused)]
-        self.routed = self.device.type == "cpu" and self.dtype == torch.float32 and all(self.fused) and route_is_exact()
+            self.tokens.append(blocks[-1].token if first else None)
+            self.fused.append(bool(blocks))
+            exit.reduce.to(self.dtype)
+            open_ = blocks[-1:] if first else []
+        self.answers = [
+            FusedExit(e) if f and type(e) is Exit else e.classify
+            for e, f in zip(self.exits, self.fused)
+        ]
+        self.routed = (
+            self.device.type == "cpu"
+            and self.dtype == torch.float32
+            and all(self.fused)
+            and route_is_exact()
+        )
         self.micro = _cache_size(stem or net.stem, self) if micro is None else micro
+
     def __len__(self): return len(self.costs)
 
 # %% ../../nbs/2_exits/runner.ipynb #9c3bb01f
 @patch
-def body(self:ExitRunner, e, z):
+def body(self: ExitRunner, e, z):
     "Stage e up to the point at which its exit can be read."
     with onednn_route(self.routed):
-        for f in self.bodies[e]: z = f(z)
+        for f in self.bodies[e]:
+            z = f(z)
     return z
 
 @patch
@@ -364,7 +536,8 @@ def stage(self:ExitRunner,
     "Run one stage and read its exit."
     z = self.body(e, z)
     a = self.tokens[e](z) if self.tokens[e] else self.exits[e].features(z)
-    if a.dtype in (torch.bfloat16, torch.float16): a = a.float()   # an exit is small: classify and decide in fp32
+    if a.dtype in (torch.bfloat16, torch.float16):
+        a = a.float()  # an exit is small: classify and decide in fp32
     return a, self.answers[e](a), z
 
 # %% ../../nbs/2_exits/runner.ipynb #5b23aa6c
@@ -379,17 +552,29 @@ def advance(self:ExitRunner,
     s, state = self.score.step(F_, a, g.state)
     values = s.tolist()
     if bad := sum(v != v for v in values):
-        raise ValueError(f"{type(self.score).__name__} is NaN for {bad} of {len(values)} pictures at exit {e + 1}")
+        raise ValueError(
+            f"{type(self.score).__name__} is NaN for {bad} of {len(values)} pictures at exit {e + 1}"
+        )
     if e == len(self) - 1:
         return (g.rows, F_, e, values), None
-    T = self.thresholds[e] if s.dtype == torch.float64 else self.rounded[e]        # as `take_exit` compares
-    keep, gone = [i for i, v in enumerate(values) if v < T], [i for i, v in enumerate(values) if v >= T]
+    T = (
+        self.thresholds[e] if s.dtype == torch.float64 else self.rounded[e]
+    )  # as `take_exit` compares
+    keep, gone = (
+        [i for i, v in enumerate(values) if v < T],
+        [i for i, v in enumerate(values) if v >= T],
+    )
     if not gone:
         return None, Group(g.rows, z, F_, state)
     if not keep:
         return (g.rows, F_, e, values), None
     where = lambda rows: torch.tensor(rows, device=F_.device)
-    return ([g.rows[i] for i in gone], F_.index_select(0, where(gone)), e, [values[i] for i in gone]), Group(g.rows, z, F_, state).take(keep, where(keep))
+    return (
+        [g.rows[i] for i in gone],
+        F_.index_select(0, where(gone)),
+        e,
+        [values[i] for i in gone],
+    ), Group(g.rows, z, F_, state).take(keep, where(keep))
 
 # %% ../../nbs/2_exits/runner.ipynb #8ce0d9fc
 @patch
@@ -404,14 +589,17 @@ def __call__(self:ExitRunner,
         stay = []
         for g in groups:
             left, g = self.advance(e, g)
-            if left: done.append(left)
-            if g: stay.append(g)
-        if not stay: break
+            if left:
+                done.append(left)
+            if g:
+                stay.append(g)
+        if not stay:
+            break
         groups = split_group(merge_groups(stay), self.micro)
     return _outcome(done, self.costs, self.n_classes, logits, ordered=True)
 
 @patch
-def _check(self:ExitRunner, x):
+def _check(self: ExitRunner, x):
     "Pictures on the runner's device and in its precision."
     want = ", ".join(map(str, self.input_shape))
     check(isinstance(x, torch.Tensor), "x", type(x).__name__, f"a tensor (n, {want})")
@@ -431,7 +619,8 @@ def always_last(self:ExitRunner,
     out = []
     for g in split_group(Group(range(len(x)), self._check(x)), self.micro):
         z = g.z
-        for e in range(len(self) - 1): z = self.body(e, z)
+        for e in range(len(self) - 1):
+            z = self.body(e, z)
         out.append(self.stage(len(self) - 1, z)[1])
     return torch.cat(out)
 
@@ -452,10 +641,11 @@ def all_exits(self:ExitRunner,
 
 # %% ../../nbs/2_exits/runner.ipynb #ec52e370
 @patch
-def latency(self:ExitRunner,
-    x:torch.Tensor, # (n, C, H, W) pictures, run as one batch
-    repeats:int=5,  # timed runs, after one that is not
-)->dict:            # us: median microseconds per picture, best: the fastest, macs: mean per picture, shares: of pictures per exit
+def latency(
+    self: ExitRunner,
+    x: torch.Tensor,  # (n, C, H, W) pictures, run as one batch
+    repeats: int = 5,  # timed runs, after one that is not
+) -> dict:  # us: median microseconds per picture, best: the fastest, macs: mean per picture, shares: of pictures per exit
     "Time per picture beside the operations per picture; raises `ValueError` for no repeats."
     repeats = whole(repeats, "repeats")
     o, times = self(x), []
@@ -466,11 +656,17 @@ def latency(self:ExitRunner,
             torch.cuda.synchronize()
         times.append((time.perf_counter() - start) / len(x) * 1e6)
     shares = torch.bincount(o.exit, minlength=len(self)).div(len(x)).tolist()
-    return dict(us=sorted(times)[len(times) // 2], best=min(times), macs=float(o.macs.double().mean()), shares=shares)
+    return dict(
+        us=sorted(times)[len(times) // 2],
+        best=min(times),
+        macs=float(o.macs.double().mean()),
+        shares=shares,
+    )
 
 # %% ../../nbs/2_exits/runner.ipynb #70127e7a
 class ExitStream:
     "A queue before each stage; a stage runs when `batch` pictures wait for it. Raises `ValueError` for a batch below 1."
+
     def __init__(self,
         runner:ExitRunner,
         batch:int=16,      # pictures per run of a stage
@@ -478,15 +674,21 @@ class ExitStream:
     ):
         self.runner, self.batch, self.logits = runner, whole(batch, "batch"), flag(logits, "logits")
         self.queues, self.count = [[] for _ in range(len(runner))], 0
+
     def waiting(self): return [sum(map(len, q)) for q in self.queues]
+
     def _run(self, e, done):
         "Run stage e once, on at most `batch` of its queue."
         first, *rest = split_group(merge_groups(self.queues[e]), self.batch)
         self.queues[e] = rest
         left, stay = self.runner.advance(e, first)
-        if left: done.append(left)
-        if stay: self.queues[e + 1].append(stay)
-    def _outcome(self, done): return _outcome(done, self.runner.costs, self.runner.n_classes, self.logits)
+        if left:
+            done.append(left)
+        if stay:
+            self.queues[e + 1].append(stay)
+
+    def _outcome(self, done):
+        return _outcome(done, self.runner.costs, self.runner.n_classes, self.logits)
 
 @patch
 def stream(self:ExitRunner,
@@ -517,38 +719,63 @@ def push(self:ExitStream,
 
 @patch
 @torch.inference_mode()
-def flush(self:ExitStream)->Outcome:
+def flush(self: ExitStream) -> Outcome:
     "Finish all who wait."
     done = []
     for e in range(len(self.queues)):
-        while self.queues[e]: self._run(e, done)
+        while self.queues[e]:
+            self._run(e, done)
     return self._outcome(done)
 
 # %% ../../nbs/2_exits/runner.ipynb #6cf08600
 def _onnx(package):
     "An optional package, or a sentence how to get it."
-    try: return __import__(package)
-    except ImportError: raise ImportError(f"{package} is not installed; `pip install darkdistill_nb[onnx]` adds what ONNX needs") from None
+    try:
+        return __import__(package)
+    except ImportError:
+        raise ImportError(
+            f"{package} is not installed; `pip install darkdistill_nb[onnx]` adds what ONNX needs"
+        ) from None
 
 class _OnnxStage(nn.Module):
     "One stage with its exit as a graph: latents (several tensors if they are a tuple) -> features, raw logits, latents."
-    def __init__(self, stem, stage, exit): super().__init__(); self.stem, self.stage, self.exit = stem, stage, exit
+
+    def __init__(self, stem, stage, exit):
+        super().__init__()
+        self.stem, self.stage, self.exit = stem, stage, exit
+
     def forward(self, *z):
         z = self.stage(self.stem(z[0]) if self.stem is not None else z[0] if len(z) == 1 else z)
         a = self.exit.features(z)
         return (a, self.exit.classify(a), *(z if isinstance(z, (tuple, list)) else (z,)))
 
+# %% ../../nbs/2_exits/runner.ipynb #1378986f
 def _export_stage(m, z, path):
     "Write one graph, quietly; returns its latents for the next."
     import logging, warnings
+
     out, log = m(*z), logging.getLogger("torch.onnx")
-    names = dict(input_names=[f"z{i}" for i in range(len(z))], output_names=["features", "logits", *(f"latent{i}" for i in range(len(out) - 2))])
-    free, level = (tuple({0: torch.export.Dim.DYNAMIC} for _ in z),), log.level      # the batch axis
+    names = dict(
+        input_names=[f"z{i}" for i in range(len(z))],
+        output_names=["features", "logits", *(f"latent{i}" for i in range(len(out) - 2))],
+    )
+    free, level = (tuple({0: torch.export.Dim.DYNAMIC} for _ in z),), log.level  # the batch axis
     log.setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try: torch.onnx.export(m, z, str(path), dynamic_shapes=free, dynamo=True, external_data=False, verbose=False, **names)
-        finally: log.setLevel(level)
+        try:
+            torch.onnx.export(
+                m,
+                z,
+                str(path),
+                dynamic_shapes=free,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+                **names,
+            )
+        finally:
+            log.setLevel(level)
     return tuple(out[2:])
 
 # %% ../../nbs/2_exits/runner.ipynb #49cf9425
@@ -562,10 +789,16 @@ def export_onnx(
     policy_options=None,# its options, e.g. dict(w=.5) for boostnet
 )->Path:                # of the manifest
     "Write one ONNX file per stage and a manifest; raises `ValueError` for a rule that cannot be written down by name."
-    _onnx("onnx"); _onnx("onnxscript")
-    for kind, name, known in (("score", score, [n for n in SCORES if n != "gate"]), ("policy", policy, list(POLICIES))):
+    _onnx("onnx")
+    _onnx("onnxscript")
+    for kind, name, known in (
+        ("score", score, [n for n in SCORES if n != "gate"]),
+        ("policy", policy, list(POLICIES)),
+    ):
         if name not in known:
-            raise ValueError(f"{kind}={name!r} cannot be written to a manifest; choose one of {', '.join(known)}")
+            raise ValueError(
+                f"{kind}={name!r} cannot be written to a manifest; choose one of {', '.join(known)}"
+            )
     objective_by_name(policy, **(policy_options or {}))
     rule = _set_rule(SimpleNamespace(), net.macs(), thresholds, score, None)
     net, folder, files = copy.deepcopy(net).cpu().float().eval(), Path(folder), []
@@ -573,14 +806,34 @@ def export_onnx(
     z = (torch.zeros(2, *net.input_shape),)
     for e, (stage, exit) in enumerate(zip(net.stages, net.exits)):
         files.append(f"stage{e + 1}.onnx")
-        z = _export_stage(_OnnxStage(net.stem if e == 0 else None, stage, exit), z, folder / files[-1])
-    text = dict(format=1, input_shape=list(net.input_shape), n_classes=net.n_classes, macs=rule.costs, files=files,
-                thresholds=write_thresholds(rule.thresholds), score=score, policy=policy, policy_options=policy_options or {})
+        z = _export_stage(
+            _OnnxStage(net.stem if e == 0 else None, stage, exit), z, folder / files[-1]
+        )
+    text = dict(
+        format=1,
+        input_shape=list(net.input_shape),
+        n_classes=net.n_classes,
+        macs=rule.costs,
+        files=files,
+        thresholds=write_thresholds(rule.thresholds),
+        score=score,
+        policy=policy,
+        policy_options=policy_options or {},
+    )
     (folder / "manifest.json").write_text(json.dumps(text, indent=1))
     return folder / "manifest.json"
 
 # %% ../../nbs/2_exits/runner.ipynb #af20ecbb
-_MANIFEST = dict(input_shape=list, n_classes=int, macs=list, files=list, thresholds=list, score=str, policy=str, policy_options=dict)
+_MANIFEST = dict(
+    input_shape=list,
+    n_classes=int,
+    macs=list,
+    files=list,
+    thresholds=list,
+    score=str,
+    policy=str,
+    policy_options=dict,
+)
 
 def _manifest(folder):
     "The manifest of `export_onnx`, or a sentence that names the file and what is wrong with it."
@@ -591,7 +844,11 @@ def _manifest(folder):
         m = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         raise ValueError(f"{path} is not whole JSON: write it again with export_onnx") from None
-    bad = [k for k, kind in _MANIFEST.items() if not isinstance(m, dict) or not isinstance(m.get(k), kind)]
+    bad = [
+        k
+        for k, kind in _MANIFEST.items()
+        if not isinstance(m, dict) or not isinstance(m.get(k), kind)
+    ]
     if bad:
         raise ValueError(f"{path} has no {', '.join(bad)} as export_onnx writes it")
     return m
@@ -599,6 +856,7 @@ def _manifest(folder):
 # %% ../../nbs/2_exits/runner.ipynb #6b8da7af
 class OnnxRunner(ExitRunner):
     "Early exit over the files of `export_onnx`, run by onnxruntime. Raises `FileNotFoundError`, or `ValueError` for a damaged manifest or bad settings."
+
     def __init__(self,
         folder,          # with manifest.json
         thresholds=None, # None: those of the manifest
@@ -608,15 +866,32 @@ class OnnxRunner(ExitRunner):
         ort, m = _onnx("onnxruntime"), _manifest(folder)
         micro, threads = 16 if micro is None else whole(micro, "micro"), whole(threads, "threads")
         policy = objective_by_name(m["policy"], **m["policy_options"])
-        _set_rule(self, m["macs"], m["thresholds"] if thresholds is None else thresholds, m["score"], policy)
-        self.input_shape, self.n_classes, self.micro = tuple(m["input_shape"]), m["n_classes"], micro
+        _set_rule(
+            self,
+            m["macs"],
+            m["thresholds"] if thresholds is None else thresholds,
+            m["score"],
+            policy,
+        )
+        self.input_shape, self.n_classes, self.micro = (
+            tuple(m["input_shape"]),
+            m["n_classes"],
+            micro,
+        )
         self.dtype, self.device = torch.float32, torch.device("cpu")
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
-        self.sessions = [ort.InferenceSession(str(Path(folder) / f), options, providers=["CPUExecutionProvider"]) for f in m["files"]]
+        self.sessions = [
+            ort.InferenceSession(str(Path(folder) / f), options, providers=["CPUExecutionProvider"])
+            for f in m["files"]
+        ]
+
     def stage(self, e, z):
         z = [t.contiguous().numpy() for t in (z if isinstance(z, (tuple, list)) else (z,))]
         s = self.sessions[e]
-        a, f, *z = map(torch.from_numpy, s.run(None, {i.name: t for i, t in zip(s.get_inputs(), z)}))
+        a, f, *z = map(
+            torch.from_numpy, s.run(None, {i.name: t for i, t in zip(s.get_inputs(), z)})
+        )
         return a, f, z[0] if len(z) == 1 else tuple(z)
+
     def body(self, e, z): return self.stage(e, z)[2]

@@ -22,15 +22,34 @@ from ..core.data import ArrayData
 from ..distill.losses import _stream, _up, kd_loss
 from ..distill.online import self_distillation
 from ..core.cells import of_file, run_grid, short_name, t_interval, verdict
-from ..core.training import (Record, Streams, accuracy, by_name, check_batches, check_fingerprints, fingerprints,
-                                     load_tensors, mean_std, predict, save_record, save_tensors, start_training)
+from darkdistill_nb.core.training import (
+    Record,
+    Streams,
+    accuracy,
+    by_name,
+    check_batches,
+    check_fingerprints,
+    fingerprints,
+    load_tensors,
+    mean_std,
+    predict,
+    save_record,
+    save_tensors,
+    start_training,
+)
 from fastcore.basics import patch
 from pathlib import Path
 from torch import nn
 
 # %% ../../nbs/2_exits/training.ipynb #96ed50a0
 _rising = lambda e, E: e / (E * (E + 1))
-WEIGHTINGS = {"msdnet": lambda e, E: 1., "pabee": lambda e, E: 2 * _rising(e, E), "scalefl": lambda e, E: 2 * _rising(e, E), "eenet": _rising}
+
+WEIGHTINGS = {
+    "msdnet": lambda e, E: 1.0,
+    "pabee": lambda e, E: 2 * _rising(e, E),
+    "scalefl": lambda e, E: 2 * _rising(e, E),
+    "eenet": _rising,
+}
 
 def exit_weights(
     weights, # None (all 1), one of `WEIGHTINGS`, or a list of numbers >= 0 with at least E entries
@@ -39,24 +58,35 @@ def exit_weights(
     "Weight of each exit's loss; raises `ValueError` for an unknown name, a list that is too short, or one without a positive entry."
     E = whole(E, "E")
     if weights is None:
-        return [1.] * E
+        return [1.0] * E
     if isinstance(weights, str):
         if weights not in WEIGHTINGS:
-            raise ValueError(f"weights={weights!r} is unknown; choose one of {', '.join(WEIGHTINGS)}, or give a list")
+            raise ValueError(
+                f"weights={weights!r} is unknown; choose one of {', '.join(WEIGHTINGS)}, or give a list"
+            )
         return [WEIGHTINGS[weights](e, E) for e in range(1, E + 1)]
     w = _numbers(weights)
     if len(w) < E:
-        raise ValueError(f"weights={w} has {len(w)} entries, but the network has {E} exits; give one weight per exit")
+        raise ValueError(
+            f"weights={w} has {len(w)} entries, but the network has {E} exits; give one weight per exit"
+        )
     check(sum(w[:E]) > 0, "weights", w, "numbers that are not all 0")
     return w[:E]
 
+# %% ../../nbs/2_exits/training.ipynb #c5878d9e
 def _numbers(weights):
-    check(hasattr(weights, "__len__") and len(weights), "weights", weights, "a name or a list of numbers, one per exit")
+    check(
+        hasattr(weights, "__len__") and len(weights),
+        "weights",
+        weights,
+        "a name or a list of numbers, one per exit",
+    )
     return [number(v, f"weights[{i}]", low=0) for i, v in enumerate(weights)]
 
 # %% ../../nbs/2_exits/training.ipynb #c0f92d07
 class Joint:
     "Joint training: a weighted sum of the cross-entropies of all exits (arXiv 1709.01686, 1703.09844)."
+
     def __init__(self,
         weights=None,  # omega_e: as in `exit_weights`
         ge:str="none", # gradient equilibrium of the network: none | full | released
@@ -72,13 +102,19 @@ class Joint:
         self.kl, self.T = number(kl, "kl", low=0), number(T, "T", above=0)
         self.late = number(late, "late", 0, 1)
         self.at(0)
+
     def at(self, t, of=None):
         self._t = number(t, "t", low=0)
         self._of = None if of is None else number(of, "of", low=0)
+
     def meta_step(self, net, x, y, optimizer): pass
+
     def start(self, E, device="cpu"): return {}   # what it learns along, exit by exit: nothing
+
     def state(self): return {}
+
     def load(self, state): pass
+
     def step(self,
         f:torch.Tensor,           # (B, K) raw logits of one exit
         before:torch.Tensor=None, # (B, K) deciding logits of the exit before; None at exit 1
@@ -106,7 +142,9 @@ def loss(self:Joint,
     "Weighted sum of the exits' cross-entropies, and their logits; raises `ValueError` for unequal shapes."
     _check_raw(raw, y)
     F_ = self.predict(raw)
-    total = sum(w * F.cross_entropy(_up(f), y) for w, f in zip(exit_weights(self.weights, len(F_)), F_) if w)
+    total = sum(
+        w * F.cross_entropy(_up(f), y) for w, f in zip(exit_weights(self.weights, len(F_)), F_) if w
+    )
     if self.kl and self._of and self._t >= self.late * self._of:
         total = total + self.kl * sum(kd_loss(f, F_[-1], self.T) for f in F_[:-1])
     return total, F_
@@ -117,19 +155,24 @@ def _check_raw(raw, y=None):
     check(ok, "logits", raw, "a list with a tensor (B, K) of every exit")
     shape = same_shape(**{f"logits of exit {e}": f for e, f in enumerate(raw, 1)})
     if y is not None and tuple(y.shape) != shape[:1]:
-        raise ValueError(f"y has shape {tuple(y.shape)}, but the logits are {shape}: "
-                         "there must be one label per sample")
+        raise ValueError(
+            f"y has shape {tuple(y.shape)}, but the logits are {shape}: "
+            "there must be one label per sample"
+        )
 
 # %% ../../nbs/2_exits/training.ipynb #bc4dc43d
 class BoostNet(Joint):
     "BoostNet: every exit adds a correction to the (detached) decision of the exit before (arXiv 2211.16726)."
-    def __init__(self,
-        w:float=.2,     # share of the previous decision that is added; DarkDistill uses 0.2, BoostNet's scripts 0.5
-        ge:str="full",  # gradient equilibrium: full | released | none
-        weights=None,   # as in `exit_weights`
+
+    def __init__(
+        self,
+        w: float = 0.2,  # share of the previous decision that is added; DarkDistill uses 0.2, BoostNet's scripts 0.5
+        ge: str = "full",  # gradient equilibrium: full | released | none
+        weights=None,  # as in `exit_weights`
     ):
         super().__init__(weights, ge)
         self.w = number(w, "w", low=0)
+
     def step(self,
         f:torch.Tensor,           # (B, K) raw logits of one exit
         before:torch.Tensor=None, # (B, K) deciding logits of the exit before; None at exit 1
@@ -148,7 +191,9 @@ def exit_shares(
         q = [(P / 20) ** e for e in range(1, E + 1)]
     except OverflowError:
         q = [math.inf]
-    check(0 < sum(q) < math.inf, "P", P, f"nearer to 20: the shares of {E} exits cannot be computed")
+    check(
+        0 < sum(q) < math.inf, "P", P, f"nearer to 20: the shares of {E} exits cannot be computed"
+    )
     return [v / sum(q) for v in q]
 
 # %% ../../nbs/2_exits/training.ipynb #feaf701f
@@ -168,7 +213,8 @@ def _partition(logits, P):
     for e, q in enumerate(exit_shares(E, P)):
         n = min(int(B * q), len(left)) if e < E - 1 else len(left)
         order = logits[e][left].softmax(-1).amax(-1).argsort(descending=True, stable=True)
-        parts.append(left[order[:n]].sort().values); left = left[order[n:]]
+        parts.append(left[order[:n]].sort().values)
+        left = left[order[n:]]
     return parts
 
 # %% ../../nbs/2_exits/training.ipynb #fdc17b63
@@ -181,13 +227,17 @@ def exit_losses(
     return torch.stack([F.cross_entropy(_up(f), y, reduction="none") for f in raw], 1)
 
 # %% ../../nbs/2_exits/training.ipynb #83ef66c1
-CENTRES = {"col": (1,), "mat": (0, 1), "row": (0,)}   # the mean that is subtracted runs over these axes of (B, E)
+CENTRES = {
+    "col": (1,),
+    "mat": (0, 1),
+    "row": (0,),
+}  # the mean that is subtracted runs over these axes of (B, E)
 
 def sample_weights(
-    u:torch.Tensor,  # (B, E), outputs of the weight net in (-1, 1)
-    eps:float=.8,    # how far weights may move away from 1, in [0, 1]
-    mode:str="col",  # col: mean over the exits of each sample; row: over the samples at each exit; mat: over both
-)->torch.Tensor:     # (B, E); the mean over the batch and the exits is 1
+    u: torch.Tensor,  # (B, E), outputs of the weight net in (-1, 1)
+    eps: float = 0.8,  # how far weights may move away from 1, in [0, 1]
+    mode: str = "col",  # col: mean over the exits of each sample; row: over the samples at each exit; mat: over both
+) -> torch.Tensor:  # (B, E); the mean over the batch and the exits is 1
     "Weights 1 + eps * (u - mean u) of L2W-DEN (arXiv 2209.08310); raises `ValueError` for an unknown mode or eps outside [0, 1]."
     choice(mode, "mode", CENTRES)
     eps = number(eps, "eps", 0, 1)
@@ -197,6 +247,7 @@ def sample_weights(
 # %% ../../nbs/2_exits/training.ipynb #4a2ecf43
 class WeightNet(nn.Module):
     "From a sample's losses at E exits to E numbers in (-1, 1); with fewer columns it uses its first inputs and outputs."
+
     def __init__(self,
         exits:int,       # E of the deepest network
         hidden:int=500,  # hidden units
@@ -204,10 +255,16 @@ class WeightNet(nn.Module):
         super().__init__()
         exits, hidden = whole(exits, "exits"), whole(hidden, "hidden")
         self.inner, self.outer = nn.Linear(exits, hidden), nn.Linear(hidden, exits)
+
     def forward(self, losses):
         E = losses.shape[1]
-        if E > self.outer.out_features: raise ValueError(f"losses have {E} columns, but this weight net was made for {self.outer.out_features} exits")
-        h = F.relu(F.linear(losses.to(self.inner.weight.dtype), self.inner.weight[:, :E], self.inner.bias))
+        if E > self.outer.out_features:
+            raise ValueError(
+                f"losses have {E} columns, but this weight net was made for {self.outer.out_features} exits"
+            )
+        h = F.relu(
+            F.linear(losses.to(self.inner.weight.dtype), self.inner.weight[:, :E], self.inner.bias)
+        )
         return torch.tanh(F.linear(h, self.outer.weight[:E], self.outer.bias[:E]))
 
 # %% ../../nbs/2_exits/training.ipynb #132e0c1d
@@ -217,11 +274,15 @@ def sgd_step(
     optimizer,       # `torch.optim.SGD` over parameters of `net`; left as it is
 )->dict:             # parameter name -> value after the step, for those in `grads`
     "The weights one step of SGD would lead to, as a differentiable function of the gradients; raises `ValueError` for another optimiser."
-    if not isinstance(optimizer, torch.optim.SGD): raise ValueError(f"optimizer={type(optimizer).__name__} is not supported, only torch.optim.SGD")
+    if not isinstance(optimizer, torch.optim.SGD):
+        raise ValueError(
+            f"optimizer={type(optimizer).__name__} is not supported, only torch.optim.SGD"
+        )
     names, out = {id(p): n for n, p in net.named_parameters()}, {}
     for group in optimizer.param_groups:
         for p in group["params"]:
-            if (n := names.get(id(p))) not in grads: continue
+            if (n := names.get(id(p))) not in grads:
+                continue
             d = grads[n] + group["weight_decay"] * p.detach()
             if m := group["momentum"]:
                 old = optimizer.state.get(p, {}).get("momentum_buffer")
@@ -233,6 +294,7 @@ def sgd_step(
 # %% ../../nbs/2_exits/training.ipynb #dd2f670a
 class L2W(Joint):
     "L2W-DEN: a small network, learned along, weighs every sample at every exit (Han et al., ECCV 2022, arXiv 2209.08310)."
+
     def __init__(self,
         eps:float=.8,       # how far weights move from 1; up to 0.5 all are positive
         mode:str="col",     # as in `sample_weights`
@@ -246,35 +308,49 @@ class L2W(Joint):
     ):
         super().__init__()
         exit_shares(1, P)
-        self.eps, self.mode, self.P = number(eps, "eps", 0, 1), choice(mode, "mode", CENTRES), number(P, "P", above=0)
+        self.eps, self.mode, self.P = (
+            number(eps, "eps", 0, 1),
+            choice(mode, "mode", CENTRES),
+            number(P, "P", above=0),
+        )
         self.interval, self.hidden = whole(interval, "interval"), whole(hidden, "hidden")
-        self.lr, self.weight_decay = number(lr, "lr", low=0), number(weight_decay, "weight_decay", low=0)
+        self.lr, self.weight_decay = (
+            number(lr, "lr", low=0),
+            number(weight_decay, "weight_decay", low=0),
+        )
         self.exits = None if exits is None else whole(exits, "exits")
         self.seed = whole(seed, "seed", None)
         self._net, self._adam, self._calls = None, None, 0
+
     def weights_of(self,
         losses:torch.Tensor # (B, E), as of `exit_losses`; no gradient flows into them
     )->torch.Tensor:        # (B, E), differentiable in the weight net
         "Weight of every sample at every exit."
-        return sample_weights(self.weight_net(losses.shape[1], losses.device)(losses.detach()), self.eps, self.mode)
+        return sample_weights(
+            self.weight_net(losses.shape[1], losses.device)(losses.detach()), self.eps, self.mode
+        )
+
     def loss(self, raw, y):
         losses = exit_losses(raw, y)
-        with torch.no_grad(): w = self.weights_of(losses)
+        with torch.no_grad():
+            w = self.weights_of(losses)
         return (w * losses).mean(0).sum(), self.predict(raw)
 
 # %% ../../nbs/2_exits/training.ipynb #ebbe71aa
 @patch
-def weight_net(self:L2W, E, device="cpu"):
+def weight_net(self: L2W, E, device="cpu"):
     "The network that weighs the samples, made when it is first asked for."
     if self._net is None:
         self._make(self.exits or E, device)
     return self._net
 
 @patch
-def _make(self:L2W, E, device):
+def _make(self: L2W, E, device):
     with Streams(self.seed).scope("l2w"):
         self._net = WeightNet(E, self.hidden).to(device)
-    self._adam = torch.optim.Adam(self._net.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+    self._adam = torch.optim.Adam(
+        self._net.parameters(), lr=self.lr, weight_decay=self.weight_decay
+    )
 
 # %% ../../nbs/2_exits/training.ipynb #46ecf3e3
 @patch
@@ -286,12 +362,26 @@ def meta_loss(self:L2W,
 )->torch.Tensor:    # scalar (nats), differentiable in the weight net
     "Loss of the samples each exit would answer for, after a virtual SGD step on the weighted losses of others."
     from torch.func import functional_call
-    run = lambda weights, x: functional_call(net, {**weights, **{n: b.clone() for n, b in net.named_buffers()}}, (x, self.ge))
+
+    run = lambda weights, x: functional_call(
+        net, {**weights, **{n: b.clone() for n, b in net.named_buffers()}}, (x, self.ge)
+    )
     mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
     params = {n: p for n, p in net.named_parameters() if p.requires_grad and id(p) in mine}
     losses = exit_losses(run(params, learn[0]), learn[1])
-    grads = torch.autograd.grad((self.weights_of(losses) * losses).mean(0).sum(), list(params.values()), create_graph=True, allow_unused=True)
-    raw, y = run(sgd_step(net, {n: g for n, g in zip(params, grads) if g is not None}, optimizer), judge[0]), judge[1]
+    grads = torch.autograd.grad(
+        (self.weights_of(losses) * losses).mean(0).sum(),
+        list(params.values()),
+        create_graph=True,
+        allow_unused=True,
+    )
+    raw, y = (
+        run(
+            sgd_step(net, {n: g for n, g in zip(params, grads) if g is not None}, optimizer),
+            judge[0],
+        ),
+        judge[1],
+    )
     parts = _partition([f.detach() for f in raw], self.P)
     return sum(F.cross_entropy(_up(f[i]), y[i]) for f, i in zip(raw, parts) if len(i))
 
@@ -305,14 +395,25 @@ def meta_step(self:L2W,
 )->torch.Tensor:      # mean meta loss of both halves (nats); None when it was not the turn
     "Learn the weight net on the two halves of a batch, each judging the other; network and optimiser stay as they are."
     from torch.nn.attention import SDPBackend, sdpa_kernel
+
     self._calls, n = self._calls + 1, len(x) // 2
-    if (self._calls - 1) % self.interval or not n or (len(net) == 1 and self.mode == "col"): return None
-    W, a, b, losses = self.weight_net(len(net), x.device), (x[:n], y[:n]), (x[n:2 * n], y[n:2 * n]), []
-    exact, plain = torch.autocast(x.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH)    # attention that can be differentiated twice
+    if (self._calls - 1) % self.interval or not n or (len(net) == 1 and self.mode == "col"):
+        return None
+    W, a, b, losses = (
+        self.weight_net(len(net), x.device),
+        (x[:n], y[:n]),
+        (x[n : 2 * n], y[n : 2 * n]),
+        [],
+    )
+    exact, plain = (
+        torch.autocast(x.device.type, enabled=False),
+        sdpa_kernel(SDPBackend.MATH),
+    )  # attention that can be differentiated twice
     with torch.random.fork_rng([x.device] if x.is_cuda else []), exact, plain:
         for learn, judge in ((a, b), (b, a)):
             losses.append(self.meta_loss(net, learn, judge, optimizer))
-            for p, d in zip(W.parameters(), torch.autograd.grad(losses[-1], list(W.parameters()))): p.grad = d
+            for p, d in zip(W.parameters(), torch.autograd.grad(losses[-1], list(W.parameters()))):
+                p.grad = d
             self._adam.step()
     self._adam.zero_grad(set_to_none=True)
     return sum(v.detach() for v in losses) / 2
@@ -321,9 +422,16 @@ def meta_step(self:L2W,
 @patch
 def state(self:L2W)->dict: # name -> tensor; `exits.e` holds what belongs to exit e + 1
     "The weight net, exit by exit, as copies."
-    W = self._net.state_dict(); (inner, hidden), (outer, bias) = ((W[f"{k}.weight"], W[f"{k}.bias"]) for k in ("inner", "outer"))
+    W = self._net.state_dict()
+    (inner, hidden), (outer, bias) = (
+        (W[f"{k}.weight"], W[f"{k}.bias"]) for k in ("inner", "outer")
+    )
     out = {"exits.0.hidden": hidden.clone()}
-    for e in range(len(outer)): out |= {f"exits.{e}.{k}": v.clone() for k, v in (("inner", inner[:, e]), ("outer", outer[e]), ("bias", bias[e]))}
+    for e in range(len(outer)):
+        out |= {
+            f"exits.{e}.{k}": v.clone()
+            for k, v in (("inner", inner[:, e]), ("outer", outer[e]), ("bias", bias[e]))
+        }
     return out
 
 @patch
@@ -332,8 +440,10 @@ def start(self:L2W,
     device="cpu",
 )->dict:          # as `state`
     "Forget everything and return the first weights; raises `ValueError` when `exits` is below `E`."
-    if (self.exits or E) < E: raise ValueError(f"exits={self.exits} is less than the {E} exits of the network")
-    self._make(self.exits or E, device); self._calls = 0
+    if (self.exits or E) < E:
+        raise ValueError(f"exits={self.exits} is less than the {E} exits of the network")
+    self._make(self.exits or E, device)
+    self._calls = 0
     return self.state()
 
 @patch
@@ -343,18 +453,28 @@ def load(self:L2W,
     "Take over a weight net; Adam and the count of steps start anew."
     E, hidden = sum(k.endswith(".outer") for k in state), state["exits.0.hidden"]
     join = lambda k, dim=0: torch.stack([state[f"exits.{e}.{k}"] for e in range(E)], dim)
-    self._make(E, hidden.device); self._calls = 0
-    self._net.load_state_dict({"inner.weight": join("inner", 1), "inner.bias": hidden, "outer.weight": join("outer"), "outer.bias": join("bias")})
+    self._make(E, hidden.device)
+    self._calls = 0
+    self._net.load_state_dict(
+        {
+            "inner.weight": join("inner", 1),
+            "inner.bias": hidden,
+            "outer.weight": join("outer"),
+            "outer.bias": join("bias"),
+        }
+    )
 
 # %% ../../nbs/2_exits/training.ipynb #0a044b79
 class SelfDistillation(Joint):
     "The last exit teaches the earlier ones (Be Your Own Teacher, arXiv 1905.08094)."
+
     def __init__(self,
         alpha:float=.3, # share of the divergence, in [0, 1]; 0: joint training
         T:float=3.,     # temperature, > 0
     ):
         super().__init__()
         self.alpha, self.T = number(alpha, "alpha", 0, 1), number(T, "T", above=0)
+
     def loss(self, raw, y):
         _check_raw(raw, y)
         F_ = self.predict(raw)
@@ -363,23 +483,35 @@ class SelfDistillation(Joint):
 # %% ../../nbs/2_exits/training.ipynb #02320961
 class Mutual(Joint):
     "Every exit learns from all others, more and more as training goes on (DepthFL, Kim et al., ICLR 2023)."
+
     def __init__(self,
         ramp:int=300, # rounds or epochs until the full weight; 0: full weight from the start
         T:float=1.,   # temperature, > 0
     ):
         super().__init__()
         self.ramp, self.T = whole(ramp, "ramp", 0), number(T, "T", above=0)
-    def share(self): return math.exp(-5 * (1 - min(self._t, self.ramp) / self.ramp) ** 2) if self.ramp else 1.
+
+    def share(self):
+        return math.exp(-5 * (1 - min(self._t, self.ramp) / self.ramp) ** 2) if self.ramp else 1.0
+
     def loss(self, raw, y):
         total, F_ = Joint.loss(self, raw, y)
-        if len(F_) == 1: return total, F_
-        log_p = F.log_softmax(torch.stack([_up(f) for f in F_]) / self.T, -1)          # (E, B, K)
-        t = log_p.detach()[:, None]                                                    # teachers j against students e
-        kl = self.T ** 2 * (t.exp() * (t - log_p)).sum((0, 1, 3)).mean() / (len(F_) - 1)
+        if len(F_) == 1:
+            return total, F_
+        log_p = F.log_softmax(torch.stack([_up(f) for f in F_]) / self.T, -1)  # (E, B, K)
+        t = log_p.detach()[:, None]  # teachers j against students e
+        kl = self.T**2 * (t.exp() * (t - log_p)).sum((0, 1, 3)).mean() / (len(F_) - 1)
         return total + self.share() * kl, F_
 
 # %% ../../nbs/2_exits/training.ipynb #d3e7423f
-POLICIES = {"joint": Joint, "boostnet": BoostNet, "l2w": L2W, "self_distillation": SelfDistillation, "mutual": Mutual}
+POLICIES = {
+    "joint": Joint,
+    "boostnet": BoostNet,
+    "l2w": L2W,
+    "self_distillation": SelfDistillation,
+    "mutual": Mutual,
+}
+
 def objective_by_name(
     name:str, # joint | boostnet | l2w | self_distillation | mutual
     **kwargs  # passed on
@@ -396,31 +528,50 @@ def _draws(net):
 def _training_of(net, data, policy, opt, generator, **settings):
     "Fingerprints of everything that the weights of a training follow from."
     groups = [{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups]
-    return fingerprints(**settings, policy=policy, data=data, weights=net, generator=generator,
-                        optimizer=[type(opt), groups], rng=torch.get_rng_state() if _draws(net) else None)
+    return fingerprints(
+        **settings,
+        policy=policy,
+        data=data,
+        weights=net,
+        generator=generator,
+        optimizer=[type(opt), groups],
+        rng=torch.get_rng_state() if _draws(net) else None,
+    )
 
 def _save_progress(path, net, opt, generators, rows, marks=None):
     "Weights, optimiser, random generators and the rows so far in one file, replaced as a whole."
-    state = {f"opt.{i}.{k}": torch.as_tensor(v) for i, s in opt.state_dict()["state"].items() for k, v in s.items() if v is not None}
+    state = {
+        f"opt.{i}.{k}": torch.as_tensor(v)
+        for i, s in opt.state_dict()["state"].items()
+        for k, v in s.items()
+        if v is not None
+    }
     state |= {f"net.{k}": v for k, v in net.state_dict().items()} | {"rng": torch.get_rng_state()}
     state |= {f"rng.{i}": g.get_state() for i, g in enumerate(generators)}
     save_tensors(path, state, dict(rows=rows, training=marks))
 
+# %% ../../nbs/2_exits/training.ipynb #ed2df658
 def _load_progress(path, net, opt, generators, policy, marks=None):
     "Put back what `_save_progress` wrote, if it did and for this training; returns the rows."
     if hasattr(policy, "weight_net"):
-        raise ValueError(f"checkpoint={str(path)!r} must be None with L2W: its weight net is not kept there")
+        raise ValueError(
+            f"checkpoint={str(path)!r} must be None with L2W: its weight net is not kept there"
+        )
     if not Path(path).exists():
         return []
     check(Path(path).is_file(), "checkpoint", str(path), "the name of a file")
     state, meta = load_tensors(path)
     if marks is not None:
         check_fingerprints(path, meta.get("training"), marks)
-    part = lambda head: {k[len(head):]: v for k, v in state.items() if k.startswith(head)}
-    net.load_state_dict(part("net.")); torch.set_rng_state(state["rng"])
-    for i, g in enumerate(generators): g.set_state(state[f"rng.{i}"])
+    part = lambda head: {k[len(head) :]: v for k, v in state.items() if k.startswith(head)}
+    net.load_state_dict(part("net."))
+    torch.set_rng_state(state["rng"])
+    for i, g in enumerate(generators):
+        g.set_state(state[f"rng.{i}"])
     moments = {}
-    for k, v in part("opt.").items(): i, name = k.split("."); moments.setdefault(int(i), {})[name] = v
+    for k, v in part("opt.").items():
+        i, name = k.split(".")
+        moments.setdefault(int(i), {})[name] = v
     opt.load_state_dict(dict(state=moments, param_groups=opt.state_dict()["param_groups"]))
     return meta["rows"]
 
@@ -430,8 +581,10 @@ def _check_exits(net, data, policy, batch_size):
     known = all(hasattr(policy, k) for k in ("loss", "meta_step", "at", "ge"))
     check(known, "policy", policy, "an object such as Joint() or BoostNet()")
     check(len(data), "data", data, "a split with at least one image")
-    if isinstance(data, ArrayData):      # a meta step learns from halves of a batch
-        check_batches(net, len(data), batch_size, data[:1][0], parts=2 if hasattr(policy, "weight_net") else 1)
+    if isinstance(data, ArrayData):  # a meta step learns from halves of a batch
+        check_batches(
+            net, len(data), batch_size, data[:1][0], parts=2 if hasattr(policy, "weight_net") else 1
+        )
 
 def _sgd(**settings):
     "The settings of SGD as numbers."
@@ -439,8 +592,12 @@ def _sgd(**settings):
 
 def _passes(epochs, batch_size, cosine, amp):
     "The settings of the passes, checked."
-    return (whole(epochs, "epochs", 0), whole(batch_size, "batch_size"),
-            flag(cosine, "cosine"), flag(amp, "amp"))
+    return (
+        whole(epochs, "epochs", 0),
+        whole(batch_size, "batch_size"),
+        flag(cosine, "cosine"),
+        flag(amp, "amp"),
+    )
 
 def _begin_epoch(modes, policy, e, epochs):
     "Modules in the modes they had, whatever `on_epoch` did to them; the policy knows how far training is."
@@ -451,7 +608,7 @@ def _begin_epoch(modes, policy, e, epochs):
 # %% ../../nbs/2_exits/training.ipynb #82676771
 def _epoch(net, batches, policy, opt, rate, augment, amp, e):
     "One pass over the batches; returns its row."
-    total, n, start = 0., 0, time.perf_counter()
+    total, n, start = 0.0, 0, time.perf_counter()
     for i, (x, y) in enumerate(batches):
         if rate:
             opt.param_groups[0]["lr"] = rate(i)
@@ -493,16 +650,26 @@ def fit_exits(
     epochs, batch_size, cosine, amp = _passes(epochs, batch_size, cosine, amp)
     _check_exits(net, data, policy, batch_size)
     sgd = _sgd(lr=lr, momentum=momentum, weight_decay=weight_decay)
-    opt = (optimizer or partial(torch.optim.SGD, **sgd))([p for p in net.parameters() if p.requires_grad])
-    g, modes = _stream(generator, "augment"), [(m, m.training) for m in start_training(net).modules()]
-    drawn, changed = [x for x in (generator, g if augment else None) if x], augment and (lambda x: augment(x, g))
+    opt = (optimizer or partial(torch.optim.SGD, **sgd))(
+        [p for p in net.parameters() if p.requires_grad]
+    )
+    g, modes = (
+        _stream(generator, "augment"),
+        [(m, m.training) for m in start_training(net).modules()],
+    )
+    drawn, changed = (
+        [x for x in (generator, g if augment else None) if x],
+        augment and (lambda x: augment(x, g)),
+    )
     how = dict(epochs=epochs, batch_size=batch_size, cosine=cosine, amp=amp, augment=augment, **sgd)
     marks = _training_of(net, data, policy, opt, generator, **how) if checkpoint else None
     rows = _load_progress(checkpoint, net, opt, drawn, policy, marks) if checkpoint else []
     for e in range(len(rows), epochs):
         _begin_epoch(modes, policy, e, epochs)
         rate = _falling(sgd["lr"], e, epochs, math.ceil(len(data) / batch_size)) if cosine else None
-        rows.append(_epoch(net, data.batches(batch_size, generator), policy, opt, rate, changed, amp, e))
+        rows.append(
+            _epoch(net, data.batches(batch_size, generator), policy, opt, rate, changed, amp, e)
+        )
         if checkpoint:
             _save_progress(checkpoint, net, opt, drawn, rows, marks)
         if on_epoch:
@@ -521,10 +688,14 @@ def train_exits(
 )->dict:          # net (trained), policy, seed, rows, accuracy (list, one per exit, in [0, 1])
     "Train an early-exit network with a policy; what is random follows from `seed` alone, so that policies are compared in pairs."
     s = Streams(seed)
-    with s.scope("init"): net = build().to(device)
-    with s.scope("train"): rows = fit_exits(net, train.to(device), policy, generator=s.generator("order"), **kwargs)
+    with s.scope("init"):
+        net = build().to(device)
+    with s.scope("train"):
+        rows = fit_exits(net, train.to(device), policy, generator=s.generator("order"), **kwargs)
     F_ = torch.stack(policy.predict(list(predict(net, test.to(device)))))
-    return dict(net=net, policy=policy, seed=seed, rows=rows, accuracy=accuracy(F_, test.y).tolist())
+    return dict(
+        net=net, policy=policy, seed=seed, rows=rows, accuracy=accuracy(F_, test.y).tolist()
+    )
 
 # %% ../../nbs/2_exits/training.ipynb #b7c8c0f8
 def compare_exits(
@@ -544,12 +715,18 @@ def compare_exits(
     for seed in seeds:
         for name, policy in ways.items():
             out[name].append(train_exits(build, train, test, policy(), seed, **kwargs))
-            if on_run: on_run(name, out[name][-1])
+            if on_run:
+                on_run(name, out[name][-1])
     return out
 
 def _seeds(seeds):
     seeds = [whole(s, f"seeds[{i}]", None) for i, s in enumerate(seeds)]
-    check(seeds and len(set(seeds)) == len(seeds), "seeds", seeds, "different whole numbers, at least one")
+    check(
+        seeds and len(set(seeds)) == len(seeds),
+        "seeds",
+        seeds,
+        "different whole numbers, at least one",
+    )
     return seeds
 
 def paired_gain(
@@ -559,48 +736,77 @@ def paired_gain(
     "What each way gains over another one, seed by seed and exit by exit; raises `ValueError` if seeds do not match."
     if not isinstance(base, str) or base not in results:
         raise ValueError(f"base={base!r} was not trained; choose one of {', '.join(results)}")
-    acc = {n: torch.tensor([v["accuracy"] for v in r], dtype=torch.double) for n, r in results.items()}
+    acc = {
+        n: torch.tensor([v["accuracy"] for v in r], dtype=torch.double) for n, r in results.items()
+    }
     seeds = {n: [v["seed"] for v in r] for n, r in results.items()}
     for n in results:
-        if seeds[n] != seeds[base]: raise ValueError(f"{n!r} was trained with seeds {seeds[n]}, {base!r} with {seeds[base]}")
+        if seeds[n] != seeds[base]:
+            raise ValueError(
+                f"{n!r} was trained with seeds {seeds[n]}, {base!r} with {seeds[base]}"
+            )
     return {n: a - acc[base] for n, a in acc.items()}
 
 # %% ../../nbs/2_exits/training.ipynb #8f9de348
 def difficulty_experiment(
-    name:str="shapes",  # "shapes", or another data set that `load` knows, e.g. "cifar10"
-    n_train:int=2000,   # pictures to train on
-    n_test:int=2000,    # pictures to test on
-    ways:dict=None,     # as in `compare_exits`; None: Joint with and without equilibrium, BoostNet, and L2W with a meta step in every fifth step
-    seeds=(0, 1, 2),    # each is one pair
-    width:int=8,        # channels of the small CNN with four exits
-    power:float=3.,     # shapes: difficulty is u**power with uniform u
-    **kwargs            # passed to `fit_exits`; preset: epochs=8, lr=.01, batch_size=32
-)->tuple:               # (results of `compare_exits`, train, test)
+    name: str = "shapes",  # "shapes", or another data set that `load` knows, e.g. "cifar10"
+    n_train: int = 2000,  # pictures to train on
+    n_test: int = 2000,  # pictures to test on
+    ways: dict = None,  # as in `compare_exits`; None: Joint with and without equilibrium, BoostNet, and L2W with a meta step in every fifth step
+    seeds=(0, 1, 2),  # each is one pair
+    width: int = 8,  # channels of the small CNN with four exits
+    power: float = 3.0,  # shapes: difficulty is u**power with uniform u
+    **kwargs,  # passed to `fit_exits`; preset: epochs=8, lr=.01, batch_size=32
+) -> tuple:  # (results of `compare_exits`, train, test)
     "Train the same network on the same pictures with several policies, for the same number of epochs."
-    n_train, n_test, power = whole(n_train, "n_train"), whole(n_test, "n_test"), number(power, "power", above=0)
+    n_train, n_test, power = (
+        whole(n_train, "n_train"),
+        whole(n_test, "n_test"),
+        number(power, "power", above=0),
+    )
     from darkdistill_nb.core.data import ArrayData, load, shapes
     from darkdistill_nb.distill.losses import CropFlip
     from darkdistill_nb.exits.networks import cnn
-    def draw(n, seed): return shapes(n, seed, torch.rand(n, generator=Streams(seed).generator("difficulty")).double() ** power)
+
+    def draw(n, seed):
+        return shapes(
+            n,
+            seed,
+            torch.rand(n, generator=Streams(seed).generator("difficulty")).double() ** power,
+        )
+
     if name == "shapes":
         train, test = draw(n_train, 1), draw(n_test, 2)
         test = ArrayData(test.x, test.y, test.classes, train.mean, train.std, test.difficulty)
-    else: train, test = load(name, n_train, n_test); kwargs = {"augment": CropFlip(4) if name.startswith("cifar") else None, **kwargs}
-    ways = ways or {"Joint": Joint, "Joint, equilibrium": lambda: Joint(ge="full"), "BoostNet": BoostNet, "L2W": lambda: L2W(interval=5)}
+    else:
+        train, test = load(name, n_train, n_test)
+        kwargs = {"augment": CropFlip(4) if name.startswith("cifar") else None, **kwargs}
+    ways = ways or {
+        "Joint": Joint,
+        "Joint, equilibrium": lambda: Joint(ge="full"),
+        "BoostNet": BoostNet,
+        "L2W": lambda: L2W(interval=5),
+    }
     build = lambda: cnn(train.shape, train.n_classes, width=width)
-    return compare_exits(ways, build, train, test, seeds, **{"epochs": 8, "lr": .01, "batch_size": 32, **kwargs}), train, test
+    return (
+        compare_exits(
+            ways, build, train, test, seeds, **{"epochs": 8, "lr": 0.01, "batch_size": 32, **kwargs}
+        ),
+        train,
+        test,
+    )
 
 # %% ../../nbs/2_exits/training.ipynb #19e71f15
-RATES = (.005, .01, .02, .04)
+RATES = (0.005, 0.01, 0.02, 0.04)
 RATE_WAYS = {  # name -> (policy, options, learning rates)
     "joint": ("joint", {}, RATES),
     "joint, equilibrium": ("joint", dict(ge="full"), RATES),
     "BoostNet without equilibrium": ("boostnet", dict(ge="none"), RATES),
     "BoostNet": ("boostnet", {}, RATES),
-    "BoostNet, w=1": ("boostnet", dict(w=1.), RATES),
-    "L2W": ("l2w", dict(interval=5), (.02,)),
-    "L2W, row": ("l2w", dict(interval=5, mode="row"), (.02,)),
-    "L2W, eps=0.3": ("l2w", dict(interval=5, eps=.3), (.02,)),
+    "BoostNet, w=1": ("boostnet", dict(w=1.0), RATES),
+    "L2W": ("l2w", dict(interval=5), (0.02,)),
+    "L2W, row": ("l2w", dict(interval=5, mode="row"), (0.02,)),
+    "L2W, eps=0.3": ("l2w", dict(interval=5, eps=0.3), (0.02,)),
 }
 
 def difficulty_cell(
@@ -624,20 +830,28 @@ def learning_rates(
     **how           # epochs, n_train, n_test, width, batch_size
 )->Record:
     "`difficulty_experiment` with every way to train at several learning rates; stored as exits_rates_DATA."
-    fixed = dict(data=str(data), epochs=8, n_train=2000, n_test=2000, width=8, batch_size=32, **of_file(data))
+    fixed = dict(
+        data=str(data), epochs=8, n_train=2000, n_test=2000, width=8, batch_size=32, **of_file(data)
+    )
     for k, v in how.items():
         choice(k, "setting", ("epochs", "n_train", "n_test", "width", "batch_size"))
         fixed[k] = whole(v, k)
     ways = [choice(w, "way", RATE_WAYS) for w in ways or RATE_WAYS]
-    planned = [dict(way=w, policy=RATE_WAYS[w][0], options=RATE_WAYS[w][1], lr=lr, seed=seed)
-               for seed in range(whole(seeds, "seeds", 2)) for w in ways for lr in RATE_WAYS[w][2]]
+    planned = [
+        dict(way=w, policy=RATE_WAYS[w][0], options=RATE_WAYS[w][1], lr=lr, seed=seed)
+        for seed in range(whole(seeds, "seeds", 2))
+        for w in ways
+        for lr in RATE_WAYS[w][2]
+    ]
     cells = [{**fixed, **{k: v for k, v in c.items() if k != "way"}} for c in planned]
     record = Record.begin(fixed)
     results = run_grid(difficulty_cell, cells, folder, workers, on_cell)
-    record.runs = [dict(way=c["way"], lr=c["lr"], seed=c["seed"], accuracy=r["accuracy"], seconds=r["seconds"])
-                   for c, r in zip(planned, results)]
+    record.runs = [
+        dict(way=c["way"], lr=c["lr"], seed=c["seed"], accuracy=r["accuracy"], seconds=r["seconds"])
+        for c, r in zip(planned, results)
+    ]
     record.seconds = sum(r["seconds"] for r in results)
-    save_record(record, Path(folder)/f"exits_rates_{short_name(data)}")
+    save_record(record, Path(folder) / f"exits_rates_{short_name(data)}")
     return record
 
 # %% ../../nbs/2_exits/training.ipynb #499e77f3
@@ -657,12 +871,19 @@ def rate_table(
     "Mean accuracy over exits and seeds (%), a row per way, a column per learning rate, the best bold."
     acc = by_rate(record)
     ways, rates = (list(dict.fromkeys(k[i] for k in acc)) for i in (0, 1))
-    lines = ["| | " + " | ".join(f"lr {lr:g}" for lr in sorted(rates)) + " |", "|---" * (len(rates) + 1) + "|"]
+    lines = [
+        "| | " + " | ".join(f"lr {lr:g}" for lr in sorted(rates)) + " |",
+        "|---" * (len(rates) + 1) + "|",
+    ]
     for w in ways:
         mean = {lr: mean_std(acc[w, lr])[0] for lr in rates if (w, lr) in acc}
         best = max(mean.values())
         show = lambda v: f"**{100 * v:.1f}**" if v == best and len(mean) > 1 else f"{100 * v:.1f}"
-        lines.append(f"| {w} | " + " | ".join(show(mean[lr]) if lr in mean else "" for lr in sorted(rates)) + " |")
+        lines.append(
+            f"| {w} | "
+            + " | ".join(show(mean[lr]) if lr in mean else "" for lr in sorted(rates))
+            + " |"
+        )
     return "\n".join(lines)
 
 # %% ../../nbs/2_exits/training.ipynb #bc2310b5
@@ -674,10 +895,17 @@ def rate_claim(
 )->tuple:          # ((mean, low, high) in points, verdict)
     "Is one way better, judged seed by seed? Raises `ValueError` for ways that were not trained."
     acc = by_rate(record)
+
     def values(w):
         found = {k[1]: v for k, v in acc.items() if k[0] == w and lr in (None, k[1])}
-        check(found, "way", w, f"one of {', '.join(dict.fromkeys(k[0] for k in acc))}, trained at that learning rate")
+        check(
+            found,
+            "way",
+            w,
+            f"one of {', '.join(dict.fromkeys(k[0] for k in acc))}, trained at that learning rate",
+        )
         return max(found.values(), key=sum)
+
     interval = t_interval([100 * (a - b) for a, b in zip(values(way), values(base))])
     return interval, verdict(interval)
 
@@ -692,10 +920,17 @@ def gradient_share(
     "Share of each exit's gradient that comes from each range of difficulty; raises `ValueError` for NaN."
     bins = whole(bins, "bins")
     same_shape(y=y, difficulty=difficulty)
-    check(bool(((difficulty >= 0) & (difficulty <= 1)).all()), "difficulty", "a tensor", "from 0 to 1 and without NaN")
+    check(
+        bool(((difficulty >= 0) & (difficulty <= 1)).all()),
+        "difficulty",
+        "a tensor",
+        "from 0 to 1 and without NaN",
+    )
     leaves = [f.detach().clone().requires_grad_() for f in raw]
     policy.loss(leaves, y)[0].backward()
     size = torch.stack([f.grad.norm(dim=1) for f in leaves])
     at = (difficulty * bins).long().clamp(max=bins - 1)
-    total = torch.zeros(len(raw), bins, dtype=size.dtype, device=size.device).index_add_(1, at, size)
+    total = torch.zeros(len(raw), bins, dtype=size.dtype, device=size.device).index_add_(
+        1, at, size
+    )
     return total / total.sum(1, keepdim=True).clamp(min=1e-30)

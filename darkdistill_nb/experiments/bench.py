@@ -34,9 +34,10 @@ def interleave(
     rounds = whole(rounds, "rounds")
     times = {name: [] for name in jobs}
     for r in range(rounds + 1):
-        for name in (list(jobs) if r % 2 else list(jobs)[::-1]):
+        for name in list(jobs) if r % 2 else list(jobs)[::-1]:
             seconds = jobs[name]() if name not in rare or r == 0 or r % 4 == 1 else None
-            if r: times[name].append(seconds)
+            if r:
+                times[name].append(seconds)
     return times
 
 # %% ../../nbs/5_experiments/bench.ipynb #e7a35be2
@@ -47,7 +48,10 @@ def ratios(
     "Each job's typical time, and its ratio to the base job within the same round."
     choice(base, "base", times)
     pairs = {n: [(s, b) for s, b in zip(t, times[base]) if s is not None] for n, t in times.items()}
-    return {n: (statistics.median(s for s, _ in p), statistics.median(s / b for s, b in p)) for n, p in pairs.items()}
+    return {
+        n: (statistics.median(s for s, _ in p), statistics.median(s / b for s, b in p))
+        for n, p in pairs.items()
+    }
 
 # %% ../../nbs/5_experiments/bench.ipynb #1a9cdfab
 def plain_wrn(
@@ -59,10 +63,17 @@ def plain_wrn(
     depth, widen = whole(depth, "depth"), whole(widen, "widen")
     n_classes = whole(n_classes, "n_classes")
     n = (depth - 4) // 6
-    if depth != 6 * n + 4 or n < 1: raise ValueError(f"depth={depth} must be 6n+4: 10, 16, 22, 28, 40, ...")
-    w = [16] + [16 * widen * 2 ** g for g in range(3) for _ in range(n)]
+    if depth != 6 * n + 4 or n < 1:
+        raise ValueError(f"depth={depth} must be 6n+4: 10, 16, 22, 28, 40, ...")
+    w = [16] + [16 * widen * 2**g for g in range(3) for _ in range(n)]
     blocks = [WideBlock(w[i], w[i + 1], 2 if i in (n, 2 * n) else 1) for i in range(3 * n)]
-    head = nn.BatchNorm2d(w[-1]), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(w[-1], n_classes)
+    head = (
+        nn.BatchNorm2d(w[-1]),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(w[-1], n_classes),
+    )
     return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), *blocks, *head)
 
 # %% ../../nbs/5_experiments/bench.ipynb #f1981ac3
@@ -70,8 +81,10 @@ def _seconds(job, device):
     "Processor seconds of a job, or wall seconds where a GPU does the work."
     gpu = torch.device(device).type == "cuda"
     clock = time.perf_counter if gpu else time.process_time
-    start = clock(); job()
-    if gpu: torch.cuda.synchronize()
+    start = clock()
+    job()
+    if gpu:
+        torch.cuda.synchronize()
     return clock() - start
 
 # %% ../../nbs/5_experiments/bench.ipynb #99a67f0a
@@ -83,19 +96,51 @@ def torchdistill_job(
 ):                 # function that returns seconds per step; None: torchdistill is not installed
     "A job that makes the same Hinton step with torchdistill."
     from darkdistill_nb.core.compat import ensure_torchvision
+
     ensure_torchvision()
-    try: from torchdistill.core.distillation import DistillationBox
-    except ImportError: return None
+    try:
+        from torchdistill.core.distillation import DistillationBox
+    except ImportError:
+        return None
     side = dict(module_path=".", module_io="output")
-    loss = dict(key="KDLoss", kwargs={**{f"{who}_{k}": v for who in ("student", "teacher") for k, v in side.items()}, "temperature": 4., "alpha": .1})
-    config = dict(num_epochs=1, teacher=dict(forward_proc="forward_batch_only", requires_grad=False), student=dict(forward_proc="forward_batch_only"),
-                  train_data_loader=dict(dataset_id="train", sampler=dict(class_or_func=torch.utils.data.SequentialSampler), kwargs=dict(batch_size=batch)),
-                  optimizer=dict(key="SGD", kwargs=dict(lr=.01, momentum=.9, weight_decay=5e-4)),
-                  criterion=dict(key="WeightedSumLoss", kwargs=dict(sub_terms=dict(kd=dict(criterion=loss, weight=1.)))))
-    box = DistillationBox(teacher.eval(), student, {"train": torch.utils.data.TensorDataset(*data[:])}, config, data.x.device, None, False, 1)
+    loss = dict(
+        key="KDLoss",
+        kwargs={
+            **{f"{who}_{k}": v for who in ("student", "teacher") for k, v in side.items()},
+            "temperature": 4.0,
+            "alpha": 0.1,
+        },
+    )
+    config = dict(
+        num_epochs=1,
+        teacher=dict(forward_proc="forward_batch_only", requires_grad=False),
+        student=dict(forward_proc="forward_batch_only"),
+        train_data_loader=dict(
+            dataset_id="train",
+            sampler=dict(class_or_func=torch.utils.data.SequentialSampler),
+            kwargs=dict(batch_size=batch),
+        ),
+        optimizer=dict(key="SGD", kwargs=dict(lr=0.01, momentum=0.9, weight_decay=5e-4)),
+        criterion=dict(
+            key="WeightedSumLoss", kwargs=dict(sub_terms=dict(kd=dict(criterion=loss, weight=1.0)))
+        ),
+    )
+    box = DistillationBox(
+        teacher.eval(),
+        student,
+        {"train": torch.utils.data.TensorDataset(*data[:])},
+        config,
+        data.x.device,
+        None,
+        False,
+        1,
+    )
+
     def epoch():
         box.pre_epoch_process(epoch=0)
-        for x, y, extra in box.train_data_loader: box.post_forward_process(loss=box.forward_process(x, y, extra))
+        for x, y, extra in box.train_data_loader:
+            box.post_forward_process(loss=box.forward_process(x, y, extra))
+
     return lambda: _seconds(epoch, data.x.device) / len(box.train_data_loader)
 
 # %% ../../nbs/5_experiments/bench.ipynb #4763cf4d
@@ -106,19 +151,39 @@ def distill_jobs(
 )->dict:           # name -> function that returns seconds per step
     "The jobs of `bench distill`: one student in equal copies, WRN-16-2, with WRN-40-2 as teacher."
     g, n = torch.Generator().manual_seed(0), steps * batch
-    data = ArrayData(torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=g), torch.randint(100, (n,), generator=g), range(100)).to(device)
+    data = ArrayData(
+        torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=g),
+        torch.randint(100, (n,), generator=g),
+        range(100),
+    ).to(device)
     student, teacher = plain_wrn(16, 2).to(device), plain_wrn(40, 2).to(device)
     for m in teacher.modules():
-        if isinstance(m, nn.BatchNorm2d): m.momentum = None     # untrained weights: take the statistics of these pictures, or maps of 40 layers overflow
-    with torch.no_grad(): teacher.train()(data[:][0])
-    layers, teacher_layers = {"maps": "4"}, {"maps": "12"}     # where group 2 ends
-    kd, hint = method_loss("kd", alpha=.9), method_loss("hint", student_width=64, teacher_width=64, maps=True, weight=1., kd=.9)
+        if isinstance(m, nn.BatchNorm2d):
+            m.momentum = None  # untrained weights: take the statistics of these pictures, or maps of 40 layers overflow
+    with torch.no_grad():
+        teacher.train()(data[:][0])
+    layers, teacher_layers = {"maps": "4"}, {"maps": "12"}  # where group 2 ends
+    kd, hint = (
+        method_loss("kd", alpha=0.9),
+        method_loss("hint", student_width=64, teacher_width=64, maps=True, weight=1.0, kd=0.9),
+    )
     table = teacher_table(teacher, data, teacher_layers)
+
     def job(teacher, loss, **kw):
         net = copy.deepcopy(student)
-        return lambda: _seconds(lambda: distill(net, teacher, data, loss, lr=.01, batch_size=batch, **kw), device) / steps
-    jobs = {"ce": job(None, method_loss("ce")), "kd, table": job(None, kd, cache={"logits": table["logits"]}),
-            "hint, table": job(None, hint, layers=layers, cache=table), "kd, online": job(teacher, kd, cache=False)}
+        return lambda: (
+            _seconds(
+                lambda: distill(net, teacher, data, loss, lr=0.01, batch_size=batch, **kw), device
+            )
+            / steps
+        )
+
+    jobs = {
+        "ce": job(None, method_loss("ce")),
+        "kd, table": job(None, kd, cache={"logits": table["logits"]}),
+        "hint, table": job(None, hint, layers=layers, cache=table),
+        "kd, online": job(teacher, kd, cache=False),
+    }
     other = torchdistill_job(copy.deepcopy(student), copy.deepcopy(teacher), data, batch)
     return {**jobs, **({"torchdistill": other} if other else {})}
 
@@ -134,32 +199,45 @@ def bench_distill(
     "Cost of a distillation step in units of the same student's cross-entropy step."
     jobs = distill_jobs(batch, steps, device)
     result = ratios(interleave(jobs, rounds, rare=("kd, online", "torchdistill")), "ce")
-    lines = [f"WRN-16-2 student, WRN-40-2 teacher, 32x32, batch {batch}, {device}, {torch.get_num_threads()} thread(s); "
-             f"{rounds} interleaved rounds of {steps} step(s)",
-             f"{'step':14s} {'ms':>8s} {'x ce':>7s}   goal"]
+    lines = [
+        f"WRN-16-2 student, WRN-40-2 teacher, 32x32, batch {batch}, {device}, {torch.get_num_threads()} thread(s); "
+        f"{rounds} interleaved rounds of {steps} step(s)",
+        f"{'step':14s} {'ms':>8s} {'x ce':>7s}   goal",
+    ]
     for name, (seconds, ratio) in result.items():
-        goal = f"at most {GOALS[name]:.2f}: {'met' if round(ratio, 2) <= GOALS[name] else 'missed'}" if name in GOALS else ""
+        goal = (
+            f"at most {GOALS[name]:.2f}: {'met' if round(ratio, 2) <= GOALS[name] else 'missed'}"
+            if name in GOALS
+            else ""
+        )
         lines.append(f"{name:14s} {seconds * 1e3:8.1f} {ratio:7.3f}   {goal}".rstrip())
-    if "torchdistill" not in jobs: lines.append("torchdistill is not installed; `pip install --no-deps torchdistill` adds its row")
+    if "torchdistill" not in jobs:
+        lines.append(
+            "torchdistill is not installed; `pip install --no-deps torchdistill` adds its row"
+        )
     return "\n".join(lines)
 
 # %% ../../nbs/5_experiments/bench.ipynb #664fa4dd
 class Replay(Score):
     "Computes a real score, then lets each picture leave where a list says; pictures must come in the order of the list."
+
     def __init__(self,
         exits:torch.Tensor, # (N,) exit of each picture, from 0
         score=None,         # the score that is computed; None: `Confidence()`
-    ): self.exits, self.score, self.at = exits, score or Confidence(), 0
+    ):
+        self.exits, self.score, self.at = exits, score or Confidence(), 0
+
     def step(self, F, a=None, state=None):
         real, inner = self.score.step(F, a, state and {k: v for k, v in state.items() if k != "s"})
         if state is None:
-            s = -self.exits[self.at:self.at + len(F)].to(real.dtype)
+            s = -self.exits[self.at : self.at + len(F)].to(real.dtype)
             self.at = (self.at + len(F)) % len(self.exits)
-        else: s = state["s"] + 1
-        return s, {**inner, "s": s}      # minus the exits that are still to pass: leave at threshold 0
+        else:
+            s = state["s"] + 1
+        return s, {**inner, "s": s}  # minus the exits that are still to pass: leave at threshold 0
 
 # %% ../../nbs/5_experiments/bench.ipynb #5b792dc3
-SHARES = (.5, .2, .15, .15)
+SHARES = (0.5, 0.2, 0.15, 0.15)
 
 def exit_list(
     n:int=256,     # pictures
@@ -168,8 +246,16 @@ def exit_list(
 )->torch.Tensor:   # (n,) exit of each picture, from 0
     "Who leaves where: the shares, rounded, in random order."
     g = torch.Generator().manual_seed(0)
-    def draw(counts): return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[torch.randperm(sum(counts), generator=g)]
-    def counts(n): c = [round(n * q) for q in shares[:-1]]; return [*c, n - sum(c)]
+
+    def draw(counts):
+        return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[
+            torch.randperm(sum(counts), generator=g)
+        ]
+
+    def counts(n):
+        c = [round(n * q) for q in shares[:-1]]
+        return [*c, n - sum(c)]
+
     n, first = whole(n, "n", 0), whole(first, "first", 0)
     first = min(first, n)
     rest = [a - b for a, b in zip(counts(n), counts(first))]
@@ -184,10 +270,15 @@ def stream_job(
     device="cpu",
 ):                  # function that returns seconds per arrival, the last with the flush
     "Pictures arrive b at a time."
+
     def run():
         score.at, s, out = 0, runner.stream(), []
-        for i in range(0, len(x), b): out.append(_seconds(lambda: (s.push(x[i:i+b]), i + b >= len(x) and s.flush()), device))
+        for i in range(0, len(x), b):
+            out.append(
+                _seconds(lambda: (s.push(x[i : i + b]), i + b >= len(x) and s.flush()), device)
+            )
         return out
+
     return run
 
 # %% ../../nbs/5_experiments/bench.ipynb #92de4382
@@ -201,25 +292,37 @@ def exit_jobs(
     ones:int=80,       # pictures of the rows with batch 1
 )->dict:               # (precision, row, batch) -> function that returns seconds per call, one per batch
     "The jobs of `bench exits`."
+
     def job(f, b, score=None):
         def run():
-            if score: score.at = 0
-            return [_seconds(lambda: f(x[i:i+b]), device) for i in range(0, ones if b == 1 else len(x), b)]
+            if score:
+                score.at = 0
+            return [
+                _seconds(lambda: f(x[i : i + b]), device)
+                for i in range(0, ones if b == 1 else len(x), b)
+            ]
+
         return run
+
     @torch.inference_mode()
-    def eager(v): return net.exits[-1](functools.reduce(lambda z, stage: stage(z), net.stages, net.stem(v)))
+    def eager(v):
+        return net.exits[-1](functools.reduce(lambda z, stage: stage(z), net.stages, net.stem(v)))
+
     jobs = {("float32", "plain PyTorch, always last", len(x)): job(eager, len(x))}
     for d in dtypes:
         name, score = str(d).removeprefix("torch."), Replay(exits.to(device))
-        r = ExitRunner(net, [0.] * len(net), score, dtype=d, device=device)
-        for b in batches: jobs[name, "always last", b] = job(r.always_last, b)
-        for b in batches: jobs[name, "runner", b] = job(r, b, score)
-        for b in (8,) if 8 in batches else (): jobs[name, "stream", b] = stream_job(r, x, b, score, device)
+        r = ExitRunner(net, [0.0] * len(net), score, dtype=d, device=device)
+        for b in batches:
+            jobs[name, "always last", b] = job(r.always_last, b)
+        for b in batches:
+            jobs[name, "runner", b] = job(r, b, score)
+        for b in (8,) if 8 in batches else ():
+            jobs[name, "stream", b] = stream_job(r, x, b, score, device)
         jobs[name, "all exits, choose later", batches[-1]] = job(r.all_exits, batches[-1])
     return jobs
 
 # %% ../../nbs/5_experiments/bench.ipynb #06a6ed61
-REALISED = {"float32": .95, "bfloat16": .92}
+REALISED = {"float32": 0.95, "bfloat16": 0.92}
 END_TO_END = {"float32": 6, "bfloat16": 10}
 
 def exit_rows(
@@ -229,13 +332,24 @@ def exit_rows(
     ones:int=80,     # pictures of the rows with batch 1
 )->list:             # one dict per row
     "Fastest time per picture, speed-ups, and the share of the saved operations that the clock shows."
-    us = {k: sum(map(min, zip(*filter(None, t)))) / (ones if k[2] == 1 else n) * 1e6 for k, t in times.items()}
+    us = {
+        k: sum(map(min, zip(*filter(None, t)))) / (ones if k[2] == 1 else n) * 1e6
+        for k, t in times.items()
+    }
     plain = next(v for k, v in us.items() if k[1].startswith("plain"))
     rows = []
     for (d, name, b), t in us.items():
-        base = us[d, "always last", 1] if b == 1 else min(v for k, v in us.items() if k[:2] == (d, "always last"))
+        base = (
+            us[d, "always last", 1]
+            if b == 1
+            else min(v for k, v in us.items() if k[:2] == (d, "always last"))
+        )
         real = base / t / saving(ones if b == 1 else n) if name in ("runner", "stream") else None
-        rows.append(dict(precision=d, row=name, batch=b, us=t, eager=plain / t, full=base / t, realised=real))
+        rows.append(
+            dict(
+                precision=d, row=name, batch=b, us=t, eager=plain / t, full=base / t, realised=real
+            )
+        )
     return rows
 
 # %% ../../nbs/5_experiments/bench.ipynb #9a90249c
@@ -245,14 +359,21 @@ def exit_table(
 )->str:
     "The rows as text, with the goals and whether they are met."
     check(isinstance(title, str), "title", title, "a text")
-    lines = [title, f"{'precision':9s} {'row':27s} {'batch':>5s} {'us/picture':>10s} {'x plain':>8s} {'x always':>8s} {'realised':>8s}   goal"]
+    lines = [
+        title,
+        f"{'precision':9s} {'row':27s} {'batch':>5s} {'us/picture':>10s} {'x plain':>8s} {'x always':>8s} {'realised':>8s}   goal",
+    ]
     for r in rows:
         d, runner, goals = r["precision"], r["row"] == "runner", []
-        if runner and (r["batch"] > 1 or d == "float32"): goals.append((f"realised {REALISED[d]}", r["realised"] >= REALISED[d]))
-        if runner and r["batch"] == max(q["batch"] for q in rows): goals.append((f"{END_TO_END[d]} x plain", r["eager"] >= END_TO_END[d]))
+        if runner and (r["batch"] > 1 or d == "float32"):
+            goals.append((f"realised {REALISED[d]}", r["realised"] >= REALISED[d]))
+        if runner and r["batch"] == max(q["batch"] for q in rows):
+            goals.append((f"{END_TO_END[d]} x plain", r["eager"] >= END_TO_END[d]))
         text = "; ".join(f"{name}: {'met' if ok else 'missed'}" for name, ok in goals)
         real = "" if r["realised"] is None else f"{r['realised']:.2f}"
-        lines.append(f"{d:9s} {r['row']:27s} {r['batch']:5d} {r['us']:10.0f} {r['eager']:8.2f} {r['full']:8.2f} {real:>8s}   {text}".rstrip())
+        lines.append(
+            f"{d:9s} {r['row']:27s} {r['batch']:5d} {r['us']:10.0f} {r['eager']:8.2f} {r['full']:8.2f} {real:>8s}   {text}".rstrip()
+        )
     return "\n".join(lines)
 
 # %% ../../nbs/5_experiments/bench.ipynb #fdf697a2
@@ -265,42 +386,77 @@ def bench_exits(
     "How much of the saved operations is saved time."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if net is None: net = vit(img_size=32, patch_size=4)
+        if net is None:
+            net = vit(img_size=32, patch_size=4)
         x, exits = torch.randn(max(batches), *net.input_shape).to(device), exit_list(max(batches))
     net, costs, n = net.to(device).eval(), torch.tensor(net.macs()).double(), len(x)
-    last = net.macs(heads=False)[-1] + net.exits[-1].fc.weight.numel()     # always last: no other exit is asked
+    last = (
+        net.macs(heads=False)[-1] + net.exits[-1].fc.weight.numel()
+    )  # always last: no other exit is asked
     saving, ones = (lambda k: last / float(costs[exits[:k]].mean())), min(80, n)
     jobs = exit_jobs(net, x, exits, batches=batches, device=device, ones=ones)
     rows = exit_rows(interleave(jobs, rounds, rare=[next(iter(jobs))]), saving, n, ones)
-    table = exit_table(rows, f"{len(net)} exits, {n} pictures, exits taken {torch.bincount(exits).tolist()}: {saving(n):.3f} times fewer operations; "
-                             f"{device}, {torch.get_num_threads()} thread(s), fastest of {rounds} rounds")
-    return table, Record.begin(dict(bench="exits", rounds=rounds, device=str(device), batches=list(batches)), saving=saving(n), table=table, rows=rows)
+    table = exit_table(
+        rows,
+        f"{len(net)} exits, {n} pictures, exits taken {torch.bincount(exits).tolist()}: {saving(n):.3f} times fewer operations; "
+        f"{device}, {torch.get_num_threads()} thread(s), fastest of {rounds} rounds",
+    )
+    return table, Record.begin(
+        dict(bench="exits", rounds=rounds, device=str(device), batches=list(batches)),
+        saving=saving(n),
+        table=table,
+        rows=rows,
+    )
 
 # %% ../../nbs/5_experiments/bench.ipynb #406a0836
 def main(
     argv:list=None # words after the module's name; None: those of this process
 )->int:            # exit status
     "`python -m darkdistill_nb.experiments.bench NAME`: measure on this machine and print a table."
-    p = argparse.ArgumentParser(prog="python -m darkdistill_nb.experiments.bench", description="Measure costs on this machine; ratios of one run.")
+    p = argparse.ArgumentParser(
+        prog="python -m darkdistill_nb.experiments.bench",
+        description="Measure costs on this machine; ratios of one run.",
+    )
     sub = p.add_subparsers(dest="name", required=True)
     d = sub.add_parser("distill", help="distillation steps beside a plain training step")
     e = sub.add_parser("exits", help="early exits beside always the last exit")
-    counts = dict(rounds="measured rounds", threads="threads of PyTorch", batch="pictures a step", steps="steps per measurement")
-    for q, names in ((d, dict(rounds=32, threads=1, batch=32, steps=1)), (e, dict(rounds=3, threads=1))):
-        for name, default in names.items(): q.add_argument(f"--{name}", type=int, default=default, help=f"{counts[name]} (default {default})")
+    counts = dict(
+        rounds="measured rounds",
+        threads="threads of PyTorch",
+        batch="pictures a step",
+        steps="steps per measurement",
+    )
+    for q, names in (
+        (d, dict(rounds=32, threads=1, batch=32, steps=1)),
+        (e, dict(rounds=3, threads=1)),
+    ):
+        for name, default in names.items():
+            q.add_argument(
+                f"--{name}", type=int, default=default, help=f"{counts[name]} (default {default})"
+            )
         q.add_argument("--device", default="cpu", help="cpu | cuda | auto (default cpu)")
     e.add_argument("--save", help="file that receives the record as JSON")
     a = p.parse_args(argv)
-    if bad := [k for k in counts if getattr(a, k, 1) < 1]: p.error(f"--{bad[0]} {getattr(a, bad[0])} must be at least 1")
-    try: device = pick_device(a.device)
-    except ValueError as error: p.error(str(error))
-    torch.set_num_threads(a.threads); torch.manual_seed(0)
-    if a.name == "distill": print(bench_distill(a.rounds, a.batch, a.steps, device)); return 0
+    if bad := [k for k in counts if getattr(a, k, 1) < 1]:
+        p.error(f"--{bad[0]} {getattr(a, bad[0])} must be at least 1")
+    try:
+        device = pick_device(a.device)
+    except ValueError as error:
+        p.error(str(error))
+    torch.set_num_threads(a.threads)
+    torch.manual_seed(0)
+    if a.name == "distill":
+        print(bench_distill(a.rounds, a.batch, a.steps, device))
+        return 0
     start = time.perf_counter()
     table, record = bench_exits(a.rounds, device)
-    print(table); record.seconds = time.perf_counter() - start
+    print(table)
+    record.seconds = time.perf_counter() - start
     if a.save:
-        with tempfile.TemporaryDirectory() as t: write_atomic(Path(a.save), save_record(record, t).read_bytes())
+        with tempfile.TemporaryDirectory() as t:
+            write_atomic(Path(a.save), save_record(record, t).read_bytes())
     return 0
 
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())   # not in a notebook
+# %% ../../nbs/5_experiments/bench.ipynb #122d9638
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())  # not in a notebook

@@ -28,7 +28,12 @@ def _check_labels(y, n, n_classes, name="y"):
         raise ValueError(f"{name} must be a tensor of {n} labels, not {getattr(y, 'shape', y)!s}")
     if len(y):
         low, high = int(y.min()), int(y.max())
-        check(low >= 0 and high < n_classes, name, f"{low}..{high}", f"labels from 0 to {n_classes - 1}")
+        check(
+            low >= 0 and high < n_classes,
+            name,
+            f"{low}..{high}",
+            f"labels from 0 to {n_classes - 1}",
+        )
 
 def sample_difficulty(
     logits:torch.Tensor, # (B, K) logits of exit 1
@@ -63,19 +68,22 @@ def bins_of(
     width:float, # nats per bin, from 0.01 to the cap
 )->int:
     "How many bins of `width` nats reach the largest difficulty: ten of one nat."
-    return math.ceil(CAP / number(width, "width", low=.01, high=CAP))
+    return math.ceil(CAP / number(width, "width", low=0.01, high=CAP))
 
 # %% ../../nbs/3_federated/difficulty.ipynb #85139a4c
 @dataclass
 class DifficultyHistogram:
     "Counts of samples over labels and difficulty bins: all that a client reports about its samples."
+
     counts:torch.Tensor # (K, bins) int64
     width:float=1.      # nats per bin, > 0
+
     def __post_init__(self):
         c = self.counts
         self.width = number(self.width, "width", above=0)
         kind = isinstance(c, torch.Tensor) and c.ndim == 2 and not c.is_floating_point()
         check(kind and bool((c >= 0).all()), "counts", c, "whole numbers >= 0 of shape (K, bins)")
+
     @classmethod
     def of(cls,
         d:torch.Tensor, # (N,) difficulties, nats
@@ -93,12 +101,20 @@ class DifficultyHistogram:
         j = (d / width).clamp(max=bins - 1).long().cpu()
         counts = torch.bincount(y.cpu() * bins + j, minlength=n_classes * bins)
         return cls(counts.view(n_classes, bins), width)
+
     def __add__(self, other):
-        check(self.width == other.width, "width", other.width, f"{self.width}, as in the other histogram")
+        check(
+            self.width == other.width,
+            "width",
+            other.width,
+            f"{self.width}, as in the other histogram",
+        )
         return DifficultyHistogram(self.counts + other.counts, self.width)
+
     @property
     def total(self):
         return int(self.counts.sum())
+
     def density(self):
         return self.counts.sum(0).double() / max(self.total, 1) / self.width
 

@@ -19,12 +19,23 @@ from ..core.data import ArrayData
 from ..exits.networks import EarlyExitNet, Exit
 from ..exits.training import Joint
 from .method import EEFL
-from ..core.training import Streams, accuracy, check_batches, fit, predict, start_training
+from darkdistill_nb.core.training import (
+    Streams,
+    accuracy,
+    check_batches,
+    fit,
+    predict,
+    start_training,
+)
 
 # %% ../../nbs/3_federated/fedmd.ipynb #5c4bd939
 class _Plain(Exit):
-    def __init__(self, head): nn.Module.__init__(self); self.head = head
+    def __init__(self, head):
+        nn.Module.__init__(self)
+        self.head = head
+
     def features(self, z): return z
+
     def classify(self, a): return self.head(a)
 
 def single_exit(
@@ -38,11 +49,14 @@ def single_exit(
 
 class FedAvg(EEFL):
     "Federated averaging of one network that everybody can run (arXiv 1602.05629)."
+
     name = "fedavg"
+
     def __init__(self,
         lr:float=.05,
         **kwargs # passed to `EEFL`
-    ): super().__init__(Joint(), lr=lr, **kwargs)
+    ):
+        super().__init__(Joint(), lr=lr, **kwargs)
 
 # %% ../../nbs/3_federated/fedmd.ipynb #4b44208c
 def consensus(
@@ -51,12 +65,20 @@ def consensus(
 )->torch.Tensor:  # (N, C)
     "Weighted mean of what the parties say; raises `ValueError` for unequal shapes, NaN and infinity."
     if len({tuple(t.shape) for t in scores}) != 1:
-        raise ValueError(f"scores have shapes {[tuple(t.shape) for t in scores]}; "
-                         "all parties must answer about the same images in the same size")
+        raise ValueError(
+            f"scores have shapes {[tuple(t.shape) for t in scores]}; "
+            "all parties must answer about the same images in the same size"
+        )
     for i, t in enumerate(scores):
         finite(t, f"scores[{i}]")
-    w = [1.] * len(scores) if weights is None else [number(v, f"weights[{i}]", low=0) for i, v in enumerate(weights)]
-    check(len(w) == len(scores) and sum(w) > 0, "weights", w, f"{len(scores)} numbers >= 0, not all 0")
+    w = (
+        [1.0] * len(scores)
+        if weights is None
+        else [number(v, f"weights[{i}]", low=0) for i, v in enumerate(weights)]
+    )
+    check(
+        len(w) == len(scores) and sum(w) > 0, "weights", w, f"{len(scores)} numbers >= 0, not all 0"
+    )
     w = torch.tensor(w, dtype=torch.double)
     return sum(k * t.double() for k, t in zip(w / w.sum(), scores)).to(scores[0].dtype)
 
@@ -64,6 +86,7 @@ def consensus(
 @dataclass
 class Party:
     "A participant with its own architecture."
+
     id:int
     net:nn.Module
     train:ArrayData # private pictures
@@ -80,6 +103,7 @@ def digest_loss(
 @dataclass
 class FedMD:
     "FedMD (arXiv 1910.03581) with logits, or the same round with latents."
+
     what:str="logits"        # what is shared: logits | latent
     mode:str="average"       # average | teacher (a fixed teacher gives the targets)
     n_align:int=500          # public pictures a round
@@ -91,21 +115,27 @@ class FedMD:
     digest_lr:float=.02
     batch_size:int=32
     loss:str="mae"           # of the digest
+
     def __post_init__(self):
         choice(self.what, "what", ("logits", "latent"))
         choice(self.mode, "mode", ("average", "teacher"))
         choice(self.loss, "loss", ("mae", "mse"))
         for k in ("public_epochs", "private_epochs", "digest_epochs", "revisit_epochs"):
             setattr(self, k, whole(getattr(self, k), k, 0))
-        for k in ("n_align", "batch_size"):     # the digest leaves out batches of one
+        for k in ("n_align", "batch_size"):  # the digest leaves out batches of one
             setattr(self, k, whole(getattr(self, k), k, 2))
-        self.lr, self.digest_lr = number(self.lr, "lr", low=0), number(self.digest_lr, "digest_lr", low=0)
+        self.lr, self.digest_lr = (
+            number(self.lr, "lr", low=0),
+            number(self.digest_lr, "digest_lr", low=0),
+        )
+
     def say(self, net):
         return net if self.what == "logits" else nn.Sequential(net.perception, net.representation)
 
 # %% ../../nbs/3_federated/fedmd.ipynb #d0c3d5a5
 from fastcore.basics import patch
 
+# %% ../../nbs/3_federated/fedmd.ipynb #98e2bfd7
 @patch
 def digest(self:FedMD,
     net:nn.Module,
@@ -115,16 +145,21 @@ def digest(self:FedMD,
     generator:torch.Generator,
 )->float:                      # mean loss of the last epoch
     "Train a party to say `targets`, shared layers only; raises `ValueError` for targets that do not fit."
-    check(len(targets) == len(data), "targets", targets, f"a tensor with {len(data)} rows, one per image")
+    check(
+        len(targets) == len(data),
+        "targets",
+        targets,
+        f"a tensor with {len(data)} rows, one per image",
+    )
     finite(targets, "targets")
     epochs = whole(epochs, "epochs", 0)
-    say, distance, total = self.say(net), digest_loss(self.loss), 0.
-    opt = torch.optim.SGD(say.parameters(), lr=self.digest_lr, momentum=.9)
+    say, distance, total = self.say(net), digest_loss(self.loss), 0.0
+    opt = torch.optim.SGD(say.parameters(), lr=self.digest_lr, momentum=0.9)
     start_training(net)
     for _ in range(epochs):
-        total = 0.
+        total = 0.0
         for idx in torch.randperm(len(data), generator=generator).split(self.batch_size):
-            if len(idx) < 2:                               # batch statistics of a single image do not exist
+            if len(idx) < 2:  # batch statistics of a single image do not exist
                 continue
             said = say(data[idx][0])
             same_shape(answers=said, targets=targets[idx])
@@ -134,7 +169,9 @@ def digest(self:FedMD,
             opt.step()
             total += float(value.detach()) * len(idx)
         if not math.isfinite(total):
-            raise FloatingPointError(f"the loss of the digest is {total}; lower digest_lr={self.digest_lr}")
+            raise FloatingPointError(
+                f"the loss of the digest is {total}; lower digest_lr={self.digest_lr}"
+            )
     return total / max(len(data), 1)
 
 # %% ../../nbs/3_federated/fedmd.ipynb #0b5507d4
@@ -148,13 +185,39 @@ def prepare(self:FedMD,
     "First training of a party: public labels, or the teacher's latents on the public pictures; then its own data."
     with streams.scope("prepare", party.id):
         if self.what == "latent":
-            if teacher is None: raise ValueError("what='latent' needs a teacher: latents of independent networks have no common basis")
+            if teacher is None:
+                raise ValueError(
+                    "what='latent' needs a teacher: latents of independent networks have no common basis"
+                )
             if teacher.l != party.net.l:
-                raise ValueError(f"party {party.id} has latents of size {party.net.l}, the teacher of size {teacher.l}; they must agree")
+                raise ValueError(
+                    f"party {party.id} has latents of size {party.net.l}, the teacher of size {teacher.l}; they must agree"
+                )
             party.net.output.load_state_dict(teacher.output.state_dict())
-            self.digest(party.net, public, predict(self.say(teacher), public), self.public_epochs, streams.generator("align", party.id))
-        else: fit(party.net, public, self.public_epochs, self.lr, batch_size=self.batch_size, generator=streams.generator("public", party.id))
-        fit(party.net, party.train, self.private_epochs, self.lr, batch_size=self.batch_size, generator=streams.generator("private", party.id))
+            self.digest(
+                party.net,
+                public,
+                predict(self.say(teacher), public),
+                self.public_epochs,
+                streams.generator("align", party.id),
+            )
+        else:
+            fit(
+                party.net,
+                public,
+                self.public_epochs,
+                self.lr,
+                batch_size=self.batch_size,
+                generator=streams.generator("public", party.id),
+            )
+        fit(
+            party.net,
+            party.train,
+            self.private_epochs,
+            self.lr,
+            batch_size=self.batch_size,
+            generator=streams.generator("private", party.id),
+        )
 
 # %% ../../nbs/3_federated/fedmd.ipynb #8b9c566c
 def score_bytes(
@@ -172,10 +235,17 @@ def _accuracies(parties):
 def _check_parties(method, parties, public, teacher):
     "Parties with different ids and data that their networks can be trained on, and a teacher where one is needed."
     ids = [p.id for p in parties]
-    check(ids and len(set(ids)) == len(ids), "parties", ids, "at least one party, with different ids")
+    check(
+        ids and len(set(ids)) == len(ids), "parties", ids, "at least one party, with different ids"
+    )
     check(len(public), "public", public, "a set with at least one image")
     if method.mode == "teacher" or method.what == "latent":
-        check(teacher is not None, "teacher", teacher, f"a network for what={method.what!r}, mode={method.mode!r}")
+        check(
+            teacher is not None,
+            "teacher",
+            teacher,
+            f"a network for what={method.what!r}, mode={method.mode!r}",
+        )
     for p in parties:
         sizes = len(p.train), len(p.test)
         check(all(sizes), f"parties[{p.id!r}]", sizes, "one with training and test images")
@@ -192,19 +262,37 @@ def play_round(self:FedMD,
     teacher:nn.Module=None,
 )->dict:                  # log entry
     "One round: align, consensus, digest, revisit; mean accuracy of the parties and bytes."
-    draw = torch.randperm(len(public), generator=streams.generator("subset", rnd))[:min(self.n_align, len(public))]
+    draw = torch.randperm(len(public), generator=streams.generator("subset", rnd))[
+        : min(self.n_align, len(public))
+    ]
     d = public.subset(draw)
-    if self.mode == "teacher": target, up = predict(self.say(teacher), d), 0
+    if self.mode == "teacher":
+        target, up = predict(self.say(teacher), d), 0
     else:
         weights = [len(p.train) for p in parties] if self.what == "latent" else None
         target = consensus([predict(self.say(p.net), d) for p in parties], weights)
         up = score_bytes(*target.shape) * len(parties)
     for p in parties:
         with streams.scope("round", rnd, p.id):
-            self.digest(p.net, d, target, self.digest_epochs, streams.generator("digest", rnd, p.id))
-            fit(p.net, p.train, self.revisit_epochs, self.lr, batch_size=self.batch_size, generator=streams.generator("revisit", rnd, p.id))
+            self.digest(
+                p.net, d, target, self.digest_epochs, streams.generator("digest", rnd, p.id)
+            )
+            fit(
+                p.net,
+                p.train,
+                self.revisit_epochs,
+                self.lr,
+                batch_size=self.batch_size,
+                generator=streams.generator("revisit", rnd, p.id),
+            )
     acc = _accuracies(parties)
-    return dict(round=rnd + 1, accuracy=acc, mean=sum(acc) / len(acc), bytes_up=up, bytes_down=score_bytes(*target.shape) * len(parties))
+    return dict(
+        round=rnd + 1,
+        accuracy=acc,
+        mean=sum(acc) / len(acc),
+        bytes_up=up,
+        bytes_down=score_bytes(*target.shape) * len(parties),
+    )
 
 # %% ../../nbs/3_federated/fedmd.ipynb #abd4aeee
 @patch

@@ -24,6 +24,7 @@ from ..core.training import evaluating
 # %% ../../nbs/3_federated/generator.ipynb #3a7ccc6d
 class Generator(nn.Module):
     "Difficulty-conditional generator of latents: G(y, d, noise) (DarkDistill, KDD 2025)."
+
     def __init__(self,
         latent_shape:tuple,    # shape of one sample's latents, e.g. (T, h) or (C, H, W)
         n_classes:int,         # K
@@ -34,9 +35,15 @@ class Generator(nn.Module):
     ):
         super().__init__()
         choice(norm, "norm", ("layer", "batch"))
-        check(len(latent_shape), "latent_shape", latent_shape, "a shape such as (T, h) or (C, H, W)")
+        check(
+            len(latent_shape), "latent_shape", latent_shape, "a shape such as (T, h) or (C, H, W)"
+        )
         latent_shape = tuple(whole(n, "latent_shape") for n in latent_shape)
-        n_classes, d_eps, d_h = whole(n_classes, "n_classes"), whole(d_eps, "d_eps"), whole(d_h, "d_h")
+        n_classes, d_eps, d_h = (
+            whole(n_classes, "n_classes"),
+            whole(d_eps, "d_eps"),
+            whole(d_h, "d_h"),
+        )
         conditional = flag(conditional, "conditional")
         self.latent_shape, self.d_eps, self.unit = latent_shape, d_eps, CAP
         self.label = nn.Embedding(n_classes, d_eps)
@@ -44,6 +51,7 @@ class Generator(nn.Module):
         self.hidden = nn.Linear((3 if conditional else 2) * d_eps, d_h)
         self.norm = nn.LayerNorm(d_h) if norm == "layer" else nn.BatchNorm1d(d_h)
         self.out = nn.Linear(d_h, math.prod(latent_shape))
+
     def forward(self, y, d, eps):
         parts = [eps, self.label(y)]
         if self.level is not None:
@@ -72,8 +80,12 @@ def diversity_loss(
     x:torch.Tensor,   # (B, ...) latents
 )->torch.Tensor:      # scalar in (0, 1]; 1 when all latents are equal
     "exp(-mean of noise distance times latent distance): small when different noise gives different latents."
-    check(eps.ndim == 2 and len(eps) == len(x) > 0, "eps", tuple(eps.shape),
-          f"of shape (B, d_eps), with B = {len(x)} as in x")
+    check(
+        eps.ndim == 2 and len(eps) == len(x) > 0,
+        "eps",
+        tuple(eps.shape),
+        f"of shape (B, d_eps), with B = {len(x)} as in x",
+    )
     x = x.flatten(1)
     de = (eps[:, None] - eps[None]).pow(2).mean(-1)
     dx = torch.cdist(x, x, p=1) / x.shape[1]
@@ -87,7 +99,12 @@ def found_difficulty(
 )->torch.Tensor:         # (B,) nats
     "Cross-entropy of each sample whose gradient does not vanish where the model is sure; raises `ValueError`."
     leak = number(leak, "leak", low=0)
-    check(logits.ndim == 2 and logits.shape[1] > 1, "logits", tuple(logits.shape), "of shape (B, K), K >= 2")
+    check(
+        logits.ndim == 2 and logits.shape[1] > 1,
+        "logits",
+        tuple(logits.shape),
+        "of shape (B, K), K >= 2",
+    )
     _check_labels(y, *logits.shape)
     mask = F.one_hot(y, logits.shape[1]).bool()
     u = logits.masked_fill(mask, -math.inf).logsumexp(1) - logits[mask]
@@ -110,7 +127,12 @@ def generator_losses(
     "How badly latents miss their label and their difficulty (DarkDistill, KDD 2025); raises `ValueError`."
     choice(ce, "ce", CE)
     choice(dif, "dif", DIF)
-    check(tuple(d.shape) == (len(x),), "d", tuple(d.shape), f"of shape ({len(x)},), as many as latents")
+    check(
+        tuple(d.shape) == (len(x),),
+        "d",
+        tuple(d.shape),
+        f"of shape ({len(x)},), as many as latents",
+    )
     logits = policy.predict(teacher.from_latents(x))
     if ce == "all":
         L_ce = sum(F.cross_entropy(f, y) for f in logits)
@@ -149,22 +171,26 @@ def _check_training(gen, steps, batch_size, ce, dif, **numbers):
 
 # %% ../../nbs/3_federated/generator.ipynb #96eaf410
 def train_generator(
-    gen:Generator,             # trained in place
-    teacher:EarlyExitNet,      # tier model
-    reference:EarlyExitNet,    # global model
-    policy, pool,              # the pool has `sample(n, generator)` -> (labels, difficulties), e.g. a `DifficultyHistogram`
-    steps:int,
-    generator:torch.Generator, # draws samples and noise
-    batch_size:int=32,
-    lr:float=3e-3,             # of Adam; 1e-2 in the released code
-    lam_ce:float=.1,           # weight of the class loss; ours, see above
-    lam_dif:float=1.,          # weight of the difficulty loss
-    lam_div:float=0.,          # weight of the diversity loss; 1 in the released code
-    ce:str="all", dif:str="l1",# as in `generator_losses`
-    opt=None,                  # continue with this optimiser
-)->dict:                       # last values of ce, dif, and the scale (standard deviation) of the latents
+    gen: Generator,  # trained in place
+    teacher: EarlyExitNet,  # tier model
+    reference: EarlyExitNet,  # global model
+    policy,
+    pool,  # the pool has `sample(n, generator)` -> (labels, difficulties), e.g. a `DifficultyHistogram`
+    steps: int,
+    generator: torch.Generator,  # draws samples and noise
+    batch_size: int = 32,
+    lr: float = 3e-3,  # of Adam; 1e-2 in the released code
+    lam_ce: float = 0.1,  # weight of the class loss; ours, see above
+    lam_dif: float = 1.0,  # weight of the difficulty loss
+    lam_div: float = 0.0,  # weight of the diversity loss; 1 in the released code
+    ce: str = "all",
+    dif: str = "l1",  # as in `generator_losses`
+    opt=None,  # continue with this optimiser
+) -> dict:  # last values of ce, dif, and the scale (standard deviation) of the latents
     "Train a generator against a frozen teacher and a frozen reference; raises `ValueError` for bad settings."
-    _check_training(gen, steps, batch_size, ce, dif, lr=lr, lam_ce=lam_ce, lam_dif=lam_dif, lam_div=lam_div)
+    _check_training(
+        gen, steps, batch_size, ce, dif, lr=lr, lam_ce=lam_ce, lam_dif=lam_dif, lam_div=lam_div
+    )
     opt = opt or torch.optim.Adam(gen.parameters(), lr)
     dev, out = gen.out.weight.device, {}
     gen.train()

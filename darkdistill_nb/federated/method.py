@@ -21,14 +21,25 @@ from ..core.data import ArrayData, client_histogram, dirichlet_split
 from ..exits.networks import EarlyExitNet, block_of
 from ..exits.training import BoostNet
 from ..core.process import Spawn, _begin, only_from_main, why_ended
-from ..core.training import (Streams, accuracy, check_batches, check_fingerprints,
-                                     fingerprints, fit, load_tensors, pick_device, predict,
-                                     save_tensors, shared_names)
+from darkdistill_nb.core.training import (
+    Streams,
+    accuracy,
+    check_batches,
+    check_fingerprints,
+    fingerprints,
+    fit,
+    load_tensors,
+    pick_device,
+    predict,
+    save_tensors,
+    shared_names,
+)
 
 # %% ../../nbs/3_federated/method.ipynb #3cbd53e2
 @dataclass
 class Client:
     "One device: its tier and the indices of its images."
+
     id:int               # 0..clients-1
     tier:int             # 1 = shallowest
     train:torch.Tensor   # LongTensor of indices it trains on
@@ -48,8 +59,10 @@ def tier_sizes(
     for m in sorted(range(len(n)), key=lambda m: n[m] - clients * shares[m])[:missing]:
         n[m] += 1
     if 0 in n:
-        raise ValueError(f"tier {n.index(0) + 1} has no client: {clients} clients with "
-                         f"tiers={[round(s, 4) for s in shares]} leave it empty")
+        raise ValueError(
+            f"tier {n.index(0) + 1} has no client: {clients} clients with "
+            f"tiers={[round(s, 4) for s in shares]} leave it empty"
+        )
     return n
 
 # %% ../../nbs/3_federated/method.ipynb #da2a2512
@@ -66,22 +79,25 @@ def _deal_tiers(hist, sizes, generator, cover):
             break
     return best
 
+# %% ../../nbs/3_federated/method.ipynb #5c908104
 def make_clients(
-    y:torch.Tensor,          # (N,) labels of the training images
-    clients:int=20,          # how many clients
-    gamma:float=.5,          # Dirichlet concentration; small = each client sees few classes
-    tiers=(.25,.25,.25,.25), # share of clients per tier
-    family:str="client",     # Dirichlet family, see `dirichlet_split`
-    valid:float=.2,          # share of a client's images kept for validation
-    cover:bool=True,         # draw tiers again until each tier holds every class (at most 1000 times; the best draw stands)
-    seed:int=0,
-)->list:                     # Clients, by id
+    y: torch.Tensor,  # (N,) labels of the training images
+    clients: int = 20,  # how many clients
+    gamma: float = 0.5,  # Dirichlet concentration; small = each client sees few classes
+    tiers=(0.25, 0.25, 0.25, 0.25),  # share of clients per tier
+    family: str = "client",  # Dirichlet family, see `dirichlet_split`
+    valid: float = 0.2,  # share of a client's images kept for validation
+    cover: bool = True,  # draw tiers again until each tier holds every class (at most 1000 times; the best draw stands)
+    seed: int = 0,
+) -> list:  # Clients, by id
     "Deal images to clients and clients to tiers, at random; raises `ValueError` for what cannot be dealt."
     clients, seed = whole(clients, "clients"), whole(seed, "seed", 0)
     gamma, valid = number(gamma, "gamma", above=0), number(valid, "valid", low=0, below=1)
     cover, y = flag(cover, "cover"), torch.as_tensor(y)
     streams, sizes = Streams(seed), tier_sizes(clients, tiers)
-    parts = dirichlet_split(y, clients, gamma, family=family, seed=streams.seed_of("partition") % 2**31)
+    parts = dirichlet_split(
+        y, clients, gamma, family=family, seed=streams.seed_of("partition") % 2**31
+    )
     hist = client_histogram(y, parts, int(y.max()) + 1)
     tier, out = _deal_tiers(hist, sizes, streams.generator("tiers"), cover), []
     for i, idx in enumerate(parts):
@@ -97,8 +113,12 @@ def _check_indices(who, name, idx, images):
     check(kind and idx.dtype != torch.bool, f"{who}: {name}", idx, "a tensor of indices, (n,)")
     if len(idx):
         low, high = int(idx.min()), int(idx.max())
-        check(low >= 0 and high < images, f"{who}: {name}", f"{low}..{high}",
-              f"indices within the {images} images, 0..{images - 1}")
+        check(
+            low >= 0 and high < images,
+            f"{who}: {name}",
+            f"{low}..{high}",
+            f"indices within the {images} images, 0..{images - 1}",
+        )
 
 # %% ../../nbs/3_federated/method.ipynb #564a0f23
 def check_clients(
@@ -109,7 +129,9 @@ def check_clients(
     "Raise `ValueError` unless ids differ, tiers exist, and everybody has images of its own to train on."
     images, exits = whole(images, "images"), whole(exits, "exits")
     check(len(clients), "clients", clients, "a list of at least one Client")
-    twice = [i for i, n in Counter(whole(c.id, "client id", None) for c in clients).items() if n > 1]
+    twice = [
+        i for i, n in Counter(whole(c.id, "client id", None) for c in clients).items() if n > 1
+    ]
     check(not twice, "client id", twice, "another for every client")
     for c in clients:
         who = f"client {c.id}"
@@ -118,7 +140,12 @@ def check_clients(
         _check_indices(who, "valid", c.valid, images)
         check(len(c.train), f"{who}: train", [], "the indices of at least one image")
         both = int(torch.isin(c.train, c.valid).sum())
-        check(not both, f"{who}: valid", f"{both} indices of train", "other images than those it trains on")
+        check(
+            not both,
+            f"{who}: valid",
+            f"{both} indices of train",
+            "other images than those it trains on",
+        )
 
 # %% ../../nbs/3_federated/method.ipynb #cffd758c
 def _check_average(weights, n):
@@ -127,7 +154,12 @@ def _check_average(weights, n):
     check(len(weights) == len(n), "n", n, f"{len(weights)} numbers, one for each set of weights")
     first = weights[0]
     for w in weights[1:]:
-        check(w.keys() == first.keys(), "weights", sorted(w.keys() ^ first.keys()), "the same names in all sets")
+        check(
+            w.keys() == first.keys(),
+            "weights",
+            sorted(w.keys() ^ first.keys()),
+            "the same names in all sets",
+        )
     for name in first:
         same_shape(**{f"{name}, set {i}": w[name] for i, w in enumerate(weights)})
     return [number(k, "n", above=0) for k in n]
@@ -158,7 +190,12 @@ def block_average(
 )->dict:        # new global weights
     "Average each block over the tiers that own it; what nobody owns, or nobody sends, keeps its value."
     for m, (w, _) in tiers.items():
-        check(not w.keys() - old.keys(), f"tier {m}", sorted(w.keys() - old.keys()), "names of the global network")
+        check(
+            not w.keys() - old.keys(),
+            f"tier {m}",
+            sorted(w.keys() - old.keys()),
+            "names of the global network",
+        )
     out = {}
     for name, v in old.items():
         own = [({name: w.get(name, v)}, n) for m, (w, n) in tiers.items() if m >= block_of(name)]
@@ -170,6 +207,7 @@ def block_average(
 @dataclass
 class Update:
     "What one client returns after training."
+
     client:int            # its id
     tier:int
     samples:int           # images it trained on
@@ -192,18 +230,24 @@ def trained_state(
     return {k: v.detach().clone() for k, v in net.state_dict().items() if k not in frozen}
 
 # %% ../../nbs/3_federated/method.ipynb #086bc1ac
-_POLICY = ("at", "load", "loss", "meta_step", "predict", "start", "state")   # what a policy can do
+_POLICY = ("at", "load", "loss", "meta_step", "predict", "start", "state")  # what a policy can do
 
 def _policy(policy):
     "`policy`, or BoostNet for None."
-    check(policy is None or all(hasattr(policy, k) for k in _POLICY), "policy", policy,
-          "None or an exit policy such as Joint()")
+    check(
+        policy is None or all(hasattr(policy, k) for k in _POLICY),
+        "policy",
+        policy,
+        "None or an exit policy such as Joint()",
+    )
     return BoostNet() if policy is None else policy
 
 # %% ../../nbs/3_federated/method.ipynb #63ac351e
 class EEFL:
     "Federated averaging of nested early-exit networks, block by block: the control for all later methods."
+
     name = "eefl"
+
     def __init__(self,
         policy=None,              # how exits are trained, e.g. `Joint()`; None: `BoostNet()`
         lr:float=.05,             # client learning rate in round 0, >= 0
@@ -220,6 +264,7 @@ class EEFL:
         self.weight_decay = number(weight_decay, "weight_decay", low=0)
         self.batch_size, self.epochs = whole(batch_size, "batch_size"), whole(epochs, "epochs")
         self.participation = number(participation, "participation", above=0, high=1)
+
     def setup(self,
         net:EarlyExitNet # the global network with its first weights
     )->dict:             # state: dict(net=..., server=..., policy=...)
@@ -231,6 +276,7 @@ class EEFL:
         device = next(net.parameters()).device
         first = {k: v.detach().clone() for k, v in net.state_dict().items()}
         return dict(net=first, server={}, policy=self.policy.start(len(net), device))
+
     def tier_net(self, m):
         "A working network of tier `m`; its weights are overwritten at every use."
         if m not in self._tier_nets:
@@ -250,8 +296,11 @@ def configure(self:EEFL,
     n = max(1, int(self.participation * len(clients) + 1e-9))
     g, tiers = streams.generator("sampling", rnd), {c.tier for c in clients}
     for attempt in range(1000 if n >= len(tiers) else 1):
-        drawn = [clients[i] for i in torch.randperm(len(clients), generator=g)[:n].sort().values.tolist()]
-        if {c.tier for c in drawn} == tiers: break
+        drawn = [
+            clients[i] for i in torch.randperm(len(clients), generator=g)[:n].sort().values.tolist()
+        ]
+        if {c.tier for c in drawn} == tiers:
+            break
     return drawn
 
 # %% ../../nbs/3_federated/method.ipynb #2951577c
@@ -262,8 +311,12 @@ def send(self:EEFL,
 )->dict:           # the client's prefix of the global weights
     "Weights that go to a client; those of the policy are named policy.*"
     parts = (("net", ""), ("policy", "policy."))
-    return {head + k: v for part, head in parts for k, v in state[part].items()
-            if block_of(k) <= client.tier}
+    return {
+        head + k: v
+        for part, head in parts
+        for k, v in state[part].items()
+        if block_of(k) <= client.tier
+    }
 
 def _split(weights):
     "The network's and the policy's part of what was sent."
@@ -297,11 +350,19 @@ def local_update(self:EEFL,
     net, p = self.receive(weights, client.tier), self.policy
     p.at(rnd)
     with streams.scope("local", rnd, client.id):
-        loss = fit(net, data, self.epochs, self.lr * self.decay**rnd, self.momentum,
-                   self.weight_decay, self.batch_size,
-                   loss=lambda raw, y: p.loss(raw, y)[0], forward=lambda x: net(x, p.ge),
-                   generator=streams.generator("order", rnd, client.id),
-                   before=lambda x, y, optimizer: p.meta_step(net, x, y, optimizer))
+        loss = fit(
+            net,
+            data,
+            self.epochs,
+            self.lr * self.decay**rnd,
+            self.momentum,
+            self.weight_decay,
+            self.batch_size,
+            loss=lambda raw, y: p.loss(raw, y)[0],
+            forward=lambda x: net(x, p.ge),
+            generator=streams.generator("order", rnd, client.id),
+            before=lambda x, y, optimizer: p.meta_step(net, x, y, optimizer),
+        )
     learned = {f"policy.{k}": v for k, v in p.state().items()}
     return Update(client.id, client.tier, len(data), {**trained_state(net), **learned}, loss)
 
@@ -312,12 +373,23 @@ ABSURD = 1e6
 def _largest(tensors):
     "Largest absolute value of each tensor; NaN where it holds a NaN, 0 where it is empty."
     real = (v if v.is_floating_point() or v.is_complex() else v.double() for v in tensors)
-    return torch.stack([torch.linalg.vector_norm(v, math.inf).double() if v.numel()
-                        else torch.zeros((), dtype=torch.double, device=v.device) for v in real])
+    return torch.stack(
+        [
+            torch.linalg.vector_norm(v, math.inf).double()
+            if v.numel()
+            else torch.zeros((), dtype=torch.double, device=v.device)
+            for v in real
+        ]
+    )
 
 def _same_kind(v, old):
-    return (isinstance(v, torch.Tensor) and v.shape == old.shape and v.dtype == old.dtype
-            and v.device == old.device and v.layout == old.layout)
+    return (
+        isinstance(v, torch.Tensor)
+        and v.shape == old.shape
+        and v.dtype == old.dtype
+        and v.device == old.device
+        and v.layout == old.layout
+    )
 
 def _kind(v):
     return f"{v.dtype} {tuple(v.shape)}" if isinstance(v, torch.Tensor) else type(v).__name__
@@ -327,7 +399,12 @@ def _check_weights(weights, sent, expected):
     "Names, shapes and types as sent, values finite and of a sane size."
     check(isinstance(weights, dict), "weights", weights, "a dict of tensors")
     missing, extra = sorted(expected - weights.keys()), sorted(weights.keys() - sent.keys())
-    check(not missing, "weights", f"all but {len(missing)} tensors", f"complete; {missing[:1]} is missing")
+    check(
+        not missing,
+        "weights",
+        f"all but {len(missing)} tensors",
+        f"complete; {missing[:1]} is missing",
+    )
     check(not extra, "weights", extra, "named as what was sent")
     for name, v in weights.items():
         if not _same_kind(v, sent[name]):
@@ -341,7 +418,9 @@ def _check_weights(weights, sent, expected):
         raise FloatingPointError(f"{wrong[0]} holds values that are not finite")
     for name, v, limit in zip(names, new.tolist(), (ABSURD * old.clamp_min(1)).tolist()):
         if v > limit:
-            raise FloatingPointError(f"{name} reaches {v:.1g}, but {limit:.1g} is the most that is sane")
+            raise FloatingPointError(
+                f"{name} reaches {v:.1g}, but {limit:.1g} is the most that is sane"
+            )
 
 # %% ../../nbs/3_federated/method.ipynb #921b562c
 @patch
@@ -359,8 +438,15 @@ def check_update(self:EEFL,
 )->Update:         # `update`, its numbers as Python's own
     "Raise `ValueError`, or `FloatingPointError` for NaN, infinity and absurd size, if the server cannot use `update`."
     check(isinstance(update, Update), "answer", update, "an Update")
-    check(scalar(update.client) == client.id, "client", update.client, f"{client.id}, who was asked")
-    check(scalar(update.tier) == client.tier, "tier", update.tier, f"{client.tier}, that of the client")
+    check(
+        scalar(update.client) == client.id, "client", update.client, f"{client.id}, who was asked"
+    )
+    check(
+        scalar(update.tier) == client.tier,
+        "tier",
+        update.tier,
+        f"{client.tier}, that of the client",
+    )
     update.client, update.tier = client.id, client.tier
     update.samples = whole(update.samples, "samples", 1, len(client.train))
     loss = scalar(update.loss)
@@ -368,10 +454,17 @@ def check_update(self:EEFL,
         raise FloatingPointError(f"the training loss is {loss}; lower lr={self.lr}")
     update.loss = number(loss, "loss")
     _check_weights(update.weights, sent, self.expected(sent))
-    check(isinstance(update.extra, dict) and all(isinstance(v, torch.Tensor) for v in update.extra.values()),
-          "extra", update.extra, "a dict of tensors")
+    check(
+        isinstance(update.extra, dict)
+        and all(isinstance(v, torch.Tensor) for v in update.extra.values()),
+        "extra",
+        update.extra,
+        "a dict of tensors",
+    )
     if update.extra and not bool(_largest(update.extra.values()).isfinite().all()):
-        raise FloatingPointError(f"extra holds values that are not finite: {', '.join(update.extra)}")
+        raise FloatingPointError(
+            f"extra holds values that are not finite: {', '.join(update.extra)}"
+        )
     return update
 
 # %% ../../nbs/3_federated/method.ipynb #9424f351
@@ -423,15 +516,18 @@ def decide(self:EEFL,
 @dataclass
 class Run:
     "A finished (or resumed) run: the method's last state and one log entry per round."
+
     method:EEFL
     seed:int
     state:dict       # dict(net=..., server=..., policy=...)
     log:list         # one dict per round
+
     def net(self):
         "The global network with its trained weights."
         net = copy.deepcopy(self.method.net)
         net.load_state_dict(self.state["net"])
         return net
+
     def logits(self,
         data:ArrayData
     )->torch.Tensor: # (E, N, K) logits that decide
@@ -462,8 +558,17 @@ def _marks(method, net, train, test, clients, seed):
     "Fingerprints of everything that decides the weights and the log."
     settings = {k: v for k, v in vars(method).items() if k != "net" and not k.startswith("_")}
     who = [[c.id, c.tier, c.train.long(), c.valid.long()] for c in clients]
-    return fingerprints(**{**settings, "method": [method.name, type(method)], "network": net,
-                           "training data": train, "test data": test, "clients": who, "seed": seed})
+    return fingerprints(
+        **{
+            **settings,
+            "method": [method.name, type(method)],
+            "network": net,
+            "training data": train,
+            "test data": test,
+            "clients": who,
+            "seed": seed,
+        }
+    )
 
 def _log_of(meta):
     "The rows of a checkpoint's log; None if they are not rounds 1, 2, ..."
@@ -489,13 +594,17 @@ def _resume(path, marks, first, rounds, device):
         raise ValueError(f"checkpoint={path} cannot be read ({e}); {again}") from None
     log = _log_of(meta)
     if log is None:
-        raise ValueError(f"checkpoint={path} has no log of rounds, so it is not of `simulate`; {again}")
+        raise ValueError(
+            f"checkpoint={path} has no log of rounds, so it is not of `simulate`; {again}"
+        )
     check_fingerprints(path, meta.get("fingerprint"), marks)
     if not _fits(state, first):
         raise ValueError(f"checkpoint={path} holds weights that do not fit the network; {again}")
     if len(log) > rounds:
-        raise ValueError(f"rounds={rounds} is less than the {len(log)} rounds in checkpoint={path}; "
-                         f"ask for at least {len(log)}, or {again}")
+        raise ValueError(
+            f"rounds={rounds} is less than the {len(log)} rounds in checkpoint={path}; "
+            f"ask for at least {len(log)}, or {again}"
+        )
     return {p: {k: v.to(device) for k, v in d.items()} for p, d in state.items()}, log
 
 # %% ../../nbs/3_federated/method.ipynb #86cccae6
@@ -518,19 +627,24 @@ def _pack(method, net, train, clients, seed):
     try:
         return timm, pickle.dumps((method, net, train, clients, seed))
     except (pickle.PicklingError, AttributeError, TypeError) as e:
-        raise ValueError(f"workers must be 1 here, since what a worker needs cannot be sent: {e}") from None
+        raise ValueError(
+            f"workers must be 1 here, since what a worker needs cannot be sent: {e}"
+        ) from None
 
 def _open(timm, packed):
     "In a worker: the function that answers jobs."
     if timm:
         from darkdistill_nb.core.compat import ensure_torchvision
-        ensure_torchvision()                                  # timm imports torchvision
+
+        ensure_torchvision()  # timm imports torchvision
     method, net, train, clients, seed = pickle.loads(packed)
     method.setup(net)
     who, streams = {c.id: c for c in clients}, Streams(seed)
+
     def answer(weights, cid, rnd):
         data = train.subset(who[cid].train)
         return _ask(method, weights, data, who[cid], rnd, streams)
+
     return answer
 
 def _portable(answer):
@@ -566,11 +680,14 @@ def _worker(conn):
 # %% ../../nbs/3_federated/method.ipynb #95db2d80
 class _Pool:
     "Worker processes that each train one client at a time, single-threaded; raises `RuntimeError` if one dies."
+
     def __init__(self, workers, *start): # start: as of `_pack`
         only_from_main()
         main = threading.current_thread() is threading.main_thread()
         packed, self.spawn, self.procs = _pack(*start), Spawn(), {}
-        work = pickle.dumps((_worker, ()))    # small: nobody waits with half of it for a child that has died
+        work = pickle.dumps(
+            (_worker, ())
+        )  # small: nobody waits with half of it for a child that has died
         for _ in range(workers):
             mine, theirs = self.spawn.Pipe()
             p = self.spawn.Process(target=_begin, args=(main, work, theirs), daemon=True)
@@ -578,11 +695,15 @@ class _Pool:
             p.start()
             theirs.close()
         for conn in self.procs:
-            with contextlib.suppress(OSError):    # one that has gone is missed at its first job
+            with contextlib.suppress(OSError):  # one that has gone is missed at its first job
                 conn.send(packed)
+
     def __call__(self, jobs): # [(weights, client id, round)] -> answers, in order
         from multiprocessing.connection import wait
-        todo = sorted(range(len(jobs)), key=lambda i: len(jobs[i][0]))   # deep clients last: they are taken first
+
+        todo = sorted(
+            range(len(jobs)), key=lambda i: len(jobs[i][0])
+        )  # deep clients last: they are taken first
         answers, at, free = [None] * len(jobs), {}, list(self.procs)
         while todo or at:
             while todo and free:
@@ -597,29 +718,35 @@ class _Pool:
 
 # %% ../../nbs/3_federated/method.ipynb #1f85792e
 @patch
-def _send(self:_Pool, conn, job):
+def _send(self: _Pool, conn, job):
     try:
         conn.send_bytes(pickle.dumps(job))
     except OSError:
         self._lost(conn, job)
 
 @patch
-def _receive(self:_Pool, conn, job):
+def _receive(self: _Pool, conn, job):
     try:
         return pickle.loads(conn.recv_bytes())
     except (EOFError, OSError):
         self._lost(conn, job)
 
 @patch
-def _lost(self:_Pool, conn, job):
+def _lost(self: _Pool, conn, job):
     "Name the process that has gone, and what it was doing."
     p = self.procs[conn]
     p.join(5)
-    why = f"it ended with exit code {p.exitcode}" if p.exitcode in (None, 0, -15) else why_ended([p.exitcode])
-    raise RuntimeError(f"round {job[2] + 1}: client {job[1]} was with worker process {p.pid}: {why}") from None
+    why = (
+        f"it ended with exit code {p.exitcode}"
+        if p.exitcode in (None, 0, -15)
+        else why_ended([p.exitcode])
+    )
+    raise RuntimeError(
+        f"round {job[2] + 1}: client {job[1]} was with worker process {p.pid}: {why}"
+    ) from None
 
 @patch
-def close(self:_Pool):
+def close(self: _Pool):
     "End all processes."
     self.spawn.end()
     for conn in self.procs:
@@ -655,7 +782,9 @@ def _reason(answer, fault):
 
 def _diverged(answer, fault):
     "Was it the loss that stopped being finite?"
-    return isinstance(fault, FloatingPointError) and (fault is answer or not math.isfinite(answer.loss))
+    return isinstance(fault, FloatingPointError) and (
+        fault is answer or not math.isfinite(answer.loss)
+    )
 
 def _strict(answer, fault):
     "The exception for faults='raise'."
@@ -675,19 +804,26 @@ def _sort_out(method, everyone, drawn, sent, answers, rnd, faults):
             updates.append(answer)
             continue
         if faults == "raise":
-            raise _strict(answer, fault)(f"round {rnd + 1}: client {client.id}, {_reason(answer, fault)}") from fault
+            raise _strict(answer, fault)(
+                f"round {rnd + 1}: client {client.id}, {_reason(answer, fault)}"
+            ) from fault
         found.append((client, answer, fault))
     everybody = not updates and len(found) >= min(2, everyone)
     if everybody and all(_diverged(a, f) for _, a, f in found):
-        raise FloatingPointError(f"{found[0][2]} (round {rnd + 1}, all {len(found)} clients that took part)")
+        raise FloatingPointError(
+            f"{found[0][2]} (round {rnd + 1}, all {len(found)} clients that took part)"
+        )
     out = {str(c.id): _reason(a, f) for c, a, f in found}
     for cid, reason in out.items():
         warnings.warn(f"round {rnd + 1}: client {cid} is left out, {reason}", stacklevel=4)
     if not updates:
         hint = f"; if their training runs away, lower lr={method.lr}"
         numeric = found and all(isinstance(f, FloatingPointError) for _, _, f in found)
-        warnings.warn(f"round {rnd + 1}: no client {'is left' if drawn else 'was drawn'}, the network stays "
-                      f"as it is{hint if numeric else ''}", stacklevel=4)
+        warnings.warn(
+            f"round {rnd + 1}: no client {'is left' if drawn else 'was drawn'}, the network stays "
+            f"as it is{hint if numeric else ''}",
+            stacklevel=4,
+        )
     return updates, out
 
 # %% ../../nbs/3_federated/method.ipynb #fc03b933
@@ -707,7 +843,9 @@ def play_round(
     if pool:
         answers = pool([(w, c.id, rnd) for w, c in zip(sent, drawn)])
     else:
-        answers = [_ask(method, w, train.subset(c.train), c, rnd, streams) for w, c in zip(sent, drawn)]
+        answers = [
+            _ask(method, w, train.subset(c.train), c, rnd, streams) for w, c in zip(sent, drawn)
+        ]
     t1 = time.perf_counter()
     updates, left_out = _sort_out(method, len(clients), drawn, sent, answers, rnd, faults)
     if updates:
@@ -715,10 +853,17 @@ def play_round(
     else:
         info = method.server_step(state, {}, [], rnd, streams)[2]
     samples = sum(u.samples for u in updates)
-    return state, dict(round=rnd + 1, loss=sum(u.loss * u.samples for u in updates) / samples if updates else None,
-                       clients=[int(c.id) for c in drawn], left_out=left_out, bytes_down=sum(map(nbytes, sent)),
-                       bytes_up=sum(nbytes(u.weights) + nbytes(u.extra) for u in updates),
-                       seconds_clients=t1 - t, seconds_server=time.perf_counter() - t1, **info)
+    return state, dict(
+        round=rnd + 1,
+        loss=sum(u.loss * u.samples for u in updates) / samples if updates else None,
+        clients=[int(c.id) for c in drawn],
+        left_out=left_out,
+        bytes_down=sum(map(nbytes, sent)),
+        bytes_up=sum(nbytes(u.weights) + nbytes(u.extra) for u in updates),
+        seconds_clients=t1 - t,
+        seconds_server=time.perf_counter() - t1,
+        **info,
+    )
 
 # %% ../../nbs/3_federated/method.ipynb #0140d8ca
 def _somebody_watches():
@@ -733,6 +878,7 @@ def _bar(total, done, unit, progress):
     if not (_somebody_watches() if progress is None else flag(progress, "progress")):
         return None
     from tqdm.auto import tqdm
+
     return tqdm(total=total, initial=done, unit=unit)
 
 def _advance(bar, text):
@@ -745,10 +891,18 @@ def _check_data(net, train, test, clients, batch_size):
     "Images, labels and clients that fit the network; no client left with a batch that cannot be trained."
     for name, data in (("train", train), ("test", test)):
         check(isinstance(data, ArrayData), name, data, "an ArrayData")
-        check(data.shape == net.input_shape, f"{name}: shape of an image", data.shape,
-              f"that of the network's input, {net.input_shape}")
-        check(int(data.y.max()) < net.n_classes, f"{name}: largest label", int(data.y.max()),
-              f"below {net.n_classes}, the network's classes")
+        check(
+            data.shape == net.input_shape,
+            f"{name}: shape of an image",
+            data.shape,
+            f"that of the network's input, {net.input_shape}",
+        )
+        check(
+            int(data.y.max()) < net.n_classes,
+            f"{name}: largest label",
+            int(data.y.max()),
+            f"below {net.n_classes}, the network's classes",
+        )
     check_clients(clients, len(train), len(net))
     for n in {len(c.train) for c in clients}:
         check_batches(net, n, batch_size, train[:1][0])
@@ -820,20 +974,27 @@ def _rounds(method, state, done, rounds, play, test, eval_every):
 
 # %% ../../nbs/3_federated/method.ipynb #970f8da9
 def simulate(
-    method:EEFL,
-    build,              # () -> EarlyExitNet; called with the stream "init" as torch's global generator
-    train:ArrayData,    # images the clients' indices point into
-    test:ArrayData,     # evaluated, never trained on
-    clients:list,       # `Client`s
-    rounds:int, seed:int=0, eval_every:int=1,   # rounds between evaluations on `test`; the last round is always evaluated
-    checkpoint=None,    # file for the state after each round; continued from if it is there
-    on_round=None,      # called with each new log entry
-    device="cpu", workers:int=1, # processes that train clients on a CPU; the result does not depend on it
-    progress:bool=None, # a progress bar; None: in a terminal and in a live notebook
-    faults:str="warn",  # warn: leave out answers that cannot be used, with a warning; raise: end with the first
-)->Run:
+    method: EEFL,
+    build,  # () -> EarlyExitNet; called with the stream "init" as torch's global generator
+    train: ArrayData,  # images the clients' indices point into
+    test: ArrayData,  # evaluated, never trained on
+    clients: list,  # `Client`s
+    rounds: int,
+    seed: int = 0,
+    eval_every: int = 1,  # rounds between evaluations on `test`; the last round is always evaluated
+    checkpoint=None,  # file for the state after each round; continued from if it is there
+    on_round=None,  # called with each new log entry
+    device="cpu",
+    workers: int = 1,  # processes that train clients on a CPU; the result does not depend on it
+    progress: bool = None,  # a progress bar; None: in a terminal and in a live notebook
+    faults: str = "warn",  # warn: leave out answers that cannot be used, with a warning; raise: end with the first
+) -> Run:
     "Run a federated method in this process; raises `ValueError` for what does not fit, also a `checkpoint` of other settings."
-    rounds, eval_every, workers = whole(rounds, "rounds"), whole(eval_every, "eval_every"), whole(workers, "workers")
+    rounds, eval_every, workers = (
+        whole(rounds, "rounds"),
+        whole(eval_every, "eval_every"),
+        whole(workers, "workers"),
+    )
     seed, device = whole(seed, "seed", 0), pick_device(str(device))
     faults = choice(faults, "faults", ("warn", "raise"))
     net, train, test = _start(method, build, train, test, clients, seed, device)
@@ -850,7 +1011,7 @@ def simulate(
             if on_round:
                 on_round(row)
             _advance(bar, "" if row["loss"] is None else f"loss {row['loss']:.3f}")
-        if "accuracy" not in log[-1]:    # a checkpoint from the middle of a longer run
+        if "accuracy" not in log[-1]:  # a checkpoint from the middle of a longer run
             log[-1]["accuracy"] = evaluate(method, state, test)
     _last_words(method, log)
     return Run(method, seed, state, log)

@@ -43,17 +43,15 @@ def test_two_processes_give_what_one_gives(job, tmp_path):
     cells = [dict(i=i) for i in range(4)]
     two, one = (run_grid(job, cells, tmp_path / str(w), w) for w in (2, 1))
     assert [r["square"] for r in two] == [r["square"] for r in one] == [0, 1, 4, 9]
-    assert {r["process"] for r in one} == {os.getpid()} and os.getpid() not in {
-        r["process"] for r in two
-    }
+    assert {r["process"] for r in one} == {os.getpid()}
+    assert os.getpid() not in {r["process"] for r in two}
 
 
 def test_a_failing_cell_keeps_the_others(job, tmp_path):
     with pytest.raises(TypeError):
         run_grid(job, [dict(i=1), dict(i=2), dict(i="x")], tmp_path, 1)
-    assert (
-        cell_file(dict(i=1), tmp_path).is_file() and not cell_file(dict(i="x"), tmp_path).exists()
-    )
+    assert cell_file(dict(i=1), tmp_path).is_file()
+    assert not cell_file(dict(i="x"), tmp_path).exists()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
@@ -178,7 +176,5 @@ def test_a_training_that_diverged_ends_a_command_with_a_sentence(capsys):
     def diverges():
         raise FloatingPointError("the training loss is nan; lower lr=9")
 
-    assert (
-        run_command(diverges) == 2
-        and capsys.readouterr().err == "error: the training loss is nan; lower lr=9\n"
-    )
+    assert run_command(diverges) == 2
+    assert capsys.readouterr().err == "error: the training loss is nan; lower lr=9\n"

@@ -102,9 +102,8 @@ def test_seed_decides_and_global_state_does_not(family):
     shapes(50)
     dirichlet_draw(Y10K, 100, 0.5)
     resample_test(Y10K, torch.full((10,), 0.1))
-    assert (np.random.get_state()[1] == before[0]).all() and torch.equal(
-        torch.get_rng_state(), before[1]
-    )
+    assert (np.random.get_state()[1] == before[0]).all()
+    assert torch.equal(torch.get_rng_state(), before[1])
 
 
 def test_min_size_is_kept_or_refused():
@@ -207,9 +206,8 @@ def test_private_test_set_has_the_mix_of_the_draw():
     for seed in range(20):
         _, p = dirichlet_draw(y, 512, 0.25, seed=seed)
         idx = resample_test(y_test, p[0], seed=seed)
-        assert torch.equal(
-            client_histogram(y_test, [idx], 10)[0], (p[0] * 1000).round().long()
-        ) and len(idx.unique()) == len(idx)
+        assert torch.equal(client_histogram(y_test, [idx], 10)[0], (p[0] * 1000).round().long())
+        assert len(idx.unique()) == len(idx)
     hit = (
         torch.rand(10_000, generator=torch.Generator().manual_seed(0)) < 0.2 + 0.06 * y_test
     )  # accuracy differs by class
@@ -292,11 +290,9 @@ def test_load_shapes_keeps_train_and_test_apart():
     train, test = load("shapes", n_train=1000, n_test=1000, seed=0)
     other, _ = load("shapes", n_train=1000, n_test=10, seed=1)
     flat = lambda d: {x.tobytes() for x in d.x.numpy()}
-    assert (
-        not flat(train) & flat(test)
-        and not flat(other) & flat(test)
-        and not flat(train) & flat(other)
-    )
+    assert not flat(train) & flat(test)
+    assert not flat(other) & flat(test)
+    assert not flat(train) & flat(other)
     assert test.mean == train.mean and test.difficulty is not None
     with pytest.raises(ValueError, match="seed="):
         load("shapes", seed=2**32)
@@ -692,21 +688,16 @@ def test_numpy_and_torch_scalars_are_numbers():
         dirichlet_draw(Y10K, t(50), t(0.5), i(3), np.uint8(1), np.bool_(True))[0],
         dirichlet_draw(Y10K, 50, 0.5, 3, 1, True)[0],
     )
-    assert (
-        torch.equal(class_mix(i(3), t(4), f(0.5)), class_mix(3, 4, 0.5))
-        and D.effective_classes(f(0.5), i(10)) == 4
-    )
+    assert torch.equal(class_mix(i(3), t(4), f(0.5)), class_mix(3, 4, 0.5))
+    assert D.effective_classes(f(0.5), i(10)) == 4
     assert torch.equal(
         resample_test(Y10K, np.full(10, 0.1, np.float64), i(100), t(0)),
         resample_test(Y10K, [0.1] * 10, 100),
     )
-    assert [len(y) for _, y in IMAGES.batches(i(4), drop_last=np.bool_(False))] == [4, 2] and len(
-        load("digits", n_train=i(50))[0]
-    ) == 50
-    assert (
-        same(IMAGES.subset(np.array([1, 2], np.int32))[:], IMAGES.subset([1, 2])[:])
-        and len(IMAGES.subset([])) == 0
-    )
+    assert [len(y) for _, y in IMAGES.batches(i(4), drop_last=np.bool_(False))] == [4, 2]
+    assert len(load("digits", n_train=i(50))[0]) == 50
+    assert same(IMAGES.subset(np.array([1, 2], np.int32))[:], IMAGES.subset([1, 2])[:])
+    assert len(IMAGES.subset([])) == 0
 
 
 def test_never_unpickled(tmp_path):
@@ -731,9 +722,10 @@ def test_layouts_agree(npz):
     )
     first = npz("first.npz", x_train=np.asfortranarray(x[:30]), x_test=x[30:])
     a, b = load(last)[1], load(first)[1]
-    assert (
-        torch.equal(a.x, b.x) and a.mean == b.mean and a.x.is_contiguous() and a.shape == (3, 6, 7)
-    )
+    assert torch.equal(a.x, b.x)
+    assert a.mean == b.mean
+    assert a.x.is_contiguous()
+    assert a.shape == (3, 6, 7)
     big = npz(
         "big.npz",
         x_train=(x[:30] / 255).astype(">f8"),
@@ -755,10 +747,8 @@ def fake(width=32, n=50):
             (Path(root) / "raw.bin").write_bytes(b"raw")
             assert download
             k = n if train else n // 5
-            self.data, self.targets = (
-                np.random.default_rng(k).integers(0, 256, (k, width, width, 3), np.uint8),
-                (np.arange(k) % 10).tolist(),
-            )
+            self.data = np.random.default_rng(k).integers(0, 256, (k, width, width, 3), np.uint8)
+            self.targets = (np.arange(k) % 10).tolist()
             self.classes = [f"class {i}" for i in range(10)]
 
     return Fake
@@ -840,11 +830,8 @@ def test_two_processes_fill_the_cache_at_once(nowhere):
         t.start()
     for t in threads:
         t.join()
-    assert D._stored("svhn", nowhere) and sorted(p.name for p in nowhere.rglob("*")) == [
-        "svhn",
-        "svhn.npz",
-        "svhn.npz.sha256",
-    ]
+    assert D._stored("svhn", nowhere)
+    assert sorted(p.name for p in nowhere.rglob("*")) == ["svhn", "svhn.npz", "svhn.npz.sha256"]
 
 
 @pytest.mark.parametrize(
@@ -863,11 +850,9 @@ def test_failed_download_names_the_choices(nowhere, monkeypatch, error):
     monkeypatch.setattr("torchvision.datasets.SVHN", fail)
     with pytest.raises(DownloadError, match="digits or shapes.*npz file.*DARKDISTILL_DATA") as e:
         load("svhn")
-    assert (
-        str(error) in str(e.value)
-        and isinstance(e.value, ConnectionError)
-        and "\n" not in str(e.value)
-    )
+    assert str(error) in str(e.value)
+    assert isinstance(e.value, ConnectionError)
+    assert "\n" not in str(e.value)
     assert not any(nowhere.rglob("*"))
 
 
@@ -947,19 +932,15 @@ def test_real_data(name, shape):
     if not root or not (Path(root) / f"{name}.npz").is_file():
         pytest.skip(f"needs DARKDISTILL_DATA with {name}.npz")
     train, test = load(name)
-    assert (
-        train.shape == shape
-        and len(train) >= 10_000
-        and len(test) >= 800
-        and set(test.y.tolist()) <= set(train.y.tolist())
-    )
-    assert (
-        test.mean == train.mean and max(abs(m) for m in test[:][0].mean((0, 2, 3)).tolist()) < 0.1
-    )
+    assert train.shape == shape
+    assert len(train) >= 10_000
+    assert len(test) >= 800
+    assert set(test.y.tolist()) <= set(train.y.tolist())
+    assert test.mean == train.mean
+    assert max(abs(m) for m in test[:][0].mean((0, 2, 3)).tolist()) < 0.1
     if name == "cifar10":
-        assert np.allclose(train.mean, [0.4914, 0.4822, 0.4465], atol=0.002) and np.allclose(
-            train.std, [0.247, 0.2435, 0.2616], atol=0.002
-        )
+        assert np.allclose(train.mean, [0.4914, 0.4822, 0.4465], atol=0.002)
+        assert np.allclose(train.std, [0.247, 0.2435, 0.2616], atol=0.002)
     if name == "fashion_mnist":
         assert abs(train.mean[0] - 0.2860) < 0.001 and abs(train.std[0] - 0.3530) < 0.001
     parts = dirichlet_split(train.y, 20, 0.5)
@@ -975,9 +956,8 @@ def test_digits_are_fixed():
     assert not {x.tobytes() for x in train.x.numpy()} & {x.tobytes() for x in test.x.numpy()}
     assert torch.equal(load("digits")[0].x, train.x) and train.x.max() == 255
     small, _ = load("digits", n_train=50, seed=3)
-    assert small.mean == train.mean and torch.equal(
-        small.y, load("digits", n_train=50, n_test=9, seed=3)[0].y
-    )
+    assert small.mean == train.mean
+    assert torch.equal(small.y, load("digits", n_train=50, n_test=9, seed=3)[0].y)
 
 
 def test_indexing_is_the_formula():
@@ -988,9 +968,9 @@ def test_indexing_is_the_formula():
     assert (d[:][0] - want).abs().max() < 1e-5
     for idx in ([3, 7], torch.tensor([3, 7]), torch.arange(40) % 4 == 3, slice(3, 8, 4)):
         x, y = d[idx]
-        assert (
-            x.dtype == torch.float32 and torch.equal(x[:2], d[[3, 7]][0]) and y.dtype == torch.int64
-        )
+        assert x.dtype == torch.float32
+        assert torch.equal(x[:2], d[[3, 7]][0])
+        assert y.dtype == torch.int64
     before = d.x.clone()
     d[:][0].zero_()
     f = ArrayData(d.x.float(), d.y)
@@ -1005,9 +985,8 @@ def test_batches_are_all_samples_once():
     for g in (None, torch.Generator().manual_seed(0)):
         for drop in (False, True):
             seen = torch.cat([x for x, _ in d.batches(10, g, drop)])
-            assert len(seen) == (100 if drop else 103) and len(
-                {x.numpy().tobytes() for x in seen}
-            ) == len(seen)
+            assert len(seen) == (100 if drop else 103)
+            assert len({x.numpy().tobytes() for x in seen}) == len(seen)
     assert list(shapes(5).batches(10, drop_last=True)) == []
     for bad in (0, -1):
         with pytest.raises(ValueError, match="batch_size"):

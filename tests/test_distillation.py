@@ -244,9 +244,8 @@ def test_crd_draws_negatives_of_other_classes_evenly():
             labels, 8, 8, negatives=20000, mode=mode, generator=torch.Generator().manual_seed(0)
         )
         at = c.draw(torch.arange(8))
-        assert (labels[at[:, 1:]] != labels[:, None]).all() and torch.equal(
-            labels[at[:, 0]], labels
-        )
+        assert (labels[at[:, 1:]] != labels[:, None]).all()
+        assert torch.equal(labels[at[:, 0]], labels)
         if mode == "exact":
             assert torch.equal(at[:, 0], torch.arange(8))
         share = torch.bincount(at[3, 1:], minlength=8) / 20000
@@ -321,11 +320,8 @@ def test_loss_gets_the_samples_places_in_the_data(data):
 
     def loss(s, t, y, idx):
         seen.append(idx)
-        assert torch.equal(y, data.y[idx]) and t.keys() == s.keys() == {
-            "logits",
-            "maps",
-            "features",
-        }
+        assert torch.equal(y, data.y[idx])
+        assert t.keys() == s.keys() == {"logits", "maps", "features"}
         for k in t:
             assert torch.equal(t[k], table[k][0, idx].float()) and not t[k].requires_grad
         return F.cross_entropy(s["logits"], y)
@@ -340,17 +336,14 @@ def test_loss_gets_the_samples_places_in_the_data(data):
         generator=Streams(0).generator("order"),
         batch_size=40,
     )
-    assert torch.equal(torch.cat(seen).sort().values, torch.arange(96)) and [
-        len(i) for i in seen
-    ] == [40, 40, 16]
+    assert torch.equal(torch.cat(seen).sort().values, torch.arange(96))
+    assert [len(i) for i in seen] == [40, 40, 16]
 
 
 def test_looked_up_answers_belong_to_the_crop_that_the_student_sees(data):
     "Views in the table and views asked afresh give the same training, up to 16 bits."
-    teacher, views = (
-        convnet(8, 1),
-        Views(data, CropFlip(2), views=3, generator=torch.Generator().manual_seed(5)),
-    )
+    teacher = convnet(8, 1)
+    views = Views(data, CropFlip(2), views=3, generator=torch.Generator().manual_seed(5))
     kd = lambda s, t, y, idx: kd_loss(s["logits"], t["logits"])
     run = lambda cache: distill(
         convnet(),
@@ -403,11 +396,9 @@ def test_the_teacher_is_left_alone(data):
     before = copy.deepcopy(teacher.state_dict())
     for cache in (True, False):
         distill(convnet(), teacher, data, method_loss("kd"), 1, layers=LAYERS, cache=cache)
-        assert (
-            teacher.training
-            and all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
-            and all(p.grad is None for p in teacher.parameters())
-        )
+        assert teacher.training
+        assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+        assert all(p.grad is None for p in teacher.parameters())
         assert not any(m._forward_hooks for m in teacher.modules())
     net = convnet()
     with pytest.raises(ValueError, match="needs 'features'"):
@@ -730,11 +721,9 @@ def test_taps_keep_copies_of_nested_outputs_and_inputs_by_name():
     x = torch.ones(2, 3)
     with Taps(Net(), {"o": "two", "i": "two:input"}) as taps:
         out = taps(x)
-    assert (
-        torch.equal(out["o"]["a"][0], x)
-        and torch.equal(out["o"]["b"][0], x + 1)
-        and torch.equal(out["i"], x)
-    )
+    assert torch.equal(out["o"]["a"][0], x)
+    assert torch.equal(out["o"]["b"][0], x + 1)
+    assert torch.equal(out["i"], x)
 
 
 def normed():
@@ -772,12 +761,10 @@ def test_frozen_parts_keep_mode_and_statistics():
         distill(
             s, teacher, small(16), lambda s, t, y, i: kd_loss(s["logits"], t["logits"]), cache=cache
         )
-        assert (
-            modes(teacher) == before
-            and not s[2].training
-            and (s[2].running_mean == 0).all()
-            and (s[4].running_mean != 0).any()
-        )
+        assert modes(teacher) == before
+        assert not s[2].training
+        assert (s[2].running_mean == 0).all()
+        assert (s[4].running_mean != 0).any()
     a, b = frozen(normed()), normed()
     train_together([a, b], small(16), DML())
     assert (a[2].running_mean == 0).all() and (b[2].running_mean != 0).any()
@@ -841,9 +828,9 @@ def test_numbers_that_16_bits_cannot_hold():
     t = teacher_table(
         nn.Sequential(Wide(), nn.Identity()), ArrayData(torch.ones(3, 1, 2, 2), torch.arange(3))
     )["logits"][0]
-    assert (
-        t[:, 1].tolist() == [7e4] * 3 and t[:, 2].tolist() == [INF] * 3 and t.dtype == torch.float32
-    )
+    assert t[:, 1].tolist() == [7e4] * 3
+    assert t[:, 2].tolist() == [INF] * 3
+    assert t.dtype == torch.float32
     masks = teacher_table(nn.Sequential(Mask()), small(3))["logits"]
     assert masks.dtype == torch.float16 and (masks[0, :, 0] == -INF).all()
 
@@ -979,9 +966,8 @@ def test_numpy_numbers_are_numbers():
     assert dkd_loss(rows(), rows(seed=1), Y, f, f, torch.tensor(2.0)) == dkd_loss(
         rows(), rows(seed=1), Y, 2.0, 2.0, 2.0
     )
-    assert Hint(i, np.int32(3)).widths == (2, 3) and lpd_loss(rows(), rows(seed=1), i) == lpd_loss(
-        rows(), rows(seed=1), 2
-    )
+    assert Hint(i, np.int32(3)).widths == (2, 3)
+    assert lpd_loss(rows(), rows(seed=1), i) == lpd_loss(rows(), rows(seed=1), 2)
     assert len(distill(normed(), None, small(8), CE, i, f / 100, np.int64(4))) == 2
     assert method_loss("kd", T=f, kd=f, warmup=i).warmup == 2
 

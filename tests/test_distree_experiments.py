@@ -88,9 +88,8 @@ def test_a_killed_system_is_finished_with_the_same_answers(folder, tmp_path, mon
     monkeypatch.setattr(X, "train_distree", real)
     X.run_system(cell, tmp_path)
     again = X.load_answers(X.answers_file(cell, tmp_path))["test"]
-    assert torch.equal(whole.partial, again.partial) and torch.equal(
-        whole.features[0], again.features[0]
-    )
+    assert torch.equal(whole.partial, again.partial)
+    assert torch.equal(whole.features[0], again.features[0])
 
 
 def test_pairs_share_the_division_and_what_is_random(folder):
@@ -111,9 +110,8 @@ def test_measure_policies_is_honest_about_budgets():
     "Costs keep their budgets up to the difference between validation and test, and the record can be written as JSON."
     valid, test = make_answers(2, 7, 400, seed=1), make_answers(2, 7, 600, seed=2)
     m = X.measure_policies(valid, test)
-    assert set(m["curves"]) == set(X.rule_pairs(valid, test)) and m["curves"]["last exit"][
-        "budget"
-    ] == [1.0]
+    assert set(m["curves"]) == set(X.rule_pairs(valid, test))
+    assert m["curves"]["last exit"]["budget"] == [1.0]
     for name, c in m["curves"].items():
         assert len({len(v) for v in c.values()}) == 1 and all(
             v <= b * 1.15 for v, b in zip(c["cost"], c["budget"])
@@ -128,14 +126,10 @@ def test_failures_answer_everybody():
     valid, test = make_answers(4, 4, 200, seed=1), make_answers(4, 4, 300, seed=2)
     c = X.measure_failures(valid, test, 240)["conditions"]
     assert set(c) == set(X.CONDITIONS) and all(v["unanswered"] == 0 for v in c.values())
-    assert (
-        c["nothing fails"]["accuracy"] >= c["40 % loss"]["accuracy"]
-        and c["30 % loss"]["degraded"] > 0.5
-    )
-    assert (
-        c["1 device dead"]["degraded"] == 1
-        and c["2 devices dead"]["p95"] >= c["nothing fails"]["p95"]
-    )
+    assert c["nothing fails"]["accuracy"] >= c["40 % loss"]["accuracy"]
+    assert c["30 % loss"]["degraded"] > 0.5
+    assert c["1 device dead"]["degraded"] == 1
+    assert c["2 devices dead"]["p95"] >= c["nothing fails"]["p95"]
 
 
 def fake(gain, seeds=3, cost=0.724, budgets=(0.5, 0.724)):
@@ -181,10 +175,8 @@ def test_goals_and_verdicts():
     assert rows[0]["interval"] == pytest.approx(
         t_interval([100 * (0.01 + 0.001 * s) for s in range(3)])
     )
-    assert (
-        X.check_goals(fake(-0.03))[0]["verdict"] == "does not hold"
-        and X.check_goals(fake(-0.001))[0]["verdict"] == "undecided"
-    )
+    assert X.check_goals(fake(-0.03))[0]["verdict"] == "does not hold"
+    assert X.check_goals(fake(-0.001))[0]["verdict"] == "undecided"
     with pytest.raises(ValueError, match="has 0 runs"):
         X.check_goals(fake(0), way="9 students")
     with pytest.raises(ValueError, match="no value 'exit'"):
@@ -222,10 +214,8 @@ def test_budgets_out_of_reach_are_shown():
     table = X.rule_table(
         runs, [("partial logits", "chance"), ("partial logits", "feature difference")], (0.5, 0.724)
     ).splitlines()
-    assert (
-        table[2] == "| 0.5 | out of reach (static mixture) | out of reach |"
-        and "holds (random, shared)" in table[3]
-    )
+    assert table[2] == "| 0.5 | out of reach (static mixture) | out of reach |"
+    assert "holds (random, shared)" in table[3]
 
 
 def test_chance_is_the_strongest_way_that_knows_nothing():
@@ -319,28 +309,25 @@ FAST = dict(epochs=4, teacher_epochs=2, batch_size=20)
 def test_experiments_take_any_file(tmp_path):
     data = tiny_file(tmp_path / "mine.npz")
     record = X.run_distree("partition", data, tmp_path / "runs", 2, ["random"], 1, **FAST)
-    assert (tmp_path / "runs" / "distree_partition_mine" / "record.json").is_file() and len(
-        record.runs
-    ) == 2
-    assert (
-        record.config["data"] == data
-        and record.runs[0]["joint"][-1] > 0.5
-        and "curves" in record.runs[0]
-    )
+    assert (tmp_path / "runs" / "distree_partition_mine" / "record.json").is_file()
+    assert len(record.runs) == 2
+    assert record.config["data"] == data
+    assert record.runs[0]["joint"][-1] > 0.5
+    assert "curves" in record.runs[0]
     vit = X.distree_cell(data, **{**X.SMALL_VIT, **FAST})
     assert X.run_system(vit, tmp_path / "runs")["joint"][-1] > 0.3
     kept = X.keep_system(X.distree_cell(data, **FAST), tmp_path / "runs", tmp_path / "assets")
-    assert (
-        X.load_system(tmp_path / "assets" / "distree_mine_2.safetensors")[1]["shape"] == [3, 10, 10]
-        and kept.runs
-    )
+    assert X.load_system(tmp_path / "assets" / "distree_mine_2.safetensors")[1]["shape"] == [
+        3,
+        10,
+        10,
+    ]
+    assert kept.runs
 
 
 def test_make_cell_takes_every_name():
-    assert (
-        X.distree_cell("mnist")["data"] == "mnist"
-        and X.distree_cell("mnist")["student"] == X.distree_cell("shapes16")["student"]
-    )
+    assert X.distree_cell("mnist")["data"] == "mnist"
+    assert X.distree_cell("mnist")["student"] == X.distree_cell("shapes16")["student"]
     with pytest.raises(FileNotFoundError, match="is not there"):
         X.distree_cell("nowhere.npz")
 
@@ -422,12 +409,10 @@ def test_validation_images_trained_nobody():
     for how in (dict(), dict(n_train=300)):
         teacher, students, valid, test = X.image_parts(X.distree_cell("digits", **how))
         seen = [{x.numpy().tobytes() for x in d.x} for d in (teacher, students, valid)]
-        assert (
-            seen[1] <= seen[0]
-            and not seen[2] & seen[0]
-            and len(valid) == (30 if how else 139)
-            and len(students) == (270 if how else 1299)
-        )
+        assert seen[1] <= seen[0]
+        assert not seen[2] & seen[0]
+        assert len(valid) == (30 if how else 139)
+        assert len(students) == (270 if how else 1299)
     with pytest.raises(ValueError, match="n_train=3000 must be at most 1438"):
         X.image_parts(X.distree_cell("digits", n_train=3000))
     teacher, students, valid, _ = X.image_parts(X.distree_cell("shapes16", n_train=400))
@@ -457,12 +442,10 @@ def test_answers_of_many_classes_and_large_logits_survive_the_file(tmp_path):
     a = dataclasses.replace(a, y=torch.tensor([0, 255, 256, 299]), partial=a.partial * 1e5)
     X.save_answers(tmp_path / "a.safetensors", test=a)
     b = X.load_answers(tmp_path / "a.safetensors")["test"]
-    assert (
-        torch.equal(b.y, a.y)
-        and b.partial.isfinite().all()
-        and torch.allclose(b.partial, a.partial, rtol=1e-3)
-        and b.costs.dtype == a.costs.dtype
-    )
+    assert torch.equal(b.y, a.y)
+    assert b.partial.isfinite().all()
+    assert torch.allclose(b.partial, a.partial, rtol=1e-3)
+    assert b.costs.dtype == a.costs.dtype
 
 
 def test_command(folder, tmp_path):
@@ -492,11 +475,9 @@ def test_command(folder, tmp_path):
         "random"
     }
     bad = subprocess.run([*words, "speed=3"], capture_output=True, text=True, timeout=LONG)
-    assert (
-        bad.returncode == 2
-        and "unknown setting 'speed'" in bad.stderr
-        and "Traceback" not in bad.stderr
-    )
+    assert bad.returncode == 2
+    assert "unknown setting 'speed'" in bad.stderr
+    assert "Traceback" not in bad.stderr
 
 
 def test_a_kept_system_is_the_trained_one(folder, tmp_path):
@@ -504,9 +485,8 @@ def test_a_kept_system_is_the_trained_one(folder, tmp_path):
     record = X.keep_system(cell, folder, tmp_path)
     trained = X.train_system(cell, folder)[0].eval()
     kept, head = X.load_system(tmp_path / "distree_digits_3.safetensors")
-    assert (
-        head["cell"] == cell and load_record(tmp_path / "distree_digits_3.json").runs == record.runs
-    )
+    assert head["cell"] == cell
+    assert load_record(tmp_path / "distree_digits_3.json").runs == record.runs
     for k, v in trained.state_dict().items():
         assert torch.allclose(kept.state_dict()[k].double(), v.double(), rtol=1e-3, atol=1e-6), k
     with pytest.raises(FileNotFoundError):
@@ -533,10 +513,8 @@ def test_stored_records(name, data):
         r = load_record(asset(f"distree_{name}_{data}.json"))
     except FileNotFoundError:
         pytest.skip("not stored")
-    assert (
-        len({x["seed"] for x in r.runs}) >= 3
-        and "distree_experiments" in r.command
-        and r.versions["torch"]
-    )
+    assert len({x["seed"] for x in r.runs}) >= 3
+    assert "distree_experiments" in r.command
+    assert r.versions["torch"]
     for x in r.runs:
         assert x["joint"][-1] > x["joint"][0] or name in ("weights", "vit")

@@ -83,10 +83,8 @@ def test_check_17_edges_and_communities():
     two = torch.zeros(6, 6).double()
     for i, j in ((0, 1), (1, 2), (0, 2), (3, 4), (4, 5), (3, 5), (2, 3)):
         two[i, j] = two[j, i] = 1
-    assert (
-        communities(two) == [[0, 1, 2], [3, 4, 5]]
-        and abs(modularity(two, communities(two)) - 0.35714) < 1e-5
-    )
+    assert communities(two) == [[0, 1, 2], [3, 4, 5]]
+    assert abs(modularity(two, communities(two)) - 0.35714) < 1e-5
 
 
 def test_modularity_is_that_of_networkx():
@@ -160,9 +158,8 @@ def test_check_22_aggregation(world):
     half = present.clone()
     half[1, ::2] = True  # a student may be missing for some pictures only
     z = answers.logits(full, half, answers.means())
-    assert torch.allclose(z[::2], joint[::2], atol=1e-5) and not torch.allclose(
-        z[1::2], joint[1::2], atol=1e-3
-    )
+    assert torch.allclose(z[::2], joint[::2], atol=1e-5)
+    assert not torch.allclose(z[1::2], joint[1::2], atol=1e-3)
     assert torch.equal(
         answers.logits(full, present), answers.partial[[0, 2], 3].sum(0) + answers.bias
     )
@@ -171,13 +168,10 @@ def test_check_22_aggregation(world):
 def test_one_picture_or_many_give_the_same_answers(world):
     train, test, *_, W, I = world
     system = make(partition_filters(W, I, 2))
-    many, one = (
-        system_answers(system, test, batch_size=64),
-        system_answers(system, test, batch_size=1),
-    )
-    assert torch.allclose(many.partial, one.partial, atol=1e-5) and torch.allclose(
-        many.proxy, one.proxy, atol=1e-5
-    )
+    many = system_answers(system, test, batch_size=64)
+    one = system_answers(system, test, batch_size=1)
+    assert torch.allclose(many.partial, one.partial, atol=1e-5)
+    assert torch.allclose(many.proxy, one.proxy, atol=1e-5)
     rule, T = FeatureDifference(), [1.0]  # check 20: alone or in a batch, the same exit
     for s in rule.scores(many)[:, 1:3].transpose(0, 1).flatten(1).sort().values:
         widest = 60 + int(
@@ -185,10 +179,8 @@ def test_one_picture_or_many_give_the_same_answers(world):
         )  # a threshold in the widest gap of the middle scores: no ties by rounding
         T.append(float(s[widest : widest + 2].mean()))
     T.append(0.0)
-    assert (
-        torch.equal(rule.depth(many, T), rule.depth(one, T))
-        and len(rule.depth(many, T).unique()) > 1
-    )
+    assert torch.equal(rule.depth(many, T), rule.depth(one, T))
+    assert len(rule.depth(many, T).unique()) > 1
 
 
 def test_check_23_loss(world):
@@ -216,9 +208,8 @@ def test_check_23_loss(world):
     assert only[3] == pytest.approx(float(0.1 * ce + 0.9 * kd + 5 * at), rel=1e-5)
     before = [p.clone() for p in net.parameters()]
     DistrEELoss(system, parts)(system(x), t, y).backward()
-    assert all(map(torch.equal, before, net.parameters())) and all(
-        p.grad is None for p in net.parameters()
-    )
+    assert all(map(torch.equal, before, net.parameters()))
+    assert all(p.grad is None for p in net.parameters())
 
 
 def test_local_heads_change_nothing_else(world):
@@ -330,12 +321,8 @@ def test_vit_students():
         optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3),
         lr=3e-3,
     )
-    assert rows[-1]["loss"] < rows[0]["loss"] and system_answers(system, test).partial.shape == (
-        2,
-        2,
-        60,
-        10,
-    )
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert system_answers(system, test).partial.shape == (2, 2, 60, 10)
 
 
 def test_errors(world):

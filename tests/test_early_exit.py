@@ -66,9 +66,9 @@ def test_take_rows_of_tensors_and_nests():
     assert torch.equal(take_rows(z, keep), z[[4, 0]])
     mask = torch.tensor([True, False, False, True, False])
     out = take_rows([z, (z[:, 0], z[:, 1])], mask)
-    assert (
-        isinstance(out, list) and isinstance(out[1], tuple) and torch.equal(out[1][1], z[[0, 3], 1])
-    )
+    assert isinstance(out, list)
+    assert isinstance(out[1], tuple)
+    assert torch.equal(out[1][1], z[[0, 3], 1])
     assert take_rows(z, torch.zeros(5, dtype=torch.bool)).shape == (0, 3, 4)
 
 
@@ -121,10 +121,8 @@ def test_every_parameter_is_trained(net, ge):
 def test_wrn_counts_of_check_19():
     one = lambda d, k: wrn(d, k, exits=((d - 4) // 2,), pool=1, bias=True)
     assert count(one(16, 1)) == 175_626 and one(16, 1).macs() == [26_657_408]
-    assert (
-        abs(count(one(16, 4)) / 1e6 - 2.75) < 0.005
-        and abs(one(16, 4).macs()[0] / 1e6 - 392.6) < 0.05
-    )
+    assert abs(count(one(16, 4)) / 1e6 - 2.75) < 0.005
+    assert abs(one(16, 4).macs()[0] / 1e6 - 392.6) < 0.05
     assert count(one(40, 4)) == 8_955_050
 
 
@@ -138,11 +136,9 @@ def test_wrn_seven_exits_of_check_19():
     assert (with_heads[-1] - trunk[-1]) / trunk[-1] < 0.01
     assert 0.05 <= sum(map(count, net.exits[:6])) / 175_626 <= 0.07
     assert {a.shape[1] for a in net.eval().features(net.stem(torch.randn(2, 3, 32, 32)))} == {48}
-    assert (
-        block_of("stem.weight") == 1
-        and len(net.stages[0]) == 0
-        and len(net.prefix(1)(torch.randn(2, 3, 32, 32))) == 1
-    )
+    assert block_of("stem.weight") == 1
+    assert len(net.stages[0]) == 0
+    assert len(net.prefix(1)(torch.randn(2, 3, 32, 32))) == 1
 
 
 @pytest.mark.parametrize(
@@ -233,10 +229,8 @@ def test_msdnet_structure():
     )
     cost, trunk = net.macs(), net.macs(heads=False)
     assert cost == sorted(set(cost)) and all(a > b for a, b in zip(cost, trunk))
-    assert (
-        msdnet((1, 8, 8)).latent_shape() == (16, 8, 8)
-        and len(msdnet((1, 8, 8)).stages[0].leave) == 2
-    )
+    assert msdnet((1, 8, 8)).latent_shape() == (16, 8, 8)
+    assert len(msdnet((1, 8, 8)).stages[0].leave) == 2
     m = [torch.randn(2, 3, 4, 4), torch.randn(2, 5, 2, 2)]
     assert all(torch.equal(a, b) for a, b in zip(m, unpack(pack(m), [(3, 4, 4), (5, 2, 2)])))
 
@@ -335,11 +329,8 @@ def test_every_kind_of_vit_equals_timm(name, kw, prefix):
     net = vit(name, exits=(1, 3), n_classes=10, **kw).eval()
     torch.manual_seed(0)
     whole = timm.create_model(name, num_classes=0, **kw).eval()
-    assert net.stem.num_prefix_tokens == prefix and net.input_shape == (
-        kw.get("in_chans", 3),
-        kw["img_size"],
-        kw["img_size"],
-    )
+    assert net.stem.num_prefix_tokens == prefix
+    assert net.input_shape == (kw.get("in_chans", 3), kw["img_size"], kw["img_size"])
     x = torch.randn(2, *net.input_shape)
     with torch.no_grad():
         tokens = whole.forward_intermediates(
@@ -422,9 +413,8 @@ def test_weights_from_a_file(tmp_path):
         pretrained_cfg_overlay=dict(file=str(path)),
         **kw,
     )
-    assert torch.equal(net.stem.pos_embed, source.pos_embed) and torch.equal(
-        net.stages[1][0].attn.qkv.weight, source.blocks[1].attn.qkv.weight
-    )
+    assert torch.equal(net.stem.pos_embed, source.pos_embed)
+    assert torch.equal(net.stages[1][0].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
     with pytest.raises(FileNotFoundError, match="gone.pth"):
         vit(pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "gone.pth")))
     with pytest.raises(ValueError, match="no weights of .* that fit"):
@@ -462,12 +452,10 @@ def test_lora_parameters_of_the_paper():
     )
     assert sum(p.numel() for p in net.parameters() if p.requires_grad) == 12 * 24_576 + 4 * 19_684
     m = net.stages[0][0].attn.qkv
-    assert (
-        m.scale == 2
-        and m.dropout.p == 0.01
-        and list(m.parts) == ["q", "v"]
-        and m.parts["v"] == (384, 576)
-    )
+    assert m.scale == 2
+    assert m.dropout.p == 0.01
+    assert list(m.parts) == ["q", "v"]
+    assert m.parts["v"] == (384, 576)
 
 
 @pytest.mark.parametrize("targets", [("q", "v"), "k", ("proj",), ("fc1", "fc2"), tuple(TARGETS)])
@@ -523,21 +511,16 @@ def test_lora_dropout_is_on_the_correction_only_and_only_in_training():
 def test_lora_with_prefix_names_and_state():
     net = add_lora(tiny(), rank=4)
     part = net.prefix(2)
-    assert (
-        set(part.state_dict()) < set(net.state_dict())
-        and part.stages[0][0].attn.qkv is net.stages[0][0].attn.qkv
-    )
+    assert set(part.state_dict()) < set(net.state_dict())
+    assert part.stages[0][0].attn.qkv is net.stages[0][0].attn.qkv
     state = lora_state(net)
-    assert all(".lora_" in k or k.startswith("exits.") for k in state) and {
-        block_of(k) for k in state
-    } == {1, 2, 3, 4}
+    assert all(".lora_" in k or k.startswith("exits.") for k in state)
+    assert {block_of(k) for k in state} == {1, 2, 3, 4}
     other = add_lora(tiny(), rank=4)
     missing, unexpected = other.load_state_dict(state, strict=False)
-    assert (
-        not unexpected
-        and all(torch.equal(other.state_dict()[k], v) for k, v in state.items())
-        and not set(missing) & set(state)
-    )
+    assert not unexpected
+    assert all(torch.equal(other.state_dict()[k], v) for k, v in state.items())
+    assert not set(missing) & set(state)
 
 
 @pytest.mark.parametrize(

@@ -64,11 +64,9 @@ def test_every_network_with_every_method(family, method, pictures):
 def test_darkdistill_moves_only_stages_in_a_vit(pictures):
     "Check 21 on a transformer: token embeddings and heads are untouched by the server."
     train, test = pictures
-    clients, s, m = (
-        make_clients(train.y, 6, 1.0, (1 / 3,) * 3),
-        Streams(0),
-        DarkDistill(participation=1.0),
-    )
+    clients = make_clients(train.y, 6, 1.0, (1 / 3,) * 3)
+    s = Streams(0)
+    m = DarkDistill(participation=1.0)
     with s.scope("init"):
         state = m.setup(BUILDERS["vit"]())
     updates = [m.local_update(m.send(state, c), train.subset(c.train), c, 0, s) for c in clients]
@@ -98,9 +96,8 @@ def test_workers_do_not_change_the_weights(digits):
         workers=workers,
     )
     one, two = go(1), go(2)
-    assert same(one.state["net"], two.state["net"]) and same(
-        one.state["server"], two.state["server"]
-    )
+    assert same(one.state["net"], two.state["net"])
+    assert same(one.state["server"], two.state["server"])
 
 
 def test_workers_train_a_timm_vit(digits):
@@ -160,9 +157,8 @@ def test_darkdistill_switched_off_is_eefl(off, digits):
         m, lambda: cnn(train.shape, 10, width=8), train, test, clients, 3, eval_every=3
     )
     a, b = go(EEFL()), go(DarkDistill(**off))
-    assert same(a.state["net"], b.state["net"]) and [r["clients"] for r in a.log] == [
-        r["clients"] for r in b.log
-    ]
+    assert same(a.state["net"], b.state["net"])
+    assert [r["clients"] for r in a.log] == [r["clients"] for r in b.log]
 
 
 def test_a_tier_may_be_absent(digits):
@@ -185,9 +181,9 @@ def test_measuring_difficulty_leaves_batchnorm_alone(pictures):
     net = BUILDERS["wrn"]().train()
     before, rng = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     d = measure_difficulty(net, BoostNet(), pictures[0])
-    assert (
-        same(before, net.state_dict()) and torch.equal(rng, torch.get_rng_state()) and net.training
-    )
+    assert same(before, net.state_dict())
+    assert torch.equal(rng, torch.get_rng_state())
+    assert net.training
     assert len(d) == 400 and float(d.min()) >= 0 and float(d.max()) <= 9.99 + 1e-5
 
 
@@ -205,9 +201,8 @@ def test_a_missing_name_counts_as_unchanged():
     key = "stem.weight"
     assert key in old
     after = block_average(old, {1: ({key: old[key] + 1}, 10), 2: ({}, 30)})
-    assert torch.allclose(after[key], old[key] + 0.25) and all(
-        after[k] is v for k, v in old.items() if k != key
-    )
+    assert torch.allclose(after[key], old[key] + 0.25)
+    assert all(after[k] is v for k, v in old.items() if k != key)
 
 
 @pytest.mark.parametrize("method", [EEFL, DarkDistill])
@@ -253,9 +248,8 @@ def test_l2w_travels_with_the_network(digits, tmp_path):
     )
     run = go(3)
     first = L2W(hidden=16).start(4)
-    assert run.state["policy"].keys() == first.keys() and all(
-        not torch.equal(v, first[k]) for k, v in run.state["policy"].items()
-    )
+    assert run.state["policy"].keys() == first.keys()
+    assert all(not torch.equal(v, first[k]) for k, v in run.state["policy"].items())
     go(1, checkpoint=tmp_path / "c.safetensors")
     for other in (
         go(3, workers=2),

@@ -204,18 +204,16 @@ def test_gradient_equilibrium(ge, expected):
 
 def test_weights_by_hand():
     w = sample_weights(torch.tensor([[0.5, -0.5, 0.2, 0.0]]), 0.8, "col")
-    assert torch.allclose(w, torch.tensor([[1.36, 0.56, 1.12, 0.96]]), atol=1e-6) and float(
-        w.sum()
-    ) == pytest.approx(4, abs=1e-6)
+    assert torch.allclose(w, torch.tensor([[1.36, 0.56, 1.12, 0.96]]), atol=1e-6)
+    assert float(w.sum()) == pytest.approx(4, abs=1e-6)
 
 
 @pytest.mark.parametrize("mode, axes", [("col", 1), ("row", 0), ("mat", (0, 1))])
 def test_weights_have_mean_one(mode, axes):
     u = torch.rand(32, 4, generator=g.manual_seed(3)) * 2 - 1
     w = sample_weights(u, 0.8, mode)
-    assert float(w.mean()) == pytest.approx(1, abs=1e-6) and torch.allclose(
-        w.mean(axes), torch.ones(()), atol=1e-6
-    )
+    assert float(w.mean()) == pytest.approx(1, abs=1e-6)
+    assert torch.allclose(w.mean(axes), torch.ones(()), atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["col", "row", "mat"])
@@ -230,9 +228,8 @@ def test_constant_weight_net_is_joint_training(mode):
 
 def test_one_exit_has_weight_one():
     p, raw, y = L2W(), logits(1), labels()
-    assert torch.equal(p.weights_of(exit_losses(raw, y)), torch.ones(16, 1)) and torch.equal(
-        p.loss(raw, y)[0], Joint().loss(raw, y)[0]
-    )
+    assert torch.equal(p.weights_of(exit_losses(raw, y)), torch.ones(16, 1))
+    assert torch.equal(p.loss(raw, y)[0], Joint().loss(raw, y)[0])
     net, (x, y) = small(stages=1), batch(8, (1, 8, 8))
     old = copy.deepcopy(p.weight_net(1).state_dict())
     assert p.meta_step(net, x, y, sgd(net)) is None
@@ -302,10 +299,8 @@ def test_meta_gradient_against_finite_differences(mode):
                 v -= h * d
         return value
 
-    slope, got = (
-        (at(1e-5) - at(-1e-5)) / 2e-5,
-        float(sum((d * e).sum() for d, e in zip(direction, exact))),
-    )
+    slope = (at(1e-5) - at(-1e-5)) / 2e-5
+    got = float(sum((d * e).sum() for d, e in zip(direction, exact)))
     assert abs(got) > 1e-4 and abs(slope - got) < 1e-3 * abs(got)
 
 
@@ -360,10 +355,8 @@ def test_meta_step_leaves_everything_else_alone(build, shape, K):
     p.loss(net(x), y)[0].backward()
     opt.step()
     grads = [v.grad.clone() for v in net.parameters()]
-    old, W = (
-        copy.deepcopy((net.state_dict(), opt.state_dict())),
-        copy.deepcopy(p.weight_net(len(net)).state_dict()),
-    )
+    old = copy.deepcopy((net.state_dict(), opt.state_dict()))
+    W = copy.deepcopy(p.weight_net(len(net)).state_dict())
     rng = torch.get_rng_state()
     assert torch.isfinite(p.meta_step(net, x, y, opt))
     assert torch.equal(torch.get_rng_state(), rng) and net.training
@@ -371,16 +364,13 @@ def test_meta_step_leaves_everything_else_alone(build, shape, K):
         assert torch.equal(v, old[0][k]), k
     assert all(torch.equal(v.grad, d) for v, d in zip(net.parameters(), grads))
     state = opt.state_dict()
-    assert (
-        state["param_groups"] == old[1]["param_groups"]
-        and state["state"].keys() == old[1]["state"].keys()
-    )
+    assert state["param_groups"] == old[1]["param_groups"]
+    assert state["state"].keys() == old[1]["state"].keys()
     for k, v in state["state"].items():
         assert torch.equal(v["momentum_buffer"], old[1]["state"][k]["momentum_buffer"])
     now = p.weight_net(len(net))
-    assert any(not torch.equal(v, W[k]) for k, v in now.state_dict().items()) and all(
-        v.grad is None for v in now.parameters()
-    )
+    assert any(not torch.equal(v, W[k]) for k, v in now.state_dict().items())
+    assert all(v.grad is None for v in now.parameters())
 
 
 def test_fresh_optimiser_stays_fresh():
@@ -559,16 +549,13 @@ def test_last_exit_learns_from_labels_alone():
     ],
 )
 def test_edges(name, n, E, dtype, scale):
-    p, raw = (
-        objective_by_name(name),
-        [(scale * f.detach()).to(dtype).requires_grad_() for f in logits(E, n)],
-    )
+    p = objective_by_name(name)
+    raw = [(scale * f.detach()).to(dtype).requires_grad_() for f in logits(E, n)]
     value, out = p.loss(raw, labels(n))
     value.backward()
     assert torch.isfinite(value) and value.dtype == torch.float32 and len(out) == E
-    assert all(torch.isfinite(f.grad).all() for f in raw) and all(
-        map(torch.equal, out, p.predict(raw))
-    )
+    assert all(torch.isfinite(f.grad).all() for f in raw)
+    assert all(map(torch.equal, out, p.predict(raw)))
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -580,11 +567,9 @@ def test_policies_train_and_travel(name):
         rows = fit_exits(
             net, data, p, 2, lr=0.05, batch_size=40, amp=amp, augment=CropFlip(1, flip=False)
         )
-        assert (
-            [r["epoch"] for r in rows] == [0, 1]
-            and rows[1]["loss"] < rows[0]["loss"]
-            and all(torch.isfinite(v).all() for v in net.parameters())
-        )
+        assert [r["epoch"] for r in rows] == [0, 1]
+        assert rows[1]["loss"] < rows[0]["loss"]
+        assert all(torch.isfinite(v).all() for v in net.parameters())
     raw, y = logits(3), labels()
     assert torch.equal(pickle.loads(pickle.dumps(p)).loss(raw, y)[0], p.loss(raw, y)[0])
     assert torch.equal(copy.deepcopy(p).loss(raw, y)[0], p.loss(raw, y)[0])
@@ -592,10 +577,8 @@ def test_policies_train_and_travel(name):
 
 def test_names_and_options():
     assert set(POLICIES) == {"joint", "boostnet", "l2w", "self_distillation", "mutual"}
-    assert (
-        objective_by_name("l2w", eps=0.3, mode="mat").eps == 0.3
-        and objective_by_name("joint", weights="eenet").weights == "eenet"
-    )
+    assert objective_by_name("l2w", eps=0.3, mode="mat").eps == 0.3
+    assert objective_by_name("joint", weights="eenet").weights == "eenet"
     with pytest.raises(
         ValueError,
         match="policy='boost' is unknown; choose one of joint, boostnet, l2w, self_distillation, mutual",
@@ -656,9 +639,8 @@ def test_cosine_and_epochs_reach_the_policy():
             steps.append(optimizer.param_groups[0]["lr"])
 
     fit_exits(small(), load("digits", 128)[0], Spy(), 2, lr=0.1, batch_size=64)
-    assert seen[1:] == [(0, 2), (1, 2)] and steps == pytest.approx(
-        [0.05 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]
-    )
+    assert seen[1:] == [(0, 2), (1, 2)]
+    assert steps == pytest.approx([0.05 * (1 + math.cos(math.pi * k / 4)) for k in range(4)])
     with pytest.raises(FloatingPointError, match="lower lr"):
         fit_exits(small(), load("digits", 128)[0], Joint(), lr=1e30)
 
@@ -667,16 +649,14 @@ def test_pairs_share_first_weights_and_order():
     train, test = load("digits", 100, 50)
     ways = dict(Joint=Joint, twin=lambda: Joint([1, 1, 1]), L2W=lambda: L2W(interval=2))
     r = compare_exits(ways, lambda: small(), train, test, seeds=(3, 4), epochs=1)
-    assert r["Joint"][0]["accuracy"] == r["twin"][0]["accuracy"] and [
-        v["seed"] for v in r["L2W"]
-    ] == [3, 4]
+    assert r["Joint"][0]["accuracy"] == r["twin"][0]["accuracy"]
+    assert [v["seed"] for v in r["L2W"]] == [3, 4]
     assert all(
         map(torch.equal, r["Joint"][1]["net"].parameters(), r["twin"][1]["net"].parameters())
     )
     again = train_exits(lambda: small(), train, test, L2W(interval=2), 3, epochs=1)
-    assert again["accuracy"] == r["L2W"][0]["accuracy"] and all(
-        map(torch.equal, again["net"].parameters(), r["L2W"][0]["net"].parameters())
-    )
+    assert again["accuracy"] == r["L2W"][0]["accuracy"]
+    assert all(map(torch.equal, again["net"].parameters(), r["L2W"][0]["net"].parameters()))
     gain = paired_gain(r)
     assert gain["twin"].shape == (2, 3) and not gain["twin"].any()
     with pytest.raises(ValueError, match="base='Boost' was not trained"):
@@ -759,11 +739,9 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path, case):
     before = path.read_bytes()
     with pytest.raises(ValueError, match=text) as e:
         with_checkpoint(path, **how())
-    assert (
-        str(path) in str(e.value)
-        and f"delete {path}" in str(e.value)
-        and path.read_bytes() == before
-    )
+    assert str(path) in str(e.value)
+    assert f"delete {path}" in str(e.value)
+    assert path.read_bytes() == before
 
 
 def test_augmentations_differ_by_their_numbers(tmp_path):
@@ -832,9 +810,8 @@ def test_frozen_normalisation_stays_frozen():
     other = next(m for m in net.stages[0].modules() if isinstance(m, nn.BatchNorm2d))
     start = norm.running_mean.clone(), other.running_mean.clone()
     fit_exits(net, load("digits", 100)[0], Joint(), 2, on_epoch=lambda row, net: net.eval())
-    assert torch.equal(norm.running_mean, start[0]) and not torch.equal(
-        other.running_mean, start[1]
-    )
+    assert torch.equal(norm.running_mean, start[0])
+    assert not torch.equal(other.running_mean, start[1])
 
 
 def shared_net():
@@ -956,14 +933,10 @@ def test_bad_arguments_get_one_sentence(call, text):
 
 
 def test_numbers_of_numpy_are_numbers():
-    assert (
-        Joint(np.array([1.0, 2.0]), kl=np.float64(0.1)).weights == [1, 2]
-        and L2W(interval=np.int64(5)).interval == 5
-    )
-    assert (
-        exit_shares(np.int64(2), np.float64(30)) == pytest.approx([0.4, 0.6])
-        and Mutual(np.int64(3)).ramp == 3
-    )
+    assert Joint(np.array([1.0, 2.0]), kl=np.float64(0.1)).weights == [1, 2]
+    assert L2W(interval=np.int64(5)).interval == 5
+    assert exit_shares(np.int64(2), np.float64(30)) == pytest.approx([0.4, 0.6])
+    assert Mutual(np.int64(3)).ramp == 3
 
 
 def test_gradient_share_by_hand():
@@ -982,9 +955,8 @@ def test_gradient_share_by_hand():
 
 def test_experiment_on_shapes():
     r, train, test = difficulty_experiment(n_train=60, n_test=40, seeds=(0, 1), epochs=1, width=4)
-    assert list(r) == ["Joint", "Joint, equilibrium", "BoostNet", "L2W"] and all(
-        len(v) == 2 and len(v[0]["accuracy"]) == 4 for v in r.values()
-    )
+    assert list(r) == ["Joint", "Joint, equilibrium", "BoostNet", "L2W"]
+    assert all(len(v) == 2 and len(v[0]["accuracy"]) == 4 for v in r.values())
     assert test.mean == train.mean and float((train.difficulty < 0.125).float().mean()) > 0.3, (
         "most pictures are easy"
     )

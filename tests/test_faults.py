@@ -256,11 +256,9 @@ def test_nobody_drawn_keeps_the_network(base):
     m.configure = lambda rnd, clients, streams: []
     with pytest.warns(UserWarning, match="no client was drawn"):
         run = go(m, rounds=2)
-    assert (
-        run.log[0]["loss"] is None
-        and run.log[0]["clients"] == []
-        and len(run.log[1]["accuracy"]) == 4
-    )
+    assert run.log[0]["loss"] is None
+    assert run.log[0]["clients"] == []
+    assert len(run.log[1]["accuracy"]) == 4
 
 
 @pytest.mark.parametrize(
@@ -348,9 +346,8 @@ def test_workers_leave_out_the_same(healthy):
         UserWarning, match="round 1: client 0 is left out, it raised RuntimeError: battery empty"
     ):
         run = go(faulty(DarkDistill, "raises"), rounds=2, workers=2)
-    assert same(run.state["net"], healthy[DarkDistill].state["net"]) and list(
-        run.log[1]["left_out"]
-    ) == ["0"]
+    assert same(run.state["net"], healthy[DarkDistill].state["net"])
+    assert list(run.log[1]["left_out"]) == ["0"]
 
 
 class Odd(EEFL):
@@ -426,10 +423,8 @@ def test_workers_end_with_their_parent(sign, tmp_path, wait_until):
     (tmp_path / "s.py").write_text(
         textwrap.dedent(SCRIPT).format(start='if __name__ == "__main__": main()')
     )
-    p, workers = (
-        subprocess.Popen([sys.executable, tmp_path / "s.py"], stderr=subprocess.DEVNULL),
-        [],
-    )
+    p = subprocess.Popen([sys.executable, tmp_path / "s.py"], stderr=subprocess.DEVNULL)
+    workers = []
     try:
         while len(workers := children(p.pid)) < 2 or min(map(seconds_of_cpu, workers)) < 6:
             assert p.poll() is None, "the script ended before its workers could be watched"
@@ -626,15 +621,11 @@ def test_as_many_rounds_as_the_checkpoint_has(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         go(EEFL(), rounds=9, eval_every=9, checkpoint=path, on_round=stop)
-    run, plain = (
-        go(EEFL(), rounds=2, eval_every=9, checkpoint=path),
-        go(EEFL(), rounds=2, eval_every=9),
-    )
-    assert (
-        len(run.log) == 2
-        and same(run.state["net"], plain.state["net"])
-        and run.log[-1]["accuracy"] == plain.log[-1]["accuracy"]
-    )
+    run = go(EEFL(), rounds=2, eval_every=9, checkpoint=path)
+    plain = go(EEFL(), rounds=2, eval_every=9)
+    assert len(run.log) == 2
+    assert same(run.state["net"], plain.state["net"])
+    assert run.log[-1]["accuracy"] == plain.log[-1]["accuracy"]
 
 
 def damage(data, kind):
@@ -717,9 +708,8 @@ def test_one_tensor_with_two_names_keeps_one_value(base, net, a, b, tmp_path):
     with Streams(0).scope("init"):
         start = net().state_dict()
     run = go(base(participation=1.0), clients, 3, net=net)
-    assert torch.equal(run.state["net"][a], run.state["net"][b]) and not torch.equal(
-        run.state["net"][a], start[a]
-    )
+    assert torch.equal(run.state["net"][a], run.state["net"][b])
+    assert not torch.equal(run.state["net"][a], start[a])
     path = tmp_path / "c.safetensors"
     go(base(participation=1.0), clients, 1, net=net, checkpoint=path)
     assert same(
@@ -729,9 +719,8 @@ def test_one_tensor_with_two_names_keeps_one_value(base, net, a, b, tmp_path):
     only_shallow = go(
         base(participation=1.0), [c for c in clients if c.tier == 1], net=net, rounds=1
     ).state["net"]
-    assert torch.equal(only_shallow[a], only_shallow[b]) and not torch.equal(
-        only_shallow[b], start[b]
-    )
+    assert torch.equal(only_shallow[a], only_shallow[b])
+    assert not torch.equal(only_shallow[b], start[b])
 
 
 @pytest.mark.parametrize("base", METHODS)
@@ -992,20 +981,17 @@ def test_bin_width_goes_through_everything(width):
     m = Spy(participation=1.0, bin_width=width, server_batch=400)
     run = go(m)
     counts = torch.tensor(list(run.log[0]["difficulty"].values())).sum(0)
-    assert len(counts) == bins_of(width) == math.ceil(9.99 / width) and int(counts.sum()) == sum(
-        len(c.train) for c in CLIENTS
-    )
+    assert len(counts) == bins_of(width) == math.ceil(9.99 / width)
+    assert int(counts.sum()) == sum(len(c.train) for c in CLIENTS)
     assert run.log[0]["bin_width"] == width
     d = torch.cat(asked)
     mean = (
         float((counts[:-1] * (torch.arange(len(counts) - 1) + 0.5)).sum() / counts[:-1].sum())
         * width
     )
-    assert (
-        0 <= float(d.min())
-        and float(d.max()) <= len(counts) * width
-        and abs(float(d.mean()) - mean) < 0.5
-    )
+    assert 0 <= float(d.min())
+    assert float(d.max()) <= len(counts) * width
+    assert abs(float(d.mean()) - mean) < 0.5
 
 
 def test_the_default_width_changes_nothing():

@@ -31,10 +31,8 @@ def test_losses_against_a_loop():
     "Every kind against its definition, sample by sample."
     g = torch.Generator().manual_seed(0)
     z, y = torch.randn(4, 30, 5, generator=g).double() * 2, torch.randint(5, (30,), generator=g)
-    p, got = (
-        z.softmax(-1).numpy(),
-        {k: sample_losses(z, k, y) for k in ("consistency", "gap", "brier", "hellinger")},
-    )
+    p = z.softmax(-1).numpy()
+    got = {k: sample_losses(z, k, y) for k in ("consistency", "gap", "brier", "hellinger")}
     free = sample_losses(z, "brier")
     for e in range(4):
         for i in range(30):
@@ -122,29 +120,21 @@ def test_crc_limits():
     "R-hat <= ((n+1) eps - B)/n: .04905 for n=1000, .0405 for n=100, and only no loss at all for n=100, eps=.01."
     for n, eps, most in ((1000, 0.05, 49), (100, 0.05, 4), (100, 0.01, 0)):
         assert most / n <= ((n + 1) * eps - 1) / n < (most + 1) / n
-        assert (
-            passes(row(most, n), eps, method="crc")[0]
-            and not passes(row(most + 1, n), eps, method="crc")[0]
-        )
-    assert ((1001) * 0.05 - 1) / 1000 == pytest.approx(0.04905) and (
-        101 * 0.05 - 1
-    ) / 100 == pytest.approx(0.0405)
+        assert passes(row(most, n), eps, method="crc")[0]
+        assert not passes(row(most + 1, n), eps, method="crc")[0]
+    assert ((1001) * 0.05 - 1) / 1000 == pytest.approx(0.04905)
+    assert (101 * 0.05 - 1) / 100 == pytest.approx(0.0405)
     fraction = np.full((1, 1000), 0.04904), np.full((1, 1000), 0.04906)
     assert [bool(passes(x, 0.05, method="crc")[0]) for x in fraction] == [True, False]
-    assert (
-        passes(np.zeros((1, 99)), 0.01, method="crc")[0]
-        and not passes(np.zeros((1, 98)), 0.01, method="crc")[0]
-    )
+    assert passes(np.zeros((1, 99)), 0.01, method="crc")[0]
+    assert not passes(np.zeros((1, 98)), 0.01, method="crc")[0]
 
 
 def test_hb_numbers():
-    assert hb_p_value(0.02, 500, 0.05) == pytest.approx(0.00125, abs=1e-5) and hb_p_value(
-        0.02, 500, 0.05, binary=True
-    ) == pytest.approx(0.00046, abs=1e-5)
-    assert (
-        hb_p_value(0.05, 500, 0.05) == 1
-        and hb_p_value(0, 100, 0.05) == pytest.approx(0.00592, abs=1e-5) == 0.95**100
-    )
+    assert hb_p_value(0.02, 500, 0.05) == pytest.approx(0.00125, abs=1e-5)
+    assert hb_p_value(0.02, 500, 0.05, binary=True) == pytest.approx(0.00046, abs=1e-5)
+    assert hb_p_value(0.05, 500, 0.05) == 1
+    assert hb_p_value(0, 100, 0.05) == pytest.approx(0.00592, abs=1e-5) == 0.95**100
     for k in range(101):  # k/n*n is not always k in floating point; the count must not slip
         assert hb_p_value(k / 100, 100, 0.3, binary=True) == pytest.approx(
             sum(math.comb(100, j) * 0.3**j * 0.7 ** (100 - j) for j in range(k + 1)), rel=1e-9
@@ -180,10 +170,8 @@ def test_ends():
     "eps=1 passes everything, eps=0 nothing (the naive rule excepted, where no loss was seen)."
     for m in METHODS:
         assert passes(row(50, 50), 1, method=m)[0] and passes(row(50, 50), 1.5, method=m)[0]
-        assert (
-            bool(passes(row(0, 5000), 0, method=m)[0]) == (m == "naive")
-            and not passes(row(1, 5000), 0, method=m)[0]
-        )
+        assert bool(passes(row(0, 5000), 0, method=m)[0]) == (m == "naive")
+        assert not passes(row(1, 5000), 0, method=m)[0]
     s, l = np.random.default_rng(0).random((2, 3, 400))
     l[-1] = 0
     l = (l > 0.7).astype(float)
@@ -203,11 +191,9 @@ def test_ends():
 
 def test_prefix_rule():
     "The last index such that all up to it pass: not the last pass anywhere, and not the first failure."
-    assert (
-        last_of_prefix([1, 1, 0, 1]) == 1
-        and last_of_prefix([0, 1]) == -1
-        and last_of_prefix([1, 1]) == 1
-    )
+    assert last_of_prefix([1, 1, 0, 1]) == 1
+    assert last_of_prefix([0, 1]) == -1
+    assert last_of_prefix([1, 1]) == 1
     s = np.array([np.linspace(0, 1, 1000)] * 2)
     l = np.zeros((2, 1000))
     l[0, 400:500] = 1  # losses between scores .4 and .5
@@ -304,11 +290,9 @@ def test_guarantee_when_losses_are_not_monotone(signed):
         for m in risk:
             risk[m].append(choose(L, 0.05, m))
     risk = {m: np.where((k := np.concatenate(v)) < 0, 0, true[k]) for m, v in risk.items()}
-    assert (
-        np.mean(risk["ucb"] > 0.05) <= 0.12
-        and risk["crc"].mean() <= 0.05
-        and np.mean(risk["naive"] > 0.05) > 0.3
-    )
+    assert np.mean(risk["ucb"] > 0.05) <= 0.12
+    assert risk["crc"].mean() <= 0.05
+    assert np.mean(risk["naive"] > 0.05) > 0.3
     assert risk["ucb"].mean() > 0.003
     if not signed:
         assert np.mean(risk["ltt"] > 0.05) <= 0.12 and risk["ltt"].mean() > 0.003
@@ -320,10 +304,8 @@ def test_first_failing_threshold_breaks_the_promise():
     k = np.concatenate(
         [choose(two_exits(rng, 100, 200, "binary")[:, rows], 0.05, "ltt") for _ in range(10)]
     )
-    assert (
-        np.mean(np.where(k < 0, 0, true[k]) > 0.05) <= 0.12
-        and np.mean(true[np.minimum(k + 1, 4)] > 0.05) > 0.3
-    )
+    assert np.mean(np.where(k < 0, 0, true[k]) > 0.05) <= 0.12
+    assert np.mean(true[np.minimum(k + 1, 4)] > 0.05) > 0.3
 
 
 # ---------------------------------------------------------------- the controller
@@ -347,15 +329,15 @@ def test_controller_converges_on_a_constant_plant(plant, eta):
     T = 2000
     lam, mean = drive(LatencyController(budget, eta=eta, lam=0.8, half_life=0), plant, T)
     assert lam[-1] == pytest.approx(0.55, abs=1e-6) and lam.min() > 0 and lam.max() < 1
-    assert mean == pytest.approx((lam[0] - lam[-1]) / (eta * T), abs=1e-12) and abs(mean) <= 1 / (
-        eta * T
-    )
+    assert mean == pytest.approx((lam[0] - lam[-1]) / (eta * T), abs=1e-12)
+    assert abs(mean) <= 1 / (eta * T)
     assert np.abs(lam[int(10 / eta) :] - 0.55).max() < 0.01  # on the scale of 1/eta steps
     c = LatencyController(budget, eta=0.02, lam=0.7)
     lam, mean = drive(c, plant, T)
     assert mean == pytest.approx(
         (lam[0] - lam[-1]) / (0.02 * T) + (1 / c.alpha - 1) * c.late / T, abs=1e-12
-    ) and lam[-1] == pytest.approx(0.55, abs=1e-3)
+    )
+    assert lam[-1] == pytest.approx(0.55, abs=1e-3)
 
 
 def test_noisy_latency_meets_the_budget_on_average():
@@ -376,12 +358,10 @@ def test_infeasible_budget_rests_at_the_bound(half_life):
             0.8, eta=0.05, lam=1, floor=0.1, safe=0.6, priority=priority, half_life=half_life
         )
         lam, _ = drive(c, plant, 500)
-        assert (
-            lam[-1] == bound
-            and (np.diff(lam) <= 0).all()
-            and lam.min() >= bound
-            and [e["event"] for e in c.log] == ["infeasible"]
-        )
+        assert lam[-1] == bound
+        assert (np.diff(lam) <= 0).all()
+        assert lam.min() >= bound
+        assert [e["event"] for e in c.log] == ["infeasible"]
     c = LatencyController(50.0, eta=0.05, lam=0.2, safe=0.1)
     lam, _ = drive(c, plant, 300)  # more time than the network can use
     assert lam[-1] == 1 and not c.log
@@ -394,10 +374,8 @@ def test_quality_first_never_goes_below_a_moving_safe_threshold():
         def add(self, s, l):
             self.lam = float(l[0])
 
-    rng, c = (
-        np.random.default_rng(0),
-        LatencyController(1.0, eta=0.1, safe=(m := Moving()), half_life=5),
-    )
+    rng = np.random.default_rng(0)
+    c = LatencyController(1.0, eta=0.1, safe=(m := Moving()), half_life=5)
     for _ in range(500):
         lam = c.update(
             rng.exponential(2.0), shadow=([1.0], [rng.random()]) if rng.random() < 0.2 else None
@@ -479,11 +457,9 @@ def test_bandit_follows_the_best_arm():
             latency=2 * arm if t >= 1000 else 0.5,
             gain=arm if t < 1000 else 0.2 + 0.5 * (arm == b.arms[5]),
         )
-    assert (
-        set(tried[:8]) == set(range(8))
-        and np.mean(np.array(tried[500:1000]) == 0) > 0.4
-        and np.mean(np.array(tried[1500:]) == 5) > 0.4
-    )
+    assert set(tried[:8]) == set(range(8))
+    assert np.mean(np.array(tried[500:1000]) == 0) > 0.4
+    assert np.mean(np.array(tried[1500:]) == 5) > 0.4
 
 
 # ---------------------------------------------------------------- the monitor's order, and what mutants could change
@@ -529,12 +505,10 @@ def test_the_monitor_recomputes_every_so_many():
 def test_aci_level_by_hand():
     "eps_{t+1} = eps_t + gamma (eps - err_t); the naive choice at that level; never exits below 0."
     m = ShadowMonitor([0.5], 0.1, window=10, method="aci", gamma=0.2)
-    assert (
-        m.lam == math.inf
-        and m.add([1.0, 1.0], [1.0, 0.0]) == math.inf
-        and m.errors == [0.0]
-        and m.level == pytest.approx(0.12)
-    )
+    assert m.lam == math.inf
+    assert m.add([1.0, 1.0], [1.0, 0.0]) == math.inf
+    assert m.errors == [0.0]
+    assert m.level == pytest.approx(0.12)
     assert m.add([0.1, 1.0], [1.0, 0.0]) == math.inf and m.level == pytest.approx(
         0.14
     )  # mean loss 1/2 > .14
@@ -576,9 +550,8 @@ def test_log_of_conflicts_by_hand():
     assert c.log[1]["event"] == "feasible" and c.stuck == 0 and n >= 8
     first = LatencyController(1.0, lam=0.9, half_life=4)
     first.update(2.0)
-    assert first.late == pytest.approx(first.alpha) and first.lam == pytest.approx(
-        0.9 - 0.02 * first.alpha
-    )
+    assert first.late == pytest.approx(first.alpha)
+    assert first.lam == pytest.approx(0.9 - 0.02 * first.alpha)
 
 
 def test_a_threshold_below_the_safe_one_is_a_conflict_only_when_late():
@@ -661,12 +634,10 @@ def test_bound_of_a_rule_by_hand():
     l = np.zeros((3, 4))
     l[0, 2] = 1
     r = control_risk(s, l, 0.25, method="naive", grid=[0.95, 0.5, 0.2], costs=[1, 3, 4])
-    assert (
-        (r.index, r.lam, r.thresholds) == (2, 0.2, [0.2, 0.2, -math.inf])
-        and r.risk == 0.25
-        and r.bound == pytest.approx(0.25, abs=2e-6)
-        and r.cost == pytest.approx((1 + 1 + 1 + 3) / 4)
-    )
+    assert (r.index, r.lam, r.thresholds) == (2, 0.2, [0.2, 0.2, -math.inf])
+    assert r.risk == 0.25
+    assert r.bound == pytest.approx(0.25, abs=2e-6)
+    assert r.cost == pytest.approx((1 + 1 + 1 + 3) / 4)
     r = control_risk(
         s,
         l,
@@ -675,22 +646,19 @@ def test_bound_of_a_rule_by_hand():
         grid=[[0.95, 0.95, 0.95], [0.5, 0.75, -math.inf], [0.2, 0.2, 0]],
         costs=[1, 3, 4],
     )
-    assert (
-        r.index == 1
-        and r.lam == [0.5, 0.75, -math.inf]
-        and r.thresholds == [0.5, 0.75, -math.inf]
-        and r.cost == pytest.approx((1 + 1 + 4 + 3) / 4)
-    )
+    assert r.index == 1
+    assert r.lam == [0.5, 0.75, -math.inf]
+    assert r.thresholds == [0.5, 0.75, -math.inf]
+    assert r.cost == pytest.approx((1 + 1 + 4 + 3) / 4)
     a, b = (
         control_risk(s, 3 * l, 3 * e, method="naive", grid=[0.2], bound=3.0) for e in (0.25, 0.2)
     )
-    assert (
-        a.index == 0 and a.bound == pytest.approx(0.75, abs=6e-6) and b.index == -1 and b.cost == 3
-    )
-    assert (
-        control_risk(s, l, 7.0, grid=[0.2]).bound <= 1
-        and control_risk(s, l, 1e300, grid=[0.2], bound=1e12).index == 0
-    )
+    assert a.index == 0
+    assert a.bound == pytest.approx(0.75, abs=6e-6)
+    assert b.index == -1
+    assert b.cost == 3
+    assert control_risk(s, l, 7.0, grid=[0.2]).bound <= 1
+    assert control_risk(s, l, 1e300, grid=[0.2], bound=1e12).index == 0
 
 
 def test_masked_classes_in_losses():
@@ -816,9 +784,8 @@ def test_a_refused_request_changes_nothing():
 def test_numpy_numbers_are_numbers():
     f, i = np.float32, np.int64
     assert control_risk(S2, L2, f(0.25), f(0.5)).index == control_risk(S2, L2, 0.25, 0.5).index
-    assert LatencyController(f(2), eta=f(0.5), half_life=i(0)).update(f(3)) == pytest.approx(
-        0
-    ) and hb_p_value(f(0), i(100), f(0.5)) == pytest.approx(0.5**100)
+    assert LatencyController(f(2), eta=f(0.5), half_life=i(0)).update(f(3)) == pytest.approx(0)
+    assert hb_p_value(f(0), i(100), f(0.5)) == pytest.approx(0.5**100)
     assert (
         ShadowMonitor(np.array([1, 0]), f(0.5), window=i(5), every=i(1)).add(
             np.zeros(2, np.float32), np.zeros(2, np.float32)
@@ -859,10 +826,8 @@ def test_never_exit_ends_in_minus_infinity():
     from darkdistill_nb.exits.inference import take_exit
 
     r = control_risk(S2, L2 + np.array([[1.0], [0.0]]), 0.01, grid=[0.5])
-    assert (
-        r.thresholds == [math.inf, -math.inf]
-        and take_exit(torch.as_tensor(S2), r.thresholds).tolist() == [1] * 30
-    )
+    assert r.thresholds == [math.inf, -math.inf]
+    assert take_exit(torch.as_tensor(S2), r.thresholds).tolist() == [1] * 30
 
 
 def test_the_bound_itself_passes():

@@ -18,11 +18,9 @@ LAST = -math.inf
 def cascade(N=3000, E=4, K=5, seed=0):
     "Logits of a synthetic cascade: samples differ in difficulty, deeper exits see them more clearly."
     g = torch.Generator().manual_seed(seed)
-    y, hard, noise = (
-        torch.randint(K, (N,), generator=g),
-        torch.rand(N, generator=g),
-        torch.randn(N, K, generator=g),
-    )
+    y = torch.randint(K, (N,), generator=g)
+    hard = torch.rand(N, generator=g)
+    noise = torch.randn(N, K, generator=g)
     z = [
         3 * (1 - hard * 0.9**e)[:, None] * F.one_hot(y, K)
         + (1.3 - 0.2 * e) * (0.8 * noise + 0.6 * torch.randn(N, K, generator=g))
@@ -53,12 +51,10 @@ def data():
 def test_scores_of_one_distribution():
     p = torch.log(torch.tensor([[0.7, 0.2, 0.1], [1 / 3, 1 / 3, 1 / 3]]))
     H = (1 - inf.Entropy().of(p)) * math.log(3)
-    assert H[0] == pytest.approx(0.80182, abs=1e-5) and 1 - inf.Entropy().of(p)[0] == pytest.approx(
-        0.72985, abs=1e-5
-    )
-    assert H[1] == pytest.approx(math.log(3), abs=1e-6) and inf.Entropy().of(p)[1] == pytest.approx(
-        0, abs=1e-6
-    )
+    assert H[0] == pytest.approx(0.80182, abs=1e-5)
+    assert 1 - inf.Entropy().of(p)[0] == pytest.approx(0.72985, abs=1e-5)
+    assert H[1] == pytest.approx(math.log(3), abs=1e-6)
+    assert inf.Entropy().of(p)[1] == pytest.approx(0, abs=1e-6)
     assert inf.Margin().of(p).tolist() == pytest.approx([0.5, 0], abs=1e-6)
     assert inf.Confidence().of(p).tolist() == pytest.approx([0.7, 1 / 3], abs=1e-6)
     z = torch.tensor([[2.0, -1, 0.5]]).double()
@@ -189,9 +185,8 @@ def test_equal_shares_cost_exactly_the_mean():
     g = torch.Generator().manual_seed(0)
     z, y = torch.randn(4, 400, 10, generator=g), torch.randint(10, (400,), generator=g)
     curve = inf.budget_curve(z, z, y, [1, 2, 3, 4])
-    assert [c["P"] for c in curve] == list(range(1, 40)) and curve[19]["cost"] == pytest.approx(
-        2.5, abs=1e-12
-    )
+    assert [c["P"] for c in curve] == list(range(1, 40))
+    assert curve[19]["cost"] == pytest.approx(2.5, abs=1e-12)
     last = [round(400 * c["shares"][-1]) for c in curve]
     assert last == [
         400 - sum(math.floor(400 * q + 1e-9) for q in exit_shares(4, P)[:-1]) for P in range(1, 40)
@@ -236,10 +231,8 @@ def test_departures_of_the_released_code(data):
     q /= q.sum()
     T = inf.budget_thresholds(z.amax(-1), q.tolist())
     assert got["thresholds"][:-1] == pytest.approx(T[:-1]) and got["thresholds"][-1] == "-inf"
-    assert (
-        got["thresholds"][0] > 1
-        and got["cost"] < inf.budget_curve(z, d["t"], d["yt"], d["costs"], P=[15])[0]["cost"]
-    )
+    assert got["thresholds"][0] > 1
+    assert got["cost"] < inf.budget_curve(z, d["t"], d["yt"], d["costs"], P=[15])[0]["cost"]
 
 
 def test_both_ends_of_a_policy(data):
@@ -249,11 +242,9 @@ def test_both_ends_of_a_policy(data):
         inf.evaluate_thresholds(d["st"], d["rt"], d["costs"], [T] * 3 + [LAST]) for T in (0, 1.01)
     )
     assert first["shares"] == [1, 0, 0, 0] and first["accuracy"] == pytest.approx(m[0])
-    assert (
-        last["shares"] == [0, 0, 0, 1]
-        and last["accuracy"] == pytest.approx(m[3])
-        and last["cost"] == 4
-    )
+    assert last["shares"] == [0, 0, 0, 1]
+    assert last["accuracy"] == pytest.approx(m[3])
+    assert last["cost"] == 4
 
 
 # ---------------------------------------------------------------- budgets
@@ -306,10 +297,8 @@ def test_optimal_stopping_spends_a_budget_better(data):
     acc, cost, gain = [], [], []
     for B in np.linspace(1.05, 3.9, 20):
         T = inf.thresholds_for_budget(d["sv"], d["rv"], d["costs"], B, "lagrange")
-        r, t = (
-            inf.evaluate_thresholds(d["sv"], d["rv"], d["costs"], T),
-            inf.evaluate_thresholds(d["st"], d["rt"], d["costs"], T),
-        )
+        r = inf.evaluate_thresholds(d["sv"], d["rv"], d["costs"], T)
+        t = inf.evaluate_thresholds(d["st"], d["rt"], d["costs"], T)
         acc.append(r["accuracy"])
         cost.append(r["cost"])
         assert r["cost"] <= B * (1 + 1e-6)
@@ -362,12 +351,10 @@ def test_scores_with_ties_and_exits_that_cannot_be_taken(data):
             inf.thresholds_for_budget(p, d["rv"], d["costs"], B, scheme) for B in (1, 2, 2.5, 3, 4)
         ]
         costs = [inf.evaluate_thresholds(p, d["rv"], d["costs"], T)["cost"] for T in Ts]
-        assert (
-            all(c <= B + 1e-9 for c, B in zip(costs, (1, 2, 2.5, 3, 4)))
-            and costs == sorted(costs)
-            and costs[0] == 1
-            and costs[-1] > 2
-        )
+        assert all(c <= B + 1e-9 for c, B in zip(costs, (1, 2, 2.5, 3, 4)))
+        assert costs == sorted(costs)
+        assert costs[0] == 1
+        assert costs[-1] > 2
     closed = d["sv"].clone()
     closed[0] = LAST
     for scheme in inf.SCHEMES:
@@ -442,15 +429,11 @@ def test_gate_learns_what_confidence_cannot_know():
     y = torch.where(pred == 0, (pred + 1) % 5, y)
     gate, q = inf.fit_gate(z, y, [1, 2, 3], budget=1.7, steps=100)
     right = z.argmax(-1) == y
-    mine, conf = (
-        inf.failure_auroc(gate.score(z), right)[0],
-        inf.failure_auroc(inf.confidence(z), right)[0],
-    )
-    assert (
-        mine > conf + 0.05
-        and np.dot(q, [1, 2, 3]) == pytest.approx(1.7, rel=0.02)
-        and sum(q) == pytest.approx(1, abs=1e-5)
-    )
+    mine = inf.failure_auroc(gate.score(z), right)[0]
+    conf = inf.failure_auroc(inf.confidence(z), right)[0]
+    assert mine > conf + 0.05
+    assert np.dot(q, [1, 2, 3]) == pytest.approx(1.7, rel=0.02)
+    assert sum(q) == pytest.approx(1, abs=1e-5)
     T = inf.budget_thresholds(gate.score(z), q)
     assert inf.evaluate_thresholds(gate.score(z), right, [1, 2, 3], T)["cost"] == pytest.approx(
         1.7, rel=0.03
@@ -464,9 +447,8 @@ def test_gate_reaches_budgets_near_both_ends():
     z, y = cascade(600, seed=4)
     for B, e in ((1.3, 0), (3.7, 3)):
         _, q = inf.fit_gate(z, y, [1, 2, 3, 4], budget=B, steps=100)
-        assert np.dot(q, [1, 2, 3, 4]) == pytest.approx(B, rel=0.03) and q[e] > math.e / (
-            math.e + 3
-        )
+        assert np.dot(q, [1, 2, 3, 4]) == pytest.approx(B, rel=0.03)
+        assert q[e] > math.e / (math.e + 3)
 
 
 # ---------------------------------------------------------------- yardsticks
@@ -482,10 +464,8 @@ def test_auroc_and_aurc_against_references():
     s[3] += r[3]
     s[4, :100] = -np.inf
     ref = [roc_auc_score(a, np.where(np.isinf(b), -1, b)) for a, b in zip(r, s)]
-    assert (
-        inf.failure_auroc(s, r) == pytest.approx(ref, abs=1e-12)
-        and inf.failure_auroc(s, r)[2] == 0.5
-    )
+    assert inf.failure_auroc(s, r) == pytest.approx(ref, abs=1e-12)
+    assert inf.failure_auroc(s, r)[2] == 0.5
     assert math.isnan(inf.failure_auroc([[1.0, 2]], [[0, 0]])[0])
     perms = [
         np.mean(np.cumsum(1 - np.array(p)) / np.arange(1, 4))
@@ -511,14 +491,12 @@ def test_oracle_is_the_best_choice_of_exits():
         ]
         o = inf.oracle(right, costs)
         top = max(a for a, _ in choices)
-        assert o["accuracy"] == pytest.approx(top) and o["cost"] == pytest.approx(
-            min(c for a, c in choices if a == top)
-        )
+        assert o["accuracy"] == pytest.approx(top)
+        assert o["cost"] == pytest.approx(min(c for a, c in choices if a == top))
         for B in (1.0, 1.4, 2.0):
             o = inf.oracle(right, costs, B)
-            assert o["cost"] <= B + 1e-9 and o["accuracy"] == pytest.approx(
-                max(a for a, c in choices if c <= B + 1e-9)
-            )
+            assert o["cost"] <= B + 1e-9
+            assert o["accuracy"] == pytest.approx(max(a for a, c in choices if c <= B + 1e-9))
 
 
 def test_static_mixture_is_the_best_coin_toss():
@@ -543,20 +521,17 @@ def test_policy_table_and_curve(data, capsys):
     assert [r["name"] for r in rows] == list(names) and all(n in text for n in names)
     each = d["rt"].double().mean(1).tolist()
     for r in rows:
-        assert (
-            r["over_mixture"]
-            == pytest.approx(r["accuracy"] - inf.static_mixture(d["costs"], each, r["cost"]))
-            and r["below_oracle"] >= 0
+        assert r["over_mixture"] == pytest.approx(
+            r["accuracy"] - inf.static_mixture(d["costs"], each, r["cost"])
         )
+        assert r["below_oracle"] >= 0
     assert rows[0]["over_mixture"] > 0.01 and rows[0]["below_oracle"] > 0.01
     c = inf.policy_curve(
         sv["confidence"], st["confidence"], d["rv"], d["rt"], d["costs"], scheme="quantile"
     )
-    assert (
-        len(c["budget"]) == 12
-        and c["accuracy"][0] == pytest.approx(each[0])
-        and c["accuracy"][-1] == pytest.approx(each[-1])
-    )
+    assert len(c["budget"]) == 12
+    assert c["accuracy"][0] == pytest.approx(each[0])
+    assert c["accuracy"][-1] == pytest.approx(each[-1])
 
 
 # ---------------------------------------------------------------- calibration
@@ -578,10 +553,8 @@ def test_temperature_is_the_minimum_and_changes_no_answer(data):
         )
         assert t == pytest.approx(math.exp(ref.x), rel=1e-3) and nll(f, t) <= nll(f, 1.0)
     new = z / T[:, None, None]
-    assert (
-        torch.equal(new.argmax(-1), z.argmax(-1))
-        and inf.anytime(new, d["yv"])["exits"] == inf.anytime(z, d["yv"])["exits"]
-    )
+    assert torch.equal(new.argmax(-1), z.argmax(-1))
+    assert inf.anytime(new, d["yv"])["exits"] == inf.anytime(z, d["yv"])["exits"]
     before, after = inf.ece(inf.confidence(z), d["rv"]), inf.ece(inf.confidence(new), d["rv"])
     assert after[0] < before[0] - 0.02 and after[2] < before[2] - 0.02
     assert inf.temperature(z[0], d["yv"]).item() == pytest.approx(T[0].item())
@@ -660,9 +633,13 @@ def test_infinities_stay_apart_in_json():
 
     T = [math.inf, LAST, 0.25, LAST]
     stored = json.loads(json.dumps(inf.write_thresholds(T), allow_nan=False))
-    assert stored == ["inf", "-inf", 0.25, "-inf"] and inf.read_thresholds(
-        stored
-    ) == T == inf.read_thresholds(np.array(T)) == inf.read_thresholds(torch.tensor(T))
+    assert stored == ["inf", "-inf", 0.25, "-inf"]
+    assert (
+        inf.read_thresholds(stored)
+        == T
+        == inf.read_thresholds(np.array(T))
+        == inf.read_thresholds(torch.tensor(T))
+    )
     assert inf.write_thresholds(stored) == stored  # writing twice changes nothing
 
 
@@ -714,11 +691,9 @@ def test_every_reader_takes_thresholds_as_they_are_written():
     from darkdistill_nb.app.explorer import ExitModel
 
     torch.manual_seed(0)
-    net, x, y = (
-        cnn((1, 8, 8), 4, stages=3, width=8).eval(),
-        torch.randn(40, 1, 8, 8),
-        torch.arange(40) % 4,
-    )
+    net = cnn((1, 8, 8), 4, stages=3, width=8).eval()
+    x = torch.randn(40, 1, 8, 8)
+    y = torch.arange(40) % 4
     with torch.no_grad():
         z = torch.stack(net(x))
     costs, conf, right = net.macs(), inf.confidence(z), z.argmax(-1) == y
@@ -804,19 +779,16 @@ def test_costs_are_finite_and_rise(data, costs):
 
 def test_whole_scores_do_not_round_thresholds():
     counts = torch.tensor([[0, 1, 2], [0, 1, 2]])
-    assert (
-        inf.take_exit(counts, [0.5, LAST]).tolist() == [1, 0, 0]
-        and inf.take_exit(counts, ["inf", None]).tolist() == [1] * 3
-    )
+    assert inf.take_exit(counts, [0.5, LAST]).tolist() == [1, 0, 0]
+    assert inf.take_exit(counts, ["inf", None]).tolist() == [1] * 3
 
 
 def test_masked_classes_play_no_part(data):
     "Scores, temperature and anytime accuracy with a class that cannot occur are those without it."
     z, y = data["v"], data["yv"]
     wide = torch.cat([torch.full_like(z[..., :1], LAST), z], -1)
-    assert torch.equal(inf.temperature(wide, y + 1), inf.temperature(z, y)) and inf.anytime(
-        wide, y + 1
-    ) == inf.anytime(z, y)
+    assert torch.equal(inf.temperature(wide, y + 1), inf.temperature(z, y))
+    assert inf.anytime(wide, y + 1) == inf.anytime(z, y)
     for name in ("confidence", "margin", "energy", "logit", "patience"):
         assert torch.allclose(
             inf.score_by_name(name).score(wide), inf.score_by_name(name).score(z)

@@ -73,9 +73,8 @@ def test_client_has_exactly_n_different_pictures(gamma):
     pool.x = torch.arange(50_000).remainder(251).to(torch.uint8)[:, None, None, None]
     parts, _ = dirichlet_draw(pool.y, 4096, gamma, seed=3)
     task = client_task(pool, blank(1000, 1), 4096, gamma, seed=3)
-    assert len(task.data) == 4096 == len(parts[0].unique()) and torch.equal(
-        task.data.x, pool.x[parts[0]]
-    )
+    assert len(task.data) == 4096 == len(parts[0].unique())
+    assert torch.equal(task.data.x, pool.x[parts[0]])
 
 
 def test_class_that_runs_out_raises():
@@ -188,10 +187,8 @@ def test_bad_networks(bad, word):
 
 
 def test_gradients_reach_the_student_only():
-    t, s = (
-        latent_net("midi", 12, in_shape=(3, 16, 16)),
-        latent_net("mini", 12, in_shape=(3, 16, 16)),
-    )
+    t = latent_net("midi", 12, in_shape=(3, 16, 16))
+    s = latent_net("mini", 12, in_shape=(3, 16, 16))
     x, y = torch.randn(6, 3, 16, 16), torch.arange(6)
     z = s.latent(x)
     lkd_loss(z, t.latent(x), s.output(z), y, alpha=1).backward()
@@ -227,9 +224,8 @@ def test_distilling_latents_leaves_the_teacher_alone_and_comes_nearer():
 def test_scale_and_tau(scale):
     z, zt, y = torch.randn(3, 4), torch.randn(3, 4), torch.arange(3)
     want = ((z - zt).pow(2) / (1.0 if scale is None else scale)).mean()
-    assert torch.isclose(lkd_loss(z, zt, z, y, 1.0, 1.0, scale), want) and torch.isclose(
-        lkd_loss(z, zt, z, y, 1.0, 2.0, scale), want / 4
-    )
+    assert torch.isclose(lkd_loss(z, zt, z, y, 1.0, 1.0, scale), want)
+    assert torch.isclose(lkd_loss(z, zt, z, y, 1.0, 2.0, scale), want / 4)
 
 
 def test_unequal_l_is_an_error_wherever_it_appears():
@@ -249,17 +245,11 @@ def test_match_shape_keeps_grey_levels():
     "A constant grey picture stays the same constant, in colour, in grey and at any size; floats in [0, 1] become bytes."
     like_rgb, like_grey = small_shapes(10, 10)[0], blank(1, 28)
     grey = ArrayData(torch.full((2, 1, 8, 8), 77, dtype=torch.uint8), torch.tensor([0, 1]))
-    assert (match_shape(grey, like_rgb).x == 77).all() and match_shape(grey, like_rgb).shape == (
-        3,
-        16,
-        16,
-    )
+    assert (match_shape(grey, like_rgb).x == 77).all()
+    assert match_shape(grey, like_rgb).shape == (3, 16, 16)
     rgb = ArrayData(torch.full((2, 3, 8, 8), 0.5), torch.tensor([0, 1]))
-    assert (match_shape(rgb, like_grey).x == 128).all() and match_shape(rgb, like_grey).shape == (
-        1,
-        28,
-        28,
-    )
+    assert (match_shape(rgb, like_grey).x == 128).all()
+    assert match_shape(rgb, like_grey).shape == (1, 28, 28)
 
 
 UNITS = {
@@ -277,11 +267,9 @@ def test_match_shape_in_all_units(a, b):
     pool, other = small_shapes(40, 40)
     want = match_shape(other, pool)[:][0]
     got = match_shape(ArrayData(UNITS[a](other.x), other.y), ArrayData(UNITS[b](pool.x), pool.y))
-    assert (
-        torch.allclose(got[:][0], want, atol=1e-4)
-        and abs(want.mean()) < 0.1
-        and abs(want.std() - 1) < 0.1
-    )
+    assert torch.allclose(got[:][0], want, atol=1e-4)
+    assert abs(want.mean()) < 0.1
+    assert abs(want.std() - 1) < 0.1
 
 
 @pytest.mark.parametrize(
@@ -375,9 +363,8 @@ def test_hostile_arguments_are_one_sentence(call):
 def test_numpy_numbers_are_numbers():
     i, f = np.int64, np.float32
     net = latent_net("mini", i(4), i(3), (i(1), i(8), i(8)), dropout=f(0.25))
-    assert latents(net, SMALL, i(5)).shape == (12, 4) and conv_group((1, 8, 8), (i(4),), i(2))[
-        1
-    ] == (4, 4, 4)
+    assert latents(net, SMALL, i(5)).shape == (12, 4)
+    assert conv_group((1, 8, 8), (i(4),), i(2))[1] == (4, 4, 4)
     assert lkd_loss(Z, Z + 1, Z, LABELS, f(0.5), i(1), np.float64(2)) == lkd_loss(
         Z, Z + 1, Z, LABELS, 0.5, 1.0, 2.0
     )
@@ -406,18 +393,16 @@ def test_cells_of_all_methods_are_paired(tmp_path):
     cells = [latent_cell("shapes16", m, 1, **{**QUICK, "epochs": 0}) for m in METHODS]
     tasks = [X.train_cell(c, tmp_path) for c in cells]
     for net, _, task in tasks[1:]:
-        assert torch.equal(task.data.x, tasks[0][2].data.x) and torch.equal(
-            task.priv.x, tasks[0][2].priv.x
-        )
+        assert torch.equal(task.data.x, tasks[0][2].data.x)
+        assert torch.equal(task.priv.x, tasks[0][2].priv.x)
         assert all(torch.equal(a, b) for a, b in zip(net.parameters(), tasks[0][0].parameters()))
     assert len(list((tmp_path / "teachers").iterdir())) == 1
 
 
 def test_validation_pictures_are_nobody_elses():
     pool, val = pictures("shapes16", "val")
-    assert pictures("shapes16")[0].x.shape == pool.x.shape and not {
-        v.numpy().tobytes() for v in val.x
-    } & {v.numpy().tobytes() for v in pool.x}
+    assert pictures("shapes16")[0].x.shape == pool.x.shape
+    assert not {v.numpy().tobytes() for v in val.x} & {v.numpy().tobytes() for v in pool.x}
 
 
 def test_workers_do_not_change_results(tmp_path):
@@ -441,15 +426,11 @@ def test_same_transfer_and_new_latent_size(tmp_path):
         tmp_path,
         1,
     )
-    assert (
-        base["transfer"] is None
-        and r[1]["cell"]["transfer"] == "digits"
-        and len({cell_key(x["cell"]) for x in r}) == 3
-    )
-    assert (
-        r[2]["parameters"] < r[0]["parameters"] == r[1]["parameters"]
-        and len({x["classes"] for x in r}) == 1
-    )
+    assert base["transfer"] is None
+    assert r[1]["cell"]["transfer"] == "digits"
+    assert len({cell_key(x["cell"]) for x in r}) == 3
+    assert r[2]["parameters"] < r[0]["parameters"] == r[1]["parameters"]
+    assert len({x["classes"] for x in r}) == 1
     assert (
         latent_teacher(r[2]["cell"]["teacher"], tmp_path)[1]["d"]
         == latent_teacher(base["teacher"], tmp_path)[1]["d"]
@@ -603,9 +584,8 @@ def test_setup_of_an_own_file(tmp_path, size, channels, like):
     path = own_file(tmp_path / "mine.npz", size=size, channels=channels)
     s = setup(path)
     assert s["student"] == SETUPS[like]["student"] and s["n"] == 18 and s["transfer"] == "shapes"
-    assert setup(str(path)) == s and json.loads(
-        json.dumps(latent_cell(path, "LKD"))
-    ) == latent_cell(path, "LKD")
+    assert setup(str(path)) == s
+    assert json.loads(json.dumps(latent_cell(path, "LKD"))) == latent_cell(path, "LKD")
 
 
 def test_experiments_on_an_own_file(tmp_path, capsys):
@@ -651,9 +631,8 @@ def test_a_changed_file_is_another_cell(tmp_path):
     cell = latent_cell(path, "CE")
     os.utime(own_file(path, 1), (10, 10))
     other = latent_cell(path, "CE")
-    assert cell["digest"] != other["digest"] != other["teacher"]["net"] and cell_key(
-        cell["teacher"]
-    ) != cell_key(other["teacher"])
+    assert cell["digest"] != other["digest"] != other["teacher"]["net"]
+    assert cell_key(cell["teacher"]) != cell_key(other["teacher"])
     os.utime(own_file(path, 0), (20, 20))
     assert latent_cell(path, "CE") == cell
 
@@ -666,10 +645,8 @@ def test_tuned_settings_of_another_file_of_that_name_are_not_taken(tmp_path):
     tune(
         a, tmp_path, 1, ("LKD",), {"LKD": [dict(alpha=0.9)]}, workers=1, epochs=1, teacher_epochs=1
     )
-    assert (
-        chosen_hyper(a, tmp_path)["LKD"]["alpha"] == 0.9
-        and chosen_hyper(b, tmp_path)["LKD"] == HYPER["LKD"]
-    )
+    assert chosen_hyper(a, tmp_path)["LKD"]["alpha"] == 0.9
+    assert chosen_hyper(b, tmp_path)["LKD"] == HYPER["LKD"]
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -789,10 +766,8 @@ def test_protocol_on_real_pictures(name, real_data):
     least = int(torch.bincount(test.y).min())
     for seed in range(20):
         task = client_task(pool, test, 4096, 0.25, seed)
-        assert (
-            len(task.data) == 4096
-            and abs(len(task.priv) - min(1000, least)) <= 5
-            and len(task.uni) == len(test)
-        )
+        assert len(task.data) == 4096
+        assert abs(len(task.priv) - min(1000, least)) <= 5
+        assert len(task.uni) == len(test)
     with pytest.raises(ValueError, match="samples but"):
         client_task(pool, test, len(pool), 0.25)

@@ -43,12 +43,10 @@ def main_job(tmp_path_factory):
 def test_accuracy(main_job):
     "Mean over exits of the global network on the test set, mean over three seeds: at least 0.94 for both methods; no seed is far below."
     record = main_job[1]
-    assert (
-        record.config["seeds"] == [0, 1, 2]
-        and record.config["clients"] == 20
-        and record.config["gamma"] == 0.5
-        and len(record.config["tiers"]) == 4
-    )
+    assert record.config["seeds"] == [0, 1, 2]
+    assert record.config["clients"] == 20
+    assert record.config["gamma"] == 0.5
+    assert len(record.config["tiers"]) == 4
     for method in ("eefl", "darkdistill"):
         means = [r["final"]["mean"] for r in record.runs if r["method"] == method]
         assert len(means) == 3 and sum(means) / 3 >= 0.94, (method, means)

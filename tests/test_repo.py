@@ -298,11 +298,7 @@ def test_few_lines_are_wider_than_a_page():
 
 
 WIDTH = 160
-CODE = [
-    *NBS,
-    *sorted((ROOT / "tests").glob("*.py")),
-    *sorted((ROOT / "tools").glob("*.py")),
-]
+CODE = [*NBS, *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "tools").glob("*.py"))]
 
 
 def wide_lines(path):
@@ -524,9 +520,8 @@ def test_readme_first_screen():
     assert len(blocks) == 2 and all(b.count("\n") == 1 for b in blocks), (
         "two commands, one line each"
     )
-    assert blocks[0].strip().endswith("darkdistill run") and blocks[1].strip().endswith(
-        "tools/check.py"
-    )
+    assert blocks[0].strip().endswith("darkdistill run")
+    assert blocks[1].strip().endswith("tools/check.py")
     assert len(text.split("\n## ")[0].splitlines()) < 40, "the commands are on the first screen"
     for nb in MODULE_NBS:
         name = nb.relative_to(ROOT).as_posix()

@@ -43,13 +43,11 @@ class Steps:
     "Counts the checkpoints that are written, and how long the last one took."
 
     def __init__(self, folder):
-        self.folder, self.seen, self.n, self.at, self.took = (
-            folder,
-            stamps(folder),
-            0,
-            time.monotonic(),
-            0.0,
-        )
+        self.folder = folder
+        self.seen = stamps(folder)
+        self.n = 0
+        self.at = time.monotonic()
+        self.took = 0.0
 
     def __call__(self):
         now = stamps(self.folder)
@@ -318,10 +316,8 @@ def test_checkpoint_of_another_run_is_refused(worker, stopped, tmp_path, capsys)
     saved["config"]["lr"] = 0.01
     config.write_text(json.dumps(saved))
     assert cli.main(["run", "--resume", str(tmp_path / "run"), "--workers", worker]) == 1
-    assert (
-        re.search("another training: .*lr=0.01|other settings", err := capsys.readouterr().err)
-        and "delete" in err
-    )
+    assert re.search("another training: .*lr=0.01|other settings", err := capsys.readouterr().err)
+    assert "delete" in err
 
 
 CONFIGS = {
@@ -345,4 +341,5 @@ def test_a_damaged_config_is_named(change, stopped, tmp_path, capsys):
     assert cli.main(["run", "--resume", str(tmp_path / "run")]) == 2
     assert (err := capsys.readouterr().err).startswith(
         f"darkdistill: {path} is not the configuration of a run: "
-    ) and err.count("\n") == 1
+    )
+    assert err.count("\n") == 1

@@ -173,10 +173,8 @@ def test_compaction_gives_the_answers_of_the_loop(i, name):
         loop, logits, _ = loop_exits(net, x, T, score, policy)
         assert torch.equal(o.exit[ok], want[ok]) and torch.equal(loop[ok], want[ok])
         every, tol = F[want, torch.arange(len(x))], 1e-4 * (1 + F.abs().max())
-        assert (
-            torch.equal(o.prediction[ok], every.argmax(-1)[ok])
-            and (o.logits[ok] - every[ok]).abs().max() < tol
-        )
+        assert torch.equal(o.prediction[ok], every.argmax(-1)[ok])
+        assert (o.logits[ok] - every[ok]).abs().max() < tol
         same = o.exit == loop
         assert (o.logits[same] - logits[same]).abs().max() < tol
         assert torch.equal(o.macs, torch.tensor(net.macs())[o.exit]) and o.ids == list(range(20))
@@ -201,10 +199,8 @@ def test_ties_are_decided_alike_at_every_size():
         for micro in (1, 7, 64):
             o = ExitRunner(net, [t, t, 0], Ranks(), micro=micro)(x)
             assert torch.equal(o.exit, take_exit(S, [t, t, 0.0])), (t, micro)
-    assert (
-        ExitRunner(net, [-math.inf] * 3)(x).exit.max() == 0
-        and ExitRunner(net, [math.inf] * 3)(x).exit.min() == 2
-    )
+    assert ExitRunner(net, [-math.inf] * 3)(x).exit.max() == 0
+    assert ExitRunner(net, [math.inf] * 3)(x).exit.min() == 2
     o = ExitRunner(net, [2.0] * 3)(x)
     c = ExitRunner(net, [2.0] * 3, micro=1)(
         x
@@ -233,10 +229,8 @@ def test_every_stage_runs_on_those_who_need_it_and_on_nobody_else():
 def test_fused_kernels_are_as_exact_as_the_modules(name):
     "Logits within 1e-5 of float64, and no worse than a few times the error of the modules."
     net, x, exact, _ = reference(name)
-    fast, slow = (
-        ExitRunner(net, [2.0] * len(net)),
-        ExitRunner(net, [2.0] * len(net), kernels="modules"),
-    )
+    fast = ExitRunner(net, [2.0] * len(net))
+    slow = ExitRunner(net, [2.0] * len(net), kernels="modules")
     scale = exact.abs().max()
     errors = [float((r.all_exits(x) - exact).abs().max() / scale) for r in (fast, slow)]
     assert errors[0] < 1e-5 and errors[0] < 5 * errors[1] + 1e-6, errors
@@ -257,9 +251,8 @@ def test_the_class_token_alone_is_algebra_not_approximation():
         b, z = noisy(Block(24, heads, **kw).double()), torch.randn(3, 11, 24, dtype=torch.double)
         f = FusedBlock(b, torch.double)
         with torch.inference_mode():
-            assert (f.token(z) - b(z)[:, 0]).abs().max() < 1e-12 and (
-                f(z) - b(z)
-            ).abs().max() < 1e-12
+            assert (f.token(z) - b(z)[:, 0]).abs().max() < 1e-12
+            assert (f(z) - b(z)).abs().max() < 1e-12
 
 
 def test_blocks_that_are_not_understood_are_left_alone():
@@ -329,9 +322,8 @@ def test_bf16_agrees_where_the_class_is_clear():
     assert got.dtype == torch.float32 and error < 0.05 * exact.abs().max()
     top = exact.topk(2, -1).values
     clear = top[..., 0] - top[..., 1] > 2 * error
-    assert clear.float().mean() > 0.5 and torch.equal(
-        got.argmax(-1)[clear], exact.argmax(-1)[clear]
-    )
+    assert clear.float().mean() > 0.5
+    assert torch.equal(got.argmax(-1)[clear], exact.argmax(-1)[clear])
     for name in ("cnn", "wrn", "msdnet"):
         n = build(name)
         with torch.inference_mode():
@@ -345,12 +337,10 @@ def test_packed_linear_on_odd_shapes():
     for n, i, o in ((1, 1, 1), (3, 17, 5), (65, 48, 7)):
         w, b, x, r = torch.randn(o, i), torch.randn(o), torch.randn(n, i), torch.randn(n, o)
         lin = PackedLinear(w, b)
-        assert torch.allclose(lin(x), x @ w.T + b, atol=1e-5) and torch.allclose(
-            lin(x, add=r), x @ w.T + b + r, atol=1e-5
-        )
-        assert torch.allclose(
-            lin(x, gelu="none"), nn.functional.gelu(x @ w.T + b), atol=1e-5
-        ) and torch.allclose(PackedLinear(w)(x), x @ w.T, atol=1e-5)
+        assert torch.allclose(lin(x), x @ w.T + b, atol=1e-5)
+        assert torch.allclose(lin(x, add=r), x @ w.T + b + r, atol=1e-5)
+        assert torch.allclose(lin(x, gelu="none"), nn.functional.gelu(x @ w.T + b), atol=1e-5)
+        assert torch.allclose(PackedLinear(w)(x), x @ w.T, atol=1e-5)
 
 
 # ---------------------------------------------------------------- the runner as an object
@@ -363,11 +353,9 @@ def test_a_runner_is_a_snapshot_in_eval_mode():
     net.train()
     with torch.no_grad():
         [p.zero_() for p in net.parameters()]
-    assert (
-        torch.equal(r.all_exits(x), before)
-        and net.training
-        and torch.equal(net.stages[0][0].bn1.running_mean, stats)
-    )
+    assert torch.equal(r.all_exits(x), before)
+    assert net.training
+    assert torch.equal(net.stages[0][0].bn1.running_mean, stats)
     assert all(p.requires_grad for p in net.parameters())
     net.eval()
     assert not torch.allclose(ExitRunner(net, [2.0] * 3).all_exits(x), before)
@@ -481,20 +469,16 @@ def test_a_stream_gives_every_picture_its_answer(name):
             for k, e, p, l in zip(o.ids, o.exit.tolist(), o.prediction.tolist(), o.logits)
         }
     )
-    assert (
-        set(got) == {("picture", j) for j in range(70)}
-        and sum(s.waiting()) == 0
-        and len(s.flush()) == 0
-    )
+    assert set(got) == {("picture", j) for j in range(70)}
+    assert sum(s.waiting()) == 0
+    assert len(s.flush()) == 0
     ok = clear_cases(F, S, T)
     for j in range(70):
         e, p, l = got["picture", j]
         if ok[j]:
-            assert (
-                e == want[j]
-                and p == F[e, j].argmax()
-                and (l - F[e, j]).abs().max() < 1e-4 * (1 + F.abs().max())
-            )
+            assert e == want[j]
+            assert p == F[e, j].argmax()
+            assert (l - F[e, j]).abs().max() < 1e-4 * (1 + F.abs().max())
 
 
 # ---------------------------------------------------------------- ONNX
@@ -509,21 +493,17 @@ def test_onnx_gives_the_same_answers(name, policy, tmp_path):
     net, F, S = net.prefix(2).eval(), F[:2], S[:2]
     T = [float(S[0].median()) + 1e-4, -math.inf]
     m = json.loads(export_onnx(net, tmp_path / "phone", T, "margin", policy, options).read_text())
-    assert (
-        m["macs"] == net.macs()
-        and m["thresholds"] == [T[0], "-inf"]
-        and m["input_shape"] == [3, 16, 16]
-    )
+    assert m["macs"] == net.macs()
+    assert m["thresholds"] == [T[0], "-inf"]
+    assert m["input_shape"] == [3, 16, 16]
     r = OnnxRunner(tmp_path / "phone", micro=7)
     assert not any(isinstance(v, nn.Module) for v in vars(r).values())
     ok = clear_cases(F, S, T)
     o = r(x, logits=True)
-    assert torch.equal(o.exit[ok], take_exit(S, T)[ok]) and (
-        o.logits - F[o.exit, torch.arange(20)]
-    )[ok].abs().max() < 1e-4 * (1 + F.abs().max())
-    assert 0 < o.exit.sum() < 20 and torch.allclose(
-        r.all_exits(x).double(), F, atol=1e-4 * float(1 + F.abs().max())
-    )
+    assert torch.equal(o.exit[ok], take_exit(S, T)[ok])
+    assert (o.logits - F[o.exit, torch.arange(20)])[ok].abs().max() < 1e-4 * (1 + F.abs().max())
+    assert 0 < o.exit.sum() < 20
+    assert torch.allclose(r.all_exits(x).double(), F, atol=1e-4 * float(1 + F.abs().max()))
     s = r.stream(4)
     parts = [s.push(x[:11]), s.push(x[11:]), s.flush()]
     assert dict(sum([list(zip(q.ids, q.exit.tolist())) for q in parts], [])) == dict(

@@ -290,10 +290,8 @@ def test_same_answers_as_the_simulator(world, live, kind):
     elif kind == "partial logits":
         rule = PartialLogits(points=(0, 1), speculative=False)
         T = middle(rule.scores(a)[0, :2])
-        real, sim = (
-            live_policy(rule, E, [T] * E, patience=LONG),
-            joint_policy((0, 1), T, patience=LONG),
-        )
+        real = live_policy(rule, E, [T] * E, patience=LONG)
+        sim = joint_policy((0, 1), T, patience=LONG)
     else:
         rule = ProxyHead() if kind == "local" else FeatureDifference()
         s = rule.scores(a)
@@ -310,13 +308,11 @@ def test_same_answers_as_the_simulator(world, live, kind):
     np.testing.assert_array_equal(o.stopped, p.stopped)
     np.testing.assert_allclose(o.logits, p.logits, atol=1e-4)
     np.testing.assert_allclose(o.logits, a.logits(torch.tensor(o.exits.T)).numpy(), atol=1e-4)
-    assert (
-        isinstance(o, Outcomes)
-        and not o.degraded.any()
-        and o.answered.all()
-        and (o.latency > 0).all()
-        and (o.y == world.y.numpy()).all()
-    )
+    assert isinstance(o, Outcomes)
+    assert not o.degraded.any()
+    assert o.answered.all()
+    assert (o.latency > 0).all()
+    assert (o.y == world.y.numpy()).all()
     if kind != "last":
         assert len(np.unique(o.exits)) > 1
     if kind == "partial logits":
@@ -333,12 +329,10 @@ def test_many_requests_at_once(world, live):
         )
     assert not live.futures
     o = live.run(world.x[:5], arrival=np.arange(5) * 0.01, sample=[4, 3, 2, 1, 0])
-    assert (
-        (np.diff(o.arrival) >= 0).all()
-        and o.arrival[-1] >= 0.04
-        and o.sample.tolist() == [4, 3, 2, 1, 0]
-        and (o.y == -1).all()
-    )
+    assert (np.diff(o.arrival) >= 0).all()
+    assert o.arrival[-1] >= 0.04
+    assert o.sample.tolist() == [4, 3, 2, 1, 0]
+    assert (o.y == -1).all()
 
 
 def test_requests_carry_the_lambda_of_a_knob(world, live):

@@ -43,10 +43,8 @@ WRN = [
 def table(costs, S=4, N=2, K=3, seed=0):
     "Answers with random partial logits and the given costs per exit, the same for all students."
     g, E = torch.Generator().manual_seed(seed), len(costs)
-    draw, macs = (
-        lambda *s: torch.randn(*s, generator=g),
-        torch.tensor([costs] * N, dtype=torch.float64),
-    )
+    draw = lambda *s: torch.randn(*s, generator=g)
+    macs = torch.tensor([costs] * N, dtype=torch.float64)
     return SystemAnswers(
         draw(N, E, S, K),
         draw(K),
@@ -154,16 +152,12 @@ A = table([1.0, 2.0, 3.0])
 def test_decision_point(sure, speculative, latency, wasted, bytes):
     p = Policy(points=(0,), stop=lambda z, e, lam: sure, speculative=speculative, patience=10.0)
     o = simulate_devices(A, p, unit(2, latency=0.25), [0.0])
-    assert (
-        o.latency[0] == pytest.approx(latency)
-        and o.wasted[0] == pytest.approx(wasted)
-        and o.bytes[0] == bytes
-    )
-    assert (
-        (o.exits[0] == (0 if sure else 2)).all()
-        and bool(o.stopped[0]) is sure
-        and not o.degraded[0]
-    )
+    assert o.latency[0] == pytest.approx(latency)
+    assert o.wasted[0] == pytest.approx(wasted)
+    assert o.bytes[0] == bytes
+    assert (o.exits[0] == (0 if sure else 2)).all()
+    assert bool(o.stopped[0]) is sure
+    assert not o.degraded[0]
 
 
 def test_joint_confidence_is_exact():
@@ -176,11 +170,9 @@ def test_joint_confidence_is_exact():
     wanted = torch.full((300,), 6)
     for e in (5, 3, 1):
         wanted[conf[e] >= 0.8] = e
-    assert (
-        (o.exits == wanted.numpy()[:, None]).all()
-        and 0 < o.stopped.mean() < 1
-        and (o.stopped == (wanted < 6).numpy()).all()
-    )
+    assert (o.exits == wanted.numpy()[:, None]).all()
+    assert 0 < o.stopped.mean() < 1
+    assert (o.stopped == (wanted < 6).numpy()).all()
     for w, z in zip(wanted, o.logits):
         assert confidence_of(z) >= 0.8 or w == 6
 
@@ -225,17 +217,13 @@ def test_stop_reaches_requests_that_have_not_begun():
 
     p = Policy(points=(0,), stop=lambda z, e, lam: lam == 2, need=1)
     o = simulate_devices(A, p, unit(2).with_device(1, speed=0.01), [0.0, 0.0], knob=Count())
-    assert (
-        o.latency.tolist() == [300.0, 4.0]
-        and o.exits.tolist() == [[2, 2], [0, -1]]
-        and o.missing[1].tolist() == [False, True]
-        and o.lam.tolist() == [1, 2]
-    )
-    assert (
-        o.macs.tolist() == [[3.0, 3.0], [1.0, 0.0]]
-        and o.degraded.tolist() == [False, True]
-        and o.stopped.tolist() == [False, True]
-    )
+    assert o.latency.tolist() == [300.0, 4.0]
+    assert o.exits.tolist() == [[2, 2], [0, -1]]
+    assert o.missing[1].tolist() == [False, True]
+    assert o.lam.tolist() == [1, 2]
+    assert o.macs.tolist() == [[3.0, 3.0], [1.0, 0.0]]
+    assert o.degraded.tolist() == [False, True]
+    assert o.stopped.tolist() == [False, True]
 
 
 # ---------------------------------------------------------------- deadlines and failures
@@ -249,12 +237,10 @@ def test_deadline_fallback(fallback, exits, energy):
     o = simulate_devices(
         A, Policy(), unit(2, latency=0.25), [0.0], deadline=2.5, fallback=fallback, margin=0.4
     )
-    assert (
-        o.latency[0] == pytest.approx(2.5)
-        and (o.exits[0] == exits).all()
-        and o.degraded[0]
-        and o.energy[0] == pytest.approx(energy)
-    )
+    assert o.latency[0] == pytest.approx(2.5)
+    assert (o.exits[0] == exits).all()
+    assert o.degraded[0]
+    assert o.energy[0] == pytest.approx(energy)
     assert (o.missing.all(), o.late.all()) == ((True, False) if exits < 0 else (False, True))
     wanted = A.logits(torch.ones(2, 4, dtype=torch.long))[0] if exits > 0 else A.bias
     np.testing.assert_allclose(o.logits[0], wanted.numpy(), atol=1e-6)
@@ -288,17 +274,13 @@ def test_every_request_is_answered_by_its_deadline(kind, fallback):
         mean=FOUR.means(),
         suspect=4,
     )
-    assert (
-        o.answered.all()
-        and o.latency.max() <= 0.5 + 1e-9
-        and (o.latency > 0).all()
-        and o.degraded.any()
-    )
-    assert (
-        ((o.exits < 0) == o.missing).all()
-        and not (o.missing & o.late).any()
-        and o.missing[-50:, 1].all()
-    )
+    assert o.answered.all()
+    assert o.latency.max() <= 0.5 + 1e-9
+    assert (o.latency > 0).all()
+    assert o.degraded.any()
+    assert ((o.exits < 0) == o.missing).all()
+    assert not (o.missing & o.late).any()
+    assert o.missing[-50:, 1].all()
     depth, present = torch.tensor(o.exits).clamp(min=0).T, torch.tensor(~o.missing).T
     np.testing.assert_allclose(
         o.logits, FOUR.logits(depth, present, FOUR.means()).numpy(), atol=1e-4
@@ -309,12 +291,10 @@ def test_every_request_is_answered_by_its_deadline(kind, fallback):
 def test_without_a_deadline_a_lost_packet_is_never_answered():
     o = simulate_devices(FOUR, LAST, ROUGH, np.arange(300.0))
     lost = (noise(0, 4, 300, 7)["up"][..., 0] <= 0.3).any(0)
-    assert (
-        (~o.answered == lost).all()
-        and 0.6 < lost.mean() < 0.9
-        and not o.right[lost].any()
-        and o.summary()["unanswered"] == pytest.approx(lost.mean())
-    )
+    assert (~o.answered == lost).all()
+    assert 0.6 < lost.mean() < 0.9
+    assert not o.right[lost].any()
+    assert o.summary()["unanswered"] == pytest.approx(lost.mean())
     assert o.summary()["p99"] == math.inf
 
 
@@ -340,19 +320,15 @@ def test_mean_imputation_does_not_depend_on_the_split():
     np.testing.assert_allclose(
         run(FOUR, FOUR.means()).logits, run(moved, moved.means()).logits, atol=1e-4
     )
-    assert (
-        np.abs(run(FOUR, None).logits - run(moved, None).logits).max() > 0.5
-        and run(moved, moved.means()).right.mean() > run(moved, None).right.mean() + 0.05
-    )
+    assert np.abs(run(FOUR, None).logits - run(moved, None).logits).max() > 0.5
+    assert run(moved, moved.means()).right.mean() > run(moved, None).right.mean() + 0.05
 
 
 def test_death_in_the_middle_of_a_stage():
     o = simulate_devices(A, Policy(), unit(2).with_device(0, dies=1.5), [0.0, 10.0], deadline=5.0)
-    assert (
-        o.macs.tolist() == [[1.5, 3.0], [0.0, 3.0]]
-        and o.missing.tolist() == [[True, False]] * 2
-        and o.latency.tolist() == [5.0, 5.0]
-    )
+    assert o.macs.tolist() == [[1.5, 3.0], [0.0, 3.0]]
+    assert o.missing.tolist() == [[True, False]] * 2
+    assert o.latency.tolist() == [5.0, 5.0]
     assert simulate_devices(
         A, Policy(), unit(2).with_devices(p_dead=1.0), [0.0], deadline=1.0
     ).missing.all()
@@ -366,25 +342,19 @@ def test_failure_detector_ends_the_waiting_and_forgives():
         0, speed=lambda t: 0.01 if t < 25 else 1.0
     )  # silent for three requests, then back
     o = simulate_devices(A, Policy(), slow, np.arange(8.0) * 10, deadline=5.0, suspect=2)
-    assert (
-        o.latency.tolist()[:2] == [5.0, 5.0]
-        and not o.degraded[4:].any()
-        and (o.latency[4:] == 3.0).all()
-    )
+    assert o.latency.tolist()[:2] == [5.0, 5.0]
+    assert not o.degraded[4:].any()
+    assert (o.latency[4:] == 3.0).all()
 
 
 def test_link_tries():
     l = Link(bandwidth=100.0, latency=1.0, loss=0.1, retries=2, timeout=0.5)
-    assert (
-        l.fate(10, u=0.5) == (1, pytest.approx(1.1))
-        and l.fate(10, u=0.05) == (2, pytest.approx(0.2 + 0.5 + 1))
-        and l.fate(10, u=0.005)[0] == 3
-    )
-    assert (
-        l.fate(10, u=0.0005) == (3, math.inf)
-        and Link(loss=1.0, retries=4).fate(10, u=1.0) == (5, math.inf)
-        and Link().fate(0, u=1e-300) == (1, 0.002)
-    )
+    assert l.fate(10, u=0.5) == (1, pytest.approx(1.1))
+    assert l.fate(10, u=0.05) == (2, pytest.approx(0.2 + 0.5 + 1))
+    assert l.fate(10, u=0.005)[0] == 3
+    assert l.fate(10, u=0.0005) == (3, math.inf)
+    assert Link(loss=1.0, retries=4).fate(10, u=1.0) == (5, math.inf)
+    assert Link().fate(0, u=1e-300) == (1, 0.002)
 
 
 # ---------------------------------------------------------------- random numbers
@@ -424,9 +394,9 @@ def test_luck_belongs_to_the_packet():
         ).missing
         for p in (0.1, 0.2, 0.4)
     ]
-    assert (
-        (more[0] <= more[1]).all() and (more[1] <= more[2]).all() and more[0].sum() < more[2].sum()
-    )
+    assert (more[0] <= more[1]).all()
+    assert (more[1] <= more[2]).all()
+    assert more[0].sum() < more[2].sum()
 
 
 # ---------------------------------------------------------------- the aggregator alone
@@ -456,22 +426,18 @@ def test_aggregator_under_random_messages():
             else:
                 assert got is None
         log[r] = done or agg.close(r, 10.0 * r + 1.0)
-        assert (
-            log[r].exits == best
-            and log[r].missing == tuple(n for n in range(N) if best[n] < 0)
-            and log[r].latency <= 1 + 1e-6
-        )
+        assert log[r].exits == best
+        assert log[r].missing == tuple(n for n in range(N) if best[n] < 0)
+        assert log[r].latency <= 1 + 1e-6
         assert log[r].late == tuple(n for n in range(N) if 0 <= best[n] < E - 1)
     depth = torch.tensor([log[r].exits for r in range(S)]).T
     wanted = FOUR.logits(depth.clamp(min=0), depth >= 0, mean)
     np.testing.assert_allclose(
         np.stack([log[r].logits for r in range(S)]), wanted.numpy(), atol=1e-4
     )
-    assert (
-        [log[r].prediction for r in range(S)] == wanted.argmax(1).tolist()
-        and agg.ignored > 50
-        and not agg.waiting
-    )
+    assert [log[r].prediction for r in range(S)] == wanted.argmax(1).tolist()
+    assert agg.ignored > 50
+    assert not agg.waiting
 
 
 def test_aggregator_needs_no_float_times():
@@ -481,10 +447,8 @@ def test_aggregator_needs_no_float_times():
     agg.open("y", 101.0)
     assert agg.due(101.9) == [] and agg.due(102.0) == ["x"] and agg.due(103.5) == ["x", "y"]
     assert agg.receive("x", 0, 6, np.ones(2), True, 102.1) == (None, None, ()) and agg.ignored == 1
-    assert (
-        agg.close("x", 102.1).missing == (0,)
-        and agg.receive("y", 0, 6, np.ones(2), True, 102.5)[0].latency == 1.5
-    )
+    assert agg.close("x", 102.1).missing == (0,)
+    assert agg.receive("y", 0, 6, np.ones(2), True, 102.5)[0].latency == 1.5
     assert agg.receive("never opened", 0, 0, np.ones(2), True, 0.0) == (None, None, ())
 
 
@@ -511,12 +475,10 @@ def test_controller_follows_the_load():
     o = simulate_devices(FOUR, local_policy(CONF), Cluster.equal(4), come, knob=c)
     fixed = simulate_devices(FOUR, local_policy(CONF, 0.8), Cluster.equal(4), come)
     by = lambda v: v.reshape(3, 300).mean(1)
-    assert (
-        by(o.lam)[1] < by(o.lam)[0]
-        and c.t == 900
-        and abs(by(o.latency)[1] / 0.3 - 1) < 0.35
-        and by(fixed.latency)[1] > 1.5
-    )
+    assert by(o.lam)[1] < by(o.lam)[0]
+    assert c.t == 900
+    assert abs(by(o.latency)[1] / 0.3 - 1) < 0.35
+    assert by(fixed.latency)[1] > 1.5
     held = LatencyController(0.03, eta=0.05, lam=0.8, floor=0.1)
     simulate_devices(FOUR, local_policy(CONF), Cluster.equal(4), come[:300], knob=held)
     assert [e["event"] for e in held.log] == ["infeasible"] and held.lam == 0.1
@@ -630,11 +592,9 @@ def test_energy_of_a_dead_device():
     )
     o = simulate_devices(A, Policy(), power, [0.5], deadline=6.0)
     assert o.latency.tolist() == [6.0] and o.exits.tolist() == [[-1, 2]]
-    assert (
-        o.energy[0] == pytest.approx(5 * (1.0 + 3.0))
-        and o.macs.tolist() == [[1.0, 3.0]]
-        and o.wasted[0] == pytest.approx(1.0)
-    )
+    assert o.energy[0] == pytest.approx(5 * (1.0 + 3.0))
+    assert o.macs.tolist() == [[1.0, 3.0]]
+    assert o.wasted[0] == pytest.approx(1.0)
     assert o.idle == pytest.approx(
         3 * 0.5 + 2 * (6.5 - 3.0)
     )  # until 1.5 s, of which 1 s at work; until 6.5 s
@@ -775,13 +735,10 @@ def test_bad_arguments_are_told_in_one_sentence(name):
 
 
 def test_numbers_of_numpy_and_thresholds_of_records():
-    d, l = (
-        Device(speed=np.float32(2), jitter=np.int64(0), dies=torch.tensor(3.0)),
-        Link(retries=np.int32(2), loss=np.float64(0.5)),
-    )
-    assert (d.speed, d.dies, l.retries, l.loss) == (2.0, 3.0, 2, 0.5) and Cluster.equal(
-        np.int64(2)
-    ).straggler(np.int64(1), np.float32(2))
+    d = Device(speed=np.float32(2), jitter=np.int64(0), dies=torch.tensor(3.0))
+    l = Link(retries=np.int32(2), loss=np.float64(0.5))
+    assert (d.speed, d.dies, l.retries, l.loss) == (2.0, 3.0, 2, 0.5)
+    assert Cluster.equal(np.int64(2)).straggler(np.int64(1), np.float32(2))
     scores = torch.tensor([[[0.2], [0.6], [0.9]]])
     exits = lambda T: [local_policy(scores, T).leave(0, e, 0, None) for e in range(3)]
     assert (

@@ -145,9 +145,8 @@ def test_the_message_says_what_differs_and_what_to_delete():
         check_fingerprints(
             "runs/c.safetensors", fingerprints(lr=0.1, epochs=2, data=images(seed=1)), asked
         )
-    assert "epochs=3 (in the file 2), another data" in str(
-        e.value
-    ) and "delete runs/c.safetensors" in str(e.value)
+    assert "epochs=3 (in the file 2), another data" in str(e.value)
+    assert "delete runs/c.safetensors" in str(e.value)
     assert "lr" not in str(e.value)
     with pytest.raises(ValueError, match="does not say which training"):
         check_fingerprints("c", None, asked)
@@ -293,9 +292,8 @@ def test_two_names_of_one_tensor_are_both_stored(tmp_path):
     assert shared_names(net) == [["0.weight", "1.weight"]]
     save_tensors(tmp_path / "n.safetensors", net.state_dict())
     back = load_tensors(tmp_path / "n.safetensors")[0]
-    assert torch.equal(back["0.weight"], net[0].weight) and torch.equal(
-        back["1.weight"], net[0].weight
-    )
+    assert torch.equal(back["0.weight"], net[0].weight)
+    assert torch.equal(back["1.weight"], net[0].weight)
     with pytest.raises(ValueError, match="names with tensors"):
         save_tensors(tmp_path / "x", dict(a=[1]))
 
@@ -407,10 +405,8 @@ def test_nothing_begins_that_cannot_be_written(tmp_path):
 
 def test_the_processor_is_kept(tmp_path):
     cpu = load_record(save_record(Record.begin({}), tmp_path)).hardware["processor"]
-    assert (
-        set(cpu) == {"model", "instructions", "threads", "torch"}
-        and cpu["threads"] == torch.get_num_threads()
-    )
+    assert set(cpu) == {"model", "instructions", "threads", "torch"}
+    assert cpu["threads"] == torch.get_num_threads()
     if platform.system() == "Linux" and platform.machine() == "x86_64":
         assert cpu["model"] and set(cpu["instructions"]) <= set(T._INSTRUCTIONS)
         assert ("avx2" in cpu["instructions"]) == (" avx2 " in open("/proc/cpuinfo").read())
@@ -439,9 +435,8 @@ def test_macos_and_arm_are_read(monkeypatch):
         lambda words, **k: subprocess.CompletedProcess(words, 0, said[words[-1]], ""),
     )
     monkeypatch.setattr(T.platform, "system", lambda: "Darwin")
-    assert T.processor()["model"] == "Intel(R) Core(TM) i7" and T.processor()["instructions"] == [
-        "avx2"
-    ]
+    assert T.processor()["model"] == "Intel(R) Core(TM) i7"
+    assert T.processor()["instructions"] == ["avx2"]
     assert T._read_cpuinfo(
         "processor\t: 0\nFeatures\t: fp asimd sve bf16\nCPU part\t: 0xd40\n"
     ) == (None, ["fp", "asimd", "sve", "bf16"])
@@ -492,9 +487,8 @@ def test_numbers_of_numpy_are_numbers():
     fit(a, images(), 2, 0.1, batch_size=16)
     fit(b, images(), np.int64(2), np.float64(0.1), batch_size=np.int32(16))
     assert all(map(torch.equal, a.parameters(), b.parameters()))
-    assert T.Streams(np.int64(3)).seed_of("a") == T.Streams(3).seed_of("a") and T.mean_std(
-        np.arange(3)
-    ) == (1.0, 1.0)
+    assert T.Streams(np.int64(3)).seed_of("a") == T.Streams(3).seed_of("a")
+    assert T.mean_std(np.arange(3)) == (1.0, 1.0)
     assert (
         T.accuracy(torch.tensor([[0.0, -math.inf]]), torch.tensor([0])) == 1
     )  # a masked class is not a missing number

@@ -70,9 +70,8 @@ def test_numbers_are_those_of_a_loop():
     for T in ([0.2, 0.1, 0, -INF], [INF, 0.3, -1, -INF], [-9, 0, 0, -INF], [INF] * 3 + [-INF]):
         taken = [next(k for k in range(4) if s[k, i] >= T[k]) for i in range(200)]
         r = m.at(T)
-        assert r["exit"].tolist() == taken and r["cost"] == pytest.approx(
-            np.mean([COSTS[k] for k in taken])
-        )
+        assert r["exit"].tolist() == taken
+        assert r["cost"] == pytest.approx(np.mean([COSTS[k] for k in taken]))
         assert r["accuracy"] == pytest.approx(np.mean([right[k, i] for i, k in enumerate(taken)]))
         assert r["shares"].tolist() == pytest.approx([taken.count(k) / 200 for k in range(4)])
         assert r["hits"].tolist() == pytest.approx(
@@ -94,9 +93,8 @@ def test_static_mixture_is_what_chance_reaches():
         np.random.default_rng(5).random(s.shape), right, COSTS, s
     )  # scores that know nothing
     gaps = [(r := m.at([t, t, t, -INF]))["accuracy"] - r["mixture"] for t in (0.2, 0.5, 0.8)]
-    assert max(map(abs, gaps)) < 0.06 and m.at([INF] * 3 + [-INF])["mixture"] == pytest.approx(
-        m.each[3]
-    )
+    assert max(map(abs, gaps)) < 0.06
+    assert m.at([INF] * 3 + [-INF])["mixture"] == pytest.approx(m.each[3])
 
 
 @pytest.mark.parametrize(
@@ -164,10 +162,8 @@ def test_every_control_has_a_name_a_unit_and_a_twin(explorer):
         f"threshold of exit {e} (score)" for e in (1, 2, 3)
     ]
     for c in explorer.control.values():
-        assert isinstance(c.field, W.BoundedFloatText) and list(c.row.children) == [
-            c.field,
-            c.slider,
-        ]
+        assert isinstance(c.field, W.BoundedFloatText)
+        assert list(c.row.children) == [c.field, c.slider]
     assert explorer.live() is explorer.live(), "one widget per explorer"
     assert sum(isinstance(w, type(explorer.figure)) for w in explorer.live().children) == 1
 
@@ -183,14 +179,11 @@ def test_slider_moves_figure_sentence_table_and_twins(explorer):
     ]
     assert moved == [False, False, True, True, True, True, True, True]
     r = explorer.result()
-    assert data[2].x[0] * 1e3 == pytest.approx(r["cost"]) and sum(data[3].x) == pytest.approx(
-        100 * r["accuracy"], abs=0.03
-    )
-    assert (
-        "150 k MACs" in explorer.line.value
-        and 'role="status"' in explorer.line.value
-        and "150 k MACs" in explorer.numbers.value
-    )
+    assert data[2].x[0] * 1e3 == pytest.approx(r["cost"])
+    assert sum(data[3].x) == pytest.approx(100 * r["accuracy"], abs=0.03)
+    assert "150 k MACs" in explorer.line.value
+    assert 'role="status"' in explorer.line.value
+    assert "150 k MACs" in explorer.numbers.value
     assert [explorer.control[e].field.value for e in (1, 2, 3)] == pytest.approx(
         explorer.state["thresholds"][:3], rel=1e-4
     )
@@ -287,9 +280,8 @@ def test_frames(explorer):
     assert f.layout.sliders[0].active == 2 and f.data[2].x[0] == pytest.approx(200, abs=10)
     for fr, cost, acc in zip(f.frames, t["mean cost"], t["accuracy (%)"]):
         point = dict(zip(fr.traces, fr.data))[2]
-        assert point.x[0] == pytest.approx(float(cost), abs=0.06) and point.y[0] == pytest.approx(
-            float(acc), abs=0.06
-        )
+        assert point.x[0] == pytest.approx(float(cost), abs=0.06)
+        assert point.y[0] == pytest.approx(float(acc), abs=0.06)
         assert set(fr.traces) == {2, 3, 4, 5, 6, 7} and acc in fr.layout.title.text
     with pytest.raises(ValueError, match="at least 2"):
         explorer.to_frames(1)
@@ -310,11 +302,9 @@ def test_frames_carry_the_configuration_everywhere(explorer, tmp_path):
     with mock.patch.object(pio, "show") as show:
         f.show()
     for text in (page, f.to_html(include_plotlyjs=False), shown, json.dumps(show.call_args.kwargs)):
-        assert (
-            '"showSendToCloud": false' in text
-            and '"displaylogo": false' in text
-            and "chart-studio" not in text
-        )
+        assert '"showSendToCloud": false' in text
+        assert '"displaylogo": false' in text
+        assert "chart-studio" not in text
     assert "Plotly.addFrames" in page and "Plotly.animate(" not in page
 
 
@@ -346,9 +336,8 @@ def test_what_a_notebook_shows(explorer):
     colab = mock.patch.dict(sys.modules, {"google.colab": types.ModuleType("google.colab")})
     with colab, mock.patch.object(D, "display") as display, mock.patch("plotly.io.show") as show:
         explorer._ipython_display_()
-    assert len(show.call_args.args[0].frames) == 9 and repr(display.call_args.args[0]) == repr(
-        explorer.to_table("frames")
-    )
+    assert len(show.call_args.args[0].frames) == 9
+    assert repr(display.call_args.args[0]) == repr(explorer.to_table("frames"))
 
 
 @pytest.mark.parametrize(
@@ -369,14 +358,12 @@ def test_live_says_what_is_missing(missing, message):
 def test_table_is_accessible_and_escaped():
     t = Table("A <b>", ["x", "y & z"], [["<1>", 2]])
     h = t._repr_html_()
-    assert (
-        "<caption" in h
-        and h.count('scope="col"') == 2
-        and h.count('scope="row"') == 1
-        and "&lt;1&gt;" in h
-        and "y &amp; z" in h
-        and "A &lt;b&gt;" in h
-    )
+    assert "<caption" in h
+    assert h.count('scope="col"') == 2
+    assert h.count('scope="row"') == 1
+    assert "&lt;1&gt;" in h
+    assert "y &amp; z" in h
+    assert "A &lt;b&gt;" in h
     assert repr(t).splitlines() == ["A <b>", "x    y & z", "<1>      2"] and t["y & z"] == ["2"]
 
 
@@ -400,12 +387,10 @@ def test_from_net_is_the_library_in_steps(score):
     split = lambda n: ArrayData(
         torch.randint(0, 256, (n, 1, 8, 8), generator=g, dtype=torch.uint8), torch.arange(n) % 10
     )
-    net, policy, test, valid = (
-        cnn((1, 8, 8), 10, width=8).train(),
-        BoostNet(),
-        split(120),
-        split(90),
-    )
+    net = cnn((1, 8, 8), 10, width=8).train()
+    policy = BoostNet()
+    test = split(120)
+    valid = split(90)
     e = ExitExplorer.from_net(net, test, valid, policy, score, mode="frames")
     assert net.training, "the network is left as it was"
     F, V = (torch.stack(policy.predict(list(predict(net, d)))) for d in (test, valid))
@@ -415,20 +400,14 @@ def test_from_net_is_the_library_in_steps(score):
     assert e.model.right.tolist() == (F.argmax(-1) == test.y).tolist()
     assert e.model.costs.tolist() == net.macs() and e.score == score
     half = ExitExplorer.from_net(net, test, policy=policy, mode="frames")
-    assert half.model.scores.shape == half.model.valid.shape == (4, 60) and half.cells.shape == (
-        60,
-        8,
-        8,
-        1,
-    )
+    assert half.model.scores.shape == half.model.valid.shape == (4, 60)
+    assert half.cells.shape == (60, 8, 8, 1)
     own = ExitExplorer.from_logits(
         F, test.y, net.macs(), V, score=score, pictures=test.x.numpy(), mode="frames"
     )
-    assert (
-        np.allclose(own.model.scores, e.model.scores, atol=1e-5)
-        and (own.model.right == e.model.right).all()
-        and own.score == score
-    )
+    assert np.allclose(own.model.scores, e.model.scores, atol=1e-5)
+    assert (own.model.right == e.model.right).all()
+    assert own.score == score
     assert (own.cells == e.cells).all() and np.allclose(own.model.valid, e.model.valid, atol=1e-5)
 
 
@@ -453,15 +432,10 @@ def test_logits_of_any_kind(kind):
         kind(F), y.tolist(), [1, 2, 3], kind(F), y, m=3, unit="ms", mode="frames"
     )
     p = np.exp(F) / np.exp(F).sum(-1, keepdims=True)
-    assert (
-        np.allclose(e.model.scores, p.max(-1), atol=1e-5)
-        and (e.model.right == (F.argmax(-1) == y)).all()
-    )
-    assert (e.model.scores == e.model.valid).all() and (e.m, e.unit, e.score) == (
-        3,
-        "ms",
-        "confidence",
-    )
+    assert np.allclose(e.model.scores, p.max(-1), atol=1e-5)
+    assert (e.model.right == (F.argmax(-1) == y)).all()
+    assert (e.model.scores == e.model.valid).all()
+    assert (e.m, e.unit, e.score) == (3, "ms", "confidence")
 
 
 def test_scores_that_need_more_than_logits():
@@ -470,9 +444,8 @@ def test_scores_that_need_more_than_logits():
     e = ExitExplorer.from_logits(
         F, y, [1, 2, 3], F, score="saturation", features=a, valid_features=a, mode="frames"
     )
-    assert (e.model.scores[0] == -INF).all() and np.allclose(
-        e.model.scores[2], torch.cosine_similarity(a[1], a[2]), atol=1e-6
-    )
+    assert (e.model.scores[0] == -INF).all()
+    assert np.allclose(e.model.scores[2], torch.cosine_similarity(a[1], a[2]), atol=1e-6)
     assert (
         ExitExplorer.from_logits(
             F, y, [1, 2, 3], F, y, score="gate", mode="frames"
@@ -540,9 +513,8 @@ def test_split_is_the_one_that_a_run_gets(family):
     parts = dirichlet_split(torch.from_numpy(y), 9, 0.7, family, 3)
     assert r["counts"].tolist() == [np.bincount(y[p.numpy()], minlength=7).tolist() for p in parts]
     p = r["counts"] / r["sizes"][:, None]
-    assert r["effective"].tolist() == pytest.approx((1 / (p**2).sum(1)).tolist()) and r[
-        "theory"
-    ] == effective_classes(0.7, 7)
+    assert r["effective"].tolist() == pytest.approx((1 / (p**2).sum(1)).tolist())
+    assert r["theory"] == effective_classes(0.7, 7)
 
 
 @needs_live
@@ -557,18 +529,14 @@ def test_controls_of_the_split():
     e.control["seed"].slider.value = 5
     e.control["clients"].field.value = 4
     want = SplitModel(np.arange(2000) % 10).at(0.5, 4, "client", 5)["counts"]
-    assert (
-        np.array([b.y for b in e.figure.data[:10]]).T.tolist() == want.tolist()
-        and np.array(e.figure.data[10].z).T.tolist() == want.tolist()
-    )
+    assert np.array([b.y for b in e.figure.data[:10]]).T.tolist() == want.tolist()
+    assert np.array(e.figure.data[10].z).T.tolist() == want.tolist()
     e.control["clients"].slider.value = 60
     e.family.value = "class"
     e.control["gamma"].field.value = 0.01
-    assert (
-        "No such split" in e.line.value
-        and e.state["gamma"] == 0.5
-        and e.control["gamma"].field.value == 0.5
-    )
+    assert "No such split" in e.line.value
+    assert e.state["gamma"] == 0.5
+    assert e.control["gamma"].field.value == 0.5
     e.reset()
     assert (e.state.values, e.family.value) == (e.defaults, "client")
 
@@ -578,9 +546,8 @@ def test_frames_of_the_split():
         np.arange(2000) % 10, "zero one two three four five six seven eight nine".split()
     )
     f, t = e.to_frames(), e.to_table("frames")
-    assert t["gamma"] == [fr.name for fr in f.frames] == [f"{g:g}" for g in GAMMAS] and t[
-        "sum p² in theory"
-    ] == [f"{v:.4f}" for v in GAMMAS.values()]
+    assert t["gamma"] == [fr.name for fr in f.frames] == [f"{g:g}" for g in GAMMAS]
+    assert t["sum p² in theory"] == [f"{v:.4f}" for v in GAMMAS.values()]
     for fr, g in zip(f.frames, GAMMAS):
         heat = dict(zip(fr.traces, fr.data))[10]
         assert np.array(heat.z).T.tolist() == e.model.at(g, 10)["counts"].tolist()
@@ -596,10 +563,8 @@ def test_many_classes_have_different_looks():
 
 def test_labels_by_name():
     y = np.array(["ant", "bee", "cow"])[np.arange(90) % 3]
-    a, b = (
-        DirichletExplorer(y, clients=5),
-        DirichletExplorer(torch.arange(90) % 3, ["ant", "bee", "cow"], clients=5),
-    )
+    a = DirichletExplorer(y, clients=5)
+    b = DirichletExplorer(torch.arange(90) % 3, ["ant", "bee", "cow"], clients=5)
     assert a.model.classes == ["ant", "bee", "cow"] and (a.now["counts"] == b.now["counts"]).all()
 
 
@@ -662,14 +627,10 @@ def test_controls_show_the_state_beyond_their_bounds(start):
     for change in ({}, dict(gamma=0.0001, clients=2000), dict(seed=10**9)):
         e.set(**change)
         for k, c in e.control.items():
-            assert (
-                c.field.value == pytest.approx(e.state[k], rel=1e-4)
-                and c.field.min <= c.field.value <= c.field.max
-            )
-            assert (
-                c.slider.min <= c.slider.value <= c.slider.max
-                and float(c.slider.text) == c.field.value
-            )
+            assert c.field.value == pytest.approx(e.state[k], rel=1e-4)
+            assert c.field.min <= c.field.value <= c.field.max
+            assert c.slider.min <= c.slider.value <= c.slider.max
+            assert float(c.slider.text) == c.field.value
 
 
 @needs_live
@@ -693,10 +654,8 @@ def test_values_have_no_long_tail(explorer):
                 c.slider.text,
             )
     explorer.set_threshold(3, -0.00090632)
-    assert (
-        explorer.control[3].slider.text == "-0.00091"
-        and explorer.to_table()["threshold (score)"][2] == "-0.00091"
-    )
+    assert explorer.control[3].slider.text == "-0.00091"
+    assert explorer.to_table()["threshold (score)"][2] == "-0.00091"
 
 
 @needs_live
@@ -722,11 +681,9 @@ def test_a_script_that_is_too_slow_is_said_and_done_without(explorer):
     explorer.control["budget"].slider.value = 150.0
     assert drawn()["data"][2] != before and drawn()["config"]["showSendToCloud"] is False
     explorer._reported(dict(new={}))
-    assert (
-        explorer.other.outputs == ()
-        and explorer.note.value == ""
-        and explorer.note.layout.display == "none"
-    )
+    assert explorer.other.outputs == ()
+    assert explorer.note.value == ""
+    assert explorer.note.layout.display == "none"
     explorer.reset()
     assert explorer.other.outputs == ()
 
@@ -868,7 +825,5 @@ write_report(r, r"{tmp_path / "r.html"}")"""
         check=True,
         env={**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONCOERCECLOCALE": "0"},
     )
-    assert (
-        "k\u00e4fer" in (page := (tmp_path / "r.html").read_bytes().decode("utf-8"))
-        and "\u732b" in page
-    )
+    assert "k\u00e4fer" in (page := (tmp_path / "r.html").read_bytes().decode("utf-8"))
+    assert "\u732b" in page

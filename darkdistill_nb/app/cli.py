@@ -143,11 +143,9 @@ class Option:
         return x
 
 # %% ../../nbs/6_app/cli.ipynb #76b7afdd
-METHODS, POLICIES, FAMILIES = (
-    ("eefl", "darkdistill"),
-    ("boostnet", "joint", "l2w", "self_distillation", "mutual"),
-    ("client", "class"),
-)
+METHODS = ("eefl", "darkdistill")
+POLICIES = ("boostnet", "joint", "l2w", "self_distillation", "mutual")
+FAMILIES = ("client", "class")
 
 _whole = dict(allowed="a whole number of at least 1", ok=lambda v: v >= 1)
 
@@ -434,10 +432,8 @@ def method(self: Experiment, name):
     from darkdistill_nb.exits.training import objective_by_name
     from darkdistill_nb.federated.method import EEFL
 
-    c, keys = (
-        self.config,
-        ("lr", "decay", "momentum", "weight_decay", "batch_size", "epochs", "participation"),
-    )
+    c = self.config
+    keys = ("lr", "decay", "momentum", "weight_decay", "batch_size", "epochs", "participation")
     common = dict(policy=objective_by_name(c["policy"]), **{k: c[k] for k in keys})
     if name == "eefl":
         return EEFL(**common)
@@ -1060,10 +1056,8 @@ def add_run_options(p: Parser):
     ):
         g = p.add_argument_group(title)
         for o in options:
-            flag, more = (
-                "--" + o.name.replace("_", "-"),
-                dict(default=argparse.SUPPRESS, dest=o.name),
-            )
+            flag = "--" + o.name.replace("_", "-")
+            more = dict(default=argparse.SUPPRESS, dest=o.name)
             text = f"{o.help} [{_default(o)}]"
             if o.read is _flag:
                 g.add_argument(flag, action=argparse.BooleanOptionalAction, help=text, **more)

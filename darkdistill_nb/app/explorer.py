@@ -152,11 +152,9 @@ class ExitModel:
             if valid is None
             else _score_array("valid", valid, len(scores))
         )
-        self.scores, self.right, self.costs = (
-            np.ascontiguousarray(scores[:, self.index]),
-            right[:, self.index].astype(bool),
-            costs,
-        )
+        self.scores = np.ascontiguousarray(scores[:, self.index])
+        self.right = right[:, self.index].astype(bool)
+        self.costs = costs
         self.each = self.right.mean(1)  # accuracy of every exit on all reported samples
 
     def __len__(self): return len(self.costs)
@@ -1315,10 +1313,8 @@ def to_table(self:DirichletExplorer,
             ["client", "samples", "classes held", "effective classes", "largest class"],
             rows,
         )
-    results, v = (
-        [self.model.at(**{**self.state.values, "gamma": g}) for g in _gammas(gammas)],
-        self.state,
-    )
+    results = [self.model.at(**{**self.state.values, "gamma": g}) for g in _gammas(gammas)]
+    v = self.state
     heads = [
         "gamma",
         "sum p² in theory",
@@ -1391,18 +1387,14 @@ def _against_theory(self: DirichletExplorer, now):
     "The theory's curve, one dot per client, and their mean."
     import plotly.graph_objects as go
 
-    K, right, gammas = (
-        len(self.model.classes),
-        dict(xaxis="x2", yaxis="y3", showlegend=False),
-        np.geomspace(0.01, 10_000, 49),
-    )
+    K = len(self.model.classes)
+    right = dict(xaxis="x2", yaxis="y3", showlegend=False)
+    gammas = np.geomspace(0.01, 10_000, 49)
     curve = dict(
         x=[float(f"{g:.4g}") for g in gammas], y=[round(effective_classes(g, K), 3) for g in gammas]
     )
-    dot, diamond = (
-        dict(symbol="circle-open", size=9, color=PALETTE[0]),
-        dict(symbol="diamond", size=14, color="black", line=dict(width=2, color="white")),
-    )
+    dot = dict(symbol="circle-open", size=9, color=PALETTE[0])
+    diamond = dict(symbol="diamond", size=14, color="black", line=dict(width=2, color="white"))
     return [
         go.Scatter(
             mode="lines",

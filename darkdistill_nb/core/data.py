@@ -557,10 +557,8 @@ def _render(kind, u, bits, d, size):
     "Draw one block: (100, 3, size, size) uint8; `d` (100,) float64"
     law = {k: v[:, None] for k, v in difficulty_law(d).items()}  # (B, 1)
     s = {k: 2 * v - 1 for k, v in u.items()}  # the same numbers in [-1, 1)
-    one, grow = (
-        (lambda k: law[k][:, 0]),
-        (lambda across, down: (across.float()[:, None, :], down.float()[:, :, None])),
-    )
+    one = lambda k: law[k][:, 0]
+    grow = lambda across, down: (across.float()[:, None, :], down.float()[:, :, None])
     draw = lambda kind, *a: _coverage(kind, *(t.float() for t in a), size)
     zero, g = torch.zeros(_BLOCK), (torch.arange(size) + 0.5).double() * (2 / size) - 1
     back = 0.2 + 0.6 * u["back"]
@@ -579,11 +577,9 @@ def _render(kind, u, bits, d, size):
         0.05 * s["wave2"],
     )
     _blend(img, clutter, back + law["clutter"] * s["tint2"])
-    kx, ky, phase = (
-        4 + 6 * s["texture"][:, :1],
-        4 + 6 * s["texture"][:, 1:2],
-        6.28 * u["texture"][:, 2:],
-    )
+    kx = 4 + 6 * s["texture"][:, :1]
+    ky = 4 + 6 * s["texture"][:, 1:2]
+    phase = 6.28 * u["texture"][:, 2:]
     across, down = grow(law["texture"] * torch.cos(kx * g), torch.cos(ky * g + phase))
     img += (across * down)[:, None]
     shape = draw(
@@ -648,11 +644,9 @@ def shapes(
     _fits(3 * n * size * size, f"n={n} pictures of size={size}")
     if difficulty is not None:
         difficulty = _check_difficulty(difficulty, n, torch.float64).cpu().expand(n)
-    x, y, true = (
-        torch.empty(n, 3, size, size, dtype=torch.uint8),
-        torch.empty(n, dtype=torch.int64),
-        torch.empty(n),
-    )
+    x = torch.empty(n, 3, size, size, dtype=torch.uint8)
+    y = torch.empty(n, dtype=torch.int64)
+    true = torch.empty(n)
     with _one_thread():
         for i in range(0, n, _BLOCK):
             kind, u, bits = _scenes(seed, i // _BLOCK)

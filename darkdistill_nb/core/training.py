@@ -128,10 +128,8 @@ def check_batches(
 ) -> None:
     "Raise `ValueError` if a batch of one sample would leave a batch normalisation with a single number."
     n, batch_size, parts = whole(n, "n", 0), whole(batch_size, "batch_size"), whole(parts, "parts")
-    norms, sizes = (
-        _moving_norms(net),
-        [s for s in (n % batch_size, min(batch_size, n)) if s // parts == 1],
-    )
+    norms = _moving_norms(net)
+    sizes = [s for s in (n % batch_size, min(batch_size, n)) if s // parts == 1]
     if not norms or not sizes:
         return
     if sample is None:

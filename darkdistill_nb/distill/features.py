@@ -159,10 +159,8 @@ class CRD(nn.Module):
         )
         self.mode, self.generator = choice(mode, "mode", ("exact", "relax")), generator
         n, counts = len(labels), _class_counts(labels)
-        self.n, self.N = (
-            n,
-            min(16384, 4 * n) if negatives is None else whole(negatives, "negatives"),
-        )
+        self.n = n
+        self.N = min(16384, 4 * n) if negatives is None else whole(negatives, "negatives")
         self.heads = nn.ModuleList(nn.Linear(w, dim) for w in widths)
         self.register_buffer(
             "banks", F.normalize(torch.rand(2, n, dim) * 2 - 1, dim=-1)

@@ -231,10 +231,8 @@ class CropFlip:
         rows = drawn[:, :1] + torch.arange(H, device=x.device)
         cols = torch.arange(W, device=x.device).expand(B, W)
         cols = drawn[:, 1:2] + torch.where(drawn[:, 2:] > 0, W - 1 - cols, cols)
-        b, c = (
-            torch.arange(B, device=x.device).view(B, 1, 1, 1),
-            torch.arange(C, device=x.device).view(1, C, 1, 1),
-        )
+        b = torch.arange(B, device=x.device).view(B, 1, 1, 1)
+        c = torch.arange(C, device=x.device).view(1, C, 1, 1)
         return F.pad(x, (self.pad,) * 4)[b, c, rows[:, None, :, None], cols[:, None, None, :]]
 
     def __call__(self, x, generator): return self.apply(x, self.draw(len(x), generator))

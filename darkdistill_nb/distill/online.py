@@ -105,19 +105,13 @@ def train_together(
     "Train several networks that learn from each other's answers; raises `ValueError` for bad settings, `FloatingPointError` for a loss that is not finite."
     epochs, batch_size = _check_run(nets, data, epochs, batch_size)
     alternate = flag(alternate, "alternate")
-    opts, rows = (
-        [
-            _optimizer(
-                optimizer,
-                [p for p in n.parameters() if p.requires_grad],
-                lr,
-                momentum,
-                weight_decay,
-            )
-            for n in nets
-        ],
-        [],
-    )
+    opts = [
+        _optimizer(
+            optimizer, [p for p in n.parameters() if p.requires_grad], lr, momentum, weight_decay
+        )
+        for n in nets
+    ]
+    rows = []
     for e in range(epochs):
         total, start = [0.0] * len(nets), time.perf_counter()
         for n in nets:

@@ -179,17 +179,13 @@ class Student:
             tuple(W.shape),
             f"(K, {width}), classes and the student's features",
         )
-        self.net, self.W, self.macs = (
-            net.eval(),
-            W,
-            np.diff(np.asarray(net.macs(), dtype=float), prepend=0.0),
-        )
-        self.inbox, self.change, self.words, self.done = (
-            queue.SimpleQueue(),
-            threading.Condition(),
-            {},
-            -1,
-        )
+        self.net = net.eval()
+        self.W = W
+        self.macs = np.diff(np.asarray(net.macs(), dtype=float), prepend=0.0)
+        self.inbox = queue.SimpleQueue()
+        self.change = threading.Condition()
+        self.words = {}
+        self.done = -1
         self.use(policy or Policy(), fallback, speed)
 
     def use(self, policy, fallback=None, speed=None):
@@ -290,30 +286,22 @@ class RaySystem:
             options,
             "a function of the student's number, or None",
         )
-        self.N, self.n_exits, self.shape = (
-            len(system),
-            system.n_exits,
-            tuple(system.students[0].input_shape),
-        )
+        self.N = len(system)
+        self.n_exits = system.n_exits
+        self.shape = tuple(system.students[0].input_shape)
         self.restart = flag(restart, "restart")
-        self.options, self.bias = (
-            options or (lambda n: {}),
-            system.joint.bias.detach().cpu().double().numpy(),
-        )
-        self.lock, self.futures, self.count, self.closed, self.error, self.events = (
-            threading.Condition(),
-            {},
-            0,
-            False,
-            None,
-            [],
-        )
-        self.actors, self.alive, self.threads, self.aggregator = (
-            [None] * self.N,
-            [False] * self.N,
-            [],
-            None,
-        )
+        self.options = options or (lambda n: {})
+        self.bias = system.joint.bias.detach().cpu().double().numpy()
+        self.lock = threading.Condition()
+        self.futures = {}
+        self.count = 0
+        self.closed = False
+        self.error = None
+        self.events = []
+        self.actors = [None] * self.N
+        self.alive = [False] * self.N
+        self.threads = []
+        self.aggregator = None
         self.use(policy, **settings)
         self.stack = ExitStack()
         self.ray = self.stack.enter_context(ray_cluster(address, num_cpus))
@@ -495,13 +483,11 @@ def use(
             raise RuntimeError(
                 f"{len(self.aggregator.waiting)} requests are open; wait for their answers first"
             )
-        self.aggregator, self.policy, self.fallback, self.knob, self.speed = (
-            aggregator,
-            policy,
-            fallback,
-            knob,
-            speed,
-        )
+        self.aggregator = aggregator
+        self.policy = policy
+        self.fallback = fallback
+        self.knob = knob
+        self.speed = speed
         self.local = Policy(
             policy.leave, policy.points, None, policy.speculative, policy.patience
         )  # what a student needs of it
@@ -570,13 +556,11 @@ def run(self:RaySystem,
         and (np.diff(arrival, prepend=0) >= 0).all()
     )
     check(rising, "arrival", arrival, f"{R} rising times from 0 on")
-    sample, keys, came, lam, got = (
-        np.arange(R) if sample is None else np.asarray(sample),
-        [],
-        [],
-        [],
-        {},
-    )
+    sample = np.arange(R) if sample is None else np.asarray(sample)
+    keys = []
+    came = []
+    lam = []
+    got = {}
     check(
         len(sample) == R > 0,
         "len(sample)",

@@ -257,10 +257,8 @@ class Together(SystemPolicy):
         return p
 
     def of(self, answers):
-        p, out = (
-            list(self.at(answers.n_exits)),
-            torch.full((1, answers.n_exits, len(answers)), -math.inf),
-        )
+        p = list(self.at(answers.n_exits))
+        out = torch.full((1, answers.n_exits, len(answers)), -math.inf)
         if p:
             out[0, p] = self.ask(answers, p).float()
         return out
@@ -359,11 +357,9 @@ def delays(self:SystemPolicy,
 @patch
 def _questions(self: Together, answers, depth):
     "Questions asked (S,), whether the last one said stop (S,), and which later messages each student sends in vain (N, P + 1, S)."
-    p, d, c = (
-        torch.tensor(self.at(answers.n_exits), dtype=torch.long),
-        depth[0],
-        answers.costs.double(),
-    )
+    p = torch.tensor(self.at(answers.n_exits), dtype=torch.long)
+    d = depth[0]
+    c = answers.costs.double()
     asked, stopped = (p[:, None] <= d).sum(0).double(), (p[:, None] == d).any(0).double()
     after = (
         c[:, torch.cat([p, torch.tensor([answers.n_exits - 1])]), None]
@@ -587,10 +583,8 @@ def system_table(
         a = np.array(system_auroc(policy, test))[:-1]
         auroc = float(np.nanmean(a)) if np.isfinite(a).any() else math.nan
         spent = min(max(r["cost" if measure == "latency" else "energy"], costs[0]), costs[-1])
-        over, below = (
-            r["accuracy"] - float(static_mixture(costs, each, spent)),
-            oracle(right, costs, spent)["accuracy"] - r["accuracy"],
-        )
+        over = r["accuracy"] - float(static_mixture(costs, each, spent))
+        below = oracle(right, costs, spent)["accuracy"] - r["accuracy"]
         rows.append(
             dict(
                 name=name,

@@ -186,11 +186,9 @@ def noise(
     n_requests, n_exits = whole(n_requests, "n_requests"), whole(n_exits, "n_exits")
     rng = lambda kind, n: np.random.default_rng(seed_for(seed, "simulator", kind, n))
     size = n_requests, n_exits
-    normal, uniform, exponential = (
-        lambda g: g.standard_normal(size),
-        lambda g: 1 - g.random(size),
-        lambda g: g.standard_exponential(size),
-    )
+    normal = lambda g: g.standard_normal(size)
+    uniform = lambda g: 1 - g.random(size)
+    exponential = lambda g: g.standard_exponential(size)
     kinds = dict(
         stage=normal,
         up=uniform,
@@ -240,10 +238,8 @@ class Aggregator:
         need: int = None,  # students that must have reported for a decision; None: all
         suspect: float = math.inf,  # after so many requests without a word a student is no longer waited for, until it speaks again
     ):
-        self.bias, self.N = (
-            finite(np.asarray(bias, dtype=float), "bias"),
-            whole(n_students, "n_students"),
-        )
+        self.bias = finite(np.asarray(bias, dtype=float), "bias")
+        self.N = whole(n_students, "n_students")
         check(
             self.bias.ndim == 1 and len(self.bias),
             "bias.shape",
@@ -261,10 +257,8 @@ class Aggregator:
             f"{shape}, students and classes",
         )
         self.need = self.N if need is None else whole(need, "need", 1, self.N)
-        self.deadline, self.suspect = (
-            number(deadline, "deadline", above=0, inf=True),
-            number(suspect, "suspect", 1, inf=True),
-        )
+        self.deadline = number(deadline, "deadline", above=0, inf=True)
+        self.suspect = number(suspect, "suspect", 1, inf=True)
         check(
             stop is None or callable(stop),
             "stop",
@@ -581,10 +575,8 @@ class _DeviceSide:
             )
             if not in_time:
                 return self.report(n, r, e - 1, False) if self.fallback == "last" and e else None
-            final, asks = (
-                e == self.E - 1 or (p.leave is not None and p.leave(n, e, s, lam)),
-                e in p.points,
-            )
+            final = e == self.E - 1 or (p.leave is not None and p.leave(n, e, s, lam))
+            asks = e in p.points
             if final or asks or self.fallback == "every":
                 self.report(n, r, e, final)
             if final:
@@ -746,11 +738,9 @@ class _Run(_DeviceSide, _Waits, _NetworkSide, _Traffic):
         N = self.N
         self.policy, self.cluster, self.knob, self.fallback = policy, cluster, knob, fallback
         self.header, self.message_bytes = header, message_bytes
-        self.arrival, self.sample, self.partial = (
-            arrival.tolist(),
-            sample.tolist(),
-            answers.partial.double().numpy(),
-        )
+        self.arrival = arrival.tolist()
+        self.sample = sample.tolist()
+        self.partial = answers.partial.double().numpy()
         self.stage_macs = np.diff(answers.costs.double().numpy(), prepend=0.0).tolist()
         f = noise(seed, N, R, self.E)
         self.z = f["stage"].tolist()
@@ -762,20 +752,16 @@ class _Run(_DeviceSide, _Waits, _NetworkSide, _Traffic):
             answers.bias, N, deadline, mean, policy.stop, policy.points, policy.need, suspect
         )
         self.limit = (arrival + (deadline - (margin if fallback == "last" else 0.0))).tolist()
-        self.lam, self.energy, self.bytes, self.macs = (
-            [None] * R,
-            [0.0] * R,
-            [0.0] * R,
-            [[0.0] * N for _ in range(R)],
-        )
+        self.lam = [None] * R
+        self.energy = [0.0] * R
+        self.bytes = [0.0] * R
+        self.macs = [[0.0] * N for _ in range(R)]
         self.answers, self.told, self.trace = [None] * R, set(), [] if trace else None
-        self.current, self.asking, self.sent, self.busy, self.end = (
-            [None] * N,
-            [None] * N,
-            [{} for _ in range(N)],
-            [0.0] * N,
-            0.0,
-        )
+        self.current = [None] * N
+        self.asking = [None] * N
+        self.sent = [{} for _ in range(N)]
+        self.busy = [0.0] * N
+        self.end = 0.0
         self.packets, self.radio = (
             {w: [make() for _ in range(N)] for w in ("up", "down")} for make in (dict, float)
         )
@@ -786,12 +772,10 @@ class _Run(_DeviceSide, _Waits, _NetworkSide, _Traffic):
 
 # %% ../../nbs/4_distree/simulator.ipynb #9eb4afd6
 def _outcomes(run, answers, arrival, sample):
-    N, K, got, cost = (
-        run.N,
-        answers.partial.shape[-1],
-        run.answers,
-        np.pad(answers.costs.double().numpy(), ((0, 0), (1, 0))),
-    )
+    N = run.N
+    K = answers.partial.shape[-1]
+    got = run.answers
+    cost = np.pad(answers.costs.double().numpy(), ((0, 0), (1, 0)))
     each = lambda f, none: np.array([none if a is None else f(a) for a in got])
     flags = lambda name: each(lambda a: [n in getattr(a, name) for n in range(N)], [False] * N)
     exits, macs = each(lambda a: a.exits, [-1] * N), np.array(run.macs)
@@ -961,11 +945,9 @@ def plot_timeline(
     check(len(o.trace), "trace", o.trace, "kept: simulate_devices(..., trace=True)")
     request = whole(request, "request", 0, len(o) - 1)
     check(isinstance(title, str), "title", title, "a text")
-    N, start, fig = (
-        o.exits.shape[1],
-        o.arrival[request],
-        figure(title=f"{title} (simulated)".strip(), x="ms after arrival", height=height),
-    )
+    N = o.exits.shape[1]
+    start = o.arrival[request]
+    fig = figure(title=f"{title} (simulated)".strip(), x="ms after arrival", height=height)
     looks = dict(
         compute=(0, "computing, used"),
         unused=(7, "computing, not in the answer"),
@@ -990,11 +972,9 @@ def plot_timeline(
             y = [row, top] if what == "up" else [top, row]
         if not (bar or ok):
             x1, y = (x0 + x1) / 2, [y[0], sum(y) / 2]
-        x, mode, mark = (
-            [x0 + 1.5, x1 - 1.5] if bar else [x0, x1],
-            "lines" if ok or bar else "lines+markers",
-            dict(symbol="x", size=[0, 9], color=line["color"]),
-        )
+        x = [x0 + 1.5, x1 - 1.5] if bar else [x0, x1]
+        mode = "lines" if ok or bar else "lines+markers"
+        mark = dict(symbol="x", size=[0, 9], color=line["color"])
         fig.add_trace(
             go.Scatter(
                 x=x,

@@ -377,12 +377,10 @@ class DistrEE(nn.Module):
                 sizes,
                 f"the lengths of the students' features; one student's exits give {sorted(widths)}",
             )
-        self.students, self.sizes, self.n_exits, self.n_classes = (
-            nn.ModuleList(students),
-            list(sizes),
-            len(students[0]),
-            n_classes,
-        )
+        self.students = nn.ModuleList(students)
+        self.sizes = list(sizes)
+        self.n_exits = len(students[0])
+        self.n_classes = n_classes
         self.joint = nn.Linear(sum(sizes), n_classes)
 
     def __len__(self): return len(self.students)

@@ -255,19 +255,15 @@ def control_risk(
     L, cost = grid_losses(scores, losses, grid, costs)
     if method == "ucb":
         L = L[:, np.random.default_rng(seed).permutation(L.shape[1])]
-    k, E, promise = (
-        int(last_of_prefix(passes(L, epsilon, delta, method, bound))),
-        len(losses),
-        (method, epsilon, delta),
-    )
+    k = int(last_of_prefix(passes(L, epsilon, delta, method, bound)))
+    E = len(losses)
+    promise = (method, epsilon, delta)
     if k < 0:
         last = float(_array(losses)[-1].mean()), None, float(_costs(costs, E)[-1])
         return RiskControl(*promise, -1, math.inf, [math.inf] * (E - 1) + [-math.inf], *last)
-    row, lo, hi = (
-        (np.maximum.accumulate(L, 0) if method == "crc" else L)[k : k + 1],
-        0.0,
-        min(epsilon, bound),
-    )
+    row = (np.maximum.accumulate(L, 0) if method == "crc" else L)[k : k + 1]
+    lo = 0.0
+    hi = min(epsilon, bound)
     if passes(row, lo, delta, method, bound)[0]:
         hi = lo
     while hi - lo > 1e-6 * bound:
@@ -298,10 +294,8 @@ class LatencyController:
         priority="quality", # when both constraints conflict: "quality" or "deadline" first
         half_life:float=20, # of the average of latencies, in requests; 0: none
     ):
-        self.budget, self.eta = (
-            number(budget, "budget", above=0),
-            number(eta, "eta", above=0, high=1),
-        )
+        self.budget = number(budget, "budget", above=0)
+        self.eta = number(eta, "eta", above=0, high=1)
         self.floor, self.ceiling = number(floor, "floor"), number(ceiling, "ceiling")
         check(floor < ceiling, "floor", floor, f"below ceiling={ceiling}")
         self.priority = choice(priority, "priority", ("quality", "deadline"))
@@ -311,18 +305,14 @@ class LatencyController:
         )
         moves = safe is None or hasattr(safe, "lam")
         self.safe = safe if moves else number(safe, "safe", inf=True)
-        self.alpha, self.hold = (
-            1 - 2 ** (-1 / half_life) if half_life else 1.0,
-            max(1, round(half_life)),
-        )
-        self.late, self.t, self.timeouts, self.stuck, self.infeasible, self.log = (
-            0.0,
-            0,
-            0,
-            0,
-            False,
-            [],
-        )
+        self.alpha = 1 - 2 ** (-1 / half_life) if half_life else 1.0
+        self.hold = max(1, round(half_life))
+        self.late = 0.0
+        self.t = 0
+        self.timeouts = 0
+        self.stuck = 0
+        self.infeasible = False
+        self.log = []
         self.lam = self._clip(self.lam_safe if lam is None else lam)
 
     @property
@@ -362,10 +352,8 @@ def update(self:LatencyController,
     self.stuck = min(self.stuck + 1, 2 * self.hold) if conflict else max(self.stuck - 1, 0)
     if self.infeasible != (self.stuck >= (1 if self.infeasible else self.hold)):
         self.infeasible = not self.infeasible
-        event, mean = (
-            "infeasible" if self.infeasible else "feasible",
-            float(self.budget * (1 + self.late)),
-        )
+        event = "infeasible" if self.infeasible else "feasible"
+        mean = float(self.budget * (1 + self.late))
         self.log.append(
             dict(t=self.t, event=event, lam=self.lam, lam_safe=self.lam_safe, latency=mean)
         )
@@ -384,14 +372,10 @@ class ShadowMonitor:
         method="ucb",    # ucb | aci
         gamma:float=.01, # step of the level of "aci"
     ):
-        self.method, self.epsilon = (
-            choice(method, "method", ("ucb", "aci")),
-            number(epsilon, "epsilon", 0, 1),
-        )
-        self.delta, self.gamma = (
-            number(delta, "delta", above=0, below=1),
-            number(gamma, "gamma", above=0),
-        )
+        self.method = choice(method, "method", ("ucb", "aci"))
+        self.epsilon = number(epsilon, "epsilon", 0, 1)
+        self.delta = number(delta, "delta", above=0, below=1)
+        self.gamma = number(gamma, "gamma", above=0)
         self.grid, self.every = _grid(grid, 1), whole(every, "every")
         check(
             self.grid.ndim == 1,
@@ -497,10 +481,8 @@ class BanditController:
         window:int=400,  # rewards remembered
         bonus:float=.2,  # weight of the exploration bonus
     ):
-        self.arms, self.budget = (
-            [number(a, "arms", inf=True) for a in arms],
-            number(budget, "budget", above=0),
-        )
+        self.arms = [number(a, "arms", inf=True) for a in arms]
+        self.budget = number(budget, "budget", above=0)
         check(len(self.arms) > 1, "arms", self.arms, "at least two thresholds")
         self.kappa, self.bonus = number(kappa, "kappa", 0), number(bonus, "bonus", 0)
         self.past, self.arm = deque(maxlen=whole(window, "window")), 0

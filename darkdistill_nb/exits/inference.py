@@ -255,12 +255,10 @@ def exit_outputs(
     "Deciding logits and features of all exits for a whole data set; raises `ValueError` for an empty one."
     if len(data) == 0:
         raise ValueError("data has no images")
-    batch_size, device, logits, features = (
-        whole(batch_size, "batch_size"),
-        next(net.parameters()).device,
-        [],
-        [],
-    )
+    batch_size = whole(batch_size, "batch_size")
+    device = next(net.parameters()).device
+    logits = []
+    features = []
     with evaluating(net):
         for xb, _ in data.batches(batch_size):
             a = net.features(net.stem(xb.to(device)))
@@ -772,10 +770,8 @@ def policy_table(
             thresholds_for_budget(sv, right_valid, costs, budget, scheme),
         )
         c, acc, auroc = r["cost"], r["accuracy"], failure_auroc(test[name], right_test)
-        over, below = (
-            acc - float(static_mixture(costs, each, c)),
-            oracle(right_test, costs, c)["accuracy"] - acc,
-        )
+        over = acc - float(static_mixture(costs, each, c))
+        below = oracle(right_test, costs, c)["accuracy"] - acc
         rows.append(
             dict(
                 name=name, auroc=auroc, cost=c, accuracy=acc, over_mixture=over, below_oracle=below

@@ -36,16 +36,12 @@ class LoRALinear(nn.Linear):
         check(
             base.out_features % of == 0, "of", of, f"a divisor of the {base.out_features} outputs"
         )
-        self.in_features, self.out_features, width = (
-            base.in_features,
-            base.out_features,
-            base.out_features // of,
-        )
+        self.in_features = base.in_features
+        self.out_features = base.out_features
+        width = base.out_features // of
         self.weight, self.bias, self.dropout = base.weight, base.bias, nn.Dropout(dropout)
-        self.parts, self.scale = (
-            {k: (i * width, (i + 1) * width) for k, i in parts.items()},
-            alpha / rank,
-        )
+        self.parts = {k: (i * width, (i + 1) * width) for k, i in parts.items()}
+        self.scale = alpha / rank
         like = dict(device=base.weight.device, dtype=base.weight.dtype)
         self.lora_A = nn.ParameterDict(
             {k: torch.empty(rank, self.in_features, **like) for k in parts}

@@ -243,10 +243,8 @@ def cnn(
     stages, depth = whole(stages, "stages", 1, 1000), whole(depth, "depth", 1, 1000)
     check(width % 4 == 0, "width", width, "a multiple of 4 (GroupNorm with 4 groups)")
     big = min(H, W) >= 16
-    stem, size = (
-        nn.Conv2d(C, width, 3, stride=2 if big else 1, padding=1),
-        min(H, W) // (2 if big else 1),
-    )
+    stem = nn.Conv2d(C, width, 3, stride=2 if big else 1, padding=1)
+    size = min(H, W) // (2 if big else 1)
     parts = []
     for _ in range(stages):
         halve = size > 8
@@ -272,10 +270,8 @@ class WideBlock(nn.Module):
     ):
         super().__init__()
         cin, cout, stride = _sizes(cin=cin, cout=cout, stride=stride)
-        self.bn1, self.conv1 = (
-            nn.BatchNorm2d(cin),
-            nn.Conv2d(cin, cout, 3, stride, 1, bias=flag(bias, "bias")),
-        )
+        self.bn1 = nn.BatchNorm2d(cin)
+        self.conv1 = nn.Conv2d(cin, cout, 3, stride, 1, bias=flag(bias, "bias"))
         self.bn2, self.conv2 = nn.BatchNorm2d(cout), nn.Conv2d(cout, cout, 3, 1, 1, bias=bias)
         self.short = (
             nn.Conv2d(cin, cout, 1, stride, bias=bias) if cin != cout or stride != 1 else None
@@ -495,10 +491,8 @@ class _Plan:
 
     def layer(self, s, l):
         f, n = self.factor, self.n
-        fine, out = (
-            n[l - 1] * f[s - 1] if self.reads_fine(s, l) else 0,
-            n[l] * f[s] if self.transition(l) else None,
-        )
+        fine = n[l - 1] * f[s - 1] if self.reads_fine(s, l) else 0
+        out = n[l] * f[s] if self.transition(l) else None
         return ScaleLayer(s, n[l - 1] * f[s], self.growth * f[s], fine, out, self.norm)
 
     def layers(self, a, b):

@@ -78,10 +78,8 @@ def route_is_exact()->bool: # False as well where this PyTorch or processor has 
     g = torch.Generator().manual_seed(0)
     try:
         for shape in ((4, 65, 64), (2, 17, 192), (1, 200, 33)):
-            a, b = (
-                torch.randn(*shape, generator=g),
-                torch.randn(shape[0], shape[2], 48, generator=g),
-            )
+            a = torch.randn(*shape, generator=g)
+            b = torch.randn(shape[0], shape[2], 48, generator=g)
             with onednn_route():
                 c = torch.bmm(a, b)
             exact = torch.bmm(a.double(), b.double())
@@ -104,10 +102,8 @@ def _packs(dtype):
     )
     exact = F.linear(x.double(), w.double(), b.double())
     try:
-        op, packed = (
-            torch.ops.mkldnn._linear_pointwise,
-            torch.ops.mkldnn._reorder_linear_weight(w, None),
-        )
+        op = torch.ops.mkldnn._linear_pointwise
+        packed = torch.ops.mkldnn._reorder_linear_weight(w, None)
         got = [
             op(x, packed, b, *kind)
             for kind in (("none", [], "none"), ("gelu", [], "none"), ("gelu", [], "tanh"))
@@ -233,10 +229,8 @@ class FusedStem:
         dtype=torch.float32, # of pictures and tokens
     ):
         conv, to = stem.patch_embed.proj, lambda p: p.detach().to(dtype)
-        self.patch, self.embed = (
-            conv.kernel_size,
-            PackedLinear(conv.weight.flatten(1), conv.bias, dtype),
-        )
+        self.patch = conv.kernel_size
+        self.embed = PackedLinear(conv.weight.flatten(1), conv.bias, dtype)
         pos, cls = to(stem.pos_embed[0]), to(stem.cls_token[0, 0])
         self.first, self.pos = (cls, pos) if stem.no_embed_class else (cls + pos[0], pos[1:])
 
@@ -254,10 +248,8 @@ class FusedExit:
 
     def __init__(self, exit):
         n, fc = exit.norm, exit.fc
-        self.norm, self.fc = (
-            (n.normalized_shape, n.weight.detach(), n.bias.detach(), n.eps),
-            PackedLinear(fc.weight, fc.bias, fc.weight.dtype),
-        )
+        self.norm = (n.normalized_shape, n.weight.detach(), n.bias.detach(), n.eps)
+        self.fc = PackedLinear(fc.weight, fc.bias, fc.weight.dtype)
 
     def __call__(self, a): return self.fc(F.layer_norm(a, *self.norm))
 
@@ -430,11 +422,9 @@ def _outcome(done, costs, n_classes, logits, ordered=False):
 # %% ../../nbs/2_exits/runner.ipynb #22dce1e1
 def _set_rule(r, costs, thresholds, score, policy):
     "Costs, score, policy and checked thresholds, as attributes of r."
-    r.costs, r.score, r.policy = (
-        list(costs),
-        score_by_name("confidence" if score is None else score),
-        Joint() if policy is None else policy,
-    )
+    r.costs = list(costs)
+    r.score = score_by_name("confidence" if score is None else score)
+    r.policy = Joint() if policy is None else policy
     check(
         hasattr(r.policy, "step"),
         "policy",
@@ -477,23 +467,19 @@ class ExitRunner:
         _set_rule(self, net.macs(), thresholds, score, policy)
         self.input_shape, self.n_classes, p = net.input_shape, net.n_classes, next(net.parameters())
         net = copy.deepcopy(net).to(device or p.device).requires_grad_(False).eval()
-        self.dtype, self.device, self.exits = (
-            dtype or p.dtype,
-            next(net.parameters()).device,
-            net.exits,
-        )
+        self.dtype = dtype or p.dtype
+        self.device = next(net.parameters()).device
+        self.exits = net.exits
         fusing = kernels == "auto" and type(net.stem) is TokenStem
         wrap = (
             (lambda m: torch.compile(m.to(self.dtype), dynamic=True))
             if kernels == "compile"
             else (lambda m: m.to(self.dtype))
         )
-        stem, self.bodies, self.tokens, self.fused = (
-            fusing and fuse(net.stem, net.input_shape, self.dtype),
-            [],
-            [],
-            [],
-        )
+        stem = fusing and fuse(net.stem, net.input_shape, self.dtype)
+        self.bodies = []
+        self.tokens = []
+        self.fused = []
         open_ = [stem or wrap(net.stem)]
         for stage, exit in zip(net.stages, net.exits):
             blocks = fuse(stage, net.latent_shape(), self.dtype) if fusing else None
@@ -560,10 +546,8 @@ def advance(self:ExitRunner,
     T = (
         self.thresholds[e] if s.dtype == torch.float64 else self.rounded[e]
     )  # as `take_exit` compares
-    keep, gone = (
-        [i for i, v in enumerate(values) if v < T],
-        [i for i, v in enumerate(values) if v >= T],
-    )
+    keep = [i for i, v in enumerate(values) if v < T]
+    gone = [i for i, v in enumerate(values) if v >= T]
     if not gone:
         return None, Group(g.rows, z, F_, state)
     if not keep:
@@ -873,11 +857,9 @@ class OnnxRunner(ExitRunner):
             m["score"],
             policy,
         )
-        self.input_shape, self.n_classes, self.micro = (
-            tuple(m["input_shape"]),
-            m["n_classes"],
-            micro,
-        )
+        self.input_shape = tuple(m["input_shape"])
+        self.n_classes = m["n_classes"]
+        self.micro = micro
         self.dtype, self.device = torch.float32, torch.device("cpu")
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads

@@ -308,16 +308,12 @@ class L2W(Joint):
     ):
         super().__init__()
         exit_shares(1, P)
-        self.eps, self.mode, self.P = (
-            number(eps, "eps", 0, 1),
-            choice(mode, "mode", CENTRES),
-            number(P, "P", above=0),
-        )
+        self.eps = number(eps, "eps", 0, 1)
+        self.mode = choice(mode, "mode", CENTRES)
+        self.P = number(P, "P", above=0)
         self.interval, self.hidden = whole(interval, "interval"), whole(hidden, "hidden")
-        self.lr, self.weight_decay = (
-            number(lr, "lr", low=0),
-            number(weight_decay, "weight_decay", low=0),
-        )
+        self.lr = number(lr, "lr", low=0)
+        self.weight_decay = number(weight_decay, "weight_decay", low=0)
         self.exits = None if exits is None else whole(exits, "exits")
         self.seed = whole(seed, "seed", None)
         self._net, self._adam, self._calls = None, None, 0
@@ -375,13 +371,10 @@ def meta_loss(self:L2W,
         create_graph=True,
         allow_unused=True,
     )
-    raw, y = (
-        run(
-            sgd_step(net, {n: g for n, g in zip(params, grads) if g is not None}, optimizer),
-            judge[0],
-        ),
-        judge[1],
+    raw = run(
+        sgd_step(net, {n: g for n, g in zip(params, grads) if g is not None}, optimizer), judge[0]
     )
+    y = judge[1]
     parts = _partition([f.detach() for f in raw], self.P)
     return sum(F.cross_entropy(_up(f[i]), y[i]) for f, i in zip(raw, parts) if len(i))
 
@@ -399,12 +392,10 @@ def meta_step(self:L2W,
     self._calls, n = self._calls + 1, len(x) // 2
     if (self._calls - 1) % self.interval or not n or (len(net) == 1 and self.mode == "col"):
         return None
-    W, a, b, losses = (
-        self.weight_net(len(net), x.device),
-        (x[:n], y[:n]),
-        (x[n : 2 * n], y[n : 2 * n]),
-        [],
-    )
+    W = self.weight_net(len(net), x.device)
+    a = (x[:n], y[:n])
+    b = (x[n : 2 * n], y[n : 2 * n])
+    losses = []
     exact, plain = (
         torch.autocast(x.device.type, enabled=False),
         sdpa_kernel(SDPBackend.MATH),
@@ -653,14 +644,10 @@ def fit_exits(
     opt = (optimizer or partial(torch.optim.SGD, **sgd))(
         [p for p in net.parameters() if p.requires_grad]
     )
-    g, modes = (
-        _stream(generator, "augment"),
-        [(m, m.training) for m in start_training(net).modules()],
-    )
-    drawn, changed = (
-        [x for x in (generator, g if augment else None) if x],
-        augment and (lambda x: augment(x, g)),
-    )
+    g = _stream(generator, "augment")
+    modes = [(m, m.training) for m in start_training(net).modules()]
+    drawn = [x for x in (generator, g if augment else None) if x]
+    changed = augment and (lambda x: augment(x, g))
     how = dict(epochs=epochs, batch_size=batch_size, cosine=cosine, amp=amp, augment=augment, **sgd)
     marks = _training_of(net, data, policy, opt, generator, **how) if checkpoint else None
     rows = _load_progress(checkpoint, net, opt, drawn, policy, marks) if checkpoint else []

@@ -163,10 +163,8 @@ def distill_jobs(
     with torch.no_grad():
         teacher.train()(data[:][0])
     layers, teacher_layers = {"maps": "4"}, {"maps": "12"}  # where group 2 ends
-    kd, hint = (
-        method_loss("kd", alpha=0.9),
-        method_loss("hint", student_width=64, teacher_width=64, maps=True, weight=1.0, kd=0.9),
-    )
+    kd = method_loss("kd", alpha=0.9)
+    hint = method_loss("hint", student_width=64, teacher_width=64, maps=True, weight=1.0, kd=0.9)
     table = teacher_table(teacher, data, teacher_layers)
 
     def job(teacher, loss, **kw):

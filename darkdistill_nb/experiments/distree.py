@@ -137,10 +137,8 @@ def _settings(s):
     return out
 
 # %% ../../nbs/5_experiments/distree.ipynb #17a579d9
-SEVEN, VIT = (
-    dict(arch="wrn", depth=16, widen=1, exits=(0, 1, 2, 3, 4, 5, 6)),
-    "vit_tiny_patch16_224",
-)
+SEVEN = dict(arch="wrn", depth=16, widen=1, exits=(0, 1, 2, 3, 4, 5, 6))
+VIT = "vit_tiny_patch16_224"
 
 # %% ../../nbs/5_experiments/distree.ipynb #5f94fd11
 SETUPS = {  # teacher and student: arguments of `build_net`; crops: stored augmented views per picture (0: the pictures themselves)
@@ -789,10 +787,8 @@ def run_distree(
             str(cell_file(r["cell"], folder)),
             "a result of these images; delete it, and it is made anew",
         )
-        a, row = (
-            load_answers(answers_file(r["cell"], folder), dict(cell=r["cell"], **images)),
-            dict(way=ways[i % len(ways)], seed=r["cell"]["seed"]),
-        )
+        a = load_answers(answers_file(r["cell"], folder), dict(cell=r["cell"], **images))
+        row = dict(way=ways[i % len(ways)], seed=r["cell"]["seed"])
         more = (
             measure_failures(a["valid"], a["test"], requests)
             if name == "failures"
@@ -1186,11 +1182,9 @@ def plot_failures(
     "Simulated accuracy under each condition, for each way to train."
     import plotly.graph_objects as go
 
-    ways, names, traces = (
-        list(dict.fromkeys(r["way"] for r in record.runs)),
-        list(record.runs[0]["conditions"]),
-        [],
-    )
+    ways = list(dict.fromkeys(r["way"] for r in record.runs))
+    names = list(record.runs[0]["conditions"])
+    traces = []
     with_ = {
         "accuracy": "mean for the missing",
         "zeros": "nothing for the missing",

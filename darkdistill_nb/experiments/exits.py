@@ -247,10 +247,8 @@ def keep_trained(
     rows:list, # of `train_net`
 )->dict:       # the header: cell, costs, accuracy, ...
     "Write weights and answers of a trained network into one safetensors file, floating-point numbers in 16 bits."
-    out, classes = (
-        answers(net, policy, cell),
-        three_parts(cell["data"], cell["n_train"], cell["n_test"])[0].classes,
-    )
+    out = answers(net, policy, cell)
+    classes = three_parts(cell["data"], cell["n_train"], cell["n_test"])[0].classes
     meta = dict(
         cell=cell,
         costs=net.macs(),
@@ -304,10 +302,8 @@ def train_trained(
     path = Path(folder) / name / f"{name}.safetensors"
     meta = keep_trained(path, trained, policy, cell, rows)
     record.info = {k: meta[k] for k in ("costs", "parameters", "classes", "shape")}
-    record.runs, record.seconds = (
-        [dict(seed=cell["seed"], rows=rows, accuracy=meta["accuracy"])],
-        sum(r["seconds"] for r in rows),
-    )
+    record.runs = [dict(seed=cell["seed"], rows=rows, accuracy=meta["accuracy"])]
+    record.seconds = sum(r["seconds"] for r in rows)
     save_record(record, Path(folder) / name)
     publish(name, folder, assets, path.name)
     return record

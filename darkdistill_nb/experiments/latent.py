@@ -390,10 +390,8 @@ def train_cell(
 def _measure(cell, folder):
     "Train a cell's student and test it on both distributions."
     net, _, task = train_cell(cell, folder)
-    priv, right = (
-        accuracy(predict(net, task.priv), task.priv.y),
-        predict(net, task.uni).argmax(1) == task.uni.y,
-    )
+    priv = accuracy(predict(net, task.priv), task.priv.y)
+    right = predict(net, task.uni).argmax(1) == task.uni.y
     seen = torch.bincount(task.data.y, minlength=task.data.n_classes)[task.uni.y] > 0
     share = lambda m: float(right[m].double().mean()) if m.any() else None
     out = dict(
@@ -471,10 +469,8 @@ def save_experiment(
         teachers=metas,
         **info,
     )
-    keys, outcome = (
-        ("method", "hyper", "seed", "gamma", "n", "l", "match"),
-        ("priv", "uni", "present", "absent", "classes", "parameters", "seconds"),
-    )
+    keys = ("method", "hyper", "seed", "gamma", "n", "l", "match")
+    outcome = ("priv", "uni", "present", "absent", "classes", "parameters", "seconds")
     record.runs = [{k: r["cell"][k] for k in keys} | {k: r[k] for k in outcome} for r in results]
     record.seconds = sum(r["seconds"] for r in results) + sum(m["seconds"] for m in metas)
     save_record(record, Path(folder) / f"latent_{name}_{data_name(data)}")

@@ -594,10 +594,8 @@ def alone_figure(record: Record):
         raise ValueError(
             "this record has no clients that trained alone (it was made with --no-alone)"
         )
-    rows, every = (
-        summary(record),
-        [(int(s), c) for s, cs in record.info["alone"].items() for c in cs],
-    )
+    rows = summary(record)
+    every = [(int(s), c) for s, cs in record.info["alone"].items() for c in cs]
     tiers = sorted({c["tier"] for _, c in every})
     jitter = lambda s, c: c["tier"] + 0.3 * (((c["client"] * 7 + s * 3) % 13) / 12 - 0.5)
     dots = go.Scatter(

@@ -150,16 +150,12 @@ class DarkDistill(EEFL):
         )
         self.ce, self.dif = choice(ce, "ce", CE), choice(dif, "dif", DIF)
         self.d_eps, self.d_h = whole(d_eps, "d_eps"), whole(d_h, "d_h")
-        self.norm, self.weights = (
-            choice(norm, "norm", ("layer", "batch")),
-            choice(weights, "weights", WEIGHTS),
-        )
+        self.norm = choice(norm, "norm", ("layer", "batch"))
+        self.weights = choice(weights, "weights", WEIGHTS)
         self.server_batch = whole(server_batch, "server_batch", 2 if norm == "batch" else 1)
         self.rkd, self.tau = _rkd(rkd), number(tau, "tau", low=1e-6)
-        self.P, self.bin_width = (
-            number(P, "P", low=1e-3, high=1000),
-            number(bin_width, "bin_width", low=0.01, high=CAP),
-        )
+        self.P = number(P, "P", low=1e-3, high=1000)
+        self.bin_width = number(bin_width, "bin_width", low=0.01, high=CAP)
 
 # %% ../../nbs/3_federated/darkdistill.ipynb #5eb263c4
 @patch

@@ -9,7 +9,7 @@ Docs: https://darkdistill.github.io/darkdistill_nb/0_core/fronts.html.md"""
 __all__ = ['public_names', 'lazy_front']
 
 # %% ../../nbs/0_core/fronts.ipynb #642b42d9
-import ast, importlib, importlib.util, re
+import ast, importlib, re
 from pathlib import Path
 
 # %% ../../nbs/0_core/fronts.ipynb #fb3f62db
@@ -26,8 +26,10 @@ def lazy_front(
 )->tuple:        # (`__getattr__`, `__dir__`, `__all__`) for its `__init__.py`
     "Let a package offer all public names of its modules, each imported at its first use (PEP 562); raises `ValueError` where there is no such package."
     top, _, chapter = package.partition(".") if isinstance(package, str) else ("", "", "")
-    spec = importlib.util.find_spec(top) if top else None
-    folder = Path(spec.submodule_search_locations[0]) / chapter if spec else None
+    try:
+        folder = Path(importlib.import_module(top).__path__[0]) / chapter
+    except (ImportError, ValueError, AttributeError):
+        folder = None
     if folder is None or not folder.is_dir():
         raise ValueError(f"package={package!r} must be the name of an installed package")
     home, twice = {}, set()

@@ -1,0 +1,477 @@
+"""The smallest parts of federated training: values by hand, limits, defaults, branches."""
+
+import inspect, math
+import pytest, torch
+from darkdistill_nb.core.data import ArrayData
+from darkdistill_nb.core.training import Streams
+from darkdistill_nb.distill.losses import RKD
+from darkdistill_nb.exits.networks import cnn
+from darkdistill_nb.exits.training import Joint
+from darkdistill_nb.federated import darkdistill, generator
+from darkdistill_nb.federated.darkdistill import DarkDistill, alignment_weights, pair_loss
+from darkdistill_nb.federated.difficulty import DifficultyHistogram, bins_of, sample_difficulty
+from darkdistill_nb.federated.generator import (
+    Generator,
+    found_difficulty,
+    generator_losses,
+    train_generator,
+)
+from darkdistill_nb.federated.method import (
+    EEFL,
+    Client,
+    Update,
+    make_clients,
+    tier_sizes,
+    train_alone,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SHAPE, K = (1, 4, 4), 3
+LOGITS, LABELS = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0])
+
+
+def default(f, name):
+    return inspect.signature(f).parameters[name].default
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def net(stages=2, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return cnn(SHAPE, K, stages=stages, width=4).eval()
+
+
+def latents(n, seed=1):
+    return torch.randn(n, 4, 4, 4, generator=rng(seed))
+
+
+def images(n=8):
+    return ArrayData(torch.rand(n, *SHAPE, generator=rng()), torch.arange(n) % K)
+
+
+def copied(weights):
+    return {k: v.clone() for k, v in weights.items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---------------------------------------------------------------- difficulty
+
+
+def test_a_sample_s_difficulty_is_its_cross_entropy_at_exit_1():
+    d = sample_difficulty(LOGITS, LABELS)
+    by_hand = [math.log(1 + math.exp(-2)), math.log(1 + math.exp(1))]
+    assert d.tolist() == pytest.approx(by_hand, rel=1e-6)
+
+
+@pytest.mark.parametrize("y", [LABELS.float(), LABELS.bool(), LABELS.tolist(), LABELS.numpy()])
+def test_labels_are_a_tensor_of_whole_numbers(y):
+    with pytest.raises(ValueError, match="y must be a tensor of 2 labels"):
+        sample_difficulty(LOGITS, y)
+    with pytest.raises(ValueError, match="y must be a tensor of 2 labels"):
+        DifficultyHistogram.of(torch.zeros(2), y, 2)
+
+
+def test_no_samples_have_no_difficulties_and_an_empty_histogram():
+    none = torch.zeros(0, dtype=torch.long)
+    assert sample_difficulty(torch.zeros(0, K), none).shape == (0,)
+    h = DifficultyHistogram.of(torch.zeros(0), none, K)
+    assert h.total == 0 and h.density().tolist() == [0.0] * 10
+
+
+@pytest.mark.parametrize("width, bins", [(0.01, 999), (0.5, 20), (1, 10), (9.99, 1)])
+def test_so_many_bins_reach_the_cap(width, bins):
+    assert bins_of(width) == bins
+
+
+@pytest.mark.parametrize("width", [0.0099, 0.0])
+def test_bins_are_not_narrower_than_a_hundredth(width):
+    with pytest.raises(ValueError, match="width=.* must be a finite number of at least 0.01"):
+        bins_of(width)
+
+
+def test_a_histogram_has_ten_bins_unless_told_otherwise():
+    h = DifficultyHistogram.of(torch.tensor([0.5, 9.5, 10.5, 50.0]), torch.tensor([0, 1, 1, 1]), K)
+    assert h.counts.shape == (K, 10) and h.width == 1
+    assert h.counts[:, 0].tolist() == [1, 0, 0] and h.counts[:, 9].tolist() == [0, 3, 0]
+
+
+@pytest.mark.parametrize(
+    "width, density", [(0.5, [0.5, 1.5]), (2.0, [0.125, 0.375]), (1, [0.25, 0.75])]
+)
+def test_the_density_is_a_share_per_nat(width, density):
+    "Two of eight samples in the first bin: the area under the density is 1."
+    h = DifficultyHistogram(torch.tensor([[1, 4], [1, 2]]), width)
+    assert h.density().tolist() == density
+    assert float(h.density().sum()) * width == 1
+
+
+# ---------------------------------------------------------------- generator
+
+
+class Pool:
+    "Labels 0, 1, 2, ... with difficulties of 1 nat."
+
+    def sample(self, n, generator):
+        return torch.arange(n) % K, torch.ones(n)
+
+
+def trained(steps=2, **kw):
+    "The weights of a generator after a little training."
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        gen = Generator((4, 4, 4), K, d_eps=3, d_h=5)
+    before = copied(gen.state_dict())
+    said = train_generator(gen, net(), net(), Joint(), Pool(), steps, rng(), batch_size=4, **kw)
+    return before, said, gen.state_dict()
+
+
+def test_a_generator_without_the_difficulty_input_ignores_difficulties():
+    gen = Generator((4, 4, 4), K, d_eps=3, d_h=5, conditional=False).eval()
+    y = torch.tensor([0, 1, 2])
+    x = gen.draw(y, torch.zeros(3), rng())
+    assert x.shape == (3, 4, 4, 4) and torch.equal(x, gen.draw(y, torch.full((3,), 9.0), rng()))
+    assert gen.hidden.in_features == 6
+
+
+def test_a_generator_with_the_difficulty_input_uses_it():
+    gen = Generator((4, 4, 4), K, d_eps=3, d_h=5).eval()
+    y = torch.tensor([0, 1, 2])
+    x, other = gen.draw(y, torch.zeros(3), rng()), gen.draw(y, torch.full((3,), 9.0), rng())
+    assert not torch.equal(x, other) and gen.hidden.in_features == 9
+
+
+def test_two_classes_are_enough_for_a_found_difficulty():
+    "With K = 2 the cross-entropy is softplus of the other logit minus the label's."
+    by_hand = [math.log(1 + math.exp(-2)), math.log(1 + math.exp(1))]
+    assert found_difficulty(LOGITS, LABELS).tolist() == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_one_class_has_no_difficulty_to_find():
+    with pytest.raises(ValueError, match="K >= 2"):
+        found_difficulty(torch.zeros(2, 1), LABELS)
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (1,), (3,), ()])
+def test_there_are_as_many_difficulties_as_latents(shape):
+    "Without the check, broadcasting would compare every latent with every difficulty."
+    y, d = torch.zeros(4, dtype=torch.long), torch.ones(shape)
+    with pytest.raises(ValueError, match="d=.* must be of shape .4,., as many as latents"):
+        generator_losses(latents(4), y, d, net(), net(), Joint())
+
+
+def test_the_reference_needs_no_more_than_its_first_exit():
+    y, d, whole = torch.tensor([0, 1, 2, 0]), torch.ones(4), net(3)
+    one, all_ = (
+        generator_losses(latents(4), y, d, net(), reference, Joint())
+        for reference in (whole.prefix(1), whole)
+    )
+    assert len(whole.prefix(1)) == 1 and torch.equal(torch.stack(one), torch.stack(all_))
+
+
+def test_no_steps_leave_a_generator_as_it_was():
+    before, said, after = trained(steps=0)
+    assert said == {} and same(before, after)
+
+
+@pytest.mark.parametrize("steps", [-1, 0.5])
+def test_steps_are_a_whole_number_from_0(steps):
+    with pytest.raises(ValueError, match="steps=.* must be a whole number of at least 0"):
+        trained(steps=steps)
+
+
+def test_the_diversity_loss_is_off_by_default_and_then_not_computed(monkeypatch):
+    def never(*args):
+        raise AssertionError("the diversity loss was computed")
+
+    monkeypatch.setattr(generator, "diversity_loss", never)
+    before, _, after = trained()
+    assert not same(before, after) and same(after, trained(lam_div=0.0)[2])
+    assert default(train_generator, "lam_div") == 0 and default(DarkDistill, "lam_div") == 0
+
+
+def test_the_diversity_loss_changes_what_a_generator_learns():
+    assert not same(trained(lam_div=0.0)[2], trained(lam_div=1.0)[2])
+
+
+# ---------------------------------------------------------------- darkdistill: weights and loss
+
+
+def test_alignment_weights_by_hand():
+    "Distances (0, 2) and (1, 1) have shares (0, 1) and (1/2, 1/2), whose means are 1/4 and 3/4."
+    d, mu = torch.tensor([0.0, 1.0]), torch.tensor([0.0, 2.0])
+    w = alignment_weights(d, mu, tau=0.5)
+    first = 1 / (1 + math.exp(-0.5 / 0.5))
+    assert w.tolist() == pytest.approx([first, 1 - first], rel=1e-6)
+
+
+def test_alignment_weights_do_not_depend_on_the_unit_of_difficulty():
+    d, mu = torch.tensor([0.5, 3.0, 7.0]), torch.tensor([1.0, 2.0, 6.0])
+    assert torch.allclose(alignment_weights(d, mu), alignment_weights(4 * d, 4 * mu))
+
+
+def test_alignment_weights_are_uniform_where_all_ranges_agree():
+    "One sample may lie on all of them: its distances add to 0."
+    w = alignment_weights(torch.tensor([2.0, 5.0]), torch.full((4,), 2.0))
+    assert w.tolist() == [0.25] * 4
+
+
+def test_the_smallest_temperature_is_a_millionth():
+    d, mu = torch.tensor([0.0]), torch.tensor([0.0, 1.0])
+    assert alignment_weights(d, mu, tau=1e-6).tolist() == [1, 0]
+    assert DarkDistill(tau=1e-6).tau == 1e-6
+    for refuse in (lambda tau: alignment_weights(d, mu, tau), lambda tau: DarkDistill(tau=tau)):
+        with pytest.raises(ValueError, match="tau=9e-07 must be a finite number of at least 1e-06"):
+            refuse(9e-7)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["d", "mu"])
+def test_alignment_weights_of_what_is_not_finite_are_refused(name, bad):
+    values = dict(d=torch.tensor([1.0, 2.0]), mu=torch.tensor([1.0, 2.0]))
+    values[name] = torch.tensor([1.0, bad])
+    with pytest.raises(ValueError, match=f"{name} must be finite, but 1 of its 2"):
+        alignment_weights(**values)
+
+
+def test_two_latents_at_the_teachers_last_exit_are_enough_to_compare():
+    "A teacher of one exit keeps both, the student has one at each of its exits."
+    loss = pair_loss(net(1), net(2, seed=1), latents(2), torch.tensor([1.0, 3.0]), Joint(), P=20)
+    assert loss is not None and float(loss.detach()) >= 0 and loss.requires_grad
+
+
+def test_one_latent_at_the_teachers_last_exit_has_no_relations():
+    "Of two latents a teacher of two exits keeps one for its last."
+    d = torch.tensor([1.0, 3.0])
+    assert pair_loss(net(2), net(2, seed=1), latents(2), d, Joint(), P=20) is None
+
+
+def test_an_exit_of_the_student_without_latents_leaves_nothing_to_compare():
+    d = torch.tensor([1.0, 3.0])
+    assert pair_loss(net(1), net(3, seed=1), latents(2), d, Joint(), P=20) is None
+
+
+def test_the_relational_loss_of_a_pair_is_5_times_distances_and_10_times_angles():
+    rkd = default(pair_loss, "rkd")
+    assert (rkd.distance, rkd.angle) == (5, 10) == default(DarkDistill, "rkd")
+    teacher, student, x, d = net(1), net(2, seed=1), latents(8), torch.arange(8.0)
+    own = [pair_loss(teacher, student, x, d, Joint(), rkd=r) for r in (RKD(1, 0), RKD(0, 1))]
+    loss = pair_loss(teacher, student, x, d, Joint())
+    assert torch.allclose(loss, 5 * own[0] + 10 * own[1])
+
+
+def test_random_difficulties_are_the_whole_numbers_from_0_to_9(monkeypatch):
+    seen, real = [], darkdistill.alignment_weights
+
+    def look(d, mu, tau):
+        seen.extend(d.tolist())
+        return real(d, mu, tau)
+
+    monkeypatch.setattr(darkdistill, "alignment_weights", look)
+    x = latents(200)
+    args = (net(1), net(2, seed=1), x, torch.full((200,), 20.0), Joint())
+    pair_loss(*args, rkd=RKD(1, 0), weights="random", generator=rng())
+    assert set(seen) == set(range(10))
+
+
+# ---------------------------------------------------------------- darkdistill: the method
+
+
+@pytest.mark.parametrize("name, low, high", [("P", 0.001, 1000), ("bin_width", 0.01, 9.99)])
+def test_limits_belong_to_what_is_allowed(name, low, high):
+    for v in (low, high):
+        assert getattr(DarkDistill(**{name: v}), name) == v
+    for v in (low * 0.99, high * 1.0005):
+        with pytest.raises(ValueError, match=f"{name}=.* must be a finite number"):
+            DarkDistill(**{name: v})
+
+
+def a_round(stages=2, frozen=False, **kw):
+    "(method, state, tiers, updates): each tier has one client, which sends back what it got."
+    whole = net(stages)
+    whole.stages.requires_grad_(not frozen)
+    m = DarkDistill(Joint(), **{**dict(d_eps=3, d_h=5, server_batch=8), **kw})
+    state, tiers, updates = m.setup(whole), {}, []
+    counts = torch.zeros(K, bins_of(m.bin_width), dtype=torch.int)
+    counts[:, 0] = 2
+    for t in range(1, stages + 1):
+        w = m.send(state, Client(t - 1, t, torch.arange(6), torch.arange(0)))
+        tiers[t] = (copied(w), 6)
+        updates.append(Update(t - 1, t, 6, w, 1.0, dict(histogram=counts)))
+    return m, state, tiers, updates
+
+
+def test_generators_are_made_once_and_filled_anew():
+    m, *_ = a_round(3)
+    first = m.generators({}, Streams(0))
+    weights = {t: copied(g.state_dict()) for t, g in first.items()}
+    stored = {f"gen{t}.{k}": v + 1 for t, w in weights.items() for k, v in w.items()}
+    again = m.generators(stored, Streams(0))
+    assert list(first) == [1, 2] and all(again[t] is first[t] for t in first)
+    assert all(
+        same(again[t].state_dict(), {k: v + 1 for k, v in weights[t].items()}) for t in first
+    )
+    assert all(same(g.state_dict(), weights[t]) for t, g in m.generators({}, Streams(0)).items())
+
+
+def test_the_reference_is_the_global_network_of_the_round(monkeypatch):
+    m, state, tiers, updates = a_round(server_epochs=1)
+    seen, real = [], darkdistill.train_generator
+
+    def look(gen, teacher, reference, *args):
+        seen.append(copied(reference.state_dict()))
+        return real(gen, teacher, reference, *args)
+
+    monkeypatch.setattr(darkdistill, "train_generator", look)
+    for rnd in range(2):
+        state["net"] = {k: v + 0.5 for k, v in state["net"].items()}
+        m.server_step(state, tiers, updates, rnd, Streams(0))
+        assert same(seen[rnd], {k: state["net"][k] for k in seen[rnd]})
+    assert len(seen) == 2 and {k.split(".")[0] for k in seen[0]} == {"stem", "stages", "exits"}
+
+
+@pytest.mark.parametrize("width, smoothing", [(0.5, 0.0005), (1, 0.001), (2.0, 0.002)])
+def test_smoothing_is_a_thousandth_per_nat(monkeypatch, width, smoothing):
+    "So a seen class gets as much of it in many narrow bins as in a few wide ones."
+    m, state, tiers, updates = a_round(server_epochs=1, bin_width=width)
+    seen, real = [], DifficultyHistogram.sample
+
+    def look(self, n, g, smoothing):
+        seen.append((n, smoothing))
+        return real(self, n, g, smoothing)
+
+    monkeypatch.setattr(DifficultyHistogram, "sample", look)
+    m.server_step(state, tiers, updates, 0, Streams(0))
+    assert seen == [(8, pytest.approx(smoothing))]
+
+
+def test_a_server_step_that_ends_in_infinity_is_an_error():
+    "The very last step overflows: no later one is there to stumble over it."
+    m, *args = a_round(server_epochs=1, kd_steps=1, kd_lr=1e38, kd_weight_decay=1e4)
+    with pytest.raises(FloatingPointError, match="round 1 left weights that are not finite"):
+        m.server_step(*args, 0, Streams(0))
+
+
+def test_generators_that_end_in_nan_are_an_error(monkeypatch):
+    m, *args = a_round(server_epochs=1, kd_steps=1)
+    fit = m._fit_generator
+
+    def spoil(gen, *rest):
+        said = fit(gen, *rest)
+        gen.label.weight.data[0] = math.nan
+        return said
+
+    monkeypatch.setattr(m, "_fit_generator", spoil)
+    monkeypatch.setattr(m, "_distil", lambda *a: (0.0, []))
+    with pytest.raises(FloatingPointError, match="round 1 left weights that are not finite"):
+        m.server_step(*args, 0, Streams(0))
+
+
+def test_a_server_step_that_works_changes_the_student_alone_and_says_so():
+    m, state, tiers, updates = a_round()
+    new, server, info = m.server_step(state, tiers, updates, 0, Streams(0))
+    assert info["server_step"] == "1 -> 2" and same(new[1][0], tiers[1][0])
+    assert not same(new[2][0], tiers[2][0]) and {k[:4] for k in server} == {"gen1"}
+    assert m.remark([info]) == ""
+
+
+def test_frozen_students_are_the_reason_of_a_step_that_does_nothing():
+    m, state, tiers, updates = a_round(frozen=True)
+    new, _, info = m.server_step(state, tiers, updates, 0, Streams(0))
+    assert info["server_step"] == "nothing: the stages that would learn are frozen"
+    assert all(same(new[t][0], tiers[t][0]) for t in tiers)
+
+
+NOTHING = [dict(server_step=f"nothing: {why}") for why in ("no pairs", "frozen", "frozen")]
+
+
+@pytest.mark.parametrize("kw", [{}, dict(kd_lr=1), dict(server_epochs=1), dict(kd_steps=1)])
+def test_a_run_whose_server_step_never_did_anything_is_remarked_on(kw):
+    "With the reason that came most often."
+    said = (
+        "DarkDistill's server step did nothing in any of 3 rounds (frozen): this run is one of EEFL"
+    )
+    assert DarkDistill(**kw).remark(NOTHING) == said
+
+
+@pytest.mark.parametrize("kw", [dict(kd_lr=0), dict(server_epochs=0), dict(kd_steps=0)])
+def test_a_server_step_that_was_switched_off_is_not_remarked_on(kw):
+    assert DarkDistill(**kw).remark(NOTHING) == ""
+
+
+@pytest.mark.parametrize("row", [dict(server_step="1 -> 2"), {}])
+def test_one_round_that_did_something_is_enough_for_no_remark(row):
+    assert DarkDistill().remark([*NOTHING, row]) == ""
+
+
+# ---------------------------------------------------------------- method
+
+
+@pytest.mark.parametrize(
+    "clients, shares, sizes",
+    [
+        (10, (0.25,) * 4, [3, 3, 2, 2]),
+        (7, (0.5, 0.25, 0.25), [3, 2, 2]),
+        (5, (0.7, 0.3), [4, 1]),
+        (4, (0.5, 0.5), [2, 2]),
+    ],
+)
+def test_clients_that_rounding_leaves_over_go_to_the_largest_remainders(clients, shares, sizes):
+    assert tier_sizes(clients, shares) == sizes
+
+
+def test_clients_are_dealt_by_default_as_documented():
+    want = dict(clients=20, gamma=0.5, tiers=(0.25,) * 4, family="client", valid=0.2, cover=True)
+    assert {name: default(make_clients, name) for name in want} == want
+    y = torch.arange(400) % 10
+    for c, told in zip(make_clients(y), make_clients(y, 20, 0.5, valid=0.2)):
+        assert torch.equal(c.train, told.train) and torch.equal(c.valid, told.valid)
+        assert (len(c.train), len(c.valid)) == (16, 4)
+
+
+def clients_of(tiers):
+    return [Client(i, t, torch.arange(2) + 2 * i, torch.arange(0)) for i, t in enumerate(tiers)]
+
+
+def test_a_round_too_small_for_all_tiers_takes_its_first_draw():
+    clients, m = clients_of([1, 2, 3, 4]), EEFL(participation=0.5)
+    for rnd in range(10):
+        g = Streams(0).generator("sampling", rnd)
+        first = sorted(torch.randperm(4, generator=g)[:2].tolist())
+        assert [c.id for c in m.configure(rnd, clients, Streams(0))] == first
+
+
+def test_a_round_large_enough_for_all_tiers_has_them_all():
+    clients, m = clients_of([1, 1, 1, 1, 1, 1, 2, 3]), EEFL(participation=0.375)
+    for rnd in range(10):
+        assert {c.tier for c in m.configure(rnd, clients, Streams(0))} == {1, 2, 3}
+
+
+def test_a_client_of_a_frozen_network_without_buffers_sends_no_weights():
+    m = EEFL(Joint())
+    sent = m.send(m.setup(net().requires_grad_(False)), client := clients_of([2])[0])
+    update = Update(0, 2, 2, {}, 1.0)
+    assert m.expected(sent) == set() and m.check_update(update, sent, client) is update
+
+
+class Counting(EEFL):
+    "Notes with how many threads each client trains."
+
+    def local_update(self, *args):
+        self.threads = [*getattr(self, "threads", []), torch.get_num_threads()]
+        return super().local_update(*args)
+
+
+def test_clients_that_train_alone_do_so_in_one_thread():
+    data, m = images(), Counting(Joint(), batch_size=2)
+    torch.set_num_threads(2)
+    try:
+        train_alone(m, net, data, data, clients_of([1, 2]), rounds=2)
+        assert m.threads == [1, 1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)

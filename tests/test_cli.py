@@ -1,6 +1,6 @@
 """The command `darkdistill`: what a user types wrong costs one sentence and nothing else; what is right leaves a whole run folder."""
 
-import contextlib, importlib.metadata, json, os, re, shutil, signal, subprocess, sys, threading
+import contextlib, importlib.metadata, importlib.util, json, os, re, shutil, signal, subprocess, sys, threading
 from pathlib import Path
 import numpy as np
 import pytest
@@ -14,6 +14,16 @@ COMMAND = [
     "import sys; from darkdistill_nb.app.cli import main; sys.exit(main())",
 ]
 TINY = "--rounds 2 --seeds 1 --clients 6 --tiers 2 --net width=8 stages=2 --darkdistill server_epochs=1 --workers 1".split()
+
+
+def pretend_jupyterlab(monkeypatch, installed):
+    "Is JupyterLab here? All other packages are looked for as ever."
+    find = importlib.util.find_spec
+
+    def found(name, *args):
+        return installed or None if name == "jupyterlab" else find(name, *args)
+
+    monkeypatch.setattr("importlib.util.find_spec", found)
 
 
 def darkdistill(*args, cwd, timeout=LONG, **env):
@@ -275,7 +285,7 @@ def test_odd_words(words, odd, tmp_path, monkeypatch, capsys):
     "Nothing at all, NUL, bytes that are no text, 5000 characters: one sentence, exit code 2, nothing written."
     if (words, odd) == ("run --out", "\udcff"):
         pytest.skip("bytes that are no text may name a folder")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    pretend_jupyterlab(monkeypatch, True)
     monkeypatch.setattr(
         cli.subprocess, "call", lambda argv: pytest.fail("JupyterLab would be started")
     )
@@ -888,7 +898,7 @@ def test_lab(tmp_path, monkeypatch, capsys):
     started = []
     monkeypatch.setattr(training, "shipped", lambda what, here=None: shared)
     monkeypatch.setattr(cli.subprocess, "call", lambda argv: started.append(argv) or 0)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    pretend_jupyterlab(monkeypatch, True)
     assert cli.main(["lab", str(tmp_path / "mine"), "--no-browser"]) == 0
     assert [a for a in started[0] if a != "--allow-root"] == [
         sys.executable,
@@ -899,7 +909,7 @@ def test_lab(tmp_path, monkeypatch, capsys):
     ]
     assert (tmp_path / "mine/lab1.ipynb").read_text() == "my answers"
     assert (tmp_path / "mine/lab2.ipynb").read_text() == "fresh"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    pretend_jupyterlab(monkeypatch, False)
     assert cli.main(["lab"]) == 2
     assert 'pip install "darkdistill-nb[lab]"' in capsys.readouterr().err
 

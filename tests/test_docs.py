@@ -34,7 +34,9 @@ def test_site_has_a_page_for_every_notebook_and_name(site):
 
 
 def test_site_holds_equations_figures_and_headings(site):
-    pages = {str(p.relative_to(site)): p.read_text(encoding="utf-8") for p in site.glob("[0-9]_*/*.html")}
+    pages = {
+        str(p.relative_to(site)): p.read_text(encoding="utf-8") for p in site.glob("[0-9]_*/*.html")
+    }
     assert len(pages) > 30
     whole = "".join(pages.values())
     assert whole.count('class="tex') > 50 and whole.count('class="plotly-graph-div drawing"') > 50

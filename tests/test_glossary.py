@@ -1,10 +1,14 @@
 """The glossary names what is there: every name can be imported as it is written, every link leads to a lesson."""
+
 import importlib, json, re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "nbs/glossary.ipynb"
-ROW = re.compile(r"^\| \[(?P<term>[^\]]+)\]\((?P<link>[^)]+)\) \| ?(?P<symbol>[^|]*?) ?\| (?P<text>.+?) \| (?:`(?P<name>[\w.]+)`)? ?\|$", re.M)
+ROW = re.compile(
+    r"^\| \[(?P<term>[^\]]+)\]\((?P<link>[^)]+)\) \| ?(?P<symbol>[^|]*?) ?\| (?P<text>.+?) \| (?:`(?P<name>[\w.]+)`)? ?\|$",
+    re.M,
+)
 
 
 def rows():
@@ -13,7 +17,9 @@ def rows():
 
 
 def test_every_row_is_read():
-    text = "\n".join("".join(c["source"]) for c in json.loads(PAGE.read_text(encoding="utf-8"))["cells"])
+    text = "\n".join(
+        "".join(c["source"]) for c in json.loads(PAGE.read_text(encoding="utf-8"))["cells"]
+    )
     assert len(rows()) == sum(l.startswith("| [") for l in text.splitlines()) > 35
 
 
@@ -21,7 +27,9 @@ def test_names_can_be_imported_as_written():
     for row in rows():
         if row["name"]:
             chapter, name = row["name"].split(".")
-            assert hasattr(importlib.import_module(f"darkdistill_nb.{chapter}"), name), f"{row['term']}: {row['name']}"
+            assert hasattr(importlib.import_module(f"darkdistill_nb.{chapter}"), name), (
+                f"{row['term']}: {row['name']}"
+            )
 
 
 def test_links_lead_to_lessons():

@@ -93,10 +93,7 @@ ALLOWED = {
     "LatencyController.lam": (lambda v: v in (inf, -inf), "the ceiling, the floor"),
     "joint_policy.threshold": (lambda v: v in (inf, -inf), "never, always"),
     "exit_cell.data": (text, "`load` looks for it when the cell is measured"),
-    "distree_cell.data": (
-        text,
-        "`load` looks for it when the cell is measured",
-    ),
+    "distree_cell.data": (text, "`load` looks for it when the cell is measured"),
     "data_name.data": (text, "a part of a file's name"),
     "hatched.shape": (text, "the empty text: no pattern"),
     "Client": (anything, "a record: check_clients judges it"),

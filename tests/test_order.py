@@ -1,4 +1,5 @@
 """One order: what the tables in nbs/index.ipynb say is what the folders, the imports and the heads of the lessons follow."""
+
 import ast, importlib, json, re, subprocess, sys
 from pathlib import Path
 import pytest
@@ -36,14 +37,21 @@ def test_chapters_are_folders_and_packages():
 
 def test_every_module_has_a_lesson():
     "No stale module that no notebook exports any more, none that was not exported."
-    files = {p.relative_to(ROOT / LIB).with_suffix("").as_posix().replace("/", ".") for p in (ROOT / LIB).rglob("*.py")}
+    files = {
+        p.relative_to(ROOT / LIB).with_suffix("").as_posix().replace("/", ".")
+        for p in (ROOT / LIB).rglob("*.py")
+    }
     free = {m for m in files if m.split(".")[-1] in ("__init__", "_modidx")}
     assert files - free == set(MODULES)
 
 
 @each_lesson
 def test_lesson_exports_its_module(lesson):
-    found = re.findall(r"^#\|\s*default_exp\s+(\S+)", "\n".join(source(c) for c in cells(lesson) if c["cell_type"] == "code"), re.M)
+    found = re.findall(
+        r"^#\|\s*default_exp\s+(\S+)",
+        "\n".join(source(c) for c in cells(lesson) if c["cell_type"] == "code"),
+        re.M,
+    )
     assert found == [lesson.module]
 
 
@@ -52,12 +60,14 @@ def imported(tree, module):
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {a.name.removeprefix(LIB + ".") for a in node.names if a.name.startswith(LIB + ".")}
+            found |= {
+                a.name.removeprefix(LIB + ".") for a in node.names if a.name.startswith(LIB + ".")
+            }
         elif isinstance(node, ast.ImportFrom):
             parts = (node.module or "").split(".") if node.module else []
             if node.level:
                 here = module.split(".")
-                parts = here[:len(here) - node.level] + parts
+                parts = here[: len(here) - node.level] + parts
             elif parts[:1] == [LIB]:
                 parts = parts[1:]
             else:
@@ -71,7 +81,9 @@ def exported(lesson):
     "The code of a lesson that goes to the library."
     for c in cells(lesson):
         if c["cell_type"] == "code" and re.search(r"^#\|\s*export[si]?\b", source(c), re.M):
-            yield ast.parse("\n".join(l for l in source(c).splitlines() if not re.match(r"\s*[%!]", l)))
+            yield ast.parse(
+                "\n".join(l for l in source(c).splitlines() if not re.match(r"\s*[%!]", l))
+            )
 
 
 @each_lesson
@@ -83,24 +95,38 @@ def test_lessons_import_only_from_earlier_ones(lesson):
             if name in MODULES:
                 assert MODULES.index(name) < at, f"{lesson.module} imports {name}, a later lesson"
             else:
-                assert name in ("__version__",), f"{lesson.module} imports {name}, which is no lesson"
+                assert name in ("__version__",), (
+                    f"{lesson.module} imports {name}, which is no lesson"
+                )
 
 
-@pytest.mark.parametrize("code, found", [
-    ("from darkdistill_nb.app.cli import main", {"app.cli"}), ("from darkdistill_nb.app import cli, x", {"app.cli", "app.x"}),
-    ("def f():\n    import darkdistill_nb.app.cli as c", {"app.cli"}), ("from ..app.cli import main", {"app.cli"}),
-    ("from .training import fit", {"core.training"}), ("from . import training", {"core.training"}), ("import torch.cli", set())])
+@pytest.mark.parametrize(
+    "code, found",
+    [
+        ("from darkdistill_nb.app.cli import main", {"app.cli"}),
+        ("from darkdistill_nb.app import cli, x", {"app.cli", "app.x"}),
+        ("def f():\n    import darkdistill_nb.app.cli as c", {"app.cli"}),
+        ("from ..app.cli import main", {"app.cli"}),
+        ("from .training import fit", {"core.training"}),
+        ("from . import training", {"core.training"}),
+        ("import torch.cli", set()),
+    ],
+)
 def test_import_check_sees_every_form(code, found):
     assert imported(ast.parse(code), "core.data") == found
 
 
 def test_import_check_notices_a_later_lesson():
     first, last = MODULES[0], MODULES[-1]
-    assert MODULES.index(next(iter(imported(ast.parse(f"from {LIB}.{last} import x"), first)))) > MODULES.index(first)
+    assert MODULES.index(
+        next(iter(imported(ast.parse(f"from {LIB}.{last} import x"), first)))
+    ) > MODULES.index(first)
 
 
 def test_heads_are_in_step(tmp_path):
-    r = subprocess.run([sys.executable, "tools/order.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    r = subprocess.run(
+        [sys.executable, "tools/order.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
     assert r.returncode == 0, r.stdout + r.stderr
 
 
@@ -116,14 +142,20 @@ def test_head_is_brought_in_step_once():
 @each_lesson
 def test_titles_fit_the_sidebar(lesson):
     assert len(lesson.title) <= MAX_TITLE
-    assert not re.search(r"\b(floor|house)s?\b", "\n".join(source(c) for c in cells(lesson)[:1]), re.I)
+    assert not re.search(
+        r"\b(floor|house)s?\b", "\n".join(source(c) for c in cells(lesson)[:1]), re.I
+    )
     assert lesson.minutes <= 45
 
 
 @each_lesson
 def test_module_says_what_it_is_for(lesson):
     "Three lines or more, so that nbdev's llms.txt lists the module."
-    doc = ast.get_docstring(ast.parse((ROOT / LIB / f"{lesson.module.replace('.', '/')}.py").read_text(encoding="utf-8")))
+    doc = ast.get_docstring(
+        ast.parse(
+            (ROOT / LIB / f"{lesson.module.replace('.', '/')}.py").read_text(encoding="utf-8")
+        )
+    )
     assert len(doc.splitlines()) > 3
 
 

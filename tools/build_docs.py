@@ -106,15 +106,7 @@ def api(order):
 def toctree(caption, rows):
     "A part of the sidebar; `rows`: lines `title <page>`."
     return "\n".join(
-        [
-            "```{toctree}",
-            ":hidden:",
-            f":caption: {caption}",
-            ":maxdepth: 1",
-            "",
-            *rows,
-            "```",
-        ]
+        ["```{toctree}", ":hidden:", f":caption: {caption}", ":maxdepth: 1", "", *rows, "```"]
     )
 
 

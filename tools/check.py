@@ -2,7 +2,9 @@
 """Run every check of the project, in this order, and stop at the first that fails.
 
     python tools/check.py                       all steps, then a table of their times
+    python tools/check.py --keep-going          all steps, also after one that fails
     python tools/check.py --only tests docs     some steps
+    python tools/check.py --fast                what changed since the last commit, under a minute
     python tools/check.py --list                what the steps are
 
 The working tree is left as it is: notebooks are cleaned and exported in a copy, which is then compared."""
@@ -79,9 +81,35 @@ def notebooks():
         )
 
 
+def order():
+    "heads and overviews follow the tables of nbs/index.ipynb"
+    run(sys.executable, "tools/order.py", "--check")
+
+
 def readme():
     "README.md follows nbs/index.ipynb"
     run(sys.executable, "tools/make_readme.py", "--check")
+
+
+def changed():
+    "Changed notebooks of the library and changed test files, as git sees them."
+    words = ["git", "status", "--porcelain", "--untracked-files=all", "--no-renames"]
+    r = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    paths = [ROOT / line[3:].strip('"') for line in r.stdout.splitlines()]
+    paths = [p for p in paths if p.is_file()]
+    notebooks = [p for p in paths if p.suffix == ".ipynb" and ROOT / "nbs" in p.parents]
+    tests = [p for p in paths if p.name.startswith("test_") and p.suffix == ".py"]
+    return notebooks, tests
+
+
+def fast():
+    "changed notebooks and changed tests run, and the rules of the repository hold"
+    notebooks, tests = changed()
+    rules = [ROOT / "tests/test_repo.py", ROOT / "tests/test_order.py"]
+    tests = sorted({*tests, *rules})
+    run(sys.executable, "-m", "pytest", "-q", "-m", "not slow and not browser", *tests)
+    for path in notebooks:
+        run(script("nbdev-test"), path, "--n-workers", 0)
 
 
 def tests():
@@ -140,7 +168,8 @@ def site():
     )
 
 
-STEPS = (settings, notebooks, readme, tests, nbs, labs, docs, site)
+STEPS = (settings, notebooks, order, readme, tests, nbs, labs, docs, site)
+FAST = (settings, notebooks, order, readme, fast)
 
 
 def main(argv=None):
@@ -159,31 +188,34 @@ def main(argv=None):
     p.add_argument(
         "--skip", nargs="+", choices=names, default=[], metavar="STEP", help="leave these steps out"
     )
+    p.add_argument("--keep-going", action="store_true", help="go on after a step that fails")
+    p.add_argument("--fast", action="store_true", help="what changed since the last commit")
     p.add_argument("--list", action="store_true", help="list the steps and stop")
     a = p.parse_args(argv)
     if a.list:
         return print("\n".join(f"{s.__name__:10} {s.__doc__}" for s in STEPS))
-    times, error = [], None
-    for s in STEPS:
-        if s.__name__ not in a.only or s.__name__ in a.skip:
+    times, errors = [], []
+    for s in FAST if a.fast else STEPS:
+        if not a.fast and (s.__name__ not in a.only or s.__name__ in a.skip):
             continue
         print(f"\n=== {s.__name__}: {s.__doc__}", flush=True)
         start, state = time.perf_counter(), None
         try:
             state = s() or "ok"  # a step that was skipped says so
         except Failed as e:
-            error, state = e, "failed"
+            errors.append(e)
+            state = "failed"
         times.append((s.__name__, time.perf_counter() - start, state))
-        if error:
+        if errors and not a.keep_going:
             break
     print(
         "\n"
         + "\n".join(f"{n:10} {t:7.1f} s  {state}" for n, t, state in times)
         + f"\n{'total':10} {sum(t for _, t, _ in times):7.1f} s"
     )
-    if error:
-        print(f"\n{error}", file=sys.stderr)
-    return 1 if error else 0
+    for e in errors:
+        print(f"\n{e}", file=sys.stderr)
+    return 1 if errors else 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
     python tools/order.py --check    write nothing; exit code 1 if a head is out of step
 
 A lesson imports only from earlier lessons (tests/test_order.py); the site's sidebar and the README follow the same tables."""
+
 import json, os, re, sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,27 +13,32 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LIB = "darkdistill_nb"
 CHAPTER = re.compile(r"^### (?P<title>.+?) \(`(?P<folder>\w+)`\)\n+(?P<line>[^\n|]+)", re.M)
-ROW = re.compile(r"^\| \[(?P<title>[^\]]+)\]\((?P<path>[\w/]+\.ipynb)\) \| `(?P<module>[\w.]+)` "
-                 r"\| (?P<minutes>\d+) \| (?P<line>.+?) \|$", re.M)
+ROW = re.compile(
+    r"^\| \[(?P<title>[^\]]+)\]\((?P<path>[\w/]+\.ipynb)\) \| `(?P<module>[\w.]+)` "
+    r"\| (?P<minutes>\d+) \| (?P<line>.+?) \|$",
+    re.M,
+)
 MAX_TITLE = 30
 
 
 @dataclass(frozen=True)
 class Lesson:
     "One row of the tables."
+
     title: str
-    path: str      # below nbs/
-    module: str    # below the package
-    minutes: int   # to read
-    line: str      # what it teaches
-    chapter: str   # title of its chapter
-    number: int    # within its chapter, from 1
-    of: int        # lessons in its chapter
+    path: str  # below nbs/
+    module: str  # below the package
+    minutes: int  # to read
+    line: str  # what it teaches
+    chapter: str  # title of its chapter
+    number: int  # within its chapter, from 1
+    of: int  # lessons in its chapter
 
 
 @dataclass(frozen=True)
 class Chapter:
     "One section of tables, with its lessons in order."
+
     title: str
     folder: str
     line: str
@@ -57,8 +63,19 @@ def chapters(root=ROOT):
     found = []
     for head, end in zip(heads, ends):
         rows = list(ROW.finditer(text, head.end(), end))
-        own = tuple(Lesson(r["title"], r["path"], r["module"], int(r["minutes"]), r["line"], head["title"], n, len(rows))
-                    for n, r in enumerate(rows, 1))
+        own = tuple(
+            Lesson(
+                r["title"],
+                r["path"],
+                r["module"],
+                int(r["minutes"]),
+                r["line"],
+                head["title"],
+                n,
+                len(rows),
+            )
+            for n, r in enumerate(rows, 1)
+        )
         found.append(Chapter(head["title"], head["folder"], head["line"].strip(), own))
     return found
 
@@ -85,10 +102,12 @@ def head(text, lesson, before, after):
     "The first cell of a lesson, brought in step: its title, the second line of its summary, and its place."
     lines = text.split("\n")
     quote = [l for l in lines if l.startswith("> ")]
-    body = "\n".join(lines[lines.index(quote[-1]) + 1:])
+    body = "\n".join(lines[lines.index(quote[-1]) + 1 :])
     body = re.sub(r"^\*\*Chapter\*\* .*\n\*\*Before\*\*: .*$", "", body, flags=re.M).strip("\n")
     line = lesson.line[0].upper() + lesson.line[1:].rstrip(".") + "."
-    return f"# {lesson.title}\n\n{quote[0]}\n> {line}\n\n{place(lesson, before, after)}\n\n{body}".rstrip("\n")
+    return f"# {lesson.title}\n\n{quote[0]}\n> {line}\n\n{place(lesson, before, after)}\n\n{body}".rstrip(
+        "\n"
+    )
 
 
 LIST = "## The lessons of this chapter"
@@ -96,7 +115,10 @@ LIST = "## The lessons of this chapter"
 
 def contents(chapter):
     "The list of lessons in a chapter's overview."
-    rows = [f"{l.number}. {link(l, chapter.folder + '/x')} ({l.minutes} min): {l.line}" for l in chapter.lessons]
+    rows = [
+        f"{l.number}. {link(l, chapter.folder + '/x')} ({l.minutes} min): {l.line}"
+        for l in chapter.lessons
+    ]
     return "\n".join([LIST, "", *rows])
 
 

@@ -502,7 +502,7 @@ def test_version_is_told_once():
         r"^version = (\S+)", (ROOT / "settings.ini").read_text(encoding="utf-8"), re.M
     )[1]
     assert (
-        re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)[1]
+        re.search(r"^## (\d\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)[1]
         == version
     )
     assert (

@@ -1,5 +1,5 @@
-"""Pictures in memory, five public data sets and one of our own whose difficulty is known, and the question of who holds which samples.
-Data sets in memory, pictures whose true difficulty is known, and who holds which samples: Dirichlet splits.
+"""Images in memory, five public data sets and one of our own whose difficulty is known, and the question of who holds which samples.
+Data sets in memory, images whose true difficulty is known, and who holds which samples: Dirichlet splits.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/0_core/data.html.md"""
 

@@ -1,4 +1,4 @@
-"""Two networks of different size agree on one vector in their middle; a small client learns from it what its few, one-sided pictures cannot teach.
+"""Two networks of different size agree on one vector in their middle; a small client learns from it what its few, one-sided images cannot teach.
 A representation layer of equal size on both sides, and distillation through it.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/1_distill/latent.html.md"""

@@ -1,4 +1,4 @@
-"""A picture that leaves early saves operations. Whether it saves *time* is decided by the loop around the network and by the kernels inside it.
+"""An image that leaves early saves operations. Whether it saves *time* is decided by the loop around the network and by the kernels inside it.
 Early exit that saves the time, not only the operations; export to ONNX.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/2_exits/runner.html.md"""

@@ -1,4 +1,4 @@
-"""When devices run *different* networks there is nothing to average but what the networks say about common pictures.
+"""When devices run *different* networks there is nothing to average but what the networks say about common images.
 Sharing weights, answers or latents, and what each costs in bytes.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/3_federated/fedmd.html.md"""

@@ -238,13 +238,10 @@ def test_shapes_do_not_depend_on_threads_or_count():
         torch.set_num_threads(threads)
         assert digest(shapes(100, seed=2)) == want and torch.get_num_threads() == threads
     torch.set_num_threads(before)
-    got, rest = (
-        [],
-        [
-            threading.Thread(target=lambda: got.append(digest(shapes(100, seed=2))))
-            for _ in range(3)
-        ],
-    )
+    got = []
+    rest = [
+        threading.Thread(target=lambda: got.append(digest(shapes(100, seed=2)))) for _ in range(3)
+    ]
     for t in rest:
         t.start()
     for t in rest:
@@ -252,7 +249,7 @@ def test_shapes_do_not_depend_on_threads_or_count():
     assert got == [want] * 3
     # another process, and with several threads inside each operation
     code = (
-        "import hashlib; from darkdistill_nb import data as D; from contextlib import nullcontext; "
+        "import hashlib; from darkdistill_nb.core import data as D; from contextlib import nullcontext; "
         "D._one_thread = nullcontext; d = D.shapes(100, seed=2); "
         "print(hashlib.sha256(d.x.numpy().tobytes() + d.y.numpy().tobytes() + d.difficulty.numpy().tobytes()).hexdigest())"
     )

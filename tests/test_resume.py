@@ -228,8 +228,10 @@ def stopped(tmp_path_factory, wait_until):
     d = tmp_path_factory.mktemp("stopped")
     p = start(d, *SETTINGS, *OUT, "--workers", "3")
 
-    def a_checkpoint_of_each():
-        return len(list(d.glob("run/jobs/*-seed0.*"))) == 3
+    names = ("eefl-seed0.safetensors", "darkdistill-seed0.safetensors", "alone-seed0.json")
+
+    def a_checkpoint_of_each():  # by name: a file that is being written has another one
+        return all((d / "run/jobs" / name).exists() for name in names)
 
     wait_until(a_checkpoint_of_each, p)
     assert kill(p)

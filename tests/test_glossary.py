@@ -1,9 +1,8 @@
 """The glossary names what is there: every name can be imported as it is written, every link leads to a lesson."""
 
-import importlib, json, re
-from pathlib import Path
+import importlib, re
+from notebooks import ROOT, cells, source
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "nbs/glossary.ipynb"
 ROW = re.compile(
     r"^\| \[(?P<term>[^\]]+)\]\((?P<link>[^)]+)\) \| ?(?P<symbol>[^|]*?) ?\| (?P<text>.+?) \| (?:`(?P<name>[\w.]+)`)? ?\|$",
@@ -11,16 +10,16 @@ ROW = re.compile(
 )
 
 
+def text():
+    return "\n".join(map(source, cells(PAGE)))
+
+
 def rows():
-    cells = json.loads(PAGE.read_text(encoding="utf-8"))["cells"]
-    return list(ROW.finditer("\n".join("".join(c["source"]) for c in cells)))
+    return list(ROW.finditer(text()))
 
 
 def test_every_row_is_read():
-    text = "\n".join(
-        "".join(c["source"]) for c in json.loads(PAGE.read_text(encoding="utf-8"))["cells"]
-    )
-    assert len(rows()) == sum(l.startswith("| [") for l in text.splitlines()) > 35
+    assert len(rows()) == sum(l.startswith("| [") for l in text().splitlines()) > 35
 
 
 def test_names_can_be_imported_as_written():

@@ -1,20 +1,19 @@
 """One order: what the tables in nbs/index.ipynb say is what the folders, the imports and the heads of the lessons follow."""
 
-import ast, importlib, json, re, subprocess, sys
-from pathlib import Path
+import ast, importlib, re, subprocess, sys
 import pytest
+from notebooks import LIB, ROOT, cells, default_exp, goes_to_library, module_file, source, tree_of
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
-from order import LIB, MAX_TITLE, chapters, head, lessons, source
+from order import MAX_TITLE, chapters, head, lessons
 
 ORDER = lessons()
 MODULES = [l.module for l in ORDER]
 each_lesson = pytest.mark.parametrize("lesson", ORDER, ids=MODULES)
 
 
-def cells(lesson):
-    return json.loads((ROOT / "nbs" / lesson.path).read_text(encoding="utf-8"))["cells"]
+def notebook(lesson):
+    return ROOT / "nbs" / lesson.path
 
 
 def test_tables_name_every_lesson_once():
@@ -47,12 +46,7 @@ def test_every_module_has_a_lesson():
 
 @each_lesson
 def test_lesson_exports_its_module(lesson):
-    found = re.findall(
-        r"^#\|\s*default_exp\s+(\S+)",
-        "\n".join(source(c) for c in cells(lesson) if c["cell_type"] == "code"),
-        re.M,
-    )
-    assert found == [lesson.module]
+    assert default_exp(notebook(lesson)) == lesson.module
 
 
 def imported(tree, module):
@@ -78,12 +72,8 @@ def imported(tree, module):
 
 
 def exported(lesson):
-    "The code of a lesson that goes to the library."
-    for c in cells(lesson):
-        if c["cell_type"] == "code" and re.search(r"^#\|\s*export[si]?\b", source(c), re.M):
-            yield ast.parse(
-                "\n".join(l for l in source(c).splitlines() if not re.match(r"\s*[%!]", l))
-            )
+    "The code of a lesson that goes to the library, as syntax trees."
+    return [tree_of(c) for c in cells(notebook(lesson)) if goes_to_library(c)]
 
 
 @each_lesson
@@ -123,7 +113,7 @@ def test_import_check_notices_a_later_lesson():
     ) > MODULES.index(first)
 
 
-def test_heads_are_in_step(tmp_path):
+def test_heads_are_in_step():
     r = subprocess.run(
         [sys.executable, "tools/order.py", "--check"], cwd=ROOT, capture_output=True, text=True
     )
@@ -142,20 +132,16 @@ def test_head_is_brought_in_step_once():
 @each_lesson
 def test_titles_fit_the_sidebar(lesson):
     assert len(lesson.title) <= MAX_TITLE
-    assert not re.search(
-        r"\b(floor|house)s?\b", "\n".join(source(c) for c in cells(lesson)[:1]), re.I
-    )
+    title_cell = source(cells(notebook(lesson))[0])
+    assert not re.search(r"\b(floor|house)s?\b", title_cell, re.I)
     assert lesson.minutes <= 45
 
 
 @each_lesson
 def test_module_says_what_it_is_for(lesson):
     "Three lines or more, so that nbdev's llms.txt lists the module."
-    doc = ast.get_docstring(
-        ast.parse(
-            (ROOT / LIB / f"{lesson.module.replace('.', '/')}.py").read_text(encoding="utf-8")
-        )
-    )
+    text = module_file(lesson.module).read_text(encoding="utf-8")
+    doc = ast.get_docstring(ast.parse(text))
     assert len(doc.splitlines()) > 3
 
 

@@ -1,12 +1,22 @@
 """The repository keeps its own rules: generated files in step, the rhythm of the notebooks, import cost, docstrings."""
 
 import ast, io, json, re, statistics, subprocess, sys, tokenize
-from pathlib import Path
 import pytest
 from conftest import LONG
+from notebooks import (
+    LIB,
+    ROOT,
+    cells,
+    code_of,
+    default_exp,
+    goes_to_library,
+    is_code,
+    is_export,
+    module_file,
+    source,
+    tree_of,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-LIB = "darkdistill_nb"
 NBS = [
     p
     for p in sorted((ROOT / "nbs").rglob("*.ipynb"))
@@ -19,50 +29,8 @@ TUTORIALS = [
 ]
 
 
-def cells(path):
-    return json.loads(path.read_text(encoding="utf-8"))["cells"]
-
-
-def source(cell):
-    return "".join(cell["source"])
-
-
-def is_code(cell):
-    return cell["cell_type"] == "code"
-
-
-def has_directive(cell, pattern):
-    return is_code(cell) and re.search(rf"^#\|\s*{pattern}\b", source(cell), re.M) is not None
-
-
-def is_export(cell):
-    return has_directive(cell, "exports?")  # public definitions
-
-
-def goes_to_library(cell):
-    return has_directive(cell, "export[si]?")  # also private helpers, `#| exporti`
-
-
 def code_lines(cell):
     return [l for l in source(cell).splitlines() if l.strip() and not l.lstrip().startswith("#|")]
-
-
-def tree_of(cell):
-    "Syntax tree of a code cell, IPython magics removed."
-    return ast.parse("\n".join(l for l in source(cell).splitlines() if not re.match(r"\s*[%!]", l)))
-
-
-def default_exp(path):
-    "Name of the module that a notebook exports to."
-    found = [
-        m[1]
-        for c in cells(path)
-        if is_code(c)
-        for m in [re.search(r"^#\|\s*default_exp\s+(\S+)", source(c), re.M)]
-        if m
-    ]
-    assert len(found) == 1, f"{path.name}: {len(found)} default_exp cells"
-    return found[0]
 
 
 def ids(paths):
@@ -281,8 +249,7 @@ def test_functions_have_one_idea_a_line():
 def test_no_two_statements_on_a_line(nb):
     for c in cells(nb):
         if is_code(c):
-            text = "\n".join(l for l in source(c).splitlines() if not re.match(r"\s*[%!]", l))
-            assert not statements_on_a_shared_line(text)
+            assert not statements_on_a_shared_line(code_of(c))
 
 
 def test_shared_lines_are_seen():
@@ -444,7 +411,7 @@ for m in {[default_exp(nb) for nb in MODULE_NBS]}:
 
 @each_module
 def test_public_docstrings_are_one_line(nb):
-    path = ROOT / LIB / f"{default_exp(nb).replace('.', '/')}.py"
+    path = module_file(default_exp(nb))
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
             continue

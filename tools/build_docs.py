@@ -20,18 +20,22 @@ DOCS, SRC, LIB = ROOT / "docs", ROOT / "docs/_src", ROOT / "darkdistill_nb"
 PLOTLY = "application/vnd.plotly.v1+json"
 
 
+def to_top(path):
+    "From the page of a notebook to the top of the site."
+    return "../" * (len(path.relative_to(ROOT / "nbs").parents) - 1)
+
+
 def links(text, path):
     "Links as seen from the site, where the folder nbs is the top: what lies beside it, such as CONTRIBUTING.md, is there too."
-    up = "../" * len(path.relative_to(ROOT / "nbs").parents)
-    return text.replace(f"]({up}", f"]({up[3:]}").replace("](nbs/", "](")
+    top = to_top(path)
+    return text.replace(f"](../{top}", f"]({top}").replace("](nbs/", "](")
 
 
 def page(path):
     "The notebook of one page: hidden cells and directives dropped, figures turned into HTML."
     nb = visible(nbformat.read(path, 4))
-    top = "../" * (len(path.relative_to(ROOT / "nbs").parents) - 1)
     scripts = "".join(
-        f'<script defer src="{top}_static/{name}"></script>'
+        f'<script defer src="{to_top(path)}_static/{name}"></script>'
         for name in ("plotly.min.js", "figures.js")
     )
     drawn = 0

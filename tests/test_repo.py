@@ -343,7 +343,8 @@ def test_every_export_is_followed_by_a_test(nb):
 @each_notebook
 def test_stored_outputs(nb):
     "Small, no widget state, no error, no output on the error stream that a reader would take for one."
-    assert nb.stat().st_size < 350_000, f"{nb.stat().st_size:,} bytes"
+    most = 311_000 if nb.name == "inference.ipynb" else 300_000  # too long: two lessons one day
+    assert nb.stat().st_size < most, f"{nb.stat().st_size:,} bytes"
     d = json.loads(nb.read_text(encoding="utf-8"))
     assert "widgets" not in d["metadata"], "saved widget state"
     for c in d["cells"]:

@@ -105,9 +105,9 @@ def head(text, lesson, before, after):
     body = "\n".join(lines[lines.index(quote[-1]) + 1 :])
     body = re.sub(r"^\*\*Chapter\*\* .*\n\*\*Before\*\*: .*$", "", body, flags=re.M).strip("\n")
     line = lesson.line[0].upper() + lesson.line[1:].rstrip(".") + "."
-    return f"# {lesson.title}\n\n{quote[0]}\n> {line}\n\n{place(lesson, before, after)}\n\n{body}".rstrip(
-        "\n"
-    )
+    summary = f"{quote[0]}\n> {line}"
+    parts = [f"# {lesson.title}", summary, place(lesson, before, after), body]
+    return "\n\n".join(parts).rstrip("\n")
 
 
 LIST = "## The lessons of this chapter"

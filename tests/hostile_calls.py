@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 from darkdistill_nb.app import cli
-from darkdistill_nb.core import data
+from darkdistill_nb.core import data, plots, records
 from darkdistill_nb.federated import difficulty
 from darkdistill_nb.distill import losses as distillation
 from darkdistill_nb.distree import students as distributed
@@ -14,7 +14,7 @@ from darkdistill_nb.exits import networks as early_exit
 from darkdistill_nb.exits import training as exit_training
 from darkdistill_nb.federated import method as federated
 from darkdistill_nb.federated import generator
-from darkdistill_nb.exits import guarantees
+from darkdistill_nb.exits import control, guarantees
 from darkdistill_nb.exits import inference
 from darkdistill_nb.distill import latent
 from darkdistill_nb.distill import online
@@ -277,7 +277,7 @@ CALLS = {
     "ShadowMonitor": lambda: dict(grid=[0.5, 0.1], epsilon=0.3, window=50),
     "BanditController": lambda: dict(arms=[0.1, 0.5], budget=1.0),
     "simulate_queue": lambda: dict(
-        controller=guarantees.LatencyController(2.0), gaps=[3.0] * N, scores=scores(), costs=COSTS
+        controller=control.LatencyController(2.0), gaps=[3.0] * N, scores=scores(), costs=COSTS
     ),
     "Energy": dict,
     "Gate": lambda: dict(exits=E, n_classes=C),
@@ -444,7 +444,7 @@ def taught():
 @once
 def tensors():
     path = folder() / "tensors.safetensors"
-    training.save_tensors(path, dict(a=torch.ones(2)))
+    records.save_tensors(path, dict(a=torch.ones(2)))
     return path
 
 
@@ -613,7 +613,7 @@ LAST = {
         bound=0.1,
         cost=1.0,
     ),
-    "figure_html": lambda: dict(fig=training.figure(), name="a"),
+    "figure_html": lambda: dict(fig=plots.figure(), name="a"),
     "plot_requests": answer_plots,
     "Student": lambda: dict(n=0, net=system().students[0], W=rand(C, 4)),
     "Answer": lambda: dict(
@@ -622,7 +622,7 @@ LAST = {
     "Record": lambda: dict(config={}),
     "shipped": lambda: dict(what="assets"),
     "asset": lambda: dict(name="digits_default.json"),
-    "frames_figure": lambda: dict(fig=training.figure(), steps=[("a", {}, "b")]),
+    "frames_figure": lambda: dict(fig=plots.figure(), steps=[("a", {}, "b")]),
     "pixel_unit": lambda: dict(x=rand(2, 1, 8, 8)),
     "average": lambda: dict(weights=[dict(a=torch.ones(2))], n=[1]),
     "nbytes": lambda: dict(tensors=dict(a=torch.ones(2))),

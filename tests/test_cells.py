@@ -9,7 +9,6 @@ from darkdistill_nb.core.cells import (
     cell_file,
     cell_key,
     each,
-    every_tenth,
     json_or_text,
     key_values,
     run_command,
@@ -18,6 +17,7 @@ from darkdistill_nb.core.cells import (
     t_interval,
     verdict,
 )
+from darkdistill_nb.core.splits import every_tenth
 
 JOB = """
 import os, sys, time

@@ -501,7 +501,7 @@ def test_output_of_a_run(two_runs):
 
 
 def test_record_of_a_run(two_runs):
-    from darkdistill_nb.core.training import load_record, load_tensors
+    from darkdistill_nb.core.records import load_record, load_tensors
 
     folder = two_runs[0] / "runs/digits-001"
     record = load_record(folder)
@@ -790,7 +790,7 @@ def test_a_script_without_a_guard_is_told_so_once(script, tmp_path):
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437", "cp932", "cp1252", "utf-8"])
 def test_every_console_can_show_the_table(encoding, tmp_path):
     "A character that the console lacks is replaced; in no case does a command fail because of it."
-    from darkdistill_nb.core.training import asset
+    from darkdistill_nb.core.records import asset
 
     (tmp_path / "ä 漢").mkdir()
     shutil.copy(asset("digits_default.json"), tmp_path / "ä 漢/record.json")
@@ -836,7 +836,7 @@ def test_a_run_ends_well_on_a_console_of_ascii(env, tmp_path):
 
 def test_a_closed_pipe_is_no_failure(tmp_path):
     "darkdistill report RUN | head -0"
-    from darkdistill_nb.core.training import asset
+    from darkdistill_nb.core.records import asset
 
     shutil.copy(asset("digits_default.json"), tmp_path / "record.json")
     p = subprocess.Popen(
@@ -851,7 +851,7 @@ def test_a_closed_pipe_is_no_failure(tmp_path):
 
 def test_damaged_records_are_one_sentence(tmp_path, capsys):
     "Whatever a record.json holds, `report` and `compare` end with exit code 0, or 2 and one sentence that names it."
-    from darkdistill_nb.core.training import asset
+    from darkdistill_nb.core.records import asset
 
     good = json.loads(asset("digits_default.json").read_text(encoding="utf-8"))
     run = good["runs"][0]

@@ -4,18 +4,16 @@ import hashlib, io, os, pickle, struct, subprocess, sys, threading, warnings, zi
 from pathlib import Path
 import numpy as np, pytest, torch
 from darkdistill_nb.core import data as D
-from darkdistill_nb.core.data import (
-    ArrayData,
-    DownloadError,
+from darkdistill_nb.core.data import ArrayData
+from darkdistill_nb.core.datasets import DownloadError, load, read_npz
+from darkdistill_nb.core.splits import (
     class_mix,
     client_histogram,
     dirichlet_draw,
     dirichlet_split,
-    load,
-    read_npz,
     resample_test,
-    shapes,
 )
+from darkdistill_nb.core.shapes import shapes
 
 Y10K = torch.arange(10_000) % 10
 
@@ -250,7 +248,7 @@ def test_shapes_do_not_depend_on_threads_or_count():
     # another process, and with several threads inside each operation
     code = (
         "import hashlib; from darkdistill_nb.core import data as D; from contextlib import nullcontext; "
-        "D._one_thread = nullcontext; d = D.shapes(100, seed=2); "
+        "D.one_thread = nullcontext; d = D.shapes(100, seed=2); "
         "print(hashlib.sha256(d.x.numpy().tobytes() + d.y.numpy().tobytes() + d.difficulty.numpy().tobytes()).hexdigest())"
     )
     for n in ("1", "3"):

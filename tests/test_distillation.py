@@ -6,7 +6,8 @@ import numpy as np
 import pytest, torch, torch.nn.functional as F
 from conftest import LONG
 from torch import nn
-from darkdistill_nb.core.data import ArrayData, shapes
+from darkdistill_nb.core.data import ArrayData
+from darkdistill_nb.core.shapes import shapes
 from darkdistill_nb.distill.losses import (
     RKD,
     CropFlip,

@@ -14,7 +14,7 @@ from conftest import LONG
 from darkdistill_nb.experiments import distree as X
 from darkdistill_nb.core.cells import cell_file, t_interval
 from darkdistill_nb.distree.students import make_answers, system_answers
-from darkdistill_nb.core.training import Record, asset, load_record
+from darkdistill_nb.core.records import Record, asset, load_record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = dict(epochs=1, teacher_epochs=1, n_test=60, batch_size=128)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from darkdistill_nb.core.data import ArrayData, load
+from darkdistill_nb.core.data import ArrayData
+from darkdistill_nb.core.datasets import load
 from darkdistill_nb.distill.losses import CropFlip, Views, teacher_table
 from darkdistill_nb.distree import students as distributed
 from darkdistill_nb.distree.students import (
@@ -30,7 +31,8 @@ from darkdistill_nb.distree.students import (
 )
 from darkdistill_nb.exits.networks import vit, wrn
 from darkdistill_nb.distree.policies import FeatureDifference
-from darkdistill_nb.core.training import Streams, load_tensors
+from darkdistill_nb.core.training import Streams
+from darkdistill_nb.core.records import load_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dict(depth=10, widen=1, exits=(0, 1, 2, 3))

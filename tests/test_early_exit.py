@@ -236,7 +236,7 @@ def test_msdnet_structure():
 
 
 def test_msdnet_learns_digits():
-    from darkdistill_nb.core.data import load
+    from darkdistill_nb.core.datasets import load
     from darkdistill_nb.core.training import accuracy, fit, predict
 
     train, test = load("digits")
@@ -550,7 +550,7 @@ def test_merge_and_state_need_lora():
 
 
 def test_a_federated_round_changes_only_what_is_trained():
-    from darkdistill_nb.core.data import load
+    from darkdistill_nb.core.datasets import load
     from darkdistill_nb.federated.method import EEFL, make_clients, simulate
     from darkdistill_nb.core.training import Streams
 
@@ -569,7 +569,7 @@ def test_a_federated_round_changes_only_what_is_trained():
 def test_only_what_is_trained_is_sent(darkdistill):
     "Uploads hold LoRA and exits only; the result is that of clients who send everything, and workers do not change it."
     from darkdistill_nb.federated.darkdistill import DarkDistill
-    from darkdistill_nb.core.data import load
+    from darkdistill_nb.core.datasets import load
     from darkdistill_nb.federated.method import EEFL, make_clients, nbytes, simulate, train_alone
 
     base = DarkDistill if darkdistill else EEFL

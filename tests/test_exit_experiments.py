@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from darkdistill_nb.experiments import exits as X
 from darkdistill_nb.exits.training import by_rate, rate_claim, rate_table
-from darkdistill_nb.core.training import Record, load_record, load_tensors
+from darkdistill_nb.core.records import Record, load_record, load_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = ["--set", "epochs=1", 'net_options={"width": 8}', "batch_size=32"]

@@ -5,7 +5,8 @@ import numpy as np
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from darkdistill_nb.core.data import ArrayData, load
+from darkdistill_nb.core.data import ArrayData
+from darkdistill_nb.core.datasets import load
 from darkdistill_nb.distill.losses import CropFlip, kd_loss
 from darkdistill_nb.exits.networks import EarlyExitNet, Exit, cnn, vit, wrn
 from darkdistill_nb.exits.training import (
@@ -775,7 +776,7 @@ def test_the_same_training_is_continued(tmp_path):
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
-    from darkdistill_nb.core.training import save_tensors
+    from darkdistill_nb.core.records import save_tensors
 
     save_tensors(tmp_path / "w.safetensors", small().state_dict())
     for path, text in (

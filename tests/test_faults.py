@@ -6,7 +6,8 @@ import pytest, torch
 from conftest import LONG, children, process_state, running
 from torch import nn
 from darkdistill_nb.federated.darkdistill import DarkDistill, alignment_weights, pair_loss
-from darkdistill_nb.core.data import ArrayData, load
+from darkdistill_nb.core.data import ArrayData
+from darkdistill_nb.core.datasets import load
 from darkdistill_nb.federated.difficulty import DifficultyHistogram, bins_of, sample_difficulty
 from darkdistill_nb.exits.networks import ConvStage, EarlyExitNet, Exit, PooledMap, cnn, wrn
 from darkdistill_nb.exits.training import BoostNet
@@ -401,7 +402,7 @@ def test_a_method_that_cannot_be_sent_says_so():
 
 SCRIPT = """
     import sys, torch
-    from darkdistill_nb.core.data import load
+    from darkdistill_nb.core.datasets import load
     from darkdistill_nb.exits.networks import cnn
     from darkdistill_nb.federated.method import EEFL, make_clients, simulate
     def main():
@@ -653,7 +654,7 @@ def test_a_damaged_checkpoint_names_the_file(checkpoint, kind):
 
 def test_files_of_something_else(checkpoint):
     from darkdistill_nb.federated.method import load_state, save_state
-    from darkdistill_nb.core.training import save_tensors
+    from darkdistill_nb.core.records import save_tensors
 
     state, meta = load_state(checkpoint)
     files = [

@@ -6,9 +6,6 @@ import pytest
 import torch
 from darkdistill_nb.exits.guarantees import (
     METHODS,
-    BanditController,
-    LatencyController,
-    ShadowMonitor,
     control_risk,
     grid_losses,
     hb_p_value,
@@ -16,6 +13,11 @@ from darkdistill_nb.exits.guarantees import (
     log_wealth,
     passes,
     sample_losses,
+)
+from darkdistill_nb.exits.control import (
+    BanditController,
+    LatencyController,
+    ShadowMonitor,
     simulate_queue,
 )
 

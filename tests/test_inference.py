@@ -646,7 +646,7 @@ def test_infinities_stay_apart_in_json():
 def test_old_records_stay_readable():
     "None at the last exit is -inf; before it the writer of those records only meant +inf."
     assert inf.read_thresholds([None, 0.5, None]) == [math.inf, 0.5, LAST]
-    from darkdistill_nb.core.training import asset, load_record
+    from darkdistill_nb.core.records import asset, load_record
 
     r = load_record(asset("digits_default.json"))
     for run in r.runs:

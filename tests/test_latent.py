@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from conftest import children, running
-from darkdistill_nb.core.data import ArrayData, _one_thread, dirichlet_draw
+from darkdistill_nb.core.data import ArrayData
+from darkdistill_nb.core.parallel import one_thread
+from darkdistill_nb.core.splits import dirichlet_draw
 from darkdistill_nb.distill.losses import distill
 from darkdistill_nb.distill.latent import (
+    LatentNet,
     NETS,
     ORDERS,
-    LatentNet,
     client_task,
     conv_group,
     latent_net,
@@ -22,8 +24,8 @@ from darkdistill_nb.distill.latent import (
     match_shape,
     match_transfer,
     plot_latents,
-    small_shapes,
 )
+from darkdistill_nb.core.shapes import small_shapes
 from darkdistill_nb.core.cells import cell_key
 from darkdistill_nb.experiments.latent import (
     CLAIMS,
@@ -55,7 +57,8 @@ from darkdistill_nb.experiments.latent_results import (
     latent_record,
     verdict_table,
 )
-from darkdistill_nb.core.training import Record, accuracy, load_record, predict
+from darkdistill_nb.core.records import Record, load_record
+from darkdistill_nb.core.training import accuracy, predict
 
 
 def blank(per_class, size=4, classes=10):
@@ -103,7 +106,7 @@ def test_even_client_scores_alike_on_both_tests():
     assert len(task.priv) in range(995, 1006)
     torch.manual_seed(0)
     net = latent_net("mini", 16, in_shape=pool.shape)
-    with _one_thread():
+    with one_thread():
         distill(
             net,
             None,

@@ -31,7 +31,7 @@ def run(folder, *args):
 @pytest.fixture(scope="module")
 def main_job(tmp_path_factory):
     "`darkdistill run` without any option: (folder, record, seconds, output)."
-    from darkdistill_nb.core.training import load_record
+    from darkdistill_nb.core.records import load_record
 
     d = tmp_path_factory.mktemp("main")
     seconds, out = run(d)
@@ -107,7 +107,7 @@ def test_everything_is_left(main_job):
 @pytest.mark.slow
 def test_repeated_with_other_cores(main_job, tmp_path):
     "The first rounds again, on one core instead of all: the log of every round is the same to the last bit."
-    from darkdistill_nb.core.training import load_record
+    from darkdistill_nb.core.records import load_record
 
     run(tmp_path, "--rounds", "3", "--seeds", "0,", "--no-alone", "--workers", "1", "--out", "one")
     run(

@@ -72,7 +72,7 @@ def kill(p):
 
 def check_whole(folder):
     "Every file that has its final name reads as a whole one."
-    from darkdistill_nb.core.training import load_record, load_tensors
+    from darkdistill_nb.core.records import load_record, load_tensors
 
     if not folder.exists():
         return
@@ -91,14 +91,14 @@ def check_whole(folder):
 
 
 def weights(folder):
-    from darkdistill_nb.core.training import load_tensors
+    from darkdistill_nb.core.records import load_tensors
 
     return {p.name: load_tensors(p)[0] for p in sorted((folder / "weights").iterdir())}
 
 
 def numbers(folder):
     "What the record says, without times."
-    from darkdistill_nb.core.training import load_record
+    from darkdistill_nb.core.records import load_record
 
     r = load_record(folder)
 

@@ -616,7 +616,7 @@ def test_bench_exits_command(tmp_path, monkeypatch, capsys):
         torch.set_num_threads(threads)
     out = capsys.readouterr().out
     assert "plain PyTorch, always last" in out and "stream" in out and "realised" in out
-    from darkdistill_nb.core.training import load_record
+    from darkdistill_nb.core.records import load_record
 
     record = load_record(tmp_path / "r.json")
     assert record.info["table"] in out and len(record.info["rows"]) == 13 and record.seconds > 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from darkdistill_nb.distree import simulator
 from darkdistill_nb.distree.students import SystemAnswers, make_answers
-from darkdistill_nb.exits.guarantees import BanditController, LatencyController
+from darkdistill_nb.exits.control import BanditController, LatencyController
 from darkdistill_nb.distree.simulator import (
     Aggregator,
     Cluster,

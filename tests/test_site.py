@@ -43,7 +43,7 @@ def site(tmp_path_factory):
 def a_record(classes):
     "A made-up record of two methods and two seeds, with that many classes."
     import numpy as np
-    from darkdistill_nb.core.training import Record
+    from darkdistill_nb.core.records import Record
 
     rng, T = np.random.default_rng(0), 4
     number = lambda low, high: float(rng.uniform(low, high))
@@ -218,7 +218,7 @@ def a_page(tmp_path, body):
 def a_figure(trace, **layout):
     import plotly.graph_objects as go
     from darkdistill_nb.experiments.report import figure_html
-    from darkdistill_nb.core.training import figure
+    from darkdistill_nb.core.plots import figure
 
     fig = figure(*([trace(go)] if trace else []), title="one", x="x", y="y").update_layout(layout)
     return f"<figure>{figure_html(fig, 'one')}</figure>"
@@ -294,9 +294,9 @@ def test_gate_catches_a_broken_page(tmp_path, browser, name):
 def test_gate_lets_good_figures_pass(tmp_path, browser):
     "Every class look, a thin grey line, an image and text: nothing is found, on a wide and on a narrow page."
     import plotly.graph_objects as go
-    from darkdistill_nb.core.data import class_look
+    from darkdistill_nb.core.plots import class_look
     from darkdistill_nb.experiments.report import figure_html
-    from darkdistill_nb.core.training import figure, style
+    from darkdistill_nb.core.plots import figure, style
 
     bars = figure(
         *(go.Bar(x=[0, 1], y=[1, 2], marker=class_look(c)) for c in range(70)),

@@ -8,20 +8,18 @@ from torch import nn
 from darkdistill_nb.core.data import ArrayData
 from darkdistill_nb.exits.networks import cnn
 from darkdistill_nb.core import training as T
-from darkdistill_nb.core.training import (
+from darkdistill_nb.core.records import (
     Record,
-    check_batches,
     check_fingerprints,
     data_digest,
     fingerprint,
     fingerprints,
-    fit,
     load_record,
     load_tensors,
     save_record,
     save_tensors,
-    shared_names,
 )
+from darkdistill_nb.core.training import check_batches, fit, shared_names
 
 
 def images(n=40, seed=0):
@@ -372,7 +370,7 @@ def test_what_is_no_record_is_said_so(tmp_path, text):
 
 
 def test_the_stored_records_are_read():
-    from darkdistill_nb.core.training import asset
+    from darkdistill_nb.core.records import asset
 
     found = sorted(asset("digits_default.json").parent.glob("*.json"))
     assert len(found) > 20

@@ -4,7 +4,8 @@ import json, math, os, subprocess, sys
 from unittest import mock
 import numpy as np
 import pytest, torch
-from darkdistill_nb.core.data import ArrayData, class_mix, dirichlet_split, effective_classes
+from darkdistill_nb.core.data import ArrayData
+from darkdistill_nb.core.splits import class_mix, dirichlet_split, effective_classes
 from darkdistill_nb.exits.networks import cnn
 from darkdistill_nb.exits.training import BoostNet, exit_shares
 from darkdistill_nb.exits.inference import budget_thresholds, take_exit
@@ -741,7 +742,7 @@ def test_frames_of_nearly_equal_budgets_have_different_names():
 @pytest.mark.parametrize("mark", ["bar", "dot"])
 def test_classes_look_different_and_can_be_seen(mark):
     "100 classes have 100 looks; no fill is nearly white or nearly black; a pattern lies over its fill, in an ink that differs from it."
-    from darkdistill_nb.core.data import class_look
+    from darkdistill_nb.core.plots import class_look
 
     light = lambda c: sum(
         w * int(c[i : i + 2], 16) for w, i in ((0.299, 1), (0.587, 3), (0.114, 5))
@@ -760,9 +761,10 @@ def test_classes_look_different_and_can_be_seen(mark):
 def test_one_look_everywhere():
     "Bars of clients in core.data, in the explorer and in the report have the same markers."
     import plotly.graph_objects as go
-    from darkdistill_nb.core.data import class_look, plot_clients
+    from darkdistill_nb.core.plots import class_look
+    from darkdistill_nb.core.splits import plot_clients
     from darkdistill_nb.experiments.report import clients_figure
-    from darkdistill_nb.core.training import Record
+    from darkdistill_nb.core.records import Record
 
     K, n = 23, np.random.default_rng(0).integers(1, 9, (4, 23))
     info = dict(clients={"0": dict(tier=[1, 1, 2, 2], classes=n.tolist())}, classes=list(range(K)))
@@ -788,7 +790,7 @@ def test_report_functions_refuse_nonsense(tmp_path):
         write_compare,
         write_report,
     )
-    from darkdistill_nb.core.training import Record
+    from darkdistill_nb.core.records import Record
 
     for call in (
         lambda: spread([math.nan, 0.5]),

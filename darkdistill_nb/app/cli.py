@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from fastcore.basics import patch
 from ..core.checks import check, flag, number, shown, whole
-from darkdistill_nb.core.process import (
-    UNGUARDED,
+from darkdistill_nb.core.parallel import (
     Spawn,
+    UNGUARDED,
     forgiving_console,
     leave_with_parent,
     only_from_main,
@@ -374,9 +374,10 @@ class Experiment:
     def __init__(self,
         config:dict=None # settings, see `make_config`
     ):
-        from darkdistill_nb.core.data import load
+        from darkdistill_nb.core.datasets import load
         from darkdistill_nb.federated.method import make_clients
-        from darkdistill_nb.core.training import Streams, check_json, pick_device
+        from darkdistill_nb.core.training import Streams, pick_device
+        from darkdistill_nb.core.records import check_json
 
         self.config = c = make_config(config)
         self.device = pick_device(c["device"])
@@ -476,7 +477,7 @@ def job_steps(
 # %% ../../nbs/6_app/cli.ipynb #5c1f3d12
 def _alone_so_far(path, clients, mark):
     "Clients in a checkpoint of `_run_alone`; raises `ValueError` if it is damaged or of other settings."
-    from darkdistill_nb.core.training import read_json
+    from darkdistill_nb.core.records import read_json
 
     if not path.exists():
         return []
@@ -507,7 +508,7 @@ def _alone_so_far(path, clients, mark):
 def _run_alone(exp, seed, path, on_step):
     "Every client alone, one after the other; finished ones are kept in a small file."
     from darkdistill_nb.federated.method import train_alone
-    from darkdistill_nb.core.training import check_json, write_atomic
+    from darkdistill_nb.core.records import check_json, write_atomic
 
     clients, rounds = exp.clients[seed], exp.config["rounds"]
     mark = hashlib.sha256(f"{check_json(exp.config)} {exp.digest()} {seed}".encode()).hexdigest()
@@ -743,7 +744,7 @@ def _check_new(folder):
 # %% ../../nbs/6_app/cli.ipynb #fcea88a5
 def _make_folder(folder, saved):
     "Make the run folder with its config.json in one step; nothing is left if that fails."
-    from darkdistill_nb.core.training import check_json
+    from darkdistill_nb.core.records import check_json
 
     folder = Path(folder)
     _check_new(folder)
@@ -810,7 +811,7 @@ def _locked(
 # %% ../../nbs/6_app/cli.ipynb #df20c2f4
 def _read_config(folder):
     "config.json of a run folder; raises if there is none or it is damaged."
-    from darkdistill_nb.core.training import read_json
+    from darkdistill_nb.core.records import read_json
 
     path = Path(folder) / "config.json"
     if not os.path.isfile(path):
@@ -877,7 +878,7 @@ def _execute(exp, folder, saved, workers, progress, resumed):
     "Run what is left, then write weights, record and report, and remove the checkpoints."
     from darkdistill_nb.federated.method import load_state
     from darkdistill_nb.experiments.report import describe, write_report
-    from darkdistill_nb.core.training import Record, save_record
+    from darkdistill_nb.core.records import Record, save_record
 
     start, c, cores = time.perf_counter(), exp.config, workers or _cores()
     if progress:
@@ -911,7 +912,7 @@ def run_experiment(
     command:str=None,   # kept in the record; None: the command line of this process
 )->tuple:               # (Record, its folder)
     "Run an experiment and leave a run folder; raises `ValueError` or `OSError` before any work, `RuntimeError` when a job fails."
-    from darkdistill_nb.core.training import environment
+    from darkdistill_nb.core.records import environment
 
     _check_workers(workers)
     if folder is not None:
@@ -959,7 +960,7 @@ def resume_experiment(
 )->tuple:               # (Record, True if there was something left to do)
     "Continue a run from its checkpoints; it ends with the very weights of an uninterrupted one."
     from darkdistill_nb.experiments.report import write_report
-    from darkdistill_nb.core.training import load_record
+    from darkdistill_nb.core.records import load_record
 
     _check_workers(workers)
     folder = Path(folder)
@@ -1193,7 +1194,7 @@ def _run(args, say, command):
 # %% ../../nbs/6_app/cli.ipynb #66c581a0
 def _reportable(record, path):
     "A record of `darkdistill run`, which has all that a report shows; other experiments have records of another kind."
-    from darkdistill_nb.core.training import check_record
+    from darkdistill_nb.core.records import check_record
 
     return check_record(
         record,
@@ -1205,7 +1206,7 @@ def _reportable(record, path):
 
 # %% ../../nbs/6_app/cli.ipynb #7d12a32a
 def _load(folder):
-    from darkdistill_nb.core.training import load_record
+    from darkdistill_nb.core.records import load_record
 
     config, record = (
         os.path.isfile(Path(folder) / f"{name}.json") for name in ("config", "record")
@@ -1269,7 +1270,7 @@ def tutorials(
     here=None,   # folder of the package; None: of the one that is imported
 )->Path:         # folder to open
     "The folder with the tutorials; copies never replace a file. Raises `FileNotFoundError` when none are installed."
-    from darkdistill_nb.core.training import shipped
+    from darkdistill_nb.core.records import shipped
 
     source = shipped("tutorials", here)
     if folder is None and source.name == "tutorials":  # a checkout

@@ -13,9 +13,10 @@ __all__ = ['Table', 'State', 'ExitModel', 'as_cells', 'strip', 'picture_uri', 'l
 import asyncio, base64, functools, html, importlib.metadata, importlib.util, json, math, sys
 import numpy as np
 from fastcore.basics import patch
-from ..core.checks import check, choice, finite, flag, number, whole
-from ..core.data import STYLE, class_look, dirichlet_split, effective_classes, hatched
-from ..core.training import PALETTE, PLOT_CONFIG, style
+from ..core.checks import check, finite, flag, number, whole
+from ..core.plots import STYLE, class_look, hatched
+from ..core.splits import dirichlet_split, effective_classes
+from ..core.plots import PALETTE, PLOT_CONFIG, style
 
 # %% ../../nbs/6_app/explorer.ipynb #b0c74905
 class Table:

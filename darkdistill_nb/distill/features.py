@@ -12,7 +12,7 @@ __all__ = ['METHODS', 'Hint', 'attention_map', 'at_loss', 'lpd_loss', 'CRD', 'Me
 import math
 import torch
 import torch.nn.functional as F
-from ..core.checks import check, choice, finite, flag, number, same_shape, whole
+from ..core.checks import check, choice, finite, flag, number, whole
 from darkdistill_nb.distill.losses import (
     RKD,
     _batch,

@@ -7,18 +7,20 @@ Docs: https://darkdistill.github.io/darkdistill_nb/1_distill/latent.html.md"""
 
 # %% auto #0
 __all__ = ['ORDERS', 'NETS', 'conv_group', 'LatentNet', 'latent_net', 'lkd_loss', 'latents', 'latent_variance', 'lkd',
-           'ClientTask', 'client_task', 'small_shapes', 'match_shape', 'match_transfer', 'map_latents', 'plot_latents']
+           'ClientTask', 'client_task', 'match_shape', 'match_transfer', 'map_latents', 'plot_latents']
 
 # %% ../../nbs/1_distill/latent.ipynb #091e7c80
-import copy, math
+import math
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
 from ..core.checks import check, choice, finite, flag, number, scalar, shown, whole
-from ..core.data import ArrayData, dirichlet_draw, pixel_unit, resample_test, shapes
+from ..core.data import ArrayData, pixel_unit
+from ..core.splits import dirichlet_draw, resample_test
 from .losses import distill
-from ..core.training import LOOK, PALETTE, SYMBOLS, evaluating
+from ..core.plots import LOOK
+from ..core.training import evaluating
 
 # %% ../../nbs/1_distill/latent.ipynb #640c678d
 def _wholes(values, name, n=None):
@@ -252,25 +254,6 @@ def client_task(
     check(len(priv), "n_priv", n_priv, "enough for one picture")
     return ClientTask(pool.subset(idx), p[0], test.subset(priv), test)
 
-# %% ../../nbs/1_distill/latent.ipynb #426a382c
-def small_shapes(
-    n_train: int = 4000,  # training pictures
-    n_test: int = 2000,  # test pictures
-    hardest: float = 0.4,  # difficulties are uniform in [0, hardest]
-    size: int = 16,  # side in pixels
-    seed: int = 0,  # 0..999; another seed draws other training pictures, the test pictures stay
-) -> tuple:  # (train, test) of `ArrayData`, normalised with mean and std of the training pictures
-    "Small, not too difficult pictures of ten shapes; `ValueError` for arguments out of range."
-    n_train, n_test = whole(n_train, "n_train", high=10**7), whole(n_test, "n_test", high=10**7)
-    hardest, seed = number(hardest, "hardest", 0, 1), whole(seed, "seed", 0, 999)
-
-    def draw(n, s):
-        u = torch.rand(n, generator=torch.Generator().manual_seed(s))
-        return shapes(n, s, hardest * u, size)
-
-    train, test = draw(n_train, seed), draw(n_test, 1000)
-    return train, ArrayData(test.x, test.y, test.classes, train.mean, train.std, test.difficulty)
-
 # %% ../../nbs/1_distill/latent.ipynb #ad4f5916
 def _known_unit(data, name):
     "(black, white) of the pictures; raises `ValueError` where it cannot be told."
@@ -390,7 +373,7 @@ def plot_latents(
 ):                    # plotly Figure
     "One panel per network, one colour and symbol per class; `ValueError` if labels do not fit."
     from plotly.subplots import make_subplots
-    from darkdistill_nb.core.data import class_look
+    from darkdistill_nb.core.plots import class_look
 
     check(isinstance(title, str), "title", title, "a text")
     y, height = torch.as_tensor(y), whole(height, "height", 50)

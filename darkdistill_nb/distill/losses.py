@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from ..core.checks import check, choice, finite, flag, number, same_shape, whole
 from ..core.training import evaluating, seed_for, start_training
-from fastcore.basics import patch
 from torch import nn
 
 # %% ../../nbs/1_distill/losses.ipynb #98413b36

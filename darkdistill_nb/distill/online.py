@@ -27,7 +27,6 @@ from darkdistill_nb.distill.losses import (
     _up,
 )
 from ..core.training import start_training
-from torch import nn
 
 # %% ../../nbs/1_distill/online.ipynb #1d47a87d
 def _peers(m, z, y):

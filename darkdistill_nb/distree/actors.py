@@ -642,7 +642,7 @@ def plot_requests(
     "Latency of every request, one panel per run; the marker tells whether the answer is complete."
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
-    from darkdistill_nb.core.training import figure, style
+    from darkdistill_nb.core.plots import figure, style
 
     check(len(runs), "runs", runs, "one or more named Outcomes")
     deadline = None if deadline is None else number(deadline, "deadline", above=0)

@@ -12,13 +12,14 @@ __all__ = ['Device', 'Link', 'Cluster', 'noise', 'Answer', 'Aggregator', 'Policy
 
 # %% ../../nbs/4_distree/simulator.ipynb #8afa672d
 import dataclasses, math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 import numpy as np
 import torch
 from fastcore.basics import patch
 from ..core.checks import check, choice, finite, flag, number, whole
 from ..exits.inference import read_thresholds
-from ..core.training import figure, seed_for, style
+from ..core.plots import figure, style
+from ..core.training import seed_for
 
 # %% ../../nbs/4_distree/simulator.ipynb #f2820afc
 def _simpy():

@@ -17,17 +17,12 @@ import torch
 import torch.nn.functional as F
 from ..core.checks import check, choice, finite, flag, number, whole
 from ..core.data import ArrayData
-from ..distill.losses import Views, kd_loss, teacher_table
+from ..distill.losses import Views, kd_loss
 from ..exits.networks import EarlyExitNet, Exit, build_net
 from ..exits.training import _draws, _load_progress, _save_progress
-from darkdistill_nb.core.training import (
-    Streams,
-    check_batches,
-    evaluating,
-    figure,
-    fingerprints,
-    start_training,
-)
+from ..core.training import check_batches, evaluating, start_training
+from ..core.plots import figure
+from ..core.records import fingerprints
 from fastcore.basics import patch
 from torch import nn
 
@@ -285,7 +280,7 @@ def plot_filters(
     "The graph of filters with its strongest links; colour and symbol tell the student."
     import networkx as nx
     import plotly.graph_objects as go
-    from darkdistill_nb.core.data import class_look
+    from darkdistill_nb.core.plots import class_look
 
     importance = _importance(importance, len(_graph(W, links=True)))
     _check_parts(parts, len(W))

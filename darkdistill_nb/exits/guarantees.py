@@ -1,5 +1,5 @@
 """How much worse than the full network may early exit be, and with what certainty? A threshold chosen on data is a statistic, and statistics miss; this page chooses thresholds that keep a promise.
-Thresholds with a promise: conformal risk control, betting bounds, Learn then Test; a latency controller.
+Thresholds with a promise: conformal risk control, betting bounds, Learn then Test.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/2_exits/guarantees.html.md"""
 
@@ -7,18 +7,16 @@ Docs: https://darkdistill.github.io/darkdistill_nb/2_exits/guarantees.html.md"""
 
 # %% auto #0
 __all__ = ['KINDS', 'sample_losses', 'grid_losses', 'last_of_prefix', 'log_wealth', 'hb_p_value', 'passes', 'RiskControl',
-           'control_risk', 'LatencyController', 'ShadowMonitor', 'simulate_queue', 'BanditController']
+           'control_risk']
 
 # %% ../../nbs/2_exits/guarantees.ipynb #07fb2055
 import math
-from collections import deque
 from dataclasses import dataclass
 import numpy as np
 import torch
 from ..core.checks import check, choice, finite, flag, number, whole
 from ..distill.losses import _certain, _labels
-from .inference import _check_logits, read_thresholds
-from fastcore.basics import patch
+from .inference import read_thresholds
 
 # %% ../../nbs/2_exits/guarantees.ipynb #05cee076
 def _array(x):
@@ -279,228 +277,3 @@ def control_risk(
         hi,
         float(cost[k]),
     )
-
-# %% ../../nbs/2_exits/guarantees.ipynb #eb104223
-class LatencyController:
-    "Integral control of the exit threshold towards a mean latency, never below a safe threshold unless told so; raises `ValueError` for bad settings."
-
-    def __init__(self,
-        budget:float,       # mean latency to hold, any unit of time
-        eta:float=.02,      # step size
-        lam:float=None,     # first threshold; None: the safe threshold
-        floor:float=0.,     # lowest threshold ever used
-        ceiling:float=1.,   # highest threshold ever used; above the largest score it means "never exit"
-        safe=None,          # lambda_safe: a number, or a `ShadowMonitor`; None: the floor
-        priority="quality", # when both constraints conflict: "quality" or "deadline" first
-        half_life:float=20, # of the average of latencies, in requests; 0: none
-    ):
-        self.budget = number(budget, "budget", above=0)
-        self.eta = number(eta, "eta", above=0, high=1)
-        self.floor, self.ceiling = number(floor, "floor"), number(ceiling, "ceiling")
-        check(floor < ceiling, "floor", floor, f"below ceiling={ceiling}")
-        self.priority = choice(priority, "priority", ("quality", "deadline"))
-        half_life, lam = (
-            number(half_life, "half_life", 0),
-            lam if lam is None else number(lam, "lam", inf=True),
-        )
-        moves = safe is None or hasattr(safe, "lam")
-        self.safe = safe if moves else number(safe, "safe", inf=True)
-        self.alpha = 1 - 2 ** (-1 / half_life) if half_life else 1.0
-        self.hold = max(1, round(half_life))
-        self.late = 0.0
-        self.t = 0
-        self.timeouts = 0
-        self.stuck = 0
-        self.infeasible = False
-        self.log = []
-        self.lam = self._clip(self.lam_safe if lam is None else lam)
-
-    @property
-    def lam_safe(self): # the threshold below which the promise does not hold
-        v = (
-            self.safe.lam
-            if hasattr(self.safe, "lam")
-            else self.floor
-            if self.safe is None
-            else self.safe
-        )
-        return min(max(v, self.floor), self.ceiling)
-
-    def _clip(self, v):
-        low = self.lam_safe if self.priority == "quality" else self.floor
-        return float(min(max(v, low), self.ceiling))
-
-# %% ../../nbs/2_exits/guarantees.ipynb #5c9b15ac
-@patch
-def update(self:LatencyController,
-    latency:float, # of the last request; None: it timed out, which is counted and otherwise ignored
-    shadow=None,   # (scores, losses), (E,) each, if the request became a shadow run
-    gain=None,     # not used; other controllers want it
-)->float:          # the next threshold
-    "Learn the latency of one request and move the threshold by -eta times the mean relative lateness; raises `ValueError` for a latency below 0 or NaN."
-    latency = latency if latency is None else number(latency, "latency", 0)
-    if shadow is not None and hasattr(self.safe, "add"):
-        self.safe.add(*shadow)
-    self.t += 1
-    if latency is None:
-        self.timeouts += 1
-    else:
-        self.late += self.alpha * (latency / self.budget - 1 - self.late)
-        self.lam -= self.eta * self.late
-    wanted, self.lam = self.lam, self._clip(self.lam)
-    conflict = self.late > 0 and (wanted < self.lam or self.lam < self.lam_safe)
-    self.stuck = min(self.stuck + 1, 2 * self.hold) if conflict else max(self.stuck - 1, 0)
-    if self.infeasible != (self.stuck >= (1 if self.infeasible else self.hold)):
-        self.infeasible = not self.infeasible
-        event = "infeasible" if self.infeasible else "feasible"
-        mean = float(self.budget * (1 + self.late))
-        self.log.append(
-            dict(t=self.t, event=event, lam=self.lam, lam_safe=self.lam_safe, latency=mean)
-        )
-    return self.lam
-
-# %% ../../nbs/2_exits/guarantees.ipynb #255535b8
-class ShadowMonitor:
-    "Keeps lambda_safe current from shadow runs: `ucb` on a window, or `aci` (arXiv 2106.00170); raises `ValueError` for bad settings."
-
-    def __init__(self,
-        grid,            # (G,) thresholds from large to small
-        epsilon:float,   # promised risk
-        delta:float=.1,  # for "ucb"
-        window:int=500,  # n_w, shadow runs kept
-        every:int=25,    # shadow runs between two recomputations of "ucb"
-        method="ucb",    # ucb | aci
-        gamma:float=.01, # step of the level of "aci"
-    ):
-        self.method = choice(method, "method", ("ucb", "aci"))
-        self.epsilon = number(epsilon, "epsilon", 0, 1)
-        self.delta = number(delta, "delta", above=0, below=1)
-        self.gamma = number(gamma, "gamma", above=0)
-        self.grid, self.every = _grid(grid, 1), whole(every, "every")
-        check(
-            self.grid.ndim == 1,
-            "grid's shape",
-            self.grid.shape,
-            "(G,): one threshold for all exits",
-        )
-        self.rows, self.level, self.index = deque(maxlen=whole(window, "window")), self.epsilon, -1
-        self.n, self.errors = 0, []
-
-    @property
-    def lam(self):
-        return (
-            float(self.grid[self.index]) if self.index >= 0 else math.inf
-        )  # no threshold is safe: never exit
-
-# %% ../../nbs/2_exits/guarantees.ipynb #98284fb1
-@patch
-def _under_grid(self: ShadowMonitor, scores, losses):
-    "Losses (G, n) under every threshold; those of at most 1 that both methods need."
-    return grid_losses(scores, _losses(losses, "losses", 1), self.grid)[0]
-
-@patch
-def _choose(self: ShadowMonitor):
-    L = np.array(self.rows)[::-1].T  # newest first
-    if self.method == "ucb":
-        ok = passes(L, self.epsilon, self.delta, "ucb")
-    else:
-        ok = (L.mean(-1) <= self.level) & (self.level >= 0)
-    self.index = int(last_of_prefix(ok))
-
-# %% ../../nbs/2_exits/guarantees.ipynb #d17decf7
-@patch
-def fill(self:ShadowMonitor,
-    scores, # (E, n) of calibration samples
-    losses, # (E, n), at most 1
-)->ShadowMonitor: # itself
-    "Start from calibration samples; raises `ValueError` for NaN, losses above 1 and misfits."
-    self.rows.extend(self._under_grid(scores, losses).T)
-    self._choose()
-    return self
-
-@patch
-def add(self:ShadowMonitor,
-    scores, # (E,) of all exits
-    losses, # (E,), at most 1
-)->float:   # lambda_safe; inf: no threshold is safe
-    "Learn one shadow run; raises `ValueError` for NaN, losses above 1 and misfits."
-    row = self._under_grid(_array(scores)[..., None], _array(losses)[..., None])[:, 0]
-    self.errors.append(float(row[self.index]) if self.index >= 0 else 0.0)
-    self.rows.append(row)
-    self.n += 1
-    self.level += self.gamma * (self.epsilon - self.errors[-1])
-    if self.method == "aci" or self.n % self.every == 0:
-        self._choose()
-    return self.lam
-
-# %% ../../nbs/2_exits/guarantees.ipynb #4ed1cf05
-def simulate_queue(
-    controller,    # has `.lam` and `.update(latency, shadow=..., gain=...)`
-    gaps,          # (T,) times between arrivals
-    scores,        # (E, N) of a pool of samples; request t is sample t modulo N
-    costs,         # E service times
-    losses=None,   # (E, N), for shadow runs
-    rho:float=0.,  # share of requests that become shadow runs
-    seed:int=0,    # of the choice of shadow runs
-)->dict:           # latency, lam, exit, each (T,)
-    "Simulate one first-come-first-served server whose exit threshold is set by a controller; raises `ValueError` for NaN, negative times and misfits."
-    rho, seed = number(rho, "rho", 0, 1), whole(seed, "seed", 0)
-    if rho and losses is None:
-        raise ValueError(f"rho={rho} asks for shadow runs, which need losses")
-    gaps, s = [number(g, "gaps", 0) for g in gaps], _array(scores)
-    check(len(gaps) > 0, "number of gaps", 0, "at least 1")
-    if s.ndim != 2 or s.size == 0 or np.isnan(s).any():
-        raise ValueError(
-            f"scores of shape {s.shape} must be (exits, samples), not empty and without NaN"
-        )
-    c, l = _costs(costs, len(s)), None if losses is None else _losses(losses, "losses")
-    if l is not None and l.shape != s.shape:
-        raise ValueError(f"losses of shape {l.shape} must have the shape of the scores, {s.shape}")
-    coin, wait, out = np.random.default_rng(seed).random(len(gaps)) < rho, 0.0, []
-    for t, gap in enumerate(gaps):
-        i, lam = t % s.shape[1], controller.lam
-        leave = s[:, i] >= lam
-        leave[-1] = True
-        e = int(leave.argmax())
-        out.append((wait + c[e], lam, e))
-        controller.update(
-            wait + c[e], shadow=(s[:, i], l[:, i]) if coin[t] else None, gain=s[e, i] - s[0, i]
-        )
-        wait = max(0.0, wait + (c[-1] if coin[t] else c[e]) - gap)
-    latency, lam, e = zip(*out)
-    return dict(latency=np.array(latency), lam=np.array(lam), exit=np.array(e))
-
-# %% ../../nbs/2_exits/guarantees.ipynb #b8c66a83
-class BanditController:
-    "Sliding-window UCB1 over a few thresholds, with reward gain - kappa * latency / budget (arXiv 0805.3415); raises `ValueError` for bad settings."
-
-    def __init__(self,
-        arms,            # thresholds to choose from, 8 to 12 of them
-        budget:float,    # unit of the latency in the reward
-        kappa:float=.2,  # price of one budget of latency
-        window:int=400,  # rewards remembered
-        bonus:float=.2,  # weight of the exploration bonus
-    ):
-        self.arms = [number(a, "arms", inf=True) for a in arms]
-        self.budget = number(budget, "budget", above=0)
-        check(len(self.arms) > 1, "arms", self.arms, "at least two thresholds")
-        self.kappa, self.bonus = number(kappa, "kappa", 0), number(bonus, "bonus", 0)
-        self.past, self.arm = deque(maxlen=whole(window, "window")), 0
-
-    @property
-    def lam(self):
-        return self.arms[self.arm]
-
-    def update(self, latency, gain, shadow=None):
-        "Learn from a request (latencies above 3 budgets count as 3); returns the next threshold. Raises `ValueError` for NaN."
-        latency, gain = number(latency, "latency", 0), number(gain, "gain")
-        self.past.append((self.arm, gain - self.kappa * min(latency / self.budget, 3.0)))
-        arm, reward = map(np.array, zip(*self.past))
-        n = np.bincount(arm, minlength=len(self.arms))
-        mean = np.bincount(arm, reward, len(self.arms)) / np.maximum(n, 1)
-        self.arm = int(
-            np.where(
-                n == 0, np.inf, mean + self.bonus * np.sqrt(np.log(len(arm)) / np.maximum(n, 1))
-            ).argmax()
-        )
-        return self.lam

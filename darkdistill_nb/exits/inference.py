@@ -19,10 +19,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from ..core.checks import check, choice, finite, flag, number, scalar, whole
-from ..core.data import ArrayData, show_pictures
+from ..core.data import ArrayData
+from ..core.shapes import show_pictures
 from ..distill.losses import _certain, _labels, _up
 from .training import exit_shares
-from ..core.training import Streams, accuracy, by_name, evaluating, figure, style
+from ..core.training import Streams, accuracy, by_name, evaluating
+from ..core.plots import figure, style
 from torch import nn
 
 # %% ../../nbs/2_exits/inference.ipynb #41c6265d

@@ -10,7 +10,7 @@ __all__ = ['loop_exits', 'onednn_route', 'route_is_exact', 'PackedLinear', 'Fuse
            'Group', 'merge_groups', 'split_group', 'Outcome', 'ExitRunner', 'ExitStream', 'export_onnx', 'OnnxRunner']
 
 # %% ../../nbs/2_exits/runner.ipynb #52ad71ce
-import copy, functools, json, math, sys, time
+import copy, functools, json, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace

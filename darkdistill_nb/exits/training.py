@@ -21,20 +21,23 @@ from ..core.checks import check, choice, finite, flag, number, same_shape, whole
 from ..core.data import ArrayData
 from ..distill.losses import _stream, _up, kd_loss
 from ..distill.online import self_distillation
-from ..core.cells import of_file, run_grid, short_name, t_interval, verdict
-from darkdistill_nb.core.training import (
+from ..core.datasets import of_file, short_name
+from ..core.cells import run_grid, t_interval, verdict
+from darkdistill_nb.core.records import (
     Record,
+    check_fingerprints,
+    fingerprints,
+    load_tensors,
+    save_record,
+    save_tensors,
+)
+from darkdistill_nb.core.training import (
     Streams,
     accuracy,
     by_name,
     check_batches,
-    check_fingerprints,
-    fingerprints,
-    load_tensors,
     mean_std,
     predict,
-    save_record,
-    save_tensors,
     start_training,
 )
 from fastcore.basics import patch
@@ -751,7 +754,9 @@ def difficulty_experiment(
         whole(n_test, "n_test"),
         number(power, "power", above=0),
     )
-    from darkdistill_nb.core.data import ArrayData, load, shapes
+    from darkdistill_nb.core.data import ArrayData
+    from darkdistill_nb.core.datasets import load
+    from darkdistill_nb.core.shapes import shapes
     from darkdistill_nb.distill.losses import CropFlip
     from darkdistill_nb.exits.networks import cnn
 

@@ -21,7 +21,8 @@ from ..exits.networks import WideBlock, vit
 from ..distill.features import method_loss
 from ..exits.inference import Confidence, Score
 from ..exits.runner import ExitRunner
-from ..core.training import Record, pick_device, save_record, write_atomic
+from ..core.records import Record, save_record, write_atomic
+from ..core.training import pick_device
 from torch import nn
 
 # %% ../../nbs/5_experiments/bench.ipynb #e2c97200

@@ -25,21 +25,18 @@ import torch
 from darkdistill_nb.core.cells import (
     cell_file,
     cell_key,
-    kept,
     key_values,
-    of_file,
-    publish,
     run_command,
     run_grid,
-    short_name,
-    stored_record,
     t_interval,
     verdict,
 )
+from darkdistill_nb.core.datasets import of_file, short_name
+from darkdistill_nb.core.records import kept, publish, stored_record
 
 from darkdistill_nb.core.checks import check, choice, flag, number, whole
 
-from darkdistill_nb.core.data import ArrayData, _one_thread
+from darkdistill_nb.core.parallel import one_thread
 
 from darkdistill_nb.distill.losses import CropFlip, Views, teacher_table
 
@@ -59,7 +56,9 @@ from darkdistill_nb.distree.students import (
 
 from darkdistill_nb.exits.networks import build_net
 
-from darkdistill_nb.experiments.exits import from_16_bits, load_trained, three_parts, to_16_bits
+from darkdistill_nb.core.records import from_16_bits, to_16_bits
+from darkdistill_nb.exits.stored import load_trained
+from darkdistill_nb.core.splits import three_parts
 
 from darkdistill_nb.exits.training import Joint, train_exits
 
@@ -71,7 +70,6 @@ from darkdistill_nb.distree.simulator import (
     Link,
     arrivals,
     fixed_policy,
-    joint_policy,
     simulate_devices,
 )
 
@@ -93,20 +91,16 @@ from darkdistill_nb.distree.policies import (
     system_curve,
 )
 
-from darkdistill_nb.core.training import (
+from darkdistill_nb.core.records import (
     Record,
-    Streams,
-    accuracy,
     asset,
     data_digest,
-    figure,
-    load_record,
     load_tensors,
-    mean_std,
     save_record,
     save_tensors,
-    style,
 )
+from darkdistill_nb.core.training import Streams, accuracy, mean_std
+from darkdistill_nb.core.plots import figure, style
 
 # %% ../../nbs/5_experiments/distree.ipynb #2fc10284
 def _settings(s):
@@ -356,7 +350,7 @@ def distree_teacher(
     path, part = Path(folder) / "teachers" / f"{cell_key(t)}.safetensors", t["teacher"]
 
     def make():
-        with _one_thread():
+        with one_thread():
             made = _train_teacher(t, train, test, path.with_suffix(".running"))
         return made["net"].state_dict(), dict(accuracy=made["accuracy"][0])
 
@@ -381,7 +375,7 @@ def _table(folder, text):
     views = Views(train, CropFlip(4), part["crops"]) if part["crops"] else Views(train)
 
     def make():
-        with _one_thread():
+        with one_thread():
             return teacher_table(
                 distree_teacher(part, folder)[0], views, {"features": "last.reduce"}
             ), {}

@@ -17,21 +17,29 @@ import argparse, functools, itertools, json, math, os, sys, time
 from pathlib import Path
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
-from ..core.cells import cell_file, cell_key, each, every_tenth, json_or_text, kept
-from ..core.cells import key_values, publish, run_command, run_grid, run_stored
+from ..core.cells import cell_file, cell_key, each, json_or_text
+from ..core.splits import every_tenth
+from ..core.records import kept
+from ..core.cells import key_values, run_command, run_grid, run_stored
+from ..core.records import publish
 from ..core.cells import t_interval, verdict
 from ..core.checks import check, choice, number, shown, whole
-from ..core.data import ArrayData, _one_thread, load
+from ..core.data import ArrayData
+from ..core.parallel import one_thread
+from ..core.datasets import load
 from ..distill.losses import distill
 from ..distill.features import method_loss
 from ..distill.latent import NETS, LatentNet, client_task, latent_net, latent_variance
 from ..distill.latent import latents, lkd, map_latents, match_shape, match_transfer
-from ..distill.latent import plot_latents, small_shapes
-from ..core.training import LOOK, Record, Streams, accuracy, asset, data_digest
-from ..core.training import load_record, load_tensors, mean_std, plus_minus, predict
-from ..core.training import save_record, style
+from ..core.shapes import small_shapes
+from ..core.plots import LOOK
+from ..core.records import Record, asset, data_digest
+from ..core.training import Streams, accuracy
+from ..core.records import load_record, load_tensors
+from ..core.training import mean_std, plus_minus, predict
+from ..core.records import save_record
+from ..core.plots import style
 
 # %% ../../nbs/5_experiments/latent.ipynb #1747465e
 SETUPS = {  # networks of `latent_net`; l is the width d of the teacher's perception, or half of it on shapes16; lr and batch_size of Adam
@@ -245,7 +253,7 @@ def train_teacher(
     "A teacher trained with cross-entropy, or new last layers on another's perception; on one thread."
     pool, _ = pictures(spec["data"])
     st = Streams(spec["seed"])
-    with st.scope("teacher", spec["l"]), _one_thread():
+    with st.scope("teacher", spec["l"]), one_thread():
         net = latent_net(spec["net"], spec["l"], pool.n_classes, pool.shape).to(
             memory_format=torch.channels_last
         )

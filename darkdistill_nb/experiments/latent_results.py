@@ -13,7 +13,8 @@ __all__ = ['TESTS', 'ORDERINGS', 'CLAIM_LIST', 'latent_record', 'at_an_edge', 'b
 import math
 from dataclasses import dataclass
 import numpy as np
-from ..core.cells import stored_record, t_interval, verdict
+from ..core.records import stored_record
+from ..core.cells import t_interval, verdict
 from ..core.checks import check, choice
 from darkdistill_nb.experiments.latent import (
     AXES,
@@ -21,12 +22,11 @@ from darkdistill_nb.experiments.latent import (
     CLAIMS,
     EXPERIMENTS,
     SIGNS,
-    best_hyper,
     data_name,
     differences,
     slopes,
 )
-from ..core.training import Record
+from ..core.records import Record
 
 # %% ../../nbs/5_experiments/latent_results.ipynb #18de47c2
 def latent_record(

@@ -15,22 +15,14 @@ __all__ = ['DRAW_JS', 'measure_run', 'describe', 'summary', 'spread', 'agreement
 import html, json, math
 from pathlib import Path
 import torch
-from ..core.checks import check, flag, number, whole
-from ..core.data import class_look, client_histogram, effective_classes, hatched
+from ..core.checks import check, flag, number
+from ..core.plots import class_look, hatched
+from ..core.splits import client_histogram, effective_classes
 from ..federated.difficulty import DifficultyHistogram, measure_difficulty
 from ..exits.inference import budget_curve, read_thresholds
-from darkdistill_nb.core.training import (
-    PALETTE,
-    PLOT_CONFIG,
-    Record,
-    accuracy,
-    figure,
-    load_record,
-    mean_std,
-    plus_minus,
-    style,
-    write_atomic,
-)
+from ..core.plots import PALETTE, PLOT_CONFIG, figure, style
+from ..core.records import Record, write_atomic
+from ..core.training import accuracy, mean_std, plus_minus
 
 # %% ../../nbs/5_experiments/report.ipynb #d937e367
 def measure_run(

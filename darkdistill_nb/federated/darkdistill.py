@@ -9,7 +9,7 @@ Docs: https://darkdistill.github.io/darkdistill_nb/3_federated/darkdistill.html.
 __all__ = ['alignment_weights', 'pair_loss', 'DarkDistill']
 
 # %% ../../nbs/3_federated/darkdistill.ipynb #e4d3b9a0
-import copy, math
+import copy
 from collections import Counter
 import torch
 from fastcore.basics import patch
@@ -24,7 +24,7 @@ from darkdistill_nb.federated.difficulty import (
 from ..distill.losses import RKD
 from ..exits.training import exit_partition
 from .method import EEFL, Client, Update
-from .generator import CE, DIF, Generator, frozen, train_generator
+from .generator import CE, DIF, Generator, train_generator
 from ..core.training import Streams, evaluating
 
 # %% ../../nbs/3_federated/darkdistill.ipynb #0ac31236

@@ -16,24 +16,22 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
-from ..core.checks import check, choice, flag, number, same_shape, scalar, shown, whole
-from ..core.data import ArrayData, client_histogram, dirichlet_split
+from ..core.checks import check, choice, flag, number, same_shape, scalar, whole
+from ..core.data import ArrayData
+from ..core.splits import client_histogram, dirichlet_split
 from ..exits.networks import EarlyExitNet, block_of
 from ..exits.training import BoostNet
-from ..core.process import Spawn, _begin, only_from_main, why_ended
+from ..core.parallel import Spawn, _begin, only_from_main, why_ended
 from darkdistill_nb.core.training import (
     Streams,
     accuracy,
     check_batches,
-    check_fingerprints,
-    fingerprints,
     fit,
-    load_tensors,
     pick_device,
     predict,
-    save_tensors,
     shared_names,
 )
+from ..core.records import check_fingerprints, fingerprints, load_tensors, save_tensors
 
 # %% ../../nbs/3_federated/method.ipynb #3cbd53e2
 @dataclass

@@ -14,8 +14,8 @@ from collections import deque
 import numpy as np
 from fastcore.basics import patch
 from ..core.checks import check, choice, number, whole
-from ..core.records import _array
 from darkdistill_nb.exits.guarantees import (
+    _array,
     _costs,
     _grid,
     _losses,

@@ -13,7 +13,7 @@ Modules:
 - `darkdistill_nb.core.parallel`: What Python leaves to the system, and what an hour's run needs all the same: worker processes that never outlive the one that started them, and a table that any console can print. Workers that end with their parent, scripts without a guard, consoles that lack a character.
 - `darkdistill_nb.core.plots`: Colours and markers that stay distinct for everybody. Colours, markers and one form for all figures.
 - `darkdistill_nb.core.records`: What a run leaves behind, so that it can be shown, repeated and resumed, and so that a damaged file is noticed. Records of runs, checksums, fingerprints, stored results.
-- `darkdistill_nb.core.shapes`: Ten shapes in scenes of our own, whose difficulty is a parameter and not an estimate. Drawn images whose true difficulty is known.
+- `darkdistill_nb.core.scenes`: Ten shapes in scenes of our own, whose difficulty is a parameter and not an estimate. Drawn images whose true difficulty is known.
 - `darkdistill_nb.core.splits`: Clients hold different classes. Two procedures of the literature make such splits, and the same number means something different in each. Dirichlet splits over clients, and images set aside for validation.
 - `darkdistill_nb.core.training`: Everything later is trained and measured with the few tools of this page. One seed and its random streams, fit and evaluate.
 - `darkdistill_nb.distill.features`: Losses on the inside of two networks (hints, attention, neighbourhoods, contrast), every method by its name, and all of them side by side. What lies between input and answer: hints, attention, CRD, LPD, and one driver for all losses.

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import LONG
+from darkdistill_nb.core import records as core_records
 from darkdistill_nb.app import cli
 from darkdistill_nb.core import training
 
@@ -896,7 +897,7 @@ def test_lab(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/lab1.ipynb").write_text("my answers")
     started = []
-    monkeypatch.setattr(training, "shipped", lambda what, here=None: shared)
+    monkeypatch.setattr(core_records, "shipped", lambda what, here=None: shared)
     monkeypatch.setattr(cli.subprocess, "call", lambda argv: started.append(argv) or 0)
     pretend_jupyterlab(monkeypatch, True)
     assert cli.main(["lab", str(tmp_path / "mine"), "--no-browser"]) == 0

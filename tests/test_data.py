@@ -3,6 +3,10 @@
 import hashlib, io, os, pickle, struct, subprocess, sys, threading, warnings, zipfile
 from pathlib import Path
 import numpy as np, pytest, torch
+from darkdistill_nb.core import datasets as core_datasets
+from darkdistill_nb.core import parallel as core_parallel
+from darkdistill_nb.core import scenes as core_scenes
+from darkdistill_nb.core import splits as core_splits
 from darkdistill_nb.core import data as D
 from darkdistill_nb.core.data import ArrayData
 from darkdistill_nb.core.datasets import DownloadError, load, read_npz
@@ -13,7 +17,7 @@ from darkdistill_nb.core.splits import (
     dirichlet_split,
     resample_test,
 )
-from darkdistill_nb.core.shapes import shapes
+from darkdistill_nb.core.scenes import shapes
 
 Y10K = torch.arange(10_000) % 10
 
@@ -247,8 +251,8 @@ def test_shapes_do_not_depend_on_threads_or_count():
     assert got == [want] * 3
     # another process, and with several threads inside each operation
     code = (
-        "import hashlib; from darkdistill_nb.core import data as D; from contextlib import nullcontext; "
-        "D.one_thread = nullcontext; d = D.shapes(100, seed=2); "
+        "import hashlib; from darkdistill_nb.core import scenes; from contextlib import nullcontext; "
+        "scenes.one_thread = nullcontext; d = scenes.shapes(100, seed=2); "
         "print(hashlib.sha256(d.x.numpy().tobytes() + d.y.numpy().tobytes() + d.difficulty.numpy().tobytes()).hexdigest())"
     )
     for n in ("1", "3"):
@@ -615,30 +619,30 @@ HOSTILE = {
     "device": lambda: IMAGES.to("toaster"),
     "pixel_stats list": lambda: D.pixel_stats([1]),
     "pixel_stats empty": lambda: D.pixel_stats(IMAGES.x[:0]),
-    "outlines 0": lambda: D.outlines(0),
-    "outlines 2.5": lambda: D.outlines(2.5),
-    "difficulty_law 2": lambda: D.difficulty_law(2),
-    "difficulty_law NaN": lambda: D.difficulty_law(NAN),
-    "difficulty_law tensor": lambda: D.difficulty_law(torch.tensor([0.5, NAN])),
+    "outlines 0": lambda: core_scenes.outlines(0),
+    "outlines 2.5": lambda: core_scenes.outlines(2.5),
+    "difficulty_law 2": lambda: core_scenes.difficulty_law(2),
+    "difficulty_law NaN": lambda: core_scenes.difficulty_law(NAN),
+    "difficulty_law tensor": lambda: core_scenes.difficulty_law(torch.tensor([0.5, NAN])),
     "shapes 1.5": lambda: shapes(1.5),
     "shapes 10**13": lambda: shapes(10**13),
     "shapes size": lambda: shapes(10, size=INF),
     "shapes difficulty": lambda: shapes(10, difficulty="easy"),
     "shapes seed": lambda: shapes(10, seed=NAN),
-    "sheet of nothing": lambda: D.show_pictures(IMAGES, []),
-    "sheet columns": lambda: D.show_pictures(IMAGES, columns=0),
-    "sheet rows": lambda: D.show_pictures(IMAGES, rows=["a", "b"]),
-    "sheet zoom": lambda: D.show_pictures(IMAGES, zoom=0.5),
-    "sheet data": lambda: D.show_pictures([1]),
-    "sheet idx": lambda: D.show_pictures(IMAGES, [9]),
+    "sheet of nothing": lambda: core_scenes.show_pictures(IMAGES, []),
+    "sheet columns": lambda: core_scenes.show_pictures(IMAGES, columns=0),
+    "sheet rows": lambda: core_scenes.show_pictures(IMAGES, rows=["a", "b"]),
+    "sheet zoom": lambda: core_scenes.show_pictures(IMAGES, zoom=0.5),
+    "sheet data": lambda: core_scenes.show_pictures([1]),
+    "sheet idx": lambda: core_scenes.show_pictures(IMAGES, [9]),
     "load 5": lambda: load(5),
     "load n": lambda: load("digits", n_train=2.5),
     "load None": lambda: load(None),
     "load one class": lambda: load("digits", n_train=1),
     "load seed": lambda: load("digits", seed=-1),
-    "effective_classes": lambda: D.effective_classes(-1, 10),
-    "effective_classes K": lambda: D.effective_classes(1, 0),
-    "effective_classes inf": lambda: D.effective_classes(INF, 10),
+    "effective_classes": lambda: core_splits.effective_classes(-1, 10),
+    "effective_classes K": lambda: core_splits.effective_classes(1, 0),
+    "effective_classes inf": lambda: core_splits.effective_classes(INF, 10),
     "class_mix clients": lambda: class_mix(0, 3, 1.0),
     "class_mix K": lambda: class_mix(3, 2.5, 1.0),
     "class_mix gamma": lambda: class_mix(3, 2, 1e308),
@@ -648,11 +652,11 @@ HOSTILE = {
     "histogram no parts": lambda: client_histogram([0, 1], [], 2),
     "histogram K": lambda: client_histogram([0, 1], [[0]], NAN),
     "histogram y": lambda: client_histogram([0.5], [[0]], 2),
-    "plot NaN": lambda: D.plot_clients(torch.full((2, 3), NAN)),
-    "plot negative": lambda: D.plot_clients(-torch.ones(2, 3)),
-    "plot classes": lambda: D.plot_clients(torch.ones(2, 3), ["a"]),
-    "plot gamma": lambda: D.plot_clients(torch.ones(2, 3), gamma=-1),
-    "plot nobody": lambda: D.plot_clients(torch.ones(0, 3)),
+    "plot NaN": lambda: core_splits.plot_clients(torch.full((2, 3), NAN)),
+    "plot negative": lambda: core_splits.plot_clients(-torch.ones(2, 3)),
+    "plot classes": lambda: core_splits.plot_clients(torch.ones(2, 3), ["a"]),
+    "plot gamma": lambda: core_splits.plot_clients(torch.ones(2, 3), gamma=-1),
+    "plot nobody": lambda: core_splits.plot_clients(torch.ones(0, 3)),
     "draw overlap": lambda: dirichlet_draw([0, 1], 1, 1.0, overlap="no"),
     "draw n": lambda: dirichlet_draw([0, 1], NAN, 1.0),
     "draw more": lambda: dirichlet_draw([0, 1], 10**9, 1.0),
@@ -684,7 +688,7 @@ def test_numpy_and_torch_scalars_are_numbers():
         dirichlet_draw(Y10K, 50, 0.5, 3, 1, True)[0],
     )
     assert torch.equal(class_mix(i(3), t(4), f(0.5)), class_mix(3, 4, 0.5))
-    assert D.effective_classes(f(0.5), i(10)) == 4
+    assert core_splits.effective_classes(f(0.5), i(10)) == 4
     assert torch.equal(
         resample_test(Y10K, np.full(10, 0.1, np.float64), i(100), t(0)),
         resample_test(Y10K, [0.1] * 10, 100),
@@ -812,7 +816,7 @@ def test_real_torchvision_classes_have_what_we_read():
     import inspect
     from torchvision import datasets
 
-    for name, cls in D._PUBLIC.items():
+    for name, cls in core_datasets._PUBLIC.items():
         args = inspect.signature(getattr(datasets, cls).__init__).parameters
         assert {"root", "download", "split" if name == "svhn" else "train"} <= set(args)
 
@@ -820,12 +824,12 @@ def test_real_torchvision_classes_have_what_we_read():
 def test_two_processes_fill_the_cache_at_once(nowhere):
     nowhere.mkdir()
     got = {k: v.repeat(20, 0) for k, v in arrays().items()}
-    threads = [threading.Thread(target=D._store, args=("svhn", got, nowhere)) for _ in range(8)]
+    threads = [threading.Thread(target=core_datasets._store, args=("svhn", got, nowhere)) for _ in range(8)]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
-    assert D._stored("svhn", nowhere)
+    assert core_datasets._stored("svhn", nowhere)
     assert sorted(p.name for p in nowhere.rglob("*")) == ["svhn", "svhn.npz", "svhn.npz.sha256"]
 
 

@@ -7,7 +7,7 @@ import pytest, torch, torch.nn.functional as F
 from conftest import LONG
 from torch import nn
 from darkdistill_nb.core.data import ArrayData
-from darkdistill_nb.core.shapes import shapes
+from darkdistill_nb.core.scenes import shapes
 from darkdistill_nb.distill.losses import (
     RKD,
     CropFlip,

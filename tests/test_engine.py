@@ -4,7 +4,7 @@ import copy
 import pytest, torch
 from darkdistill_nb.federated.darkdistill import DarkDistill
 from darkdistill_nb.core.datasets import load
-from darkdistill_nb.core.shapes import shapes
+from darkdistill_nb.core.scenes import shapes
 from darkdistill_nb.federated.difficulty import measure_difficulty
 from darkdistill_nb.exits.networks import cnn, vit, wrn
 from darkdistill_nb.exits.training import BoostNet, Joint, L2W

@@ -3,6 +3,7 @@
 import math
 import numpy as np
 import pytest
+from darkdistill_nb.exits import stored as exits_stored
 from darkdistill_nb.experiments import exits as X
 from darkdistill_nb.exits.training import by_rate, rate_claim, rate_table
 from darkdistill_nb.core.records import Record, load_record, load_tensors
@@ -40,7 +41,7 @@ def test_every_experiment_takes_a_file(tmp_path):
         "data_sha256"
     ]
     assert len(load_record(tmp_path / "assets" / "exits_pays_mine.json").runs) == 8
-    assert X.load_trained(tmp_path / "assets" / "exits_mine_cnn.safetensors")[3]["classes"] == [
+    assert exits_stored.load_trained(tmp_path / "assets" / "exits_mine_cnn.safetensors")[3]["classes"] == [
         "0",
         "1",
         "2",

@@ -25,7 +25,7 @@ from darkdistill_nb.distill.latent import (
     match_transfer,
     plot_latents,
 )
-from darkdistill_nb.core.shapes import small_shapes
+from darkdistill_nb.core.scenes import small_shapes
 from darkdistill_nb.core.cells import cell_key
 from darkdistill_nb.experiments.latent import (
     CLAIMS,

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from darkdistill_nb.core import plots as core_plots
+from darkdistill_nb.core import records as core_records
 from darkdistill_nb.core.data import ArrayData
 from darkdistill_nb.exits.networks import cnn
 from darkdistill_nb.core import training as T
@@ -406,7 +408,7 @@ def test_the_processor_is_kept(tmp_path):
     assert set(cpu) == {"model", "instructions", "threads", "torch"}
     assert cpu["threads"] == torch.get_num_threads()
     if platform.system() == "Linux" and platform.machine() == "x86_64":
-        assert cpu["model"] and set(cpu["instructions"]) <= set(T._INSTRUCTIONS)
+        assert cpu["model"] and set(cpu["instructions"]) <= set(core_records._INSTRUCTIONS)
         assert ("avx2" in cpu["instructions"]) == (" avx2 " in open("/proc/cpuinfo").read())
 
 
@@ -415,10 +417,10 @@ def test_an_unusual_system_has_a_record_too(monkeypatch, system):
     def fails(*a, **k):
         raise OSError("no such thing")
 
-    monkeypatch.setattr(T.platform, "system", lambda: system)
-    monkeypatch.setattr(T.Path, "read_text", fails)
+    monkeypatch.setattr(core_records.platform, "system", lambda: system)
+    monkeypatch.setattr(core_records.Path, "read_text", fails)
     monkeypatch.setattr(subprocess, "run", fails)
-    assert T.processor()["instructions"] is None and T.processor()["model"]
+    assert core_records.processor()["instructions"] is None and core_records.processor()["model"]
 
 
 def test_macos_and_arm_are_read(monkeypatch):
@@ -432,10 +434,10 @@ def test_macos_and_arm_are_read(monkeypatch):
         "run",
         lambda words, **k: subprocess.CompletedProcess(words, 0, said[words[-1]], ""),
     )
-    monkeypatch.setattr(T.platform, "system", lambda: "Darwin")
-    assert T.processor()["model"] == "Intel(R) Core(TM) i7"
-    assert T.processor()["instructions"] == ["avx2"]
-    assert T._read_cpuinfo(
+    monkeypatch.setattr(core_records.platform, "system", lambda: "Darwin")
+    assert core_records.processor()["model"] == "Intel(R) Core(TM) i7"
+    assert core_records.processor()["instructions"] == ["avx2"]
+    assert core_records._read_cpuinfo(
         "processor\t: 0\nFeatures\t: fp asimd sve bf16\nCPU part\t: 0xd40\n"
     ) == (None, ["fp", "asimd", "sve", "bf16"])
 
@@ -463,8 +465,8 @@ def test_macos_and_arm_are_read(monkeypatch):
         (lambda: T.mean_std(["1"]), "values.0.='1'"),
         (lambda: T.plus_minus([1.0], digits=-1), "digits=-1"),
         (lambda: T.plus_minus([1.0], scale=math.nan), "scale=nan"),
-        (lambda: T.style(-1), "i=-1"),
-        (lambda: T.style(0.5), "i=0.5"),
+        (lambda: core_plots.style(-1), "i=-1"),
+        (lambda: core_plots.style(0.5), "i=0.5"),
         (lambda: T.Streams("a"), "seed='a'"),
         (lambda: T.seed_for(0.5), "seed=0.5"),
         (lambda: T.pick_device(5), "device=5"),

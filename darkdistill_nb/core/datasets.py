@@ -22,7 +22,7 @@ from darkdistill_nb.core.data import (
     _check_two_classes,
     pixel_unit,
 )
-from .shapes import SHAPES, _fits, shapes
+from .scenes import SHAPES, _fits, shapes
 
 # %% ../../nbs/0_core/datasets.ipynb #6b821283
 def _digits():

@@ -18,7 +18,7 @@ from .checks import check, choice, finite, flag, number, whole
 from .data import _MOST_CLASSES, _check_index
 from .datasets import load, of_file
 from .plots import STYLE, class_look
-from .shapes import _fits, small_shapes
+from .scenes import _fits, small_shapes
 
 # %% ../../nbs/0_core/splits.ipynb #90c7494a
 def _check_gamma(gamma):

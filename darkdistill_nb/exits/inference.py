@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from ..core.checks import check, choice, finite, flag, number, scalar, whole
 from ..core.data import ArrayData
-from ..core.shapes import show_pictures
+from ..core.scenes import show_pictures
 from ..distill.losses import _certain, _labels, _up
 from .training import exit_shares
 from ..core.training import Streams, accuracy, by_name, evaluating

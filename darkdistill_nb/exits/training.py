@@ -756,7 +756,7 @@ def difficulty_experiment(
     )
     from darkdistill_nb.core.data import ArrayData
     from darkdistill_nb.core.datasets import load
-    from darkdistill_nb.core.shapes import shapes
+    from darkdistill_nb.core.scenes import shapes
     from darkdistill_nb.distill.losses import CropFlip
     from darkdistill_nb.exits.networks import cnn
 

@@ -32,7 +32,7 @@ from ..distill.losses import distill
 from ..distill.features import method_loss
 from ..distill.latent import NETS, LatentNet, client_task, latent_net, latent_variance
 from ..distill.latent import latents, lkd, map_latents, match_shape, match_transfer
-from ..core.shapes import small_shapes
+from ..core.scenes import small_shapes
 from ..core.plots import LOOK
 from ..core.records import Record, asset, data_digest
 from ..core.training import Streams, accuracy

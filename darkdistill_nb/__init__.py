@@ -8,14 +8,15 @@ Modules:
 - `darkdistill_nb.core.checks`: The few functions with which every other notebook checks what it is given, before any work starts. One sentence for bad input, before any work starts.
 - `darkdistill_nb.core.compat`: Makes `import torchvision` and `import timm` work where torchvision's compiled library cannot be loaded, and does nothing where it can. What happens when torchvision meets another build of PyTorch, and the repair.
 - `darkdistill_nb.core.data`: A data set is two tensors: images and labels. What is wrong with them is said at once. Images, labels, units, statistics and batches.
-- `darkdistill_nb.core.datasets`: Digits without a download, public data sets from a cache, and your own images from one file. Digits, public data sets and your own npz files.
+- `darkdistill_nb.core.datasets`: Digits without a download, public data sets from a cache, and your own images from one file. Digits, public data sets, your own npz files, and images set aside.
 - `darkdistill_nb.core.fronts`: How `from darkdistill_nb.federated import simulate` finds `simulate` without importing anything else. Names of a chapter without loading its modules: how `from darkdistill_nb.core import load` works.
 - `darkdistill_nb.core.parallel`: What Python leaves to the system, and what an hour's run needs all the same: worker processes that never outlive the one that started them, and a table that any console can print. Workers that end with their parent, scripts without a guard, consoles that lack a character.
 - `darkdistill_nb.core.plots`: Colours and markers that stay distinct for everybody. Colours, markers and one form for all figures.
 - `darkdistill_nb.core.records`: What a run leaves behind, so that it can be shown, repeated and resumed, and so that a damaged file is noticed. Records of runs, checksums, fingerprints, stored results.
 - `darkdistill_nb.core.scenes`: Ten shapes in scenes of our own, whose difficulty is a parameter and not an estimate. Drawn images whose true difficulty is known.
-- `darkdistill_nb.core.splits`: Clients hold different classes. Two procedures of the literature make such splits, and the same number means something different in each. Dirichlet splits over clients, and images set aside for validation.
-- `darkdistill_nb.core.training`: Everything later is trained and measured with the few tools of this page. One seed and its random streams, fit and evaluate.
+- `darkdistill_nb.core.seeds`: Everything random follows from one number, and switching one part on does not move the others. One seed and its named random streams.
+- `darkdistill_nb.core.splits`: Clients hold different classes. Two procedures of the literature make such splits, and the same number means something different in each. Dirichlet splits over clients: data that are not IID.
+- `darkdistill_nb.core.training`: Everything later is trained and measured with the few tools of this page. Modes of a network, fit and evaluate, mean and spread.
 - `darkdistill_nb.distill.features`: Losses on the inside of two networks (hints, attention, neighbourhoods, contrast), every method by its name, and all of them side by side. What lies between input and answer: hints, attention, CRD, LPD, and one driver for all losses.
 - `darkdistill_nb.distill.latent`: Two networks of different size agree on one vector in their middle; a small client learns from it what its few, one-sided images cannot teach. A representation layer of equal size on both sides, and distillation through it.
 - `darkdistill_nb.distill.losses`: A trained network knows more than its answers: this page turns what it knows into losses for another network, and trains with all of them through one driver. The losses that carry knowledge from a teacher to a student.
@@ -31,6 +32,7 @@ Modules:
 - `darkdistill_nb.exits.networks`: One network, several answers of rising cost. Networks with several exits, and what each exit costs.
 - `darkdistill_nb.exits.runner`: An image that leaves early saves operations. Whether it saves *time* is decided by the loop around the network and by the kernels inside it. Early exit that saves the time, not only the operations; export to ONNX.
 - `darkdistill_nb.exits.stored`: Trained networks of this package, read in a second. Trained networks and their answers, read from a file.
+- `darkdistill_nb.exits.thresholds`: A threshold may be infinite, and a file cannot say so. One form, written by one function and read by one function. Exit thresholds in files: one form to write and to read.
 - `darkdistill_nb.exits.training`: Ways to train all exits of one network at once: sums of cross-entropies, boosting, weights that are learned, and exits that teach each other. Joint losses, boosting, and learned weights that train all exits at once.
 - `darkdistill_nb.experiments.bench`: Speed is a claim like any other: one command measures it on your machine, beside another library, and prints ratios of one run. What a distillation step costs beside a plain step, and what early exit saves on the clock.
 - `darkdistill_nb.experiments.distree`: Teachers, partitions, losses, policies and failures, each an experiment whose result is stored, on paired seeds. Policies at equal cost, divisions, losses and failures, on paired seeds.

@@ -14,13 +14,12 @@ from darkdistill_nb.exits import networks as early_exit
 from darkdistill_nb.exits import training as exit_training
 from darkdistill_nb.federated import method as federated
 from darkdistill_nb.federated import generator
-from darkdistill_nb.exits import control, guarantees
+from darkdistill_nb.exits import control
 from darkdistill_nb.exits import inference
 from darkdistill_nb.distill import latent
 from darkdistill_nb.distill import online
 from darkdistill_nb.exits import runner
 from darkdistill_nb.distree import simulator
-from darkdistill_nb.core import training
 
 once = functools.cache
 KEPT = tempfile.TemporaryDirectory()  # goes when Python ends

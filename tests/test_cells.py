@@ -1,6 +1,6 @@
 "Cells in several processes, and after a kill."
 
-import json, math, os, signal, subprocess, sys, time
+import json, math, os, signal, subprocess, sys
 import numpy as np
 import pytest
 import torch
@@ -17,7 +17,7 @@ from darkdistill_nb.core.cells import (
     t_interval,
     verdict,
 )
-from darkdistill_nb.core.splits import every_tenth
+from darkdistill_nb.core.datasets import every_tenth
 
 JOB = """
 import os, sys, time

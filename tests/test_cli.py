@@ -7,7 +7,6 @@ import pytest
 from conftest import LONG
 from darkdistill_nb.core import records as core_records
 from darkdistill_nb.app import cli
-from darkdistill_nb.core import training
 
 COMMAND = [
     sys.executable,

@@ -4,7 +4,6 @@ import hashlib, io, os, pickle, struct, subprocess, sys, threading, warnings, zi
 from pathlib import Path
 import numpy as np, pytest, torch
 from darkdistill_nb.core import datasets as core_datasets
-from darkdistill_nb.core import parallel as core_parallel
 from darkdistill_nb.core import scenes as core_scenes
 from darkdistill_nb.core import splits as core_splits
 from darkdistill_nb.core import data as D

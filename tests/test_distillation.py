@@ -40,7 +40,8 @@ from darkdistill_nb.distill.online import (
     self_distillation,
     train_together,
 )
-from darkdistill_nb.core.training import Streams, fit
+from darkdistill_nb.core.seeds import Streams
+from darkdistill_nb.core.training import fit
 
 ROOT = Path(__file__).resolve().parent.parent
 Y = torch.tensor([0, 1, 2, 3, 0, 1])

@@ -31,7 +31,7 @@ from darkdistill_nb.distree.students import (
 )
 from darkdistill_nb.exits.networks import vit, wrn
 from darkdistill_nb.distree.policies import FeatureDifference
-from darkdistill_nb.core.training import Streams
+from darkdistill_nb.core.seeds import Streams
 from darkdistill_nb.core.records import load_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -552,7 +552,7 @@ def test_merge_and_state_need_lora():
 def test_a_federated_round_changes_only_what_is_trained():
     from darkdistill_nb.core.datasets import load
     from darkdistill_nb.federated.method import EEFL, make_clients, simulate
-    from darkdistill_nb.core.training import Streams
+    from darkdistill_nb.core.seeds import Streams
 
     train, test = load("digits")
     train = train.subset(torch.arange(200))

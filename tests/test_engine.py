@@ -9,7 +9,7 @@ from darkdistill_nb.federated.difficulty import measure_difficulty
 from darkdistill_nb.exits.networks import cnn, vit, wrn
 from darkdistill_nb.exits.training import BoostNet, Joint, L2W
 from darkdistill_nb.federated.method import EEFL, block_average, make_clients, simulate
-from darkdistill_nb.core.training import Streams
+from darkdistill_nb.core.seeds import Streams
 
 BUILDERS = {
     "cnn": lambda: cnn((3, 32, 32), 10, width=8),

@@ -31,7 +31,8 @@ from darkdistill_nb.exits.training import (
     sgd_step,
     train_exits,
 )
-from darkdistill_nb.core.training import Streams, fit
+from darkdistill_nb.core.seeds import Streams
+from darkdistill_nb.core.training import fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,6 +1,6 @@
 """Clients that lie or fail, federations that do not fit, checkpoints of other runs: what a federated run does when something is wrong."""
 
-import contextlib, json, math, os, signal, subprocess, sys, textwrap, time, warnings
+import json, math, os, signal, subprocess, sys, textwrap, time, warnings
 import numpy as np
 import pytest, torch
 from conftest import LONG, children, process_state, running
@@ -14,7 +14,6 @@ from darkdistill_nb.exits.training import BoostNet
 from darkdistill_nb.federated.method import (
     EEFL,
     Client,
-    Update,
     average,
     block_average,
     make_clients,
@@ -23,7 +22,7 @@ from darkdistill_nb.federated.method import (
     train_alone,
 )
 from darkdistill_nb.federated.generator import Generator, diversity_loss, train_generator
-from darkdistill_nb.core.training import Streams
+from darkdistill_nb.core.seeds import Streams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 nan, inf = math.nan, math.inf

@@ -1,6 +1,6 @@
 """Latent-space distillation: the acceptance numbers of clients, tests and networks, and experiments that survive being killed."""
 
-import json, math, os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
 import torch.nn.functional as F

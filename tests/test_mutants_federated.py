@@ -3,7 +3,7 @@
 import inspect, math
 import pytest, torch
 from darkdistill_nb.core.data import ArrayData
-from darkdistill_nb.core.training import Streams
+from darkdistill_nb.core.seeds import Streams
 from darkdistill_nb.distill.losses import RKD
 from darkdistill_nb.exits.networks import cnn
 from darkdistill_nb.exits.training import Joint

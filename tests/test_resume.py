@@ -1,7 +1,6 @@
 """A run that is killed at random moments, again and again, and resumed, ends with the weights of an uninterrupted one; nothing half-written is ever met."""
 
 import json, os, random, re, shutil, signal, subprocess, sys, time
-from pathlib import Path
 import pytest
 from conftest import LONG
 

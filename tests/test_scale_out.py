@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from darkdistill_nb.distree import actors as scale_out
 from darkdistill_nb.core.data import ArrayData
 from darkdistill_nb.distree.students import DistrEE, make_answers, student_net, system_answers
 from darkdistill_nb.distree.actors import (

@@ -2,7 +2,7 @@
 
 SITE names a folder with a site that `tools/build_docs.py` has built; without it, one is built here. `tools/check.py --only site` runs this file."""
 
-import json, math, os, shutil, subprocess, sys
+import json, os, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 

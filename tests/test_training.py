@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from darkdistill_nb.core import seeds as core_seeds
 from darkdistill_nb.core import plots as core_plots
 from darkdistill_nb.core import records as core_records
 from darkdistill_nb.core.data import ArrayData
@@ -467,8 +468,8 @@ def test_macos_and_arm_are_read(monkeypatch):
         (lambda: T.plus_minus([1.0], scale=math.nan), "scale=nan"),
         (lambda: core_plots.style(-1), "i=-1"),
         (lambda: core_plots.style(0.5), "i=0.5"),
-        (lambda: T.Streams("a"), "seed='a'"),
-        (lambda: T.seed_for(0.5), "seed=0.5"),
+        (lambda: core_seeds.Streams("a"), "seed='a'"),
+        (lambda: core_seeds.seed_for(0.5), "seed=0.5"),
         (lambda: T.pick_device(5), "device=5"),
         (lambda: T.pick_device(None), "device=None"),
         (lambda: check_batches(mlp(), 1.5, 32), "n=1.5"),
@@ -487,7 +488,7 @@ def test_numbers_of_numpy_are_numbers():
     fit(a, images(), 2, 0.1, batch_size=16)
     fit(b, images(), np.int64(2), np.float64(0.1), batch_size=np.int32(16))
     assert all(map(torch.equal, a.parameters(), b.parameters()))
-    assert T.Streams(np.int64(3)).seed_of("a") == T.Streams(3).seed_of("a")
+    assert core_seeds.Streams(np.int64(3)).seed_of("a") == core_seeds.Streams(3).seed_of("a")
     assert T.mean_std(np.arange(3)) == (1.0, 1.0)
     assert (
         T.accuracy(torch.tensor([[0.0, -math.inf]]), torch.tensor([0])) == 1

@@ -376,7 +376,8 @@ class Experiment:
     ):
         from darkdistill_nb.core.datasets import load
         from darkdistill_nb.federated.method import make_clients
-        from darkdistill_nb.core.training import Streams, pick_device
+        from darkdistill_nb.core.seeds import Streams
+        from darkdistill_nb.core.training import pick_device
         from darkdistill_nb.core.records import check_json
 
         self.config = c = make_config(config)

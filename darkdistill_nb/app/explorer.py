@@ -15,7 +15,7 @@ import numpy as np
 from fastcore.basics import patch
 from ..core.checks import check, finite, flag, number, whole
 from ..core.plots import STYLE, class_look, hatched
-from ..core.splits import dirichlet_split, effective_classes
+from ..core.splits import dirichlet_indices, effective_classes
 from ..core.plots import PALETTE, PLOT_CONFIG, style
 
 # %% ../../nbs/6_app/explorer.ipynb #b0c74905
@@ -166,7 +166,7 @@ def check(self:ExitModel,
     T # E thresholds; the last one is -inf
 )->np.ndarray: # (E,) float
     "Thresholds as an array; raises `ValueError` for a wrong number of them, NaN, or a last one that is not -inf."
-    from darkdistill_nb.exits.inference import read_thresholds
+    from darkdistill_nb.exits.thresholds import read_thresholds
 
     T = np.asarray(read_thresholds(T, name="thresholds") if np.ndim(T) == 1 else T, float)
     if T.shape != (len(self),):
@@ -1229,7 +1229,7 @@ class SplitModel:
         counts = np.stack(
             [
                 np.bincount(self.y[np.asarray(p)], minlength=K)
-                for p in dirichlet_split(self.y, clients, gamma, family, seed)
+                for p in dirichlet_indices(self.y, clients, gamma, family, seed)
             ]
         )
         square = ((counts / counts.sum(1, keepdims=True)) ** 2).sum(1)

@@ -14,7 +14,7 @@ import warnings
 import torch
 from torch import Tensor
 from fastcore.basics import patch
-from .checks import check, flag, shown, whole
+from .checks import MOST_CLASSES, check, flag, shown, whole
 
 # %% ../../nbs/0_core/data.ipynb #82269871
 def _check_images(x, name="x"):
@@ -67,8 +67,6 @@ def pixel_unit(
     return None
 
 # %% ../../nbs/0_core/data.ipynb #4a68700b
-_MOST_CLASSES = 65_536  # a larger label is no label: a position, a hash, a time
-
 def _check_arrays(x, y, n_classes=None, name=""):
     "Raise `ValueError` unless `x` (N, C, H, W) and `y` (N,) are one consistent, non-empty split"
     _check_images(x, f"x{name}")
@@ -83,7 +81,7 @@ def _check_arrays(x, y, n_classes=None, name=""):
     lo, hi = int(y.min()), int(y.max())
     if lo < 0:
         raise ValueError(f"y{name} holds the label {lo}; labels must be 0 or larger")
-    most = _MOST_CLASSES if n_classes is None else n_classes
+    most = MOST_CLASSES if n_classes is None else n_classes
     if hi >= most:
         raise ValueError(
             f"y{name} holds the label {hi}, but with {most} classes labels must be 0..{most - 1}"

@@ -9,11 +9,11 @@ Docs: https://darkdistill.github.io/darkdistill_nb/0_core/scenes.html.md"""
 __all__ = ['SHAPES', 'outlines', 'difficulty_law', 'shapes', 'show_pictures', 'small_shapes']
 
 # %% ../../nbs/0_core/scenes.ipynb #d79b7c45
-import functools, io, math, os
+import functools, io, math
 import numpy as np
 import torch
 from torch import Tensor
-from .checks import check, number, whole
+from .checks import check, fits_in_memory, number, whole
 from .data import ArrayData, _check_difficulty
 from .parallel import one_thread
 from .plots import STYLE
@@ -233,18 +233,6 @@ def _render(kind, u, bits, d, size):
         plane += raw.float().sub_(127.5).mul_((law["noise"] * (2 / 255)).float()[:, None])
     return img.mul_(255).add_(0.5).clamp_(0, 255).to(torch.uint8)
 
-# %% ../../nbs/0_core/scenes.ipynb #10dc4ccb
-def _fits(size, what):
-    "Raise `ValueError` if `size` bytes are more than the memory of this machine, where it tells"
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        memory = 2**46  # not told: refuse only what no machine has
-    if size > memory:
-        raise ValueError(
-            f"{what} would take {size:,} bytes, but this machine has {memory:,} bytes of memory"
-        )
-
 # %% ../../nbs/0_core/scenes.ipynb #4969d0cf
 def shapes(
     n: int,  # number of pictures
@@ -254,7 +242,7 @@ def shapes(
 ) -> ArrayData:  # x (n, 3, size, size) uint8, with `difficulty` (n,) float32
     "Draw `n` images of known difficulty, each class once in ten; `ValueError` for bad arguments"
     n, seed, size = whole(n, "n"), whole(seed, "seed", 0), whole(size, "size", 8, 4096)
-    _fits(3 * n * size * size, f"n={n} pictures of size={size}")
+    fits_in_memory(3 * n * size * size, f"n={n} pictures of size={size}")
     if difficulty is not None:
         difficulty = _check_difficulty(difficulty, n, torch.float64).cpu().expand(n)
     x = torch.empty(n, 3, size, size, dtype=torch.uint8)

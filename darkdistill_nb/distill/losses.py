@@ -15,7 +15,8 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from ..core.checks import check, choice, finite, flag, number, same_shape, whole
-from ..core.training import evaluating, seed_for, start_training
+from ..core.training import evaluating, start_training
+from ..core.seeds import seed_for
 from torch import nn
 
 # %% ../../nbs/1_distill/losses.ipynb #98413b36

@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from ..core.checks import check, choice, finite, flag, number, whole
 from .students import DistrEE, SystemAnswers
-from ..exits.inference import read_thresholds
+from ..exits.thresholds import read_thresholds
 from .simulator import Aggregator, Answer, Outcomes, Policy, confidence_of
 from .policies import LastExit, PartialLogits, RandomExit, policy_by_name
 

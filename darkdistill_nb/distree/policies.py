@@ -36,10 +36,11 @@ from darkdistill_nb.exits.inference import (
     score_by_name,
     static_mixture,
     take_exit,
-    read_thresholds,
     thresholds_for_budget,
 )
-from ..core.training import Streams, by_name
+from ..exits.thresholds import read_thresholds
+from ..core.seeds import Streams
+from ..core.training import by_name
 
 # %% ../../nbs/4_distree/policies.ipynb #8bc35dc7
 def _check_table(answers, name="answers"):

@@ -14,12 +14,11 @@ __all__ = ['Device', 'Link', 'Cluster', 'noise', 'Answer', 'Aggregator', 'Policy
 import dataclasses, math
 from dataclasses import dataclass
 import numpy as np
-import torch
 from fastcore.basics import patch
 from ..core.checks import check, choice, finite, flag, number, whole
-from ..exits.inference import read_thresholds
+from ..exits.thresholds import read_thresholds
 from ..core.plots import figure, style
-from ..core.training import seed_for
+from ..core.seeds import seed_for
 
 # %% ../../nbs/4_distree/simulator.ipynb #f2820afc
 def _simpy():
@@ -399,14 +398,18 @@ class Policy:
         self.need = None if self.need is None else whole(self.need, "need")
 
 # %% ../../nbs/4_distree/simulator.ipynb #fba9f158
+def _array(a):
+    "A tensor, array or list as an array."
+    return a.detach().cpu().numpy() if hasattr(a, "detach") else np.asarray(a)
+
 def fixed_policy(
     depth, # (N, S) exits, counted from 0
 )->Policy:
     "Exits known in advance, from any rule that looks only at the image; raises `ValueError` for what is no table of exits."
-    d = torch.as_tensor(depth)
-    check(d.ndim == 2 and d.numel(), "depth.shape", tuple(d.shape), "(students, samples)")
+    d = _array(depth)
+    check(d.ndim == 2 and d.size, "depth.shape", d.shape, "(students, samples)")
     check(
-        d.dtype is not torch.bool and ((d >= 0) & (d == d.round())).all(),
+        d.dtype.kind in "iuf" and ((d >= 0) & (d == d.round())).all(),
         "depth",
         d.tolist(),
         "whole numbers from 0 on",
@@ -419,11 +422,11 @@ def local_policy(
     threshold=None, # number, (E,) or (N, E); None: the lambda of the request
 )->Policy:
     "Each student leaves at its first exit whose own score reaches the threshold; raises `ValueError` for NaN and what does not fit."
-    scores = torch.as_tensor(scores)
+    scores = _array(scores)
     check(
-        scores.ndim == 3 and scores.numel(),
+        scores.ndim == 3 and scores.size,
         "scores.shape",
-        tuple(scores.shape),
+        scores.shape,
         "(students, exits, samples)",
     )
     table = finite(scores, "scores", inf=True).tolist()

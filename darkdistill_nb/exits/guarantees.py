@@ -13,14 +13,14 @@ __all__ = ['KINDS', 'sample_losses', 'grid_losses', 'last_of_prefix', 'log_wealt
 import math
 from dataclasses import dataclass
 import numpy as np
-import torch
 from ..core.checks import check, choice, finite, flag, number, whole
-from ..distill.losses import _certain, _labels
-from .inference import read_thresholds
+from .thresholds import read_thresholds
 
 # %% ../../nbs/2_exits/guarantees.ipynb #05cee076
 def _array(x):
-    return np.asarray(x.detach().cpu() if isinstance(x, torch.Tensor) else x, dtype=float)
+    "A tensor, array or list as an array of 64-bit numbers."
+    x = x.detach().cpu().double().numpy() if hasattr(x, "detach") else x
+    return np.asarray(x, dtype=float)
 
 def _losses(x, name, bound=math.inf):
     "Losses as an array: finite numbers of at most `bound`."
@@ -52,6 +52,36 @@ def _grid(grid, E):
         raise ValueError("grid must fall strictly: the most conservative threshold comes first")
     return T
 
+# %% ../../nbs/2_exits/guarantees.ipynb #8ce0fb82
+def _softmax(z):
+    "Probabilities (..., K); -inf is a class that cannot occur, but one class must be able to."
+    best = z.max(-1, keepdims=True)
+    bad = int((~np.isfinite(best)).sum())
+    if bad:
+        raise ValueError(
+            f"logits must be numbers, or -inf for some classes of a sample, but {bad} of "
+            f"{best.size} samples hold NaN, +inf, or no class that is possible"
+        )
+    e = np.exp(z - best)
+    return e / e.sum(-1, keepdims=True)
+
+def _label_row(y, n, K):
+    "Labels of n samples: whole numbers 0..K-1."
+    y = y.detach().cpu().numpy() if hasattr(y, "detach") else np.asarray(y)
+    if y.shape != (n,) or y.dtype.kind not in "iu":
+        raise ValueError(
+            f"y must be ({n},) whole numbers, one label per sample, "
+            f"not {y.dtype} of shape {y.shape}"
+        )
+    low, high = int(y.min()), int(y.max())
+    check(
+        0 <= low and high < K,
+        "y's labels",
+        (low, high),
+        f"between 0 and {K - 1}: there are {K} classes",
+    )
+    return y
+
 # %% ../../nbs/2_exits/guarantees.ipynb #ec3a650a
 KINDS = ("consistency", "gap", "brier", "hellinger")
 
@@ -61,7 +91,7 @@ def sample_losses(
     y=None,             # (N,) labels; needed by "gap", optional for "brier", otherwise unused
 )->np.ndarray:          # (E, N) loss of leaving at each exit; the last row is 0
     "Loss of every sample at every exit, compared to the last exit (arXiv 2405.20915); raises `ValueError` for an unknown kind, missing labels or NaN."
-    z = torch.as_tensor(logits).detach().cpu().double()
+    z = _array(logits)
     choice(kind, "kind", KINDS)
     if kind == "gap" and y is None:
         raise ValueError(
@@ -69,21 +99,18 @@ def sample_losses(
         )
     if z.ndim != 3 or 0 in z.shape:
         raise ValueError(
-            f"logits of shape {tuple(z.shape)} must be (exits, samples, classes), with at least one sample"
+            f"logits of shape {z.shape} must be (exits, samples, classes), with at least one sample"
         )
-    _certain(z, "logits")
-    p, top = z.softmax(-1), z.argmax(-1)
-    y = top[-1] if y is None else _labels(torch.as_tensor(y).cpu(), z).long()
+    p, top = _softmax(z), z.argmax(-1)
+    y = top[-1] if y is None else _label_row(y, *z.shape[1:])
     if kind == "consistency":
-        loss = (top != top[-1]).double()
-    elif kind == "gap":
-        loss = (top != y).double() - (top[-1] != y).double()
-    elif kind == "hellinger":
-        loss = ((p.sqrt() - p[-1].sqrt()) ** 2).sum(-1).div(2).sqrt()
-    else:
-        score = ((p - torch.nn.functional.one_hot(y, z.shape[-1])) ** 2).sum(-1) / 2
-        loss = score - score[-1]
-    return loss.numpy()
+        return (top != top[-1]).astype(float)
+    if kind == "gap":
+        return (top != y).astype(float) - (top[-1] != y)
+    if kind == "hellinger":
+        return np.sqrt(((np.sqrt(p) - np.sqrt(p[-1])) ** 2).sum(-1) / 2)
+    score = ((p - np.eye(z.shape[-1])[y]) ** 2).sum(-1) / 2
+    return score - score[-1]
 
 # %% ../../nbs/2_exits/guarantees.ipynb #618a5f9f
 def grid_losses(

@@ -7,11 +7,11 @@ Docs: https://darkdistill.github.io/darkdistill_nb/2_exits/inference.html.md"""
 
 # %% auto #0
 __all__ = ['SCORES', 'SCHEMES', 'confidence', 'Score', 'Confidence', 'Margin', 'Entropy', 'Energy', 'Logit', 'Patience',
-           'Saturation', 'Difference', 'Gate', 'score_by_name', 'anytime', 'exit_outputs', 'write_thresholds',
-           'read_thresholds', 'take_exit', 'evaluate_thresholds', 'budget_thresholds', 'budget_curve',
-           'shares_for_budget', 'quantile_thresholds', 'stopping_thresholds', 'thresholds_for_budget', 'fit_gate',
-           'static_mixture', 'oracle', 'failure_auroc', 'aurc', 'policy_table', 'policy_curve', 'plot_policies',
-           'plot_auroc', 'reliability', 'ece', 'temperature', 'plot_reliability', 'plot_depth', 'picture_grid']
+           'Saturation', 'Difference', 'Gate', 'score_by_name', 'anytime', 'exit_outputs', 'take_exit',
+           'evaluate_thresholds', 'budget_thresholds', 'budget_curve', 'shares_for_budget', 'quantile_thresholds',
+           'stopping_thresholds', 'thresholds_for_budget', 'fit_gate', 'static_mixture', 'oracle', 'failure_auroc',
+           'aurc', 'policy_table', 'policy_curve', 'plot_policies', 'plot_auroc', 'reliability', 'ece', 'temperature',
+           'plot_reliability', 'plot_depth', 'picture_grid']
 
 # %% ../../nbs/2_exits/inference.ipynb #dda3e664
 import math
@@ -23,9 +23,11 @@ from ..core.data import ArrayData
 from ..core.scenes import show_pictures
 from ..distill.losses import _certain, _labels, _up
 from .training import exit_shares
-from ..core.training import Streams, accuracy, by_name, evaluating
+from ..core.seeds import Streams
+from ..core.training import accuracy, by_name, evaluating
 from ..core.plots import figure, style
 from torch import nn
+from .thresholds import read_thresholds, write_thresholds
 
 # %% ../../nbs/2_exits/inference.ipynb #41c6265d
 def confidence(
@@ -268,42 +270,6 @@ def exit_outputs(
             raw = net.classify(a)
             logits.append(torch.stack(list(policy.predict(raw)) if policy else raw).cpu())
     return torch.cat(logits, 1), [torch.cat(v) for v in zip(*features)]
-
-# %% ../../nbs/2_exits/inference.ipynb #e17bccc5
-def _read_threshold(t, name, last):
-    "One threshold as a float."
-    if t is None:
-        return -math.inf if last else math.inf
-    if isinstance(t, str) and t in ("inf", "-inf"):
-        return float(t)
-    t = scalar(t)
-    if isinstance(t, float) and math.isnan(t):
-        raise ValueError(f"{name} contains NaN: a threshold must be a number, 'inf' or '-inf'")
-    ok = isinstance(t, (int, float)) and not isinstance(t, bool)
-    check(ok, f"{name}'s entry", t, "a number, 'inf' or '-inf', one per exit")
-    return float(t)
-
-# %% ../../nbs/2_exits/inference.ipynb #09ea775b
-def write_thresholds(
-    T, # E numbers
-)->list: # as JSON can hold them: numbers, and "inf" or "-inf"
-    "Thresholds in the form in which they are stored; raises `ValueError` for NaN."
-    T = read_thresholds(T)
-    return [t if math.isfinite(t) else str(t) for t in T]
-
-def read_thresholds(
-    T,  # E thresholds: numbers, "inf" or "-inf"; None (in old records) at the last exit: -inf, before it: +inf
-    exits=None,  # E, if it is known
-    name: str = "T",  # of the argument, for messages
-) -> list:  # E floats
-    "Thresholds as numbers, from a list, array, tensor or record; raises `ValueError` for NaN, words, another shape or number."
-    T = T.tolist() if hasattr(T, "tolist") else T
-    if isinstance(T, str) or not hasattr(T, "__len__") or not hasattr(T, "__iter__"):
-        raise ValueError(f"{name}={T!r} must be a list of thresholds, one per exit")
-    T = list(T)
-    if exits is not None and len(T) != exits:
-        raise ValueError(f"{len(T)} thresholds for {exits} exits: give one per exit ({name})")
-    return [_read_threshold(t, name, last=e == len(T) - 1) for e, t in enumerate(T)]
 
 # %% ../../nbs/2_exits/inference.ipynb #c17dbf8c
 def _check_scores(scores, name="scores"):

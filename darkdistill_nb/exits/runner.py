@@ -19,13 +19,8 @@ import torch.nn.functional as F
 from ..core.checks import check, choice, flag, whole
 from .networks import ClassToken, EarlyExitNet, Exit, TokenStem, take_rows
 from .training import POLICIES, Joint, objective_by_name
-from darkdistill_nb.exits.inference import (
-    SCORES,
-    Confidence,
-    read_thresholds,
-    score_by_name,
-    write_thresholds,
-)
+from .inference import Confidence, SCORES, score_by_name
+from .thresholds import read_thresholds, write_thresholds
 from fastcore.basics import patch
 from torch import nn
 

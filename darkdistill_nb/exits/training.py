@@ -31,8 +31,8 @@ from darkdistill_nb.core.records import (
     save_record,
     save_tensors,
 )
+from ..core.seeds import Streams
 from darkdistill_nb.core.training import (
-    Streams,
     accuracy,
     by_name,
     check_batches,

@@ -58,7 +58,7 @@ from darkdistill_nb.exits.networks import build_net
 
 from darkdistill_nb.core.records import from_16_bits, to_16_bits
 from darkdistill_nb.exits.stored import load_trained
-from darkdistill_nb.core.splits import three_parts
+from darkdistill_nb.core.datasets import three_parts
 
 from darkdistill_nb.exits.training import Joint, train_exits
 
@@ -99,7 +99,8 @@ from darkdistill_nb.core.records import (
     save_record,
     save_tensors,
 )
-from darkdistill_nb.core.training import Streams, accuracy, mean_std
+from darkdistill_nb.core.seeds import Streams
+from darkdistill_nb.core.training import accuracy, mean_std
 from darkdistill_nb.core.plots import figure, style
 
 # %% ../../nbs/5_experiments/distree.ipynb #2fc10284

@@ -26,7 +26,7 @@ from darkdistill_nb.core.cells import (
     t_interval,
     verdict,
 )
-from darkdistill_nb.core.datasets import of_file, short_name
+from darkdistill_nb.core.datasets import of_file, short_name, three_parts
 from darkdistill_nb.core.records import publish, stored_record, to_16_bits
 
 from darkdistill_nb.core.checks import check, choice, flag, number, whole
@@ -40,11 +40,11 @@ from darkdistill_nb.exits.stored import NETS
 from darkdistill_nb.exits.training import fit_exits, learning_rates, objective_by_name
 
 from darkdistill_nb.exits.inference import confidence, exit_outputs, policy_curve
-from darkdistill_nb.core.splits import three_parts
 
 # %% ../../nbs/5_experiments/exits.ipynb #c90106d9
 from darkdistill_nb.core.records import Record, save_record, save_tensors
-from darkdistill_nb.core.training import Streams, accuracy, mean_std, pick_device
+from darkdistill_nb.core.seeds import Streams
+from darkdistill_nb.core.training import accuracy, mean_std, pick_device
 from darkdistill_nb.core.plots import figure, style
 
 # %% ../../nbs/5_experiments/exits.ipynb #ad07e740

@@ -18,28 +18,50 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from ..core.cells import cell_file, cell_key, each, json_or_text
-from ..core.splits import every_tenth
-from ..core.records import kept
-from ..core.cells import key_values, run_command, run_grid, run_stored
-from ..core.records import publish
-from ..core.cells import t_interval, verdict
+from darkdistill_nb.core.cells import (
+    cell_file,
+    cell_key,
+    each,
+    json_or_text,
+    key_values,
+    run_command,
+    run_grid,
+    run_stored,
+    t_interval,
+    verdict,
+)
+from ..core.datasets import every_tenth, load
+from darkdistill_nb.core.records import (
+    Record,
+    asset,
+    data_digest,
+    kept,
+    load_record,
+    load_tensors,
+    publish,
+    save_record,
+)
 from ..core.checks import check, choice, number, shown, whole
 from ..core.data import ArrayData
 from ..core.parallel import one_thread
-from ..core.datasets import load
 from ..distill.losses import distill
 from ..distill.features import method_loss
-from ..distill.latent import NETS, LatentNet, client_task, latent_net, latent_variance
-from ..distill.latent import latents, lkd, map_latents, match_shape, match_transfer
+from darkdistill_nb.distill.latent import (
+    LatentNet,
+    NETS,
+    client_task,
+    latent_net,
+    latent_variance,
+    latents,
+    lkd,
+    map_latents,
+    match_shape,
+    match_transfer,
+)
 from ..core.scenes import small_shapes
-from ..core.plots import LOOK
-from ..core.records import Record, asset, data_digest
-from ..core.training import Streams, accuracy
-from ..core.records import load_record, load_tensors
-from ..core.training import mean_std, plus_minus, predict
-from ..core.records import save_record
-from ..core.plots import style
+from ..core.plots import LOOK, style
+from ..core.seeds import Streams
+from ..core.training import accuracy, mean_std, plus_minus, predict
 
 # %% ../../nbs/5_experiments/latent.ipynb #1747465e
 SETUPS = {  # networks of `latent_net`; l is the width d of the teacher's perception, or half of it on shapes16; lr and batch_size of Adam

@@ -16,11 +16,11 @@ import html, json, math
 from pathlib import Path
 import torch
 from ..core.checks import check, flag, number
-from ..core.plots import class_look, hatched
+from ..core.plots import PALETTE, PLOT_CONFIG, class_look, figure, hatched, style
 from ..core.splits import client_histogram, effective_classes
 from ..federated.difficulty import DifficultyHistogram, measure_difficulty
-from ..exits.inference import budget_curve, read_thresholds
-from ..core.plots import PALETTE, PLOT_CONFIG, figure, style
+from ..exits.inference import budget_curve
+from ..exits.thresholds import read_thresholds
 from ..core.records import Record, write_atomic
 from ..core.training import accuracy, mean_std, plus_minus
 

@@ -25,7 +25,8 @@ from ..distill.losses import RKD
 from ..exits.training import exit_partition
 from .method import EEFL, Client, Update
 from .generator import CE, DIF, Generator, train_generator
-from ..core.training import Streams, evaluating
+from ..core.seeds import Streams
+from ..core.training import evaluating
 
 # %% ../../nbs/3_federated/darkdistill.ipynb #0ac31236
 def alignment_weights(

@@ -19,14 +19,8 @@ from ..core.data import ArrayData
 from ..exits.networks import EarlyExitNet, Exit
 from ..exits.training import Joint
 from .method import EEFL
-from darkdistill_nb.core.training import (
-    Streams,
-    accuracy,
-    check_batches,
-    fit,
-    predict,
-    start_training,
-)
+from ..core.seeds import Streams
+from ..core.training import accuracy, check_batches, fit, predict, start_training
 
 # %% ../../nbs/3_federated/fedmd.ipynb #5c4bd939
 class _Plain(Exit):

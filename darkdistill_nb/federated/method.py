@@ -22,8 +22,8 @@ from ..core.splits import client_histogram, dirichlet_split
 from ..exits.networks import EarlyExitNet, block_of
 from ..exits.training import BoostNet
 from ..core.parallel import Spawn, _begin, only_from_main, why_ended
+from ..core.seeds import Streams
 from darkdistill_nb.core.training import (
-    Streams,
     accuracy,
     check_batches,
     fit,

@@ -60,7 +60,7 @@ def test_dirichlet_explorer():
         e = DirichletExplorer(np.arange(300) % 3, ["a", "b", "c"])
         print(len(e.to_table()), len(e.to_frames((0.1, 1.0)).frames))
     """)
-    assert out == "20 2\n"
+    assert out == "10 2\n"
 
 
 def test_a_promise():

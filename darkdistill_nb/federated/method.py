@@ -646,14 +646,15 @@ def _open(timm, packed):
     return answer
 
 def _portable(answer):
-    "An exception that the parent can read; an update as it is."
-    if isinstance(answer, Exception):
-        try:
-            pickle.loads(pickle.dumps(answer))
-        except Exception:
-            kind = FloatingPointError if isinstance(answer, FloatingPointError) else RuntimeError
-            return kind(f"{type(answer).__name__}: {answer}")
-    return answer
+    "An answer as bytes that the parent can read."
+    try:
+        data = pickle.dumps(answer)
+        if isinstance(answer, Exception):
+            pickle.loads(data)
+        return data
+    except Exception:
+        kind = FloatingPointError if isinstance(answer, FloatingPointError) else RuntimeError
+        return pickle.dumps(kind(f"{type(answer).__name__}: {answer}"))
 
 # %% ../../nbs/3_federated/method.ipynb #6a088ef5
 def _train_in(workers, jobs):
@@ -662,7 +663,7 @@ def _train_in(workers, jobs):
     answers = [None] * len(jobs)
     try:
         for i, answer in workers.run([jobs[j] for j in order]):
-            answers[order[i]] = answer
+            answers[order[i]] = pickle.loads(answer)
     except WorkerLost as e:
         _, client, rnd = jobs[order[e.job]]
         raise RuntimeError(

@@ -203,10 +203,10 @@ class WorkerLost(RuntimeError):
     "A worker process is gone; the message is a sentence for the user."
 
     def __init__(self,
-        job:int,    # number of the job that it had
-        pid:int,    # of the process
-        code:int,   # its exit code; None: it still runs
-        begun:bool, # did it come as far as answering jobs?
+        job,   # number of the job that it had
+        pid,   # of the process
+        code,  # its exit code; None: it still runs
+        begun, # did it come as far as answering jobs?
     ):
         self.job, self.pid, self.begun = job, pid, begun
         quiet = begun and code in (None, 0, -signal.SIGTERM)
@@ -224,7 +224,7 @@ class Workers:
         *args,
         keep=(), # what workers hold open besides, such as a lock: things that a new process can inherit
     ):
-        n = whole(n, "workers")
+        n = whole(n, "n")
         only_from_main()
         packed = self._packed(start, args)
         self.spawn, self.procs, self.begun = Spawn(), {}, set()

@@ -1,13 +1,13 @@
 """The smallest parts of federated training: values by hand, limits, defaults, branches."""
 
-import inspect, math
-import pytest, torch
+import copy, inspect, math
+import numpy as np, pytest, torch
 from darkdistill_nb.core.data import ArrayData
 from darkdistill_nb.core.training import Streams
 from darkdistill_nb.distill.losses import RKD
 from darkdistill_nb.exits.networks import cnn
 from darkdistill_nb.exits.training import Joint
-from darkdistill_nb.federated import darkdistill, generator
+from darkdistill_nb.federated import darkdistill, generator, method
 from darkdistill_nb.federated.darkdistill import DarkDistill, alignment_weights, pair_loss
 from darkdistill_nb.federated.difficulty import DifficultyHistogram, bins_of, sample_difficulty
 from darkdistill_nb.federated.generator import (
@@ -20,9 +20,19 @@ from darkdistill_nb.federated.method import (
     EEFL,
     Client,
     Update,
+    average,
+    block_average,
+    check_clients,
+    evaluate,
+    load_state,
     make_clients,
+    nbytes,
+    play_round,
+    save_state,
+    simulate,
     tier_sizes,
     train_alone,
+    trained_state,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -475,3 +485,435 @@ def test_clients_that_train_alone_do_so_in_one_thread():
         assert m.threads == [1, 1] and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
+
+
+DEFAULTS = {
+    EEFL: dict(
+        policy=None,
+        lr=0.05,
+        decay=0.99,
+        momentum=0.9,
+        weight_decay=1e-4,
+        batch_size=16,
+        epochs=1,
+        participation=0.5,
+    ),
+    simulate: dict(
+        seed=0,
+        eval_every=1,
+        checkpoint=None,
+        device="cpu",
+        workers=1,
+        progress=None,
+        faults="warn",
+    ),
+    train_alone: dict(seed=0, progress=None),
+    play_round: dict(pool=None, faults="warn"),
+}
+
+
+@pytest.mark.parametrize("f", DEFAULTS, ids=lambda f: f.__name__)
+def test_defaults_are_as_documented(f):
+    assert {k: default(f, k) for k in DEFAULTS[f]} == DEFAULTS[f]
+
+
+@pytest.mark.parametrize("name", ["lr", "decay", "momentum", "weight_decay", "participation"])
+def test_settings_of_a_method_end_where_they_should(name):
+    "A value at the end of a range is in it or not; just beyond it none is."
+    ends = dict(
+        lr=([0, 1e9], [-1e-9]),
+        decay=([1e-9, 1], [0, 1.001]),
+        momentum=([0, 0.999], [-1e-9, 1]),
+        weight_decay=([0, 1e9], [-1e-9]),
+        participation=([1e-9, 1], [0, 1.001]),
+    )
+    for v in ends[name][0]:
+        assert getattr(EEFL(**{name: v}), name) == v
+    for v in ends[name][1]:
+        with pytest.raises(ValueError, match=f"{name}="):
+            EEFL(**{name: v})
+
+
+@pytest.mark.parametrize("clients, share", [(100, 0.29), (50, 0.58), (10, 0.7)])
+def test_shares_that_miss_a_whole_number_by_rounding(clients, share):
+    "100 * .29 is 28.999999999999996."
+    n = round(clients * share)
+    assert tier_sizes(clients, (1 - share, share)) == [clients - n, n]
+    m = EEFL(participation=share)
+    assert len(m.configure(0, clients_of([1] * clients), Streams(0))) == n
+
+
+def test_shares_add_to_1_within_a_millionth():
+    assert tier_sizes(4, (0.5, 0.5 + 9e-7)) == [2, 2]
+    for shares in ((0.5, 0.5 + 2e-6), (0.5, 0.4), (1.5, -0.5)):
+        with pytest.raises(ValueError, match="tier"):
+            tier_sizes(4, shares)
+    with pytest.raises(ValueError, match="tier 2 has no client"):
+        tier_sizes(3, (0.9, 0.1))
+
+
+def test_tiers_are_drawn_until_each_sees_all_classes():
+    "Each client holds one class, so that most draws leave a tier without one of them."
+    y = torch.arange(80) % 2
+    deal = lambda cover, seed: make_clients(y, 4, 1e-6, (0.5, 0.5), cover=cover, seed=seed)
+    held = lambda who, t: {int(y[i]) for c in who if c.tier == t for i in [*c.train, *c.valid]}
+    seen = lambda who: min(len(held(who, t)) for t in (1, 2))
+    assert [seen(deal(True, s)) for s in range(12)] == [2] * 12
+    first = [[c.tier for c in deal(False, s)] for s in range(12)]
+    assert all(sorted(t) == [1, 1, 2, 2] for t in first)
+    assert min(seen(deal(False, s)) for s in range(12)) == 1
+
+
+def test_the_best_draw_stands_where_no_tier_can_see_everything(monkeypatch):
+    "Two of three classes at most; a thousand draws and no more."
+    hist, drawn = torch.tensor([[9, 0, 0], [0, 9, 0], [0, 0, 9], [9, 0, 0]]), []
+    real = torch.randperm
+
+    def count(*args, **kw):
+        drawn.append(args)
+        return real(*args, **kw)
+
+    monkeypatch.setattr(torch, "randperm", count)
+    tier = method._deal_tiers(hist, [2, 2], rng(), True)
+    assert len(drawn) == 1000
+    assert min(int((hist[tier == t].sum(0) > 0).sum()) for t in (1, 2)) == 2
+    method._deal_tiers(hist, [2, 2], rng(), False)
+    assert len(drawn) == 1001
+
+
+@pytest.mark.parametrize("valid, kept", [(0, 10), (0.25, 8), (0.29, 8), (0.99, 1)])
+def test_a_client_keeps_one_image_to_train_on_at_least(valid, kept):
+    for c in make_clients(torch.arange(40) % 2, 4, 1.0, (1,), valid=valid):
+        assert (len(c.train), len(c.valid)) == (kept, 10 - kept) and c.tier == 1
+        assert not set(c.train.tolist()) & set(c.valid.tolist())
+    with pytest.raises(ValueError, match="valid=1"):
+        make_clients(torch.arange(40) % 2, 4, 1.0, (1,), valid=1)
+
+
+def a_client(id=0, tier=1, train=(0, 1), valid=(2,)):
+    as_indices = lambda v: v if isinstance(v, torch.Tensor) else torch.tensor(v, dtype=torch.long)
+    return Client(id, tier, as_indices(train), as_indices(valid))
+
+
+@pytest.mark.parametrize(
+    "clients, words",
+    [
+        ([], "clients"),
+        ([a_client(), a_client()], "client id"),
+        ([a_client(tier=0)], "client 0: tier"),
+        ([a_client(tier=3)], "client 0: tier"),
+        ([a_client(train=())], "client 0: train"),
+        ([a_client(train=(0, 4))], "indices within the 4 images"),
+        ([a_client(valid=(-1,))], "client 0: valid"),
+        ([a_client(train=(2,))], "1 indices of train"),
+        ([a_client(train=torch.tensor([True, False]))], "client 0: train"),
+        ([a_client(train=torch.tensor([[0]]))], "client 0: train"),
+        ([a_client(train=torch.tensor([0.0]))], "client 0: train"),
+    ],
+)
+def test_clients_that_cannot_be(clients, words):
+    with pytest.raises(ValueError, match=words):
+        check_clients(clients, 4, 2)
+    check_clients([a_client(5, 2, (0, 3), ()), a_client(-1)], 4, 2)
+
+
+def test_averages_by_hand():
+    "Weighted, in 64 bit; counters take the largest value."
+    a = dict(w=torch.tensor([1.0, 5.0]), n=torch.tensor(3))
+    b = dict(w=torch.tensor([4.0, 5.0]), n=torch.tensor(7))
+    mean = average([a, b], [1, 2])
+    assert mean["w"].tolist() == [3, 5] and mean["n"] == 7 and mean["w"].dtype is torch.float32
+    assert average([a], [0.5])["w"].tolist() == [1, 5]
+    for weights, n, words in [
+        ([], [], "weights"),
+        ([a, b], [1], "2 numbers, one for each set"),
+        ([a, b], [1, 0], "n=0"),
+        ([a, dict(w=b["w"])], [1, 1], "the same names"),
+        ([a, b | dict(w=torch.zeros(3))], [1, 1], "w, set"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            average(weights, n)
+
+
+def test_blocks_are_averaged_over_the_tiers_that_own_them():
+    "A name that is missing has not changed; what nobody sends keeps its value."
+    names = ["stem.0.weight", "stages.0.w", "stages.1.w", "exits.2.w"]
+    old = {k: torch.tensor(10.0) for k in names}
+    tiers = {
+        1: ({k: torch.tensor(1.0) for k in names[:2]}, 1),
+        2: ({names[0]: torch.tensor(4.0), names[2]: torch.tensor(6.0)}, 2),
+    }
+    new = block_average(old, tiers)
+    assert [new[k].item() for k in names] == [3, (1 + 2 * 10) / 3, 6, 10]
+    assert new["exits.2.w"] is old["exits.2.w"]
+    with pytest.raises(ValueError, match="tier 1=.*names of the global network"):
+        block_average(old, {1: (dict(other=torch.tensor(0.0)), 1)})
+
+
+def test_bytes_by_hand():
+    sent = dict(a=torch.zeros(3, 2), b=torch.zeros(5, dtype=torch.int64), c=torch.zeros(()).half())
+    assert nbytes(sent) == 24 + 40 + 2 and nbytes({}) == 0
+
+
+def test_what_may_have_changed_is_copied():
+    n = net()
+    n.stages[0].requires_grad_(False)
+    state = trained_state(n)
+    frozen = {k for k, p in n.named_parameters() if k.startswith("stages.0")}
+    assert set(state) == set(n.state_dict()) - frozen and frozen
+    before = copied(state)
+    with torch.no_grad():
+        for v in n.state_dict().values():
+            v.add_(1)
+    assert same(state, before)
+
+
+def test_a_client_gets_its_prefix_and_nothing_deeper():
+    m = EEFL(Joint())
+    state = m.setup(net(3))
+    for tier in (1, 2, 3):
+        sent = m.send(state, clients_of([tier])[0])
+        assert set(sent) == set(net(3).prefix(tier).state_dict())
+        assert same(m.receive(sent, tier).state_dict(), sent)
+
+
+def test_parts_of_a_network_come_in_the_mode_that_they_were_in():
+    m, whole = EEFL(Joint()), net(2)
+    whole.train()
+    whole.stages[0].eval()
+    sent = m.send(m.setup(whole), client := clients_of([2])[0])
+    for _ in range(2):
+        got = m.receive(sent, client.tier)
+        assert [got.stages[i].training for i in (0, 1)] == [False, True] and got.training
+        got.eval()
+
+
+def test_local_training_gets_the_settings_of_its_round(monkeypatch):
+    "The learning rate falls by the same factor every round."
+    seen, real = [], method.fit
+
+    def look(net, data, *args, **kw):
+        seen.append(args)
+        return real(net, data, *args, **kw)
+
+    monkeypatch.setattr(method, "fit", look)
+    m = EEFL(Joint(), lr=0.2, decay=0.5, momentum=0.3, weight_decay=0.01, batch_size=4, epochs=2)
+    state, client, data = m.setup(net()), a_client(7, 2, range(8), ()), images()
+    for rnd in (0, 3):
+        update = m.local_update(m.send(state, client), data, client, rnd, Streams(0))
+        assert (update.client, update.tier, update.samples) == (7, 2, 8)
+    assert seen == [(2, 0.2, 0.3, 0.01, 4), (2, 0.2 * 0.5**3, 0.3, 0.01, 4)]
+
+
+def an_answer(m, state, who, **change):
+    sent = m.send(state, who)
+    got = dict(client=who.id, tier=who.tier, samples=2, weights=copied(sent), loss=1.0)
+    return sent, Update(**(got | change))
+
+
+@pytest.mark.parametrize("old, limit", [(0.5, 1e6), (1.0, 1e6), (20.0, 2e7), (-20.0, 2e7)])
+def test_a_weight_may_grow_a_millionfold_but_not_further(old, limit):
+    m, client = EEFL(Joint()), a_client()
+    state = m.setup(net())
+    name = next(k for k in state["net"] if k.endswith("weight"))
+    state["net"] = {k: torch.full_like(v, old) for k, v in state["net"].items()}
+    for value, ok in ((limit, True), (-limit, True), (1.01 * limit, False)):
+        sent, answer = an_answer(m, state, client)
+        answer.weights[name].view(-1)[0] = value
+        if ok:
+            m.check_update(answer, sent, client)
+            continue
+        with pytest.raises(FloatingPointError, match="is the most that is sane"):
+            m.check_update(answer, sent, client)
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        (dict(client=1), ValueError, "client=1"),
+        (dict(tier=2), ValueError, "tier=2"),
+        (dict(samples=0), ValueError, "samples=0"),
+        (dict(samples=3), ValueError, "samples=3"),
+        (dict(loss=math.inf), FloatingPointError, "training loss is inf"),
+        (dict(loss=None), ValueError, "loss=None"),
+        (dict(extra=[1]), ValueError, "extra"),
+        (dict(extra=dict(a=1)), ValueError, "extra"),
+        (dict(extra=dict(a=torch.tensor(math.nan))), FloatingPointError, "extra holds values"),
+        (dict(weights=[1]), ValueError, "a dict of tensors"),
+        (dict(weights={}), ValueError, "complete"),
+    ],
+)
+def test_answers_that_cannot_be_used(change, error, words):
+    m, client = EEFL(Joint()), a_client()
+    sent, answer = an_answer(m, m.setup(net()), client, **change)
+    with pytest.raises(error, match=words):
+        m.check_update(answer, sent, client)
+
+
+def test_answers_of_numpy_become_numbers_of_python():
+    m, client = EEFL(Joint()), a_client()
+    counts = dict(a=torch.zeros(0), b=torch.tensor([1, 2]), c=torch.ones(2, dtype=torch.bool))
+    sent, answer = an_answer(
+        m, m.setup(net()), client, samples=np.int64(1), loss=np.float32(0.5), extra=counts
+    )
+    got = m.check_update(answer, sent, client)
+    assert (type(got.samples), type(got.loss), got.samples, got.loss) == (int, float, 1, 0.5)
+
+
+@pytest.mark.parametrize("spoil", [torch.Tensor.double, lambda v: v[None], lambda v: v.to_sparse()])
+def test_weights_come_back_in_the_kind_that_they_were_sent(spoil):
+    m, client = EEFL(Joint()), a_client()
+    sent, answer = an_answer(m, m.setup(net()), client)
+    name = next(k for k, v in sent.items() if v.is_floating_point())
+    answer.weights[name] = spoil(answer.weights[name])
+    with pytest.raises(ValueError, match=f"{name} is .*, but .* was sent"):
+        m.check_update(answer, sent, client)
+    answer.weights[name] = sent[name]
+    answer.weights["other"] = sent[name]
+    with pytest.raises(ValueError, match="named as what was sent"):
+        m.check_update(answer, sent, client)
+
+
+def test_updates_of_a_tier_count_by_their_samples():
+    m = EEFL(Joint())
+    state, updates = m.setup(net()), []
+    for cid, (n, v) in enumerate([(1, 0.0), (3, 4.0)]):
+        sent = m.send(state, a_client(cid, 2))
+        weights = {k: torch.full_like(w, v) for k, w in sent.items()}
+        updates.append(Update(cid, 2, n, weights, 1.0))
+    new, info = m.aggregate(state, updates, 0, Streams(0))
+    floats = [v for v in new["net"].values() if v.is_floating_point()]
+    assert all((v == 3).all() for v in floats) and info == {} and new["server"] == {}
+
+
+def test_a_state_is_read_as_it_was_written(tmp_path):
+    state = dict(net=dict(a=torch.ones(2)), server={"x/y": torch.zeros(1)}, policy={})
+    save_state(tmp_path / "s", state, dict(log=[1]))
+    got, meta = load_state(tmp_path / "s")
+    assert list(got) == ["net", "server", "policy"] and meta == dict(log=[1])
+    assert all(same(got[k], state[k]) for k in got)
+    save_state(tmp_path / "t", dict(other=dict(a=torch.ones(1))), {})
+    with pytest.raises(ValueError, match="'other/a', which is no part of a method's state"):
+        load_state(tmp_path / "t")
+
+
+def test_a_round_counts_bytes_samples_and_losses():
+    m, data = EEFL(Joint(), participation=1, batch_size=4), images(12)
+    clients = [a_client(3, 1, range(4), ()), a_client(5, 2, range(4, 12), ())]
+    state = m.setup(net())
+    new, row = play_round(m, state, data, clients, 2, Streams(0))
+    own = [
+        m.local_update(m.send(state, c), data.subset(c.train), c, 2, Streams(0)) for c in clients
+    ]
+    assert row["round"] == 3 and row["clients"] == [3, 5] and row["left_out"] == {}
+    assert row["loss"] == pytest.approx((4 * own[0].loss + 8 * own[1].loss) / 12)
+    sent = [nbytes(m.send(state, c)) for c in clients]
+    assert row["bytes_down"] == sum(sent) == row["bytes_up"]
+    assert 0 <= row["seconds_clients"] < 60 and 0 <= row["seconds_server"] < 60
+    assert not same(new["net"], state["net"])
+
+
+class Extra(EEFL):
+    "Clients upload 40 bytes more."
+
+    def local_update(self, *args):
+        update = super().local_update(*args)
+        update.extra = dict(more=torch.zeros(10))
+        return update
+
+
+def test_extra_tensors_are_uploaded_too():
+    rows = []
+    for kind in (EEFL, Extra):
+        m = kind(Joint(), batch_size=4, participation=1)
+        clients = [a_client(0, 2, range(8), ())]
+        rows.append(play_round(m, m.setup(net()), images(), clients, 0, Streams(0))[1])
+    assert rows[1]["bytes_up"] == rows[0]["bytes_up"] + 40
+
+
+def run(m=None, rounds=5, clients=None, **kw):
+    clients = clients or [a_client(0, 1, range(4), ()), a_client(1, 2, range(4, 8), ())]
+    data = images()
+    return simulate(m or EEFL(Joint(), batch_size=2), net, data, data, clients, rounds, **kw)
+
+
+@pytest.mark.parametrize("every, at", [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (9, [5])])
+def test_accuracy_is_measured_every_so_often_and_at_the_end(every, at):
+    r = run(eval_every=every)
+    assert [row["round"] for row in r.log if "accuracy" in row] == at
+    assert r.log[-1]["accuracy"] == evaluate(r.method, r.state, images())
+    assert all(row["seconds"] >= row["seconds_clients"] for row in r.log)
+
+
+def test_a_checkpoint_from_the_middle_gets_its_accuracy(tmp_path):
+    run(rounds=2, checkpoint=tmp_path / "c", eval_every=2)
+    run(rounds=3, checkpoint=tmp_path / "c", eval_every=9)
+    longer = run(rounds=4, checkpoint=tmp_path / "c", eval_every=9)
+    plain = run(rounds=4)
+    assert same(longer.state["net"], plain.state["net"])
+    assert [row["round"] for row in longer.log] == [1, 2, 3, 4]
+    assert same(longer.net().state_dict(), plain.net().state_dict())
+    assert torch.equal(longer.logits(images()), plain.logits(images()))
+
+
+def test_a_run_tells_each_round_as_it_ends():
+    told = []
+    r = run(rounds=2, on_round=lambda row: told.append(copy.deepcopy(row)))
+    assert [t["round"] for t in told] == [1, 2] and told[0]["accuracy"] == r.log[0]["accuracy"]
+
+
+@pytest.mark.parametrize("part, rounds, local", [(0.5, 5, 2), (0.5, 1, 1), (1, 3, 3), (0.1, 4, 1)])
+def test_a_client_alone_trains_as_often_as_it_would_have_been_drawn(part, rounds, local):
+    "On average: rounds times participation, and once at least."
+    m = Counting(Joint(), batch_size=2, participation=part)
+    alone = train_alone(m, net, images(), images(), [a_client(0, 1, range(4), ())], rounds)
+    assert len(m.threads) == local and len(alone) == 1 and 0 <= alone[0] <= 1
+
+
+class Bad(EEFL):
+    "Clients of `bad` fail as they are told."
+
+    bad, error = (), ValueError("broken")
+
+    def local_update(self, weights, data, client, rnd, streams):
+        if client.id in self.bad:
+            raise self.error
+        return super().local_update(weights, data, client, rnd, streams)
+
+
+def bad(ids, error=None):
+    m = Bad(Joint(), batch_size=2, participation=1)
+    m.bad, m.error = ids, error or m.error
+    return m
+
+
+def test_a_client_that_raises_is_left_out_and_named():
+    with pytest.warns(UserWarning, match="round 1: client 0 is left out, it raised ValueError"):
+        r = run(bad([0]), rounds=1)
+    assert r.log[0]["left_out"] == {"0": "it raised ValueError: broken"}
+    with pytest.raises(RuntimeError, match="round 1: client 0, it raised ValueError: broken"):
+        run(bad([0]), rounds=1, faults="raise")
+
+
+@pytest.mark.parametrize("ids", [[0, 1], [0]])
+def test_all_clients_that_diverge_end_a_run_but_one_does_not(ids):
+    "Only where everybody diverges, and there are two at least or there is but one client."
+    m, nan = bad(ids, FloatingPointError("the loss is nan")), "the loss is nan"
+    if len(ids) == 2:
+        with pytest.raises(FloatingPointError, match=f"{nan} .round 1, all 2 clients"):
+            run(m, rounds=1)
+    else:
+        with pytest.warns(UserWarning, match="client 0 is left out"):
+            assert run(m, rounds=1).log[0]["loss"] is not None
+        with pytest.raises(FloatingPointError, match="all 1 clients"):
+            run(m, rounds=1, clients=[a_client(0, 2, range(4), ())])
+
+
+def test_a_round_without_an_update_keeps_the_network():
+    with pytest.warns(UserWarning) as seen:
+        r = run(bad([0, 1]), rounds=2)
+    said = [str(w.message) for w in seen]
+    assert "round 1: no client is left, the network stays as it is" in said
+    assert any("in any of 2 rounds: the weights are the first ones" in t for t in said)
+    assert [row["loss"] for row in r.log] == [None, None] and r.log[0]["bytes_up"] == 0
+    assert same(r.state["net"], net().state_dict())

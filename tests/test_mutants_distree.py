@@ -203,7 +203,7 @@ def test_a_single_student_gets_everything_and_as_many_as_filters_get_one_each():
 
 
 def test_the_authors_rule_by_hand():
-    "The largest group is left out, filters without links are one group, the rest goes to the smallest part."
+    "Without the largest group; filters without links are one; the rest goes to the smallest part."
     W = torch.block_diag(cliques(5, 4, 3), torch.zeros(2, 2), cliques(2))
     authors = lambda n: partition_filters(W, torch.ones(16), n, rule="authors")
     assert authors(4) == [[5, 6, 7, 8], [9, 10, 11], [14, 15], [12, 13]]
@@ -449,7 +449,7 @@ def test_the_default_optimizer_is_sgd_with_momentum_point_9():
 
 
 def test_the_loss_of_an_epoch_is_its_mean_over_images():
-    "With a rate of 0 the weights stay, so that it can be looked up; a batch of two counts twice one."
+    "With a rate of 0 the weights stay, so that it can be looked up; four images count twice two."
     system, data, table = lesson(n=6)
     for m in system.modules():
         if isinstance(m, torch.nn.BatchNorm2d):

@@ -6,13 +6,21 @@ from darkdistill_nb.core.data import ArrayData
 from darkdistill_nb.core.training import Streams
 from darkdistill_nb.distill.losses import RKD
 from darkdistill_nb.exits.networks import cnn
-from darkdistill_nb.exits.training import Joint
+from darkdistill_nb.exits.training import Joint, exit_partition
 from darkdistill_nb.federated import darkdistill, generator, method
 from darkdistill_nb.federated.darkdistill import DarkDistill, alignment_weights, pair_loss
-from darkdistill_nb.federated.difficulty import DifficultyHistogram, bins_of, sample_difficulty
+from darkdistill_nb.federated.difficulty import (
+    CAP,
+    DifficultyHistogram,
+    bins_of,
+    measure_difficulty,
+    sample_difficulty,
+)
 from darkdistill_nb.federated.generator import (
     Generator,
+    diversity_loss,
     found_difficulty,
+    frozen,
     generator_losses,
     train_generator,
 )
@@ -70,6 +78,70 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+# ---------------------------------------------------------------- settings
+
+
+DEFAULTS = {
+    sample_difficulty: dict(cap=CAP),
+    measure_difficulty: dict(batch_size=512),
+    DifficultyHistogram: dict(width=1),
+    DifficultyHistogram.of: dict(bins=10, width=1),
+    DifficultyHistogram.sample: dict(smoothing=1e-3),
+    Generator: dict(d_eps=64, d_h=128, conditional=True, norm="layer"),
+    found_difficulty: dict(leak=0.05),
+    generator_losses: dict(ce="all", dif="l1", leak=0.05),
+    train_generator: dict(batch_size=32, lr=3e-3, lam_ce=0.1, lam_dif=1, ce="all", dif="l1"),
+    alignment_weights: dict(tau=0.1),
+    pair_loss: dict(tau=0.1, weights="distance", generator=None, P=30),
+    DarkDistill: dict(
+        kd_lr=0.05,
+        kd_steps=5,
+        kd_weight_decay=1e-3,
+        server_epochs=2,
+        gen_steps=1,
+        gen_lr=3e-3,
+        lam_ce=0.1,
+        lam_dif=1,
+        ce="all",
+        dif="l1",
+        d_eps=64,
+        d_h=128,
+        norm="layer",
+        server_batch=32,
+        tau=0.1,
+        weights="distance",
+        P=30,
+        bin_width=1,
+    ),
+    EEFL: dict(
+        policy=None,
+        lr=0.05,
+        decay=0.99,
+        momentum=0.9,
+        weight_decay=1e-4,
+        batch_size=16,
+        epochs=1,
+        participation=0.5,
+    ),
+    simulate: dict(
+        seed=0,
+        eval_every=1,
+        checkpoint=None,
+        device="cpu",
+        workers=1,
+        progress=None,
+        faults="warn",
+    ),
+    train_alone: dict(seed=0, progress=None),
+    play_round: dict(pool=None, faults="warn"),
+}
+
+
+@pytest.mark.parametrize("f", DEFAULTS, ids=lambda f: f.__name__)
+def test_defaults_are_as_documented(f):
+    assert {k: default(f, k) for k in DEFAULTS[f]} == DEFAULTS[f]
+
+
 # ---------------------------------------------------------------- difficulty
 
 
@@ -119,6 +191,65 @@ def test_the_density_is_a_share_per_nat(width, density):
     h = DifficultyHistogram(torch.tensor([[1, 4], [1, 2]]), width)
     assert h.density().tolist() == density
     assert float(h.density().sum()) * width == 1
+
+
+def test_difficulties_end_at_the_cap():
+    z, y = torch.tensor([[0.0, 50.0], [50.0, 0.0]]), torch.tensor([0, 0])
+    assert sample_difficulty(z, y).tolist() == pytest.approx([9.99, 0])
+    assert sample_difficulty(z, y, cap=0.5).tolist() == [0.5, 0]
+    with pytest.raises(ValueError, match=r"logits must have shape \(B, K\)"):
+        sample_difficulty(z[0], y)
+
+
+@pytest.mark.parametrize("low, high", [(-1, 0), (0, 2)])
+def test_labels_lie_within_the_classes(low, high):
+    with pytest.raises(ValueError, match="labels from 0 to 1"):
+        sample_difficulty(LOGITS, torch.tensor([low, high]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 512])
+def test_a_difficulty_does_not_depend_on_the_batch(batch_size):
+    n, data = net(), images()
+    d = measure_difficulty(n.train(), Joint(), data, batch_size)
+    assert n.training
+    whole = sample_difficulty(n.eval()(data[:][0])[0].detach(), data.y)
+    assert torch.allclose(d, whole, atol=1e-6)
+
+
+def test_histograms_add_where_their_bins_are_the_same():
+    a = DifficultyHistogram(torch.tensor([[1, 0], [0, 2]]), 0.5)
+    assert (a + a).counts.tolist() == [[2, 0], [0, 4]] and (a + a).width == 0.5 and a.total == 3
+    with pytest.raises(ValueError, match="width=1.0 must be 0.5"):
+        a + DifficultyHistogram(a.counts, 1.0)
+    for counts in (a.counts - 1, a.counts.float(), a.counts[0], [[1]]):
+        with pytest.raises(ValueError, match="counts"):
+            DifficultyHistogram(counts)
+    for d in (torch.tensor([-0.1]), torch.tensor([math.nan]), torch.tensor([[0.1]]), [0.1]):
+        with pytest.raises(ValueError, match="d=|d must"):
+            DifficultyHistogram.of(d, torch.tensor([0]), K)
+
+
+def test_pairs_are_drawn_in_proportion_to_counts_and_anywhere_in_their_bin():
+    h = DifficultyHistogram(torch.tensor([[0, 3], [1, 0], [0, 0]]), 2.0)
+    y, d = h.sample(4000, rng(), smoothing=0)
+    cell = y * 2 + (d / 2).long()
+    share = torch.bincount(cell, minlength=6) / 4000
+    assert share.tolist() == pytest.approx([0, 0.75, 0.25, 0, 0, 0], abs=0.03)
+    inside = d[y == 0]
+    assert 2 <= inside.min() < 2.01 and 3.99 < inside.max() <= 4 and d.dtype is torch.float32
+    assert float(inside.mean()) == pytest.approx(3, abs=0.05)
+
+
+def test_smoothing_reaches_every_bin_of_the_classes_that_were_seen():
+    "Counts 3 and 1 with 1 added: 4, 1, 1 and 2 of 8."
+    h = DifficultyHistogram(torch.tensor([[3, 0], [0, 1], [0, 0]]))
+    y, d = h.sample(8000, rng(), smoothing=1.0)
+    share = torch.bincount(y * 2 + d.long(), minlength=6) / 8000
+    assert share.tolist() == pytest.approx([0.5, 0.125, 0.125, 0.25, 0, 0], abs=0.02)
+    with pytest.raises(ValueError, match="the histogram is empty"):
+        DifficultyHistogram(torch.zeros(2, 2, dtype=torch.int)).sample(1, rng())
+    one = DifficultyHistogram(torch.tensor([[1]])).sample(1, rng())
+    assert one[0].tolist() == [0] and len(one[1]) == 1
 
 
 # ---------------------------------------------------------------- generator
@@ -207,6 +338,114 @@ def test_the_diversity_loss_is_off_by_default_and_then_not_computed(monkeypatch)
 
 def test_the_diversity_loss_changes_what_a_generator_learns():
     assert not same(trained(lam_div=0.0)[2], trained(lam_div=1.0)[2])
+
+
+def test_a_generator_by_hand():
+    "Noise, label and difficulty (in units of the cap) side by side, one hidden layer."
+    gen = Generator((2, 3), K, d_eps=4, d_h=5)
+    y, d, eps = torch.tensor([0, 2]), torch.tensor([9.99, 0.0]), torch.rand(2, 4, generator=rng())
+    level = gen.level(torch.tensor([[1.0], [0.0]]))
+    x = gen.hidden(torch.cat([eps, gen.label(y), level], 1))
+    want = gen.out(gen.norm(x).relu()).view(2, 2, 3)
+    assert torch.allclose(gen(y, d, eps), want, atol=1e-6)
+    noise = torch.rand(2, 4, generator=rng(5))
+    assert torch.allclose(gen.draw(y, d, rng(5)), gen(y, d, noise))
+    for bad in (-d, d * math.nan, d[:, None], [1.0, 2.0]):
+        with pytest.raises(ValueError, match="d=|d must"):
+            gen.draw(y, bad, rng())
+
+
+def test_diversity_by_hand():
+    "Two samples: squared noise distance 4, mean latent distance 3; half of all pairs are of one."
+    eps, x = torch.tensor([[0.0, 0], [2, 2]]), torch.tensor([[[0.0, 0]], [[2, 4]]])
+    assert float(diversity_loss(eps, x)) == pytest.approx(math.exp(-4 * 3 / 2))
+    assert float(diversity_loss(eps, torch.zeros(2, 3))) == 1
+    for bad in (eps[0], eps[:1]):
+        with pytest.raises(ValueError, match="eps"):
+            diversity_loss(bad, x)
+    with pytest.raises(ValueError, match="eps"):
+        diversity_loss(eps[:0], x[:0])
+
+
+@pytest.mark.parametrize("leak", [0, 0.05, 0.3])
+def test_the_slope_of_a_found_difficulty_does_not_vanish(leak):
+    "Of two logits it is sigmoid(u) + leak, with u what the other has more than the label's."
+    z = torch.tensor([[3.0, 1.0]], requires_grad=True)
+    found_difficulty(z, torch.tensor([0]), leak).sum().backward()
+    slope = 1 / (1 + math.exp(2)) + leak
+    assert z.grad[0].tolist() == pytest.approx([-slope, slope], rel=1e-5)
+    with pytest.raises(ValueError, match="leak=-0.1"):
+        found_difficulty(z, torch.tensor([0]), -0.1)
+
+
+def test_losses_of_a_generator_by_hand():
+    "Class loss over all exits of the teacher, or each latent at the exit where it leaves."
+    x, y, d = latents(6), torch.arange(6) % K, torch.linspace(0, 5, 6)
+    teacher, reference = net(2, seed=3), net(1, seed=4)
+    both = lambda **kw: generator_losses(x, y, d, teacher, reference, Joint(), **kw)
+    ce = torch.nn.functional.cross_entropy
+    logits = teacher.from_latents(x)
+    assert float(both()[0].detach()) == pytest.approx(float(sum(ce(z, y) for z in logits).detach()))
+    own = torch.stack([ce(z, y, reduction="none") for z in logits])
+    where = torch.empty(6, dtype=torch.long)
+    for e, idx in enumerate(exit_partition(logits)):
+        where[idx] = e
+    routed = own[where, torch.arange(6)].mean()
+    assert float(both(ce="routed")[0].detach()) == pytest.approx(float(routed.detach()))
+    far = d - sample_difficulty(reference.from_latents(x)[0].detach(), y)
+    assert float(both()[1].detach()) == pytest.approx(float(far.abs().mean()), rel=1e-4)
+    square = float(both(dif="mse")[1].detach())
+    assert square == pytest.approx(float(far.pow(2).mean()), rel=1e-4)
+
+
+def test_frozen_networks_are_as_before_afterwards():
+    n = net().train()
+    n.stages[0].requires_grad_(False)
+    before = [(p.requires_grad, n.training) for p in n.parameters()]
+    with pytest.raises(KeyError), frozen(n):
+        assert not n.training and not any(p.requires_grad for p in n.parameters())
+        raise KeyError
+    assert [(p.requires_grad, n.training) for p in n.parameters()] == before
+
+
+@pytest.mark.parametrize("name", ["lam_ce", "lam_dif", "lam_div", "lr"])
+def test_weights_of_a_generator_s_losses_begin_at_0(name):
+    assert same(trained(lr=0.0, **{} if name == "lr" else {name: 0})[2], trained(steps=0)[2])
+    with pytest.raises(ValueError, match=f"{name}=-0.1"):
+        trained(**{name: -0.1})
+    if name != "lr":
+        assert not same(trained(**{name: 0.7})[2], trained(**{name: 1.4})[2])
+
+
+def test_a_generator_is_trained_by_adam_on_its_weighted_losses():
+    "One step by hand."
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        gen = Generator((4, 4, 4), K, d_eps=3, d_h=5)
+    opt = torch.optim.Adam(gen.parameters(), 3e-3)
+    y, d = Pool().sample(4, None)
+    eps = torch.rand(4, 3, generator=rng())
+    x = gen(y, d, eps)
+    ce, dif = generator_losses(x, y, d, net(), net(), Joint())
+    (0.1 * ce + dif).backward()
+    opt.step()
+    _, said, after = trained(steps=1)
+    assert all(torch.allclose(after[k], v, atol=1e-7) for k, v in gen.state_dict().items())
+    assert said == pytest.approx(
+        dict(ce=float(ce.detach()), dif=float(dif.detach()), scale=float(x.detach().std()))
+    )
+
+
+@pytest.mark.parametrize("norm, least", [("layer", 1), ("batch", 2)])
+def test_batch_normalisation_needs_two_latents(norm, least):
+    gen = Generator((4, 4, 4), K, d_eps=3, d_h=5, norm=norm)
+    args = (gen, net(), net(), Joint(), Pool(), 1, rng())
+    assert train_generator(*args, batch_size=least).keys() == {"ce", "dif", "scale"}
+    with pytest.raises(ValueError, match="batch_size="):
+        train_generator(*args, batch_size=least - 1)
+    assert DarkDistill(norm=norm, server_batch=least).server_batch == least
+    with pytest.raises(ValueError, match="server_batch="):
+        DarkDistill(norm=norm, server_batch=least - 1)
 
 
 # ---------------------------------------------------------------- darkdistill: weights and loss
@@ -390,6 +629,119 @@ def test_a_server_step_that_works_changes_the_student_alone_and_says_so():
     assert m.remark([info]) == ""
 
 
+ZERO = ["kd_lr", "gen_lr", "kd_weight_decay", "lam_ce", "lam_dif", "lam_div"]
+COUNTS = ["kd_steps", "gen_steps", "server_epochs"]
+
+
+@pytest.mark.parametrize("name", [*ZERO, *COUNTS])
+def test_settings_of_the_server_step_begin_at_0(name):
+    assert getattr(DarkDistill(**{name: 0}), name) == 0
+    for v in (-1, 0.5) if name in COUNTS else (-1e-9,):
+        with pytest.raises(ValueError, match=f"{name}="):
+            DarkDistill(**{name: v})
+
+
+@pytest.mark.parametrize("rkd", [(1,), (1, 2, 3), 5, (1, -1), (math.nan, 1)])
+def test_the_relational_loss_has_two_weights(rkd):
+    assert DarkDistill(rkd=[0, 2]).rkd == (0, 2)
+    with pytest.raises(ValueError, match="rkd="):
+        DarkDistill(rkd=rkd)
+
+
+def test_a_server_step_trains_with_its_settings(monkeypatch):
+    "SGD of the student's stages alone; Adam of each generator; so many steps of each."
+    made, steps, real = [], [], torch.optim.SGD
+
+    class Sgd(real):
+        def __init__(self, params, **kw):
+            params = list(params)
+            made.append((len(params), kw))
+            super().__init__(params, **kw)
+
+        def step(self):
+            steps.append(self.param_groups[0]["lr"])
+            super().step()
+
+    monkeypatch.setattr(torch.optim, "SGD", Sgd)
+    m, *args = a_round(kd_lr=0.01, kd_steps=3, server_epochs=2, kd_weight_decay=0.2)
+    m.server_step(*args, 0, Streams(0))
+    stages = len(list(net(2).stages.parameters()))
+    assert made == [(stages, dict(lr=0.01, weight_decay=0.2))] and steps == [0.01] * 6
+
+
+def test_a_server_step_reports_difficulties_and_losses():
+    m, state, tiers, updates = a_round(3, bin_width=2.0, server_epochs=1)
+    _, server, info = m.server_step(state, tiers, updates, 0, Streams(0))
+    assert info["difficulty"] == {str(t): [6, 0, 0, 0, 0] for t in (1, 2, 3)}
+    assert info["bin_width"] == 2 and set(info["generator1"]) == {"ce", "dif", "scale"}
+    assert info["server_step"] == "1 -> 2, 2 -> 3" and math.isfinite(info["kd_loss"])
+    assert {k.split(".")[0] for k in server} == {"gen1", "gen2"}
+
+
+def test_pairs_count_by_the_samples_of_their_teachers(monkeypatch):
+    seen = []
+    m, state, tiers, updates = a_round(3, server_epochs=1, kd_steps=1)
+    tiers = {t: (w, n) for (t, (w, _)), n in zip(tiers.items(), (2, 6, 99))}
+    monkeypatch.setattr(m, "_distil", lambda *a: seen.append(a[4]) or (0.0, []))
+    m.server_step(state, tiers, updates, 0, Streams(0))
+    assert seen == [{1: 0.25, 2: 0.75}]
+
+
+@pytest.mark.parametrize(
+    "tiers, pairs", [((1, 3), ""), ((2, 3), "2 -> 3"), ((1,), ""), ((1, 2), "1 -> 2")]
+)
+def test_only_neighbouring_tiers_teach(tiers, pairs):
+    m, state, every, updates = a_round(3, server_epochs=1)
+    chosen, said = {t: every[t] for t in tiers}, [u for u in updates if u.tier in tiers]
+    new, _, info = m.server_step(state, chosen, said, 0, Streams(0))
+    want = pairs or "nothing: no two neighbouring tiers took part"
+    assert info["server_step"] == want and set(new) == set(tiers)
+
+
+@pytest.mark.parametrize("name", ["server_epochs", "kd_steps", "kd_lr"])
+def test_what_switches_the_server_step_off_is_named(name):
+    m, state, tiers, updates = a_round(**{name: 0})
+    new, _, info = m.server_step(state, tiers, updates, 0, Streams(0))
+    assert info["server_step"] == f"nothing: {name}=0 switches it off"
+    assert all(same(new[t][0], tiers[t][0]) for t in tiers)
+
+
+HISTOGRAMS = {
+    "extra has no histogram": lambda h: None,
+    "whole numbers of shape": lambda h: h.float(),
+    "torch.bool": lambda h: h > 0,
+    r"of shape \(3, 10\)": lambda h: h[:, :9],
+    "free of negative counts": lambda h: h - 1,
+    "of 2 samples": lambda h: h + 1,
+}
+
+
+@pytest.mark.parametrize("words", HISTOGRAMS)
+def test_a_histogram_counts_each_sample_once(words):
+    m, client = DarkDistill(Joint(), d_eps=3, d_h=5), a_client()
+    counts = torch.zeros(K, 10, dtype=torch.int)
+    counts[0, 3] = 2
+    sent, answer = an_answer(m, m.setup(net()), client, extra=dict(histogram=counts))
+    assert m.check_update(answer, sent, client) is answer
+    bad = HISTOGRAMS[words](counts)
+    answer.extra = {} if bad is None else dict(histogram=bad)
+    with pytest.raises(ValueError, match=words):
+        m.check_update(answer, sent, client)
+
+
+def test_a_client_reports_the_difficulties_under_the_weights_that_it_received():
+    m, client, data = (
+        DarkDistill(Joint(), batch_size=4, bin_width=0.5),
+        a_client(train=range(8)),
+        images(),
+    )
+    sent = m.send(m.setup(net()), client)
+    d = measure_difficulty(m.receive(sent, 1), m.policy, data)
+    got = m.local_update(sent, data, client, 0, Streams(0)).extra["histogram"]
+    want = DifficultyHistogram.of(d, data.y, K, 20, 0.5).counts
+    assert torch.equal(got, want.int()) and got.dtype is torch.int32 and got.sum() == 8
+
+
 def test_frozen_students_are_the_reason_of_a_step_that_does_nothing():
     m, state, tiers, updates = a_round(frozen=True)
     new, _, info = m.server_step(state, tiers, updates, 0, Streams(0))
@@ -485,36 +837,6 @@ def test_clients_that_train_alone_do_so_in_one_thread():
         assert m.threads == [1, 1] and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
-
-
-DEFAULTS = {
-    EEFL: dict(
-        policy=None,
-        lr=0.05,
-        decay=0.99,
-        momentum=0.9,
-        weight_decay=1e-4,
-        batch_size=16,
-        epochs=1,
-        participation=0.5,
-    ),
-    simulate: dict(
-        seed=0,
-        eval_every=1,
-        checkpoint=None,
-        device="cpu",
-        workers=1,
-        progress=None,
-        faults="warn",
-    ),
-    train_alone: dict(seed=0, progress=None),
-    play_round: dict(pool=None, faults="warn"),
-}
-
-
-@pytest.mark.parametrize("f", DEFAULTS, ids=lambda f: f.__name__)
-def test_defaults_are_as_documented(f):
-    assert {k: default(f, k) for k in DEFAULTS[f]} == DEFAULTS[f]
 
 
 @pytest.mark.parametrize("name", ["lr", "decay", "momentum", "weight_decay", "participation"])

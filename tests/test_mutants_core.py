@@ -19,9 +19,10 @@ from darkdistill_nb.core import (
     read_npz,
     resample_test,
 )
-from darkdistill_nb.core.data import shapes  # the front may mean the module of this name
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+HOME = sys.modules[load.__module__]
+shapes = HOME.shapes  # the function: in a front the name may stand for a module
 
 
 def default(f, name):
@@ -539,13 +540,13 @@ def test_a_choice_of_samples_depends_on_the_seed_and_differs_for_test():
 
 def test_shapes_for_testing_are_of_another_seed(monkeypatch):
     "The seed of the training images plus 2**32, which no training seed reaches; 20,000 and 4,000."
-    asked, home = [], sys.modules[load.__module__]
+    asked = []
 
     def draw(n, seed=0):
         asked.append((n, seed))
         return shapes(20, seed)
 
-    monkeypatch.setattr(home, "shapes", draw)
+    monkeypatch.setattr(HOME, "shapes", draw)
     train, test = load("shapes", seed=5)
     assert test.mean == train.mean and torch.equal(
         test.difficulty, shapes(20, 5 + 2**32).difficulty
@@ -556,13 +557,13 @@ def test_shapes_for_testing_are_of_another_seed(monkeypatch):
 
 def test_a_download_waits_20_seconds_for_an_answer(monkeypatch, tmp_path):
     "And leaves the time limit of other connections as it was."
-    home, seen = sys.modules[load.__module__], []
+    seen = []
 
     def fetch(name, root):
         seen.append(socket.getdefaulttimeout())
         raise OSError("no network here")
 
-    monkeypatch.setattr(home, "_from_torchvision", fetch)
+    monkeypatch.setattr(HOME, "_from_torchvision", fetch)
     monkeypatch.setenv("DARKDISTILL_CACHE", str(tmp_path))
     for name in ("DARKDISTILL_OFFLINE", "DARKDISTILL_DATA"):
         monkeypatch.delenv(name, raising=False)

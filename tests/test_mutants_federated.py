@@ -1239,3 +1239,13 @@ def test_a_round_without_an_update_keeps_the_network():
     assert any("in any of 2 rounds: the weights are the first ones" in t for t in said)
     assert [row["loss"] for row in r.log] == [None, None] and r.log[0]["bytes_up"] == 0
     assert same(r.state["net"], net().state_dict())
+
+
+def test_a_progress_bar_tells_the_latest_loss_or_client(capsys):
+    r = run(rounds=2, progress=True)
+    assert "2/2 [" in (err := capsys.readouterr().err) and f"loss {r.log[1]['loss']:.3f}" in err
+    args = (EEFL(Joint(), batch_size=2), net, images(), images(), [a_client(4, 1, range(4), ())])
+    alone = train_alone(*args, 1, progress=True)
+    assert f"client 4: {alone[0]:.3f}" in capsys.readouterr().err
+    run(rounds=1, progress=False)
+    assert capsys.readouterr().err == ""

@@ -18,6 +18,7 @@ from darkdistill_nb.core import (
     pixel_unit,
     read_npz,
     resample_test,
+    show_pictures,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -391,6 +392,36 @@ def test_looks_of_classes_by_hand():
         "circle-open-dot",
     ]
     assert [dot(c)["size"] for c in (0, 255, 256)] == [5, 5, 6] and dot(256)["symbol"] == "circle"
+
+
+def sheet(x, columns):
+    "The pixels of a contact sheet, (H, W, 3)."
+    import base64, io
+    from PIL import Image
+
+    data = ArrayData(x, torch.arange(len(x)) % 2)
+    png = show_pictures(data, columns=columns).data[0].source.partition("base64,")[2]
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")))
+
+
+def test_images_stand_in_rows_with_a_white_line_after_each():
+    "Three images in rows of two: the fourth place stays white; grey is shown as grey."
+    x = torch.tensor([0, 100, 200], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, 2, 3)
+    got = sheet(x.contiguous(), 2)
+    white = torch.full((3, 4), 255)
+    a, b, c = (white.clone() for _ in range(3))
+    for tile, grey in ((a, 0), (b, 100), (c, 200)):
+        tile[:2, :3] = grey
+    want = torch.cat([torch.cat([a, b], 1), torch.cat([c, white], 1)])
+    assert torch.equal(got, want[..., None].expand(-1, -1, 3))
+    rgb = torch.tensor([10, 20, 30, 99], dtype=torch.uint8).view(1, 4, 1, 1).expand(2, 4, 2, 2)
+    assert sheet(rgb.contiguous(), 2)[0, 0].tolist() == [10, 20, 30]
+
+
+def test_floats_are_shown_from_their_darkest_to_their_brightest():
+    x = torch.tensor([-1.0, 0, 1]).view(3, 1, 1, 1).expand(3, 1, 2, 2)
+    assert sheet(x.contiguous(), 3)[0, ::3, 0].tolist() == [0, 127, 255]
+    assert sheet(torch.ones(2, 1, 2, 2), 2)[0, 0].tolist() == [0] * 3
 
 
 # ---------------------------------------------------------------- files

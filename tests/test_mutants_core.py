@@ -340,6 +340,19 @@ def test_the_smallest_image_has_8_pixels_a_side():
         shapes(1, size=7)
 
 
+@pytest.mark.parametrize("pages, fits", [(30_720, True), (30_719, False)])
+def test_what_memory_cannot_hold_is_refused(monkeypatch, pages, fits):
+    "Ten images are 30,720 bytes; 384 clients with 10 shares of 8 bytes each are as many."
+    pages = dict(SC_PAGE_SIZE=1, SC_PHYS_PAGES=pages)
+    monkeypatch.setattr("os.sysconf", lambda name: pages.get(name, 1))
+    for call in (lambda: shapes(10), lambda: class_mix(384, 10, 1.0)):
+        if fits:
+            assert len(call()) in (10, 384)
+            continue
+        with pytest.raises(ValueError, match="would take 30,720 bytes, but .* has 30,719 bytes"):
+            call()
+
+
 def test_a_block_is_drawn_as_far_as_it_is_asked_for():
     "Difficulties follow the images across the border of a block of 100."
     d = torch.linspace(0, 1, 103)

@@ -194,6 +194,21 @@ def test_the_heaviest_group_is_halved_alternately_by_importance():
     assert found == [[0, 2], [1, 3, 4, 5]]
 
 
+@pytest.mark.parametrize("I, ok", [([0, 0.5], True), ([0, 0], False), ([-0.1, 1], False)])
+def test_some_filters_may_have_no_importance_but_not_all(I, ok):
+    if ok:
+        assert partition_filters(cliques(2), torch.tensor(I), 1) == [[0, 1]]
+        return
+    with pytest.raises(ValueError, match="importance=.* must be nowhere negative"):
+        partition_filters(cliques(2), torch.tensor(I), 1)
+
+
+@pytest.mark.parametrize("keep", [0, 1.001])
+def test_a_share_of_links_is_above_0_and_at_most_1(keep):
+    with pytest.raises(ValueError, match="keep="):
+        strongest_links(path(1, 2), keep)
+
+
 def test_a_single_student_gets_everything_and_as_many_as_filters_get_one_each():
     W, I = cliques(3, 2), torch.arange(1.0, 6)
     assert partition_filters(W, I, 1) == [[0, 1, 2, 3, 4]]
@@ -497,6 +512,24 @@ def test_a_table_of_other_images_is_refused(change, words):
     system, data, table = lesson()
     with pytest.raises(ValueError, match=words):
         train_distree(system, a_loss(system), data, change(table), 1)
+
+
+def test_what_is_of_another_kind_is_named_in_one_sentence():
+    system, data, table = lesson()
+    loss = a_loss(system)
+    for args, words in [
+        ((system.students[0], loss, data, table), "system='EarlyExitNet' must be a DistrEE"),
+        ((system, a_loss(make()), data, table), "a DistrEELoss of this system"),
+        ((system, loss.kd, data, table), "loss='method' must be"),
+        ((system, loss, data.x, table), "data='Tensor' must be an ArrayData, or Views"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            train_distree(*args)
+    with pytest.raises(ValueError, match="system='EarlyExitNet' must be a DistrEE"):
+        system_answers(system.students[0], data)
+    for bad in (data.x, data.subset(slice(0))):
+        with pytest.raises(ValueError, match="must be an ArrayData with samples"):
+            system_answers(system, bad)
 
 
 def test_labels_and_weights_that_cannot_be_trained_are_refused():

@@ -74,6 +74,12 @@ def test_logits_have_three_dimensions_none_of_them_empty(shape):
         sample_losses(torch.zeros(shape))
 
 
+def test_only_the_gap_needs_labels():
+    with pytest.raises(ValueError, match="kind='gap' compares errors and needs the labels y"):
+        sample_losses(Z, "gap")
+    assert [sample_losses(Z, k).shape for k in KINDS if k != "gap"] == [(2, 2)] * 3
+
+
 S = np.array([[0.9, 0.5, 0.1], [0.2, 0.5, 0.7], [0.0, 0.0, 0.0]])
 L = np.array([[1.0, 2, 3], [4, 5, 6], [7, 8, 9]])
 

@@ -340,6 +340,13 @@ def test_the_diversity_loss_changes_what_a_generator_learns():
     assert not same(trained(lam_div=0.0)[2], trained(lam_div=1.0)[2])
 
 
+@pytest.mark.parametrize("shape", [(), (0, 4), (2.5,)])
+def test_latents_have_a_shape_without_a_0(shape):
+    assert Generator((1,), K, d_eps=1, d_h=1).out.out_features == 1
+    with pytest.raises(ValueError, match="latent_shape="):
+        Generator(shape, K)
+
+
 def test_a_generator_by_hand():
     "Noise, label and difficulty (in units of the cap) side by side, one hidden layer."
     gen = Generator((2, 3), K, d_eps=4, d_h=5)

@@ -391,6 +391,13 @@ def test_each_channel_has_its_weight(colour, ink):
     assert hatched(colour, "/")["pattern"]["fgcolor"] == ink
 
 
+def test_the_first_eight_classes_have_colours_that_anyone_can_tell_apart():
+    "Blue, vermilion, green, purple, orange, sky blue, grey and yellow, in both kinds of figure."
+    names = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #999999 #F0E442".split()
+    for mark in ("bar", "dot"):
+        assert [class_look(c, mark)["color"] for c in range(16)] == names * 2
+
+
 def test_looks_of_classes_by_hand():
     "Eight colours, then seven patterns or other symbols, then larger ones."
     bar = lambda c: class_look(c).get("pattern", {})
@@ -562,6 +569,7 @@ def test_every_fifth_digit_of_a_class_is_for_testing():
     from sklearn.datasets import load_digits
 
     raw, (train, test) = load_digits(), load("digits")
+    assert train.classes == test.classes == list("0123456789") and test.std == train.std
     for c in range(10):
         of = raw.images[raw.target == c]
         at = np.arange(len(of)) % 5 == 2

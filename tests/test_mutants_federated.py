@@ -1256,3 +1256,34 @@ def test_a_progress_bar_tells_the_latest_loss_or_client(capsys):
     assert f"client 4: {alone[0]:.3f}" in capsys.readouterr().err
     run(rounds=1, progress=False)
     assert capsys.readouterr().err == ""
+
+
+def test_two_of_three_clients_that_diverge_do_not_end_a_run():
+    m = bad([0, 1], FloatingPointError("the loss is nan"))
+    clients = [a_client(i, 2, range(2 * i, 2 * i + 2), ()) for i in range(3)]
+    with pytest.warns(UserWarning, match="is left out"):
+        row = run(m, rounds=1, clients=clients).log[0]
+    assert set(row["left_out"]) == {"0", "1"} and math.isfinite(row["loss"])
+
+
+def test_a_run_that_was_cut_off_is_measured_where_it_ends(tmp_path):
+    "Cut off after two of five rounds without accuracy, then asked for two."
+
+    def stop(row):
+        if row["round"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(rounds=5, eval_every=9, checkpoint=tmp_path / "c", on_round=stop)
+    r = run(rounds=2, eval_every=9, checkpoint=tmp_path / "c")
+    assert "accuracy" not in r.log[0]
+    assert r.log[1]["accuracy"] == evaluate(r.method, r.state, images())
+
+
+def test_a_policy_is_told_the_round(monkeypatch):
+    m, client, told = EEFL(Joint(), batch_size=4), a_client(0, 1, range(8), ()), []
+    monkeypatch.setattr(m.policy, "at", told.append)
+    sent = m.send(m.setup(net()), client)
+    for rnd in (0, 4):
+        m.local_update(sent, images(), client, rnd, Streams(0))
+    assert told == [0, 4]

@@ -495,6 +495,13 @@ def test_alignment_weights_of_what_is_not_finite_are_refused(name, bad):
         alignment_weights(**values)
 
 
+def test_the_smallest_temperature_of_a_pair_is_that_of_its_weights():
+    args = (net(1), net(2, seed=1), latents(8), torch.arange(8.0), Joint())
+    assert math.isfinite(float(pair_loss(*args, tau=1e-6).detach()))
+    with pytest.raises(ValueError, match="tau=9e-07"):
+        pair_loss(*args, weights="uniform", tau=9e-7)
+
+
 def test_two_latents_at_the_teachers_last_exit_are_enough_to_compare():
     "A teacher of one exit keeps both, the student has one at each of its exits."
     loss = pair_loss(net(1), net(2, seed=1), latents(2), torch.tensor([1.0, 3.0]), Joint(), P=20)
@@ -674,6 +681,25 @@ def test_a_server_step_trains_with_its_settings(monkeypatch):
     m.server_step(*args, 0, Streams(0))
     stages = len(list(net(2).stages.parameters()))
     assert made == [(stages, dict(lr=0.01, weight_decay=0.2))] and steps == [0.01] * 6
+
+
+def test_each_step_of_a_student_follows_its_own_gradient(monkeypatch):
+    "A loss with gradient 1 everywhere: three steps of .01 take .03 off every weight of a stage."
+    loss = lambda teacher, student, *rest: sum(p.sum() for p in student.stages.parameters())
+    monkeypatch.setattr(darkdistill, "pair_loss", loss)
+    m, *args = a_round(kd_lr=0.01, kd_steps=3, server_epochs=1, kd_weight_decay=0)
+    new = m.server_step(*args, 0, Streams(0))[0][2][0]
+    before = args[1][2][0]
+    for name, _ in net(2).stages.named_parameters():
+        assert torch.allclose(new[f"stages.{name}"], before[f"stages.{name}"] - 0.03, atol=1e-6)
+
+
+def test_a_server_step_with_nothing_to_compare_says_so(monkeypatch):
+    monkeypatch.setattr(darkdistill, "pair_loss", lambda *a: None)
+    m, *args = a_round()
+    info = m.server_step(*args, 0, Streams(0))[2]
+    why = "no batch of 8 latents left samples at every exit of a student"
+    assert info["server_step"] == f"nothing: {why}" and info["kd_loss"] == 0
 
 
 def test_a_server_step_reports_difficulties_and_losses():
@@ -1253,7 +1279,7 @@ def test_a_progress_bar_tells_the_latest_loss_or_client(capsys):
     assert "2/2 [" in (err := capsys.readouterr().err) and f"loss {r.log[1]['loss']:.3f}" in err
     args = (EEFL(Joint(), batch_size=2), net, images(), images(), [a_client(4, 1, range(4), ())])
     alone = train_alone(*args, 1, progress=True)
-    assert f"client 4: {alone[0]:.3f}" in capsys.readouterr().err
+    assert "1/1 [" in (err := capsys.readouterr().err) and f"client 4: {alone[0]:.3f}" in err
     run(rounds=1, progress=False)
     assert capsys.readouterr().err == ""
 
@@ -1287,3 +1313,19 @@ def test_a_policy_is_told_the_round(monkeypatch):
     for rnd in (0, 4):
         m.local_update(sent, images(), client, rnd, Streams(0))
     assert told == [0, 4]
+
+
+def test_accuracy_is_that_of_the_state_given():
+    "Whatever the working networks hold from the last client."
+    r, y = run(rounds=2), images().y
+    with torch.no_grad():
+        right = [float((z.argmax(1) == y).float().mean()) for z in r.net()(images()[:][0])]
+        other = {k: v.neg() if v.is_floating_point() else v for k, v in r.state["net"].items()}
+    assert evaluate(r.method, r.state, images()) == pytest.approx(right)
+    turned = copy.deepcopy(r.method.net)
+    turned.load_state_dict(other)
+    with torch.no_grad():
+        z = turned.eval()(images()[:][0])
+    want = [float((v.argmax(1) == y).float().mean()) for v in z]
+    assert evaluate(r.method, {**r.state, "net": other}, images()) == pytest.approx(want)
+    assert want != pytest.approx(right)

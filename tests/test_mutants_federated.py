@@ -1,18 +1,26 @@
 """The smallest parts of federated training: values by hand, limits, defaults, branches."""
 
-import inspect, math
-import pytest, torch
+import copy, inspect, math
+import numpy as np, pytest, torch
 from darkdistill_nb.core.data import ArrayData
 from darkdistill_nb.core.seeds import Streams
 from darkdistill_nb.distill.losses import RKD
 from darkdistill_nb.exits.networks import cnn
-from darkdistill_nb.exits.training import Joint
-from darkdistill_nb.federated import darkdistill, generator
+from darkdistill_nb.exits.training import Joint, exit_partition
+from darkdistill_nb.federated import darkdistill, generator, method
 from darkdistill_nb.federated.darkdistill import DarkDistill, alignment_weights, pair_loss
-from darkdistill_nb.federated.difficulty import DifficultyHistogram, bins_of, sample_difficulty
+from darkdistill_nb.federated.difficulty import (
+    CAP,
+    DifficultyHistogram,
+    bins_of,
+    measure_difficulty,
+    sample_difficulty,
+)
 from darkdistill_nb.federated.generator import (
     Generator,
+    diversity_loss,
     found_difficulty,
+    frozen,
     generator_losses,
     train_generator,
 )
@@ -20,9 +28,19 @@ from darkdistill_nb.federated.method import (
     EEFL,
     Client,
     Update,
+    average,
+    block_average,
+    check_clients,
+    evaluate,
+    load_state,
     make_clients,
+    nbytes,
+    play_round,
+    save_state,
+    simulate,
     tier_sizes,
     train_alone,
+    trained_state,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,6 +76,70 @@ def copied(weights):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---------------------------------------------------------------- settings
+
+
+DEFAULTS = {
+    sample_difficulty: dict(cap=CAP),
+    measure_difficulty: dict(batch_size=512),
+    DifficultyHistogram: dict(width=1),
+    DifficultyHistogram.of: dict(bins=10, width=1),
+    DifficultyHistogram.sample: dict(smoothing=1e-3),
+    Generator: dict(d_eps=64, d_h=128, conditional=True, norm="layer"),
+    found_difficulty: dict(leak=0.05),
+    generator_losses: dict(ce="all", dif="l1", leak=0.05),
+    train_generator: dict(batch_size=32, lr=3e-3, lam_ce=0.1, lam_dif=1, ce="all", dif="l1"),
+    alignment_weights: dict(tau=0.1),
+    pair_loss: dict(tau=0.1, weights="distance", generator=None, P=30),
+    DarkDistill: dict(
+        kd_lr=0.05,
+        kd_steps=5,
+        kd_weight_decay=1e-3,
+        server_epochs=2,
+        gen_steps=1,
+        gen_lr=3e-3,
+        lam_ce=0.1,
+        lam_dif=1,
+        ce="all",
+        dif="l1",
+        d_eps=64,
+        d_h=128,
+        norm="layer",
+        server_batch=32,
+        tau=0.1,
+        weights="distance",
+        P=30,
+        bin_width=1,
+    ),
+    EEFL: dict(
+        policy=None,
+        lr=0.05,
+        decay=0.99,
+        momentum=0.9,
+        weight_decay=1e-4,
+        batch_size=16,
+        epochs=1,
+        participation=0.5,
+    ),
+    simulate: dict(
+        seed=0,
+        eval_every=1,
+        checkpoint=None,
+        device="cpu",
+        workers=1,
+        progress=None,
+        faults="warn",
+    ),
+    train_alone: dict(seed=0, progress=None),
+    play_round: dict(pool=None, faults="warn"),
+}
+
+
+@pytest.mark.parametrize("f", DEFAULTS, ids=lambda f: f.__name__)
+def test_defaults_are_as_documented(f):
+    assert {k: default(f, k) for k in DEFAULTS[f]} == DEFAULTS[f]
 
 
 # ---------------------------------------------------------------- difficulty
@@ -109,6 +191,65 @@ def test_the_density_is_a_share_per_nat(width, density):
     h = DifficultyHistogram(torch.tensor([[1, 4], [1, 2]]), width)
     assert h.density().tolist() == density
     assert float(h.density().sum()) * width == 1
+
+
+def test_difficulties_end_at_the_cap():
+    z, y = torch.tensor([[0.0, 50.0], [50.0, 0.0]]), torch.tensor([0, 0])
+    assert sample_difficulty(z, y).tolist() == pytest.approx([9.99, 0])
+    assert sample_difficulty(z, y, cap=0.5).tolist() == [0.5, 0]
+    with pytest.raises(ValueError, match=r"logits must have shape \(B, K\)"):
+        sample_difficulty(z[0], y)
+
+
+@pytest.mark.parametrize("low, high", [(-1, 0), (0, 2)])
+def test_labels_lie_within_the_classes(low, high):
+    with pytest.raises(ValueError, match="labels from 0 to 1"):
+        sample_difficulty(LOGITS, torch.tensor([low, high]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 512])
+def test_a_difficulty_does_not_depend_on_the_batch(batch_size):
+    n, data = net(), images()
+    d = measure_difficulty(n.train(), Joint(), data, batch_size)
+    assert n.training
+    whole = sample_difficulty(n.eval()(data[:][0])[0].detach(), data.y)
+    assert torch.allclose(d, whole, atol=1e-6)
+
+
+def test_histograms_add_where_their_bins_are_the_same():
+    a = DifficultyHistogram(torch.tensor([[1, 0], [0, 2]]), 0.5)
+    assert (a + a).counts.tolist() == [[2, 0], [0, 4]] and (a + a).width == 0.5 and a.total == 3
+    with pytest.raises(ValueError, match="width=1.0 must be 0.5"):
+        a + DifficultyHistogram(a.counts, 1.0)
+    for counts in (a.counts - 1, a.counts.float(), a.counts[0], [[1]]):
+        with pytest.raises(ValueError, match="counts"):
+            DifficultyHistogram(counts)
+    for d in (torch.tensor([-0.1]), torch.tensor([math.nan]), torch.tensor([[0.1]]), [0.1]):
+        with pytest.raises(ValueError, match="d=|d must"):
+            DifficultyHistogram.of(d, torch.tensor([0]), K)
+
+
+def test_pairs_are_drawn_in_proportion_to_counts_and_anywhere_in_their_bin():
+    h = DifficultyHistogram(torch.tensor([[0, 3], [1, 0], [0, 0]]), 2.0)
+    y, d = h.sample(4000, rng(), smoothing=0)
+    cell = y * 2 + (d / 2).long()
+    share = torch.bincount(cell, minlength=6) / 4000
+    assert share.tolist() == pytest.approx([0, 0.75, 0.25, 0, 0, 0], abs=0.03)
+    inside = d[y == 0]
+    assert 2 <= inside.min() < 2.01 and 3.99 < inside.max() <= 4 and d.dtype is torch.float32
+    assert float(inside.mean()) == pytest.approx(3, abs=0.05)
+
+
+def test_smoothing_reaches_every_bin_of_the_classes_that_were_seen():
+    "Counts 3 and 1 with 1 added: 4, 1, 1 and 2 of 8."
+    h = DifficultyHistogram(torch.tensor([[3, 0], [0, 1], [0, 0]]))
+    y, d = h.sample(8000, rng(), smoothing=1.0)
+    share = torch.bincount(y * 2 + d.long(), minlength=6) / 8000
+    assert share.tolist() == pytest.approx([0.5, 0.125, 0.125, 0.25, 0, 0], abs=0.02)
+    with pytest.raises(ValueError, match="the histogram is empty"):
+        DifficultyHistogram(torch.zeros(2, 2, dtype=torch.int)).sample(1, rng())
+    one = DifficultyHistogram(torch.tensor([[1]])).sample(1, rng())
+    assert one[0].tolist() == [0] and len(one[1]) == 1
 
 
 # ---------------------------------------------------------------- generator
@@ -199,6 +340,121 @@ def test_the_diversity_loss_changes_what_a_generator_learns():
     assert not same(trained(lam_div=0.0)[2], trained(lam_div=1.0)[2])
 
 
+@pytest.mark.parametrize("shape", [(), (0, 4), (2.5,)])
+def test_latents_have_a_shape_without_a_0(shape):
+    assert Generator((1,), K, d_eps=1, d_h=1).out.out_features == 1
+    with pytest.raises(ValueError, match="latent_shape="):
+        Generator(shape, K)
+
+
+def test_a_generator_by_hand():
+    "Noise, label and difficulty (in units of the cap) side by side, one hidden layer."
+    gen = Generator((2, 3), K, d_eps=4, d_h=5)
+    y, d, eps = torch.tensor([0, 2]), torch.tensor([9.99, 0.0]), torch.rand(2, 4, generator=rng())
+    level = gen.level(torch.tensor([[1.0], [0.0]]))
+    x = gen.hidden(torch.cat([eps, gen.label(y), level], 1))
+    want = gen.out(gen.norm(x).relu()).view(2, 2, 3)
+    assert torch.allclose(gen(y, d, eps), want, atol=1e-6)
+    noise = torch.rand(2, 4, generator=rng(5))
+    assert torch.allclose(gen.draw(y, d, rng(5)), gen(y, d, noise))
+    for bad in (-d, d * math.nan, d[:, None], [1.0, 2.0]):
+        with pytest.raises(ValueError, match="d=|d must"):
+            gen.draw(y, bad, rng())
+
+
+def test_diversity_by_hand():
+    "Two samples: squared noise distance 4, mean latent distance 3; half of all pairs are of one."
+    eps, x = torch.tensor([[0.0, 0], [2, 2]]), torch.tensor([[[0.0, 0]], [[2, 4]]])
+    assert float(diversity_loss(eps, x)) == pytest.approx(math.exp(-4 * 3 / 2))
+    assert float(diversity_loss(eps, torch.zeros(2, 3))) == 1
+    for bad in (eps[0], eps[:1]):
+        with pytest.raises(ValueError, match="eps"):
+            diversity_loss(bad, x)
+    with pytest.raises(ValueError, match="eps"):
+        diversity_loss(eps[:0], x[:0])
+
+
+@pytest.mark.parametrize("leak", [0, 0.05, 0.3])
+def test_the_slope_of_a_found_difficulty_does_not_vanish(leak):
+    "Of two logits it is sigmoid(u) + leak, with u what the other has more than the label's."
+    z = torch.tensor([[3.0, 1.0]], requires_grad=True)
+    found_difficulty(z, torch.tensor([0]), leak).sum().backward()
+    slope = 1 / (1 + math.exp(2)) + leak
+    assert z.grad[0].tolist() == pytest.approx([-slope, slope], rel=1e-5)
+    with pytest.raises(ValueError, match="leak=-0.1"):
+        found_difficulty(z, torch.tensor([0]), -0.1)
+
+
+def test_losses_of_a_generator_by_hand():
+    "Class loss over all exits of the teacher, or each latent at the exit where it leaves."
+    x, y, d = latents(6), torch.arange(6) % K, torch.linspace(0, 5, 6)
+    teacher, reference = net(2, seed=3), net(1, seed=4)
+    both = lambda **kw: generator_losses(x, y, d, teacher, reference, Joint(), **kw)
+    ce = torch.nn.functional.cross_entropy
+    logits = teacher.from_latents(x)
+    assert float(both()[0].detach()) == pytest.approx(float(sum(ce(z, y) for z in logits).detach()))
+    own = torch.stack([ce(z, y, reduction="none") for z in logits])
+    where = torch.empty(6, dtype=torch.long)
+    for e, idx in enumerate(exit_partition(logits)):
+        where[idx] = e
+    routed = own[where, torch.arange(6)].mean()
+    assert float(both(ce="routed")[0].detach()) == pytest.approx(float(routed.detach()))
+    far = d - sample_difficulty(reference.from_latents(x)[0].detach(), y)
+    assert float(both()[1].detach()) == pytest.approx(float(far.abs().mean()), rel=1e-4)
+    square = float(both(dif="mse")[1].detach())
+    assert square == pytest.approx(float(far.pow(2).mean()), rel=1e-4)
+
+
+def test_frozen_networks_are_as_before_afterwards():
+    n = net().train()
+    n.stages[0].requires_grad_(False)
+    before = [(p.requires_grad, n.training) for p in n.parameters()]
+    with pytest.raises(KeyError), frozen(n):
+        assert not n.training and not any(p.requires_grad for p in n.parameters())
+        raise KeyError
+    assert [(p.requires_grad, n.training) for p in n.parameters()] == before
+
+
+@pytest.mark.parametrize("name", ["lam_ce", "lam_dif", "lam_div", "lr"])
+def test_weights_of_a_generator_s_losses_begin_at_0(name):
+    assert same(trained(lr=0.0, **{} if name == "lr" else {name: 0})[2], trained(steps=0)[2])
+    with pytest.raises(ValueError, match=f"{name}=-0.1"):
+        trained(**{name: -0.1})
+    if name != "lr":
+        assert not same(trained(**{name: 0.7})[2], trained(**{name: 1.4})[2])
+
+
+def test_a_generator_is_trained_by_adam_on_its_weighted_losses():
+    "One step by hand."
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        gen = Generator((4, 4, 4), K, d_eps=3, d_h=5)
+    opt = torch.optim.Adam(gen.parameters(), 3e-3)
+    y, d = Pool().sample(4, None)
+    eps = torch.rand(4, 3, generator=rng())
+    x = gen(y, d, eps)
+    ce, dif = generator_losses(x, y, d, net(), net(), Joint())
+    (0.1 * ce + dif).backward()
+    opt.step()
+    _, said, after = trained(steps=1)
+    assert all(torch.allclose(after[k], v, atol=1e-7) for k, v in gen.state_dict().items())
+    assert said == pytest.approx(
+        dict(ce=float(ce.detach()), dif=float(dif.detach()), scale=float(x.detach().std()))
+    )
+
+
+@pytest.mark.parametrize("norm, least", [("layer", 1), ("batch", 2)])
+def test_batch_normalisation_needs_two_latents(norm, least):
+    gen = Generator((4, 4, 4), K, d_eps=3, d_h=5, norm=norm)
+    args = (gen, net(), net(), Joint(), Pool(), 1, rng())
+    assert train_generator(*args, batch_size=least).keys() == {"ce", "dif", "scale"}
+    with pytest.raises(ValueError, match="batch_size="):
+        train_generator(*args, batch_size=least - 1)
+    assert DarkDistill(norm=norm, server_batch=least).server_batch == least
+    with pytest.raises(ValueError, match="server_batch="):
+        DarkDistill(norm=norm, server_batch=least - 1)
+
+
 # ---------------------------------------------------------------- darkdistill: weights and loss
 
 
@@ -237,6 +493,13 @@ def test_alignment_weights_of_what_is_not_finite_are_refused(name, bad):
     values[name] = torch.tensor([1.0, bad])
     with pytest.raises(ValueError, match=f"{name} must be finite, but 1 of its 2"):
         alignment_weights(**values)
+
+
+def test_the_smallest_temperature_of_a_pair_is_that_of_its_weights():
+    args = (net(1), net(2, seed=1), latents(8), torch.arange(8.0), Joint())
+    assert math.isfinite(float(pair_loss(*args, tau=1e-6).detach()))
+    with pytest.raises(ValueError, match="tau=9e-07"):
+        pair_loss(*args, weights="uniform", tau=9e-7)
 
 
 def test_two_latents_at_the_teachers_last_exit_are_enough_to_compare():
@@ -380,6 +643,138 @@ def test_a_server_step_that_works_changes_the_student_alone_and_says_so():
     assert m.remark([info]) == ""
 
 
+ZERO = ["kd_lr", "gen_lr", "kd_weight_decay", "lam_ce", "lam_dif", "lam_div"]
+COUNTS = ["kd_steps", "gen_steps", "server_epochs"]
+
+
+@pytest.mark.parametrize("name", [*ZERO, *COUNTS])
+def test_settings_of_the_server_step_begin_at_0(name):
+    assert getattr(DarkDistill(**{name: 0}), name) == 0
+    for v in (-1, 0.5) if name in COUNTS else (-1e-9,):
+        with pytest.raises(ValueError, match=f"{name}="):
+            DarkDistill(**{name: v})
+
+
+@pytest.mark.parametrize("rkd", [(1,), (1, 2, 3), 5, (1, -1), (math.nan, 1)])
+def test_the_relational_loss_has_two_weights(rkd):
+    assert DarkDistill(rkd=[0, 2]).rkd == (0, 2)
+    with pytest.raises(ValueError, match="rkd="):
+        DarkDistill(rkd=rkd)
+
+
+def test_a_server_step_trains_with_its_settings(monkeypatch):
+    "SGD of the student's stages alone; Adam of each generator; so many steps of each."
+    made, steps, real = [], [], torch.optim.SGD
+
+    class Sgd(real):
+        def __init__(self, params, **kw):
+            params = list(params)
+            made.append((len(params), kw))
+            super().__init__(params, **kw)
+
+        def step(self):
+            steps.append(self.param_groups[0]["lr"])
+            super().step()
+
+    monkeypatch.setattr(torch.optim, "SGD", Sgd)
+    m, *args = a_round(kd_lr=0.01, kd_steps=3, server_epochs=2, kd_weight_decay=0.2)
+    m.server_step(*args, 0, Streams(0))
+    stages = len(list(net(2).stages.parameters()))
+    assert made == [(stages, dict(lr=0.01, weight_decay=0.2))] and steps == [0.01] * 6
+
+
+def test_each_step_of_a_student_follows_its_own_gradient(monkeypatch):
+    "A loss with gradient 1 everywhere: three steps of .01 take .03 off every weight of a stage."
+    loss = lambda teacher, student, *rest: sum(p.sum() for p in student.stages.parameters())
+    monkeypatch.setattr(darkdistill, "pair_loss", loss)
+    m, *args = a_round(kd_lr=0.01, kd_steps=3, server_epochs=1, kd_weight_decay=0)
+    new = m.server_step(*args, 0, Streams(0))[0][2][0]
+    before = args[1][2][0]
+    for name, _ in net(2).stages.named_parameters():
+        assert torch.allclose(new[f"stages.{name}"], before[f"stages.{name}"] - 0.03, atol=1e-6)
+
+
+def test_a_server_step_with_nothing_to_compare_says_so(monkeypatch):
+    monkeypatch.setattr(darkdistill, "pair_loss", lambda *a: None)
+    m, *args = a_round()
+    info = m.server_step(*args, 0, Streams(0))[2]
+    why = "no batch of 8 latents left samples at every exit of a student"
+    assert info["server_step"] == f"nothing: {why}" and info["kd_loss"] == 0
+
+
+def test_a_server_step_reports_difficulties_and_losses():
+    m, state, tiers, updates = a_round(3, bin_width=2.0, server_epochs=1)
+    _, server, info = m.server_step(state, tiers, updates, 0, Streams(0))
+    assert info["difficulty"] == {str(t): [6, 0, 0, 0, 0] for t in (1, 2, 3)}
+    assert info["bin_width"] == 2 and set(info["generator1"]) == {"ce", "dif", "scale"}
+    assert info["server_step"] == "1 -> 2, 2 -> 3" and math.isfinite(info["kd_loss"])
+    assert {k.split(".")[0] for k in server} == {"gen1", "gen2"}
+
+
+def test_pairs_count_by_the_samples_of_their_teachers(monkeypatch):
+    seen = []
+    m, state, tiers, updates = a_round(3, server_epochs=1, kd_steps=1)
+    tiers = {t: (w, n) for (t, (w, _)), n in zip(tiers.items(), (2, 6, 99))}
+    monkeypatch.setattr(m, "_distil", lambda *a: seen.append(a[4]) or (0.0, []))
+    m.server_step(state, tiers, updates, 0, Streams(0))
+    assert seen == [{1: 0.25, 2: 0.75}]
+
+
+@pytest.mark.parametrize(
+    "tiers, pairs", [((1, 3), ""), ((2, 3), "2 -> 3"), ((1,), ""), ((1, 2), "1 -> 2")]
+)
+def test_only_neighbouring_tiers_teach(tiers, pairs):
+    m, state, every, updates = a_round(3, server_epochs=1)
+    chosen, said = {t: every[t] for t in tiers}, [u for u in updates if u.tier in tiers]
+    new, _, info = m.server_step(state, chosen, said, 0, Streams(0))
+    want = pairs or "nothing: no two neighbouring tiers took part"
+    assert info["server_step"] == want and set(new) == set(tiers)
+
+
+@pytest.mark.parametrize("name", ["server_epochs", "kd_steps", "kd_lr"])
+def test_what_switches_the_server_step_off_is_named(name):
+    m, state, tiers, updates = a_round(**{name: 0})
+    new, _, info = m.server_step(state, tiers, updates, 0, Streams(0))
+    assert info["server_step"] == f"nothing: {name}=0 switches it off"
+    assert all(same(new[t][0], tiers[t][0]) for t in tiers)
+
+
+HISTOGRAMS = {
+    "extra has no histogram": lambda h: None,
+    "whole numbers of shape": lambda h: h.float(),
+    "torch.bool": lambda h: h > 0,
+    r"of shape \(3, 10\)": lambda h: h[:, :9],
+    "free of negative counts": lambda h: h - 1,
+    "of 2 samples": lambda h: h + 1,
+}
+
+
+@pytest.mark.parametrize("words", HISTOGRAMS)
+def test_a_histogram_counts_each_sample_once(words):
+    m, client = DarkDistill(Joint(), d_eps=3, d_h=5), a_client()
+    counts = torch.zeros(K, 10, dtype=torch.int)
+    counts[0, 3] = 2
+    sent, answer = an_answer(m, m.setup(net()), client, extra=dict(histogram=counts))
+    assert m.check_update(answer, sent, client) is answer
+    bad = HISTOGRAMS[words](counts)
+    answer.extra = {} if bad is None else dict(histogram=bad)
+    with pytest.raises(ValueError, match=words):
+        m.check_update(answer, sent, client)
+
+
+def test_a_client_reports_the_difficulties_under_the_weights_that_it_received():
+    m, client, data = (
+        DarkDistill(Joint(), batch_size=4, bin_width=0.5),
+        a_client(train=range(8)),
+        images(),
+    )
+    sent = m.send(m.setup(net()), client)
+    d = measure_difficulty(m.receive(sent, 1), m.policy, data)
+    got = m.local_update(sent, data, client, 0, Streams(0)).extra["histogram"]
+    want = DifficultyHistogram.of(d, data.y, K, 20, 0.5).counts
+    assert torch.equal(got, want.int()) and got.dtype is torch.int32 and got.sum() == 8
+
+
 def test_frozen_students_are_the_reason_of_a_step_that_does_nothing():
     m, state, tiers, updates = a_round(frozen=True)
     new, _, info = m.server_step(state, tiers, updates, 0, Streams(0))
@@ -475,3 +870,462 @@ def test_clients_that_train_alone_do_so_in_one_thread():
         assert m.threads == [1, 1] and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("name", ["lr", "decay", "momentum", "weight_decay", "participation"])
+def test_settings_of_a_method_end_where_they_should(name):
+    "A value at the end of a range is in it or not; just beyond it none is."
+    ends = dict(
+        lr=([0, 1e9], [-1e-9]),
+        decay=([1e-9, 1], [0, 1.001]),
+        momentum=([0, 0.999], [-1e-9, 1]),
+        weight_decay=([0, 1e9], [-1e-9]),
+        participation=([1e-9, 1], [0, 1.001]),
+    )
+    for v in ends[name][0]:
+        assert getattr(EEFL(**{name: v}), name) == v
+    for v in ends[name][1]:
+        with pytest.raises(ValueError, match=f"{name}="):
+            EEFL(**{name: v})
+
+
+@pytest.mark.parametrize("clients, share", [(100, 0.29), (50, 0.58), (10, 0.7)])
+def test_shares_that_miss_a_whole_number_by_rounding(clients, share):
+    "100 * .29 is 28.999999999999996."
+    n = round(clients * share)
+    assert tier_sizes(clients, (1 - share, share)) == [clients - n, n]
+    m = EEFL(participation=share)
+    assert len(m.configure(0, clients_of([1] * clients), Streams(0))) == n
+
+
+def test_shares_add_to_1_within_a_millionth():
+    assert tier_sizes(4, (0.5, 0.5 + 9e-7)) == [2, 2]
+    for shares in ((0.5, 0.5 + 2e-6), (0.5, 0.4), (1.5, -0.5)):
+        with pytest.raises(ValueError, match="tier"):
+            tier_sizes(4, shares)
+    with pytest.raises(ValueError, match="tier 2 has no client"):
+        tier_sizes(3, (0.9, 0.1))
+
+
+def test_tiers_are_drawn_until_each_sees_all_classes():
+    "Each client holds one class, so that most draws leave a tier without one of them."
+    y = torch.arange(80) % 2
+    deal = lambda cover, seed: make_clients(y, 4, 1e-6, (0.5, 0.5), cover=cover, seed=seed)
+    held = lambda who, t: {int(y[i]) for c in who if c.tier == t for i in [*c.train, *c.valid]}
+    seen = lambda who: min(len(held(who, t)) for t in (1, 2))
+    assert [seen(deal(True, s)) for s in range(12)] == [2] * 12
+    first = [[c.tier for c in deal(False, s)] for s in range(12)]
+    assert all(sorted(t) == [1, 1, 2, 2] for t in first)
+    assert min(seen(deal(False, s)) for s in range(12)) == 1
+
+
+def test_the_best_draw_stands_where_no_tier_can_see_everything(monkeypatch):
+    "Two of three classes at most; a thousand draws and no more."
+    hist, drawn = torch.tensor([[9, 0, 0], [0, 9, 0], [0, 0, 9], [9, 0, 0]]), []
+    real = torch.randperm
+
+    def count(*args, **kw):
+        drawn.append(args)
+        return real(*args, **kw)
+
+    monkeypatch.setattr(torch, "randperm", count)
+    tier = method._deal_tiers(hist, [2, 2], rng(), True)
+    assert len(drawn) == 1000
+    assert min(int((hist[tier == t].sum(0) > 0).sum()) for t in (1, 2)) == 2
+    method._deal_tiers(hist, [2, 2], rng(), False)
+    assert len(drawn) == 1001
+
+
+@pytest.mark.parametrize("valid, kept", [(0, 10), (0.25, 8), (0.29, 8), (0.99, 1)])
+def test_a_client_keeps_one_image_to_train_on_at_least(valid, kept):
+    for c in make_clients(torch.arange(40) % 2, 4, 1.0, (1,), valid=valid):
+        assert (len(c.train), len(c.valid)) == (kept, 10 - kept) and c.tier == 1
+        assert not set(c.train.tolist()) & set(c.valid.tolist())
+    with pytest.raises(ValueError, match="valid=1"):
+        make_clients(torch.arange(40) % 2, 4, 1.0, (1,), valid=1)
+
+
+def a_client(id=0, tier=1, train=(0, 1), valid=(2,)):
+    as_indices = lambda v: v if isinstance(v, torch.Tensor) else torch.tensor(v, dtype=torch.long)
+    return Client(id, tier, as_indices(train), as_indices(valid))
+
+
+@pytest.mark.parametrize(
+    "clients, words",
+    [
+        ([], "clients"),
+        ([a_client(), a_client()], "client id"),
+        ([a_client(tier=0)], "client 0: tier"),
+        ([a_client(tier=3)], "client 0: tier"),
+        ([a_client(train=())], "client 0: train"),
+        ([a_client(train=(0, 4))], "indices within the 4 images"),
+        ([a_client(valid=(-1,))], "client 0: valid"),
+        ([a_client(train=(2,))], "1 indices of train"),
+        ([a_client(train=torch.tensor([True, False]))], "client 0: train"),
+        ([a_client(train=torch.tensor([[0]]))], "client 0: train"),
+        ([a_client(train=torch.tensor([0.0]))], "client 0: train"),
+    ],
+)
+def test_clients_that_cannot_be(clients, words):
+    with pytest.raises(ValueError, match=words):
+        check_clients(clients, 4, 2)
+    check_clients([a_client(5, 2, (0, 3), ()), a_client(-1)], 4, 2)
+
+
+def test_averages_by_hand():
+    "Weighted, in 64 bit; counters take the largest value."
+    a = dict(w=torch.tensor([1.0, 5.0]), n=torch.tensor(3))
+    b = dict(w=torch.tensor([4.0, 5.0]), n=torch.tensor(7))
+    mean = average([a, b], [1, 2])
+    assert mean["w"].tolist() == [3, 5] and mean["n"] == 7 and mean["w"].dtype is torch.float32
+    assert average([a], [0.5])["w"].tolist() == [1, 5]
+    for weights, n, words in [
+        ([], [], "weights"),
+        ([a, b], [1], "2 numbers, one for each set"),
+        ([a, b], [1, 0], "n=0"),
+        ([a, dict(w=b["w"])], [1, 1], "the same names"),
+        ([a, b | dict(w=torch.zeros(3))], [1, 1], "w, set"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            average(weights, n)
+
+
+def test_blocks_are_averaged_over_the_tiers_that_own_them():
+    "A name that is missing has not changed; what nobody sends keeps its value."
+    names = ["stem.0.weight", "stages.0.w", "stages.1.w", "exits.2.w"]
+    old = {k: torch.tensor(10.0) for k in names}
+    tiers = {
+        1: ({k: torch.tensor(1.0) for k in names[:2]}, 1),
+        2: ({names[0]: torch.tensor(4.0), names[2]: torch.tensor(6.0)}, 2),
+    }
+    new = block_average(old, tiers)
+    assert [new[k].item() for k in names] == [3, (1 + 2 * 10) / 3, 6, 10]
+    assert new["exits.2.w"] is old["exits.2.w"]
+    with pytest.raises(ValueError, match="tier 1=.*names of the global network"):
+        block_average(old, {1: (dict(other=torch.tensor(0.0)), 1)})
+
+
+def test_bytes_by_hand():
+    sent = dict(a=torch.zeros(3, 2), b=torch.zeros(5, dtype=torch.int64), c=torch.zeros(()).half())
+    assert nbytes(sent) == 24 + 40 + 2 and nbytes({}) == 0
+
+
+def test_what_may_have_changed_is_copied():
+    n = net()
+    n.stages[0].requires_grad_(False)
+    state = trained_state(n)
+    frozen = {k for k, p in n.named_parameters() if k.startswith("stages.0")}
+    assert set(state) == set(n.state_dict()) - frozen and frozen
+    before = copied(state)
+    with torch.no_grad():
+        for v in n.state_dict().values():
+            v.add_(1)
+    assert same(state, before)
+
+
+def test_a_client_gets_its_prefix_and_nothing_deeper():
+    m = EEFL(Joint())
+    state = m.setup(net(3))
+    for tier in (1, 2, 3):
+        sent = m.send(state, clients_of([tier])[0])
+        assert set(sent) == set(net(3).prefix(tier).state_dict())
+        assert same(m.receive(sent, tier).state_dict(), sent)
+
+
+def test_parts_of_a_network_come_in_the_mode_that_they_were_in():
+    m, whole = EEFL(Joint()), net(2)
+    whole.train()
+    whole.stages[0].eval()
+    sent = m.send(m.setup(whole), client := clients_of([2])[0])
+    for _ in range(2):
+        got = m.receive(sent, client.tier)
+        assert [got.stages[i].training for i in (0, 1)] == [False, True] and got.training
+        got.eval()
+
+
+def test_local_training_gets_the_settings_of_its_round(monkeypatch):
+    "The learning rate falls by the same factor every round."
+    seen, real = [], method.fit
+
+    def look(net, data, *args, **kw):
+        seen.append(args)
+        return real(net, data, *args, **kw)
+
+    monkeypatch.setattr(method, "fit", look)
+    m = EEFL(Joint(), lr=0.2, decay=0.5, momentum=0.3, weight_decay=0.01, batch_size=4, epochs=2)
+    state, client, data = m.setup(net()), a_client(7, 2, range(8), ()), images()
+    for rnd in (0, 3):
+        update = m.local_update(m.send(state, client), data, client, rnd, Streams(0))
+        assert (update.client, update.tier, update.samples) == (7, 2, 8)
+    assert seen == [(2, 0.2, 0.3, 0.01, 4), (2, 0.2 * 0.5**3, 0.3, 0.01, 4)]
+
+
+def an_answer(m, state, who, **change):
+    sent = m.send(state, who)
+    got = dict(client=who.id, tier=who.tier, samples=2, weights=copied(sent), loss=1.0)
+    return sent, Update(**(got | change))
+
+
+@pytest.mark.parametrize("old, limit", [(0.5, 1e6), (1.0, 1e6), (20.0, 2e7), (-20.0, 2e7)])
+def test_a_weight_may_grow_a_millionfold_but_not_further(old, limit):
+    m, client = EEFL(Joint()), a_client()
+    state = m.setup(net())
+    name = next(k for k in state["net"] if k.endswith("weight"))
+    state["net"] = {k: torch.full_like(v, old) for k, v in state["net"].items()}
+    for value, ok in ((limit, True), (-limit, True), (1.01 * limit, False)):
+        sent, answer = an_answer(m, state, client)
+        answer.weights[name].view(-1)[0] = value
+        if ok:
+            m.check_update(answer, sent, client)
+            continue
+        with pytest.raises(FloatingPointError, match="is the most that is sane"):
+            m.check_update(answer, sent, client)
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        (dict(client=1), ValueError, "client=1"),
+        (dict(tier=2), ValueError, "tier=2"),
+        (dict(samples=0), ValueError, "samples=0"),
+        (dict(samples=3), ValueError, "samples=3"),
+        (dict(loss=math.inf), FloatingPointError, "training loss is inf"),
+        (dict(loss=None), ValueError, "loss=None"),
+        (dict(extra=[1]), ValueError, "extra"),
+        (dict(extra=dict(a=1)), ValueError, "extra"),
+        (dict(extra=dict(a=torch.tensor(math.nan))), FloatingPointError, "extra holds values"),
+        (dict(weights=[1]), ValueError, "a dict of tensors"),
+        (dict(weights={}), ValueError, "complete"),
+    ],
+)
+def test_answers_that_cannot_be_used(change, error, words):
+    m, client = EEFL(Joint()), a_client()
+    sent, answer = an_answer(m, m.setup(net()), client, **change)
+    with pytest.raises(error, match=words):
+        m.check_update(answer, sent, client)
+
+
+def test_answers_of_numpy_become_numbers_of_python():
+    m, client = EEFL(Joint()), a_client()
+    counts = dict(a=torch.zeros(0), b=torch.tensor([1, 2]), c=torch.ones(2, dtype=torch.bool))
+    sent, answer = an_answer(
+        m, m.setup(net()), client, samples=np.int64(1), loss=np.float32(0.5), extra=counts
+    )
+    got = m.check_update(answer, sent, client)
+    assert (type(got.samples), type(got.loss), got.samples, got.loss) == (int, float, 1, 0.5)
+
+
+@pytest.mark.parametrize("spoil", [torch.Tensor.double, lambda v: v[None], lambda v: v.to_sparse()])
+def test_weights_come_back_in_the_kind_that_they_were_sent(spoil):
+    m, client = EEFL(Joint()), a_client()
+    sent, answer = an_answer(m, m.setup(net()), client)
+    name = next(k for k, v in sent.items() if v.is_floating_point())
+    answer.weights[name] = spoil(answer.weights[name])
+    with pytest.raises(ValueError, match=f"{name} is .*, but .* was sent"):
+        m.check_update(answer, sent, client)
+    answer.weights[name] = sent[name]
+    answer.weights["other"] = sent[name]
+    with pytest.raises(ValueError, match="named as what was sent"):
+        m.check_update(answer, sent, client)
+
+
+def test_updates_of_a_tier_count_by_their_samples():
+    m = EEFL(Joint())
+    state, updates = m.setup(net()), []
+    for cid, (n, v) in enumerate([(1, 0.0), (3, 4.0)]):
+        sent = m.send(state, a_client(cid, 2))
+        weights = {k: torch.full_like(w, v) for k, w in sent.items()}
+        updates.append(Update(cid, 2, n, weights, 1.0))
+    new, info = m.aggregate(state, updates, 0, Streams(0))
+    floats = [v for v in new["net"].values() if v.is_floating_point()]
+    assert all((v == 3).all() for v in floats) and info == {} and new["server"] == {}
+
+
+def test_a_state_is_read_as_it_was_written(tmp_path):
+    state = dict(net=dict(a=torch.ones(2)), server={"x/y": torch.zeros(1)}, policy={})
+    save_state(tmp_path / "s", state, dict(log=[1]))
+    got, meta = load_state(tmp_path / "s")
+    assert list(got) == ["net", "server", "policy"] and meta == dict(log=[1])
+    assert all(same(got[k], state[k]) for k in got)
+    save_state(tmp_path / "t", dict(other=dict(a=torch.ones(1))), {})
+    with pytest.raises(ValueError, match="'other/a', which is no part of a method's state"):
+        load_state(tmp_path / "t")
+
+
+def test_a_round_counts_bytes_samples_and_losses():
+    m, data = EEFL(Joint(), participation=1, batch_size=4), images(12)
+    clients = [a_client(3, 1, range(4), ()), a_client(5, 2, range(4, 12), ())]
+    state = m.setup(net())
+    new, row = play_round(m, state, data, clients, 2, Streams(0))
+    own = [
+        m.local_update(m.send(state, c), data.subset(c.train), c, 2, Streams(0)) for c in clients
+    ]
+    assert row["round"] == 3 and row["clients"] == [3, 5] and row["left_out"] == {}
+    assert row["loss"] == pytest.approx((4 * own[0].loss + 8 * own[1].loss) / 12)
+    sent = [nbytes(m.send(state, c)) for c in clients]
+    assert row["bytes_down"] == sum(sent) == row["bytes_up"]
+    assert 0 <= row["seconds_clients"] < 60 and 0 <= row["seconds_server"] < 60
+    assert not same(new["net"], state["net"])
+
+
+class Extra(EEFL):
+    "Clients upload 40 bytes more."
+
+    def local_update(self, *args):
+        update = super().local_update(*args)
+        update.extra = dict(more=torch.zeros(10))
+        return update
+
+
+def test_extra_tensors_are_uploaded_too():
+    rows = []
+    for kind in (EEFL, Extra):
+        m = kind(Joint(), batch_size=4, participation=1)
+        clients = [a_client(0, 2, range(8), ())]
+        rows.append(play_round(m, m.setup(net()), images(), clients, 0, Streams(0))[1])
+    assert rows[1]["bytes_up"] == rows[0]["bytes_up"] + 40
+
+
+def run(m=None, rounds=5, clients=None, **kw):
+    clients = clients or [a_client(0, 1, range(4), ()), a_client(1, 2, range(4, 8), ())]
+    data = images()
+    return simulate(m or EEFL(Joint(), batch_size=2), net, data, data, clients, rounds, **kw)
+
+
+@pytest.mark.parametrize("every, at", [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (9, [5])])
+def test_accuracy_is_measured_every_so_often_and_at_the_end(every, at):
+    r = run(eval_every=every)
+    assert [row["round"] for row in r.log if "accuracy" in row] == at
+    assert r.log[-1]["accuracy"] == evaluate(r.method, r.state, images())
+    assert all(row["seconds"] >= row["seconds_clients"] for row in r.log)
+
+
+def test_a_checkpoint_from_the_middle_gets_its_accuracy(tmp_path):
+    run(rounds=2, checkpoint=tmp_path / "c", eval_every=2)
+    run(rounds=3, checkpoint=tmp_path / "c", eval_every=9)
+    longer = run(rounds=4, checkpoint=tmp_path / "c", eval_every=9)
+    plain = run(rounds=4)
+    assert same(longer.state["net"], plain.state["net"])
+    assert [row["round"] for row in longer.log] == [1, 2, 3, 4]
+    assert same(longer.net().state_dict(), plain.net().state_dict())
+    assert torch.equal(longer.logits(images()), plain.logits(images()))
+
+
+def test_a_run_tells_each_round_as_it_ends():
+    told = []
+    r = run(rounds=2, on_round=lambda row: told.append(copy.deepcopy(row)))
+    assert [t["round"] for t in told] == [1, 2] and told[0]["accuracy"] == r.log[0]["accuracy"]
+
+
+@pytest.mark.parametrize("part, rounds, local", [(0.5, 5, 2), (0.5, 1, 1), (1, 3, 3), (0.1, 4, 1)])
+def test_a_client_alone_trains_as_often_as_it_would_have_been_drawn(part, rounds, local):
+    "On average: rounds times participation, and once at least."
+    m = Counting(Joint(), batch_size=2, participation=part)
+    alone = train_alone(m, net, images(), images(), [a_client(0, 1, range(4), ())], rounds)
+    assert len(m.threads) == local and len(alone) == 1 and 0 <= alone[0] <= 1
+
+
+class Bad(EEFL):
+    "Clients of `bad` fail as they are told."
+
+    bad, error = (), ValueError("broken")
+
+    def local_update(self, weights, data, client, rnd, streams):
+        if client.id in self.bad:
+            raise self.error
+        return super().local_update(weights, data, client, rnd, streams)
+
+
+def bad(ids, error=None):
+    m = Bad(Joint(), batch_size=2, participation=1)
+    m.bad, m.error = ids, error or m.error
+    return m
+
+
+def test_a_client_that_raises_is_left_out_and_named():
+    with pytest.warns(UserWarning, match="round 1: client 0 is left out, it raised ValueError"):
+        r = run(bad([0]), rounds=1)
+    assert r.log[0]["left_out"] == {"0": "it raised ValueError: broken"}
+    with pytest.raises(RuntimeError, match="round 1: client 0, it raised ValueError: broken"):
+        run(bad([0]), rounds=1, faults="raise")
+
+
+@pytest.mark.parametrize("ids", [[0, 1], [0]])
+def test_all_clients_that_diverge_end_a_run_but_one_does_not(ids):
+    "Only where everybody diverges, and there are two at least or there is but one client."
+    m, nan = bad(ids, FloatingPointError("the loss is nan")), "the loss is nan"
+    if len(ids) == 2:
+        with pytest.raises(FloatingPointError, match=f"{nan} .round 1, all 2 clients"):
+            run(m, rounds=1)
+    else:
+        with pytest.warns(UserWarning, match="client 0 is left out"):
+            assert run(m, rounds=1).log[0]["loss"] is not None
+        with pytest.raises(FloatingPointError, match="all 1 clients"):
+            run(m, rounds=1, clients=[a_client(0, 2, range(4), ())])
+
+
+def test_a_round_without_an_update_keeps_the_network():
+    with pytest.warns(UserWarning) as seen:
+        r = run(bad([0, 1]), rounds=2)
+    said = [str(w.message) for w in seen]
+    assert "round 1: no client is left, the network stays as it is" in said
+    assert any("in any of 2 rounds: the weights are the first ones" in t for t in said)
+    assert [row["loss"] for row in r.log] == [None, None] and r.log[0]["bytes_up"] == 0
+    assert same(r.state["net"], net().state_dict())
+
+
+def test_a_progress_bar_tells_the_latest_loss_or_client(capsys):
+    r = run(rounds=2, progress=True)
+    assert "2/2 [" in (err := capsys.readouterr().err) and f"loss {r.log[1]['loss']:.3f}" in err
+    args = (EEFL(Joint(), batch_size=2), net, images(), images(), [a_client(4, 1, range(4), ())])
+    alone = train_alone(*args, 1, progress=True)
+    assert "1/1 [" in (err := capsys.readouterr().err) and f"client 4: {alone[0]:.3f}" in err
+    run(rounds=1, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_two_of_three_clients_that_diverge_do_not_end_a_run():
+    m = bad([0, 1], FloatingPointError("the loss is nan"))
+    clients = [a_client(i, 2, range(2 * i, 2 * i + 2), ()) for i in range(3)]
+    with pytest.warns(UserWarning, match="is left out"):
+        row = run(m, rounds=1, clients=clients).log[0]
+    assert set(row["left_out"]) == {"0", "1"} and math.isfinite(row["loss"])
+
+
+def test_a_run_that_was_cut_off_is_measured_where_it_ends(tmp_path):
+    "Cut off after two of five rounds without accuracy, then asked for two."
+
+    def stop(row):
+        if row["round"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(rounds=5, eval_every=9, checkpoint=tmp_path / "c", on_round=stop)
+    r = run(rounds=2, eval_every=9, checkpoint=tmp_path / "c")
+    assert "accuracy" not in r.log[0]
+    assert r.log[1]["accuracy"] == evaluate(r.method, r.state, images())
+
+
+def test_a_policy_is_told_the_round(monkeypatch):
+    m, client, told = EEFL(Joint(), batch_size=4), a_client(0, 1, range(8), ()), []
+    monkeypatch.setattr(m.policy, "at", told.append)
+    sent = m.send(m.setup(net()), client)
+    for rnd in (0, 4):
+        m.local_update(sent, images(), client, rnd, Streams(0))
+    assert told == [0, 4]
+
+
+def test_accuracy_is_that_of_the_state_given():
+    "Whatever the working networks hold from the last client."
+    r, y = run(rounds=2), images().y
+    with torch.no_grad():
+        right = [float((z.argmax(1) == y).float().mean()) for z in r.net()(images()[:][0])]
+        other = {k: v.neg() if v.is_floating_point() else v for k, v in r.state["net"].items()}
+    assert evaluate(r.method, r.state, images()) == pytest.approx(right)
+    turned = copy.deepcopy(r.method.net)
+    turned.load_state_dict(other)
+    with torch.no_grad():
+        z = turned.eval()(images()[:][0])
+    want = [float((v.argmax(1) == y).float().mean()) for v in z]
+    assert evaluate(r.method, {**r.state, "net": other}, images()) == pytest.approx(want)
+    assert want != pytest.approx(right)

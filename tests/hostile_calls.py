@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from darkdistill_nb.app import cli
 from darkdistill_nb.core import data
+from darkdistill_nb.federated import baselines
 from darkdistill_nb.federated import difficulty
 from darkdistill_nb.distill import losses as distillation
 from darkdistill_nb.distree import students as distributed
@@ -573,7 +574,21 @@ MORE = {
 CALLS |= MORE
 
 
+@once
+def inclusive():
+    method = baselines.InclusiveFL()
+    return dict(method=method, state=method.setup(net()), data=pictures())
+
+
 LAST = {
+    "ExclusiveFL": lambda: dict(level=2),
+    "InclusiveFL": dict,
+    "DepthFL": dict,
+    "layer_names": lambda: dict(net=net()),
+    "blended": lambda: dict(own=rand(3), larger=[rand(3), rand(3)]),
+    "ramp": lambda: dict(rnd=3),
+    "peer_divergence": lambda: dict(logits=list(logits())),
+    "own_accuracy": inclusive,
     "Option": lambda: dict(name="a", read=int, default=1, help="b"),
     "to_16_bits": lambda: dict(tensors=dict(a=torch.ones(2))),
     "from_16_bits": lambda: dict(tensors=dict(a=torch.ones(2))),

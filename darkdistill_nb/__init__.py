@@ -36,6 +36,8 @@ Modules:
 - `darkdistill_nb.federated.difficulty`: A number for how hard a sample is, its distribution over a client's images, and what a client may tell the server about it. How hard a sample is, its distribution, and which exit meets which difficulty.
 - `darkdistill_nb.federated.fedmd`: When devices run *different* networks there is nothing to average but what the networks say about common images. Sharing weights, answers or latents, and what each costs in bytes.
 - `darkdistill_nb.federated.generator`: A server has models but no images. A small generator makes latents on which those models can be compared, easy or hard on request. Training data of chosen class and difficulty without any data.
-- `darkdistill_nb.federated.method`: Clients keep their images, train the blocks they can afford, and a server averages block by block. Clients, depth tiers, a method as an object, the simulator."""
+- `darkdistill_nb.federated.method`: Clients keep their images, train the blocks they can afford, and a server averages block by block. Clients, depth tiers, a method as an object, the simulator.
+- `darkdistill_nb.federated.reefl`: One exit for all depths, which reads what every block so far has said, and speaks back to the network. An exit module that all depths share, and the best exit as teacher.
+- `darkdistill_nb.federated.widths`: A weak device can also hold *all* layers, each of them narrower. HeteroFL and ScaleFL: cuts of one network, and averages element by element."""
 
 __version__ = "0.1.0"

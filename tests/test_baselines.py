@@ -16,6 +16,19 @@ from darkdistill_nb.federated.baselines import (
     peer_divergence,
     ramp,
 )
+from darkdistill_nb.federated.reefl import ReeFL, recurrent_net, taught_by_best
+from darkdistill_nb.federated.widths import (
+    HeteroFL,
+    ScaleFL,
+    cover_average,
+    cut,
+    exact_rate,
+    masked_logits,
+    measure_statistics,
+    narrow,
+    taught_by_last,
+    width_index,
+)
 from darkdistill_nb.federated.method import (
     EEFL,
     Client,
@@ -35,6 +48,9 @@ METHODS = {
     "inclusivefl, all exits": lambda *a, **k: InclusiveFL(*a, exits="all", **k),
     "depthfl": DepthFL,
     "depthfl, FedAvg": lambda *a, **k: DepthFL(*a, alpha=0.0, **k),
+    "scalefl": lambda *a, **k: ScaleFL(*a, wait=0, **k),
+    "heterofl": HeteroFL,
+    "reefl": lambda *a, **k: ReeFL(*a, ramp_rounds=0, **k),
 }
 POLICIES = {"joint": Joint, "boostnet": BoostNet, "l2w": lambda: L2W(hidden=8)}
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -136,6 +152,8 @@ REDUCED = {
     "inclusivefl": InclusiveFL,
     "inclusivefl, all exits": lambda *a, **k: InclusiveFL(*a, exits="all", **k),
     "depthfl": lambda *a, **k: DepthFL(*a, alpha=0.0, **k),
+    "scalefl": lambda *a, **k: ScaleFL(*a, widths=(1,), average="samples", **k),
+    "heterofl": lambda *a, **k: HeteroFL(*a, mask=False, average="samples", **k),
 }
 
 
@@ -165,7 +183,9 @@ def fedavg(digits, build, rounds=3):
 
 
 @pytest.mark.parametrize("method", REDUCED.values(), ids=REDUCED)
-@pytest.mark.parametrize("build", [lambda: small_cnn(1), lambda: small_vit((2,))], ids=["cnn", "vit"])
+@pytest.mark.parametrize(
+    "build", [lambda: small_cnn(1), lambda: small_vit((2,))], ids=["cnn", "vit"]
+)
 def test_one_tier_and_one_exit_is_fedavg(method, build, digits):
     "Check 1."
     r = run(method(Joint(), participation=1.0), digits, build, rounds=3, tiers=(1.0,))
@@ -200,9 +220,7 @@ def test_exclusivefl_trains_those_who_can_hold_the_network(digits):
 
 def test_exclusivefl_with_level_1_is_fedavg_of_a_prefix(digits):
     r = run(ExclusiveFL(level=1, participation=1.0), digits, rounds=3)
-    one = run(
-        EEFL(Joint(), participation=1.0), digits, lambda: small_cnn().prefix(1), 3, (1.0,)
-    )
+    one = run(EEFL(Joint(), participation=1.0), digits, lambda: small_cnn().prefix(1), 3, (1.0,))
     assert set(r.state["net"]) == set(one.state["net"])
     assert len(r.log[-1]["accuracy"]) == 1
 
@@ -291,7 +309,9 @@ def test_inclusivefl_shared_layers_are_equal_and_last_ones_are_not(exits, digits
 def test_inclusivefl_absent_tier_keeps_its_own(digits):
     m = InclusiveFL()
     state = m.setup(first_net(small_cnn))
-    after, _ = m.aggregate(state, shifted(m, state, {1: lambda k: 1.0, 3: lambda k: 4.0}), 0, Streams(0))
+    after, _ = m.aggregate(
+        state, shifted(m, state, {1: lambda k: 1.0, 3: lambda k: 4.0}), 0, Streams(0)
+    )
     mine = {k: v for k, v in state["server"].items() if k.startswith("tier2.")}
     assert same(mine, {k: v for k, v in after["server"].items() if k.startswith("tier2.")})
     assert moved(m, state, after, 1)["stages.0.convs.0.weight"] == pytest.approx(1.0, abs=1e-5)
@@ -331,14 +351,16 @@ def test_depthfl_peers():
     assert float(peer_divergence(f[:1])) == 0
     live = [v.clone().requires_grad_() for v in f]
     peer_divergence(live).backward()
-    for i, v in enumerate(live):  # what exit i feels is what it feels as a student of fixed teachers
+    for i, v in enumerate(
+        live
+    ):  # what exit i feels is what it feels as a student of fixed teachers
         alone = f[i].clone().requires_grad_()
         (sum(kd_loss(alone, f[j], 1.0) for j in range(3) if j != i) / 2).backward()
         assert torch.allclose(v.grad, alone.grad, atol=1e-6)
 
 
 def test_depthfl_loss_of_a_client(digits):
-    m = DepthFL(alpha=0.0, rounds=0, kd=0.5)
+    m = DepthFL(alpha=0.0, ramp_rounds=0, kd=0.5)
     state = m.setup(first_net(small_cnn))
     c = Client(0, 3, torch.arange(9), torch.arange(0))
     sent = m.send(state, c)
@@ -415,4 +437,254 @@ def test_lora_networks_go_through(digits):
         r = run(method(participation=1.0), digits, build, rounds=1)
         start = r.method.setup(first_net(build))["net"]
         moved = {k for k, v in r.state["net"].items() if not torch.equal(v, start[k])}
-        assert moved and all(k.startswith("exits.") or ".lora_" in k for k in moved)
+        trained = ("exits.", "stages.0.accumulator.")
+        assert moved and all(k.startswith(trained) or ".lora_" in k for k in moved)
+
+
+# widths
+
+
+WIDE = {"cnn": small_cnn, "vit": small_vit, "wrn": lambda: wrn(10, 1, (1, 8, 8), exits=(1, 2, 3))}
+each_wide = pytest.mark.parametrize("build", WIDE.values(), ids=WIDE)
+
+
+@each_wide
+def test_the_whole_width_is_the_whole_network(build):
+    "Check 14: a cut at rate 1 computes what the network computes."
+    net, x = first_net(build).eval(), torch.rand(4, 1, 8, 8)
+    whole = narrow(net, 1.0)
+    assert same(net.state_dict(), whole.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(net(x), whole(x)))
+    assert len(ScaleFL().default_widths(4)) == 4 and ScaleFL().default_widths(1) == (1.0,)
+
+
+@each_wide
+@pytest.mark.parametrize("rate", [0.3, 0.5, 0.8])
+def test_cut_and_put_back(build, rate):
+    "Check 14: identity on what is covered; what is not covered keeps its value."
+    net = first_net(build)
+    state, index = net.state_dict(), width_index(net, rate)
+    small = cut(state, index)
+    assert same(small, narrow(net, rate).state_dict())
+    assert same(cover_average(state, [(small, index, 2.0)]), state)
+    up = {k: v + 1 for k, v in small.items()}
+    new, inside = cover_average(state, [(up, index, 3.0)]), {}
+    for k, v in state.items():
+        if not v.ndim:
+            continue  # a counter of batches
+        inside[k] = torch.zeros(v.shape, dtype=torch.bool)
+        inside[k][torch.meshgrid(*index[k], indexing="ij")] = True
+        assert torch.equal(new[k][~inside[k]], v[~inside[k]]), k
+        assert torch.allclose(new[k][inside[k]], v[inside[k]] + 1), k
+    assert not all(bool(m.all()) for m in inside.values())
+
+
+def test_heads_stay_whole():
+    "A cut attention computes with the first channels of every head of the wide one."
+    net = small_vit().eval()  # two heads of 12
+    small = narrow(net, 0.5)
+    wide, cut_ = net.stages[0][0].attn, small.stages[0][0].attn
+    assert (cut_.num_heads, cut_.head_dim, cut_.scale) == (2, 6, 6**-0.5)
+    rows = [*range(6), *range(12, 18)]
+    q = wide.qkv.weight[:24][rows][:, :12]
+    assert torch.equal(cut_.qkv.weight[:12], q)
+    assert torch.equal(cut_.proj.weight, wide.proj.weight[:12][:, rows])
+    assert exact_rate(net, 0.51) == 7 / 12
+
+
+def test_cut_lora_network():
+    net, x = add_lora(small_vit(), rank=2, alpha=4, dropout=0.0).eval(), torch.rand(2, 1, 8, 8)
+    with torch.no_grad():
+        for k, p in net.named_parameters():
+            if ".lora_B" in k:
+                p.normal_()
+    small = narrow(net, 0.5)
+    layer = small.stages[0][0].attn.qkv
+    assert layer.parts == {"q": (0, 12), "v": (24, 36)} and layer.lora_B["q"].shape == (12, 2)
+    assert [f.shape for f in small(x)] == [(2, 10)] * 3
+    assert {k for k, p in small.named_parameters() if p.requires_grad} == {
+        k for k, p in net.named_parameters() if p.requires_grad
+    }
+
+
+def test_elements_are_averaged_over_those_who_have_them():
+    old = {"w": torch.zeros(2, 3)}
+    index = lambda *n: {"w": [torch.arange(i) for i in n]}
+    parts = [
+        ({"w": torch.full((1, 2), 1.0)}, index(1, 2), 3.0),
+        ({"w": torch.full((2, 2), 5.0)}, index(2, 2), 1.0),
+    ]
+    want = torch.tensor([[2.0, 2.0, 0.0], [5.0, 5.0, 0.0]])
+    assert torch.equal(cover_average(old, parts)["w"], want)
+
+
+def test_widths_are_checked():
+    for widths in ((0.5, 0.7, 0.9), (1, 0.5, 1), (0, 0.5, 1)):
+        with pytest.raises(ValueError, match="widths"):
+            ScaleFL(widths=widths)
+    with pytest.raises(ValueError, match="3 rates, one per tier"):
+        ScaleFL(widths=(0.5, 1)).setup(small_cnn())
+
+
+def test_scalefl_loss():
+    "Check 14: cross-entropy for one exit; no distillation while waiting; by hand for three exits."
+    g = torch.Generator().manual_seed(0)
+    raw, y = [torch.randn(6, 10, generator=g) for _ in range(3)], torch.arange(6)
+    ce = [torch.nn.functional.cross_entropy(f, y) for f in raw]
+    m = ScaleFL(gamma=0.5, wait=5)
+    at = lambda rnd, raw: m.local_loss(None, {}, None, rnd)(raw, y)
+    assert torch.allclose(at(9, raw[:1]), ce[0])
+    plain = (3 * ce[2] + ce[0] + 2 * ce[1]) / 6
+    kd = [kd_loss(f, raw[2], 3.0) for f in raw]
+    assert torch.allclose(at(4, raw), plain)
+    assert torch.allclose(at(5, raw), plain + 0.5 * (kd[0] + 2 * kd[1]) / 6)
+    live = [f.clone().requires_grad_() for f in raw]
+    taught_by_last(live).backward()
+    assert live[2].grad is None and live[0].grad is not None
+
+
+def test_scalefl_sends_cuts_of_a_depth_and_a_width(digits):
+    m = ScaleFL(widths=(0.5, 0.5, 1))
+    state = m.setup(first_net(small_cnn))
+    sent = m.send(state, Client(0, 2, None, None))
+    assert {block_of(k) for k in sent} == {1, 2}
+    assert sent["stages.1.convs.0.weight"].shape == (4, 4, 3, 3)
+    assert sent["exits.0.fc.weight"].shape == (10, 64)
+
+
+def test_heterofl_masks_absent_classes(digits):
+    m, s = HeteroFL(participation=1.0), Streams(0)
+    state = m.setup(first_net(small_cnn))
+    few = torch.arange(len(digits[0]))[digits[0].y < 3][:40]
+    c = Client(0, 1, few, few[:0])
+    up = m.check_update(
+        m.local_update(m.send(state, c), digits[0].subset(few), c, 0, s), m.send(state, c), c
+    )
+    assert up.extra["classes"].tolist() == [True] * 3 + [False] * 7
+    new = m.aggregate(state, [up], 0, s)[0]["net"]
+    for e in range(3):  # weight decay would have moved the other rows at the client
+        old = state["net"][f"exits.{e}.fc.weight"]
+        assert torch.equal(new[f"exits.{e}.fc.weight"][3:], old[3:])
+        assert not torch.equal(new[f"exits.{e}.fc.weight"][:3], old[:3])
+    up.extra["classes"] = torch.zeros(10, dtype=torch.bool)
+    with pytest.raises(ValueError, match="classes"):
+        m.check_update(up, m.send(state, c), c)
+    f = torch.randn(2, 10)
+    p = masked_logits(f, torch.arange(10) < 3).softmax(-1)
+    assert torch.allclose(p[:, :3], f[:, :3].softmax(-1)) and not p[:, 3:].any()
+
+
+def test_heterofl_scales_while_training_only():
+    m, plain = HeteroFL(widths=(0.5, 0.5, 1)), HeteroFL(widths=(0.5, 0.5, 1), scaler=False)
+    net, x = first_net(small_cnn), torch.rand(2, 1, 8, 8)
+    nets = []
+    for method in (m, plain):
+        state = method.setup(net)
+        nets.append(method.receive(method.send(state, Client(0, 1, None, None)), 1))
+    a, b = (n.stem(x) for n in nets)
+    assert torch.allclose(a, 2 * b)
+    a, b = (n.eval().stem(x) for n in nets)
+    assert torch.equal(a, b)
+    assert torch.equal(m.tier_net(3).stem(x), net.stem(x))
+
+
+def test_static_batch_normalisation(digits):
+    "Statistics of a batch norm are those of one pass over the data, and reach the global network."
+    build = WIDE["wrn"]
+    r = run(HeteroFL(participation=1.0, batch_size=64), digits, build)
+    k = "stages.0.0.bn1.running_mean"
+    assert not torch.equal(r.state["net"][k], torch.zeros_like(r.state["net"][k]))
+    net, train = r.net(), digits[0]
+    before = {k: v.clone() for k, v in net.named_parameters()}
+    measure_statistics(net, train, batch_size=len(train))
+    assert same(before, dict(net.named_parameters()))
+    with torch.no_grad():
+        h = net.stem(train[:][0])
+    assert torch.allclose(net.stages[0][0].bn1.running_mean, h.mean((0, 2, 3)), atol=1e-5)
+    assert torch.allclose(net.stages[0][0].bn1.running_var, h.var((0, 2, 3)), atol=1e-4)
+
+
+# ReeFL
+
+
+@pytest.mark.parametrize("build", [small_cnn, small_vit], ids=["cnn", "vit"])
+def test_reefl_has_one_module_and_looks_back_only(build):
+    "Check 15."
+    net, x = first_net(lambda: recurrent_net(build())), torch.rand(3, 1, 8, 8)
+    shared = net.stages[0].accumulator
+    assert all(stage.accumulator is shared for stage in net.stages)
+    assert all(exit.fc is net.exits[0].fc and exit.norm is net.exits[0].norm for exit in net.exits)
+    names = [k for k, _ in net.named_parameters()]
+    assert len(names) == len(set(names)) and all(
+        block_of(k) == 1 for k in names if "accumulator" in k or k.startswith("exits.")
+    )
+    for e, f in enumerate(net(x)):
+        net.zero_grad(set_to_none=True)
+        f.sum().backward(retain_graph=True)
+        used = {block_of(k) for k, p in net.named_parameters() if p.grad is not None}
+        assert used == set(range(1, e + 2))
+    for m in (1, 2, 3):
+        assert all(torch.equal(a, b) for a, b in zip(net.prefix(m)(x), net(x)))
+
+
+@pytest.mark.parametrize("build", [small_cnn, small_vit], ids=["cnn", "vit"])
+def test_reefl_identity_leaves_the_trunk(build):
+    "Check 15: with Y = X and P = 0 the trunk computes what it did."
+    plain = first_net(build).eval()
+    net, x = recurrent_net(plain).eval(), torch.rand(3, 1, 8, 8)
+    A = net.stages[0].accumulator
+    with torch.no_grad():
+        for p in (A.position, A.proj.weight, A.proj.bias, A.fc2.weight, A.fc2.bias):
+            p.zero_()
+        z = packed = plain.stem(x)
+        for a, b in zip(plain.stages, net.stages):
+            z, packed = a(z), b(packed)
+            assert torch.allclose(packed[:, : z[0].numel()], z.flatten(1), atol=1e-5)
+
+
+def test_reefl_teacher():
+    "Check 15: the argmin of (1.2, 0.7, 0.9) is exit 2, which gets no distillation."
+    f = [torch.randn(4, 10, requires_grad=True) for _ in range(3)]
+    loss = taught_by_best(f, (1.2, 0.7, 0.9))
+    assert torch.allclose(loss, kd_loss(f[0], f[1], 1.0) + kd_loss(f[2], f[1], 1.0))
+    loss.backward()
+    assert f[1].grad is None and f[0].grad is not None and f[2].grad is not None
+
+
+def test_reefl_moving_average_and_batch_choose_differently():
+    y = torch.zeros(4, dtype=torch.long)
+    good, bad, better = (torch.tensor([[v, 0.0]]).repeat(4, 1) for v in (2.0, -2.0, 2.5))
+    first, second = [good, bad], [good, better]
+    kinds = {
+        k: ReeFL(teacher=k, ramp_rounds=0).local_loss(None, {}, None, 0)
+        for k in ("average", "batch")
+    }
+    base = Joint().loss(second, y)[0]
+    for kind, loss in kinds.items():
+        loss(first, y)
+        best = 0 if kind == "average" else 1
+        assert torch.allclose(loss(second, y), base + kd_loss(second[1 - best], second[best], 1.0))
+
+
+def test_reefl_with_one_exit_is_fedavg_of_its_network(digits):
+    "Check 1, for the network with the module."
+    import copy
+
+    r = run(ReeFL(participation=1.0, clip=0.0), digits, lambda: small_cnn(1), 3, (1.0,))
+    start = r.method.net
+    want = run(EEFL(Joint(), participation=1.0), digits, lambda: copy.deepcopy(start), 3, (1.0,))
+    assert gap(r.state["net"], want.state["net"]) <= 1e-6
+
+
+def test_reefl_clips_gradients(digits):
+    m, s = ReeFL(momentum=0.0, weight_decay=0.0, lr=1.0, clip=1e-3), Streams(0)
+    state, c = m.setup(first_net(small_cnn)), dealt(digits)[0]
+    m.batch_size = 1000  # one step
+    up = m.local_update(m.send(state, c), digits[0].subset(c.train), c, 0, s)
+    step = max(float((v - state["net"][k]).abs().max()) for k, v in up.weights.items())
+    assert 0 < step <= 1.001e-3
+
+
+def test_reefl_refuses_stages_of_different_width():
+    with pytest.raises(ValueError, match="stages all have one width"):
+        ReeFL().setup(WIDE["wrn"]())

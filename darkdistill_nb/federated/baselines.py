@@ -239,13 +239,13 @@ class DepthFL(EEFL):
         self,
         policy=None,  # how exits are trained; None: `Joint()`
         alpha: float = 0.1,  # of FedDyn; 0: plain averages, weighted by samples
-        rounds: int = 300,  # in which the weight of distillation rises to 1; 0: it is 1
+        ramp_rounds: int = 300,  # in which the weight of distillation rises to 1; 0: it is 1
         kd: float = 1.0,  # weight of distillation after the rise, >= 0
         **kwargs,  # passed to `EEFL`
     ):
         super().__init__(policy or Joint(), **kwargs)
         self.alpha, self.kd = number(alpha, "alpha", 0), number(kd, "kd", 0)
-        self.rounds = whole(rounds, "rounds", 0)
+        self.ramp_rounds = whole(ramp_rounds, "ramp_rounds", 0)
 
     def setup(self, net):
         state, self._clients = super().setup(net), None
@@ -279,7 +279,7 @@ def expected(self: DepthFL, sent):
 @patch
 def local_loss(self: DepthFL, net, weights, data, rnd):
     "Cross-entropies, what the exits have to say to each other, and FedDyn's tilt."
-    weight, tilt = self.kd * ramp(rnd, self.rounds), self._tilt(net, weights)
+    weight, tilt = self.kd * ramp(rnd, self.ramp_rounds), self._tilt(net, weights)
 
     def loss(raw, y):
         total, logits = self.policy.loss(raw, y)

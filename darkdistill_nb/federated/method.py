@@ -351,12 +351,12 @@ def local_loss(self:EEFL,
     return lambda raw, y: self.policy.loss(raw, y)[0]
 
 @patch
-def before_step(self:EEFL, net, x, y, optimizer):
+def before_step(self: EEFL, net, x, y, optimizer):
     "What happens ahead of each local step: the policy may learn along."
     self.policy.meta_step(net, x, y, optimizer)
 
 @patch(as_prop=True)
-def ge(self:EEFL):
+def ge(self: EEFL):
     "Gradient equilibrium of the clients' networks: the policy's."
     return self.policy.ge
 
@@ -504,13 +504,18 @@ def server_step(self:EEFL,
     return tiers, state["server"], {}
 
 @patch
+def owns(self: EEFL, m, name):
+    "Does tier `m` train the tensor `name`? A prefix: what is in blocks 1..m."
+    return m >= block_of(name)
+
+@patch
 def merge(self:EEFL,
     old:dict,     # global weights before this round
     tiers:dict,   # tier -> (weights, samples)
     updates:list,
 )->dict:          # new global weights
     "The average over tiers, block by block; a method whose tiers share other parts overrides this."
-    return block_average(old, tiers)
+    return block_average(old, tiers, self.owns)
 
 def _tie(net, shared):
     "Names of one tensor get one value: that of the shallowest block, which all its owners have averaged."
@@ -534,7 +539,9 @@ def aggregate(self:EEFL,
         tiers[m], policy[m] = ((w, sum(n)) for w in _split(average([u.weights for u in own], n)))
     tiers, server, info = self.server_step(state, tiers, updates, rnd, streams)
     net = _tie(self.merge(state["net"], tiers, updates), self._shared)
-    return dict(net=net, server=server, policy=block_average(state["policy"], policy)), info
+    return dict(
+        net=net, server=server, policy=block_average(state["policy"], policy, self.owns)
+    ), info
 
 # %% ../../nbs/3_federated/method.ipynb #4c5e71cf
 @patch

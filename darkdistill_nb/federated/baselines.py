@@ -289,6 +289,7 @@ def local_loss(self: DepthFL, net, weights, data, rnd):
 
     return loss
 
+# %% ../../nbs/3_federated/baselines.ipynb #4351f19a
 @patch
 def _tilt(self: DepthFL, net, weights):
     "Function without arguments: -<theta, g_k> + alpha/2 |theta - theta_g|^2 at the current weights."

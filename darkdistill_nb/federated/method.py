@@ -491,18 +491,7 @@ def check_update(self:EEFL,
         )
     return update
 
-# %% ../../nbs/3_federated/method.ipynb #9424f351
-@patch
-def server_step(self:EEFL,
-    state:dict,      # before this round
-    tiers:dict,      # tier -> (weights, samples)
-    updates:list,
-    rnd:int,
-    streams:Streams,
-)->tuple:            # (tiers, server state, info for the log)
-    "What happens between averaging inside tiers and over tiers; EEFL does nothing."
-    return tiers, state["server"], {}
-
+# %% ../../nbs/3_federated/method.ipynb #8c56ece9
 @patch
 def owns(self: EEFL, m, name):
     "Does tier `m` train the tensor `name`? A prefix: what is in blocks 1..m."
@@ -516,6 +505,18 @@ def merge(self:EEFL,
 )->dict:          # new global weights
     "The average over tiers, block by block; a method whose tiers share other parts overrides this."
     return block_average(old, tiers, self.owns)
+
+# %% ../../nbs/3_federated/method.ipynb #9424f351
+@patch
+def server_step(self:EEFL,
+    state:dict,      # before this round
+    tiers:dict,      # tier -> (weights, samples)
+    updates:list,
+    rnd:int,
+    streams:Streams,
+)->tuple:            # (tiers, server state, info for the log)
+    "What happens between averaging inside tiers and over tiers; EEFL does nothing."
+    return tiers, state["server"], {}
 
 def _tie(net, shared):
     "Names of one tensor get one value: that of the shallowest block, which all its owners have averaged."

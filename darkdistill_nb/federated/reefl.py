@@ -103,13 +103,6 @@ class RecurrentStage(nn.Module):
         else:
             self.accumulator = accumulator
 
-    def open(self, z):
-        "(latents, features so far)"
-        if not self.before:
-            return z, z.new_zeros(len(z), 0, self.width)
-        z, past, _ = unpack(z, [self.shape, (self.before, self.width), (self.width,)])
-        return z, past
-
     def forward(self, z):
         z, past = self.open(z)
         for i, block in enumerate(self.blocks, 1):
@@ -122,6 +115,15 @@ class RecurrentStage(nn.Module):
                 z = write_feature(z, self.kind, c)
             past = torch.cat([past, c[:, None]], 1)
         return pack([z, past, answer])
+
+# %% ../../nbs/3_federated/reefl.ipynb #2a35f15e
+@patch
+def open(self: RecurrentStage, z):
+    "(latents, features so far)"
+    if not self.before:
+        return z, z.new_zeros(len(z), 0, self.width)
+    z, past, _ = unpack(z, [self.shape, (self.before, self.width), (self.width,)])
+    return z, past
 
 # %% ../../nbs/3_federated/reefl.ipynb #880e473f
 class _Answer(nn.Module):

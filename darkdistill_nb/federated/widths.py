@@ -47,6 +47,7 @@ def _leaf_axes(m):
     if type(m).__name__ == "LayerScale":
         return {"gamma": (1,)}
 
+# %% ../../nbs/3_federated/widths.ipynb #9ec19811
 def _is_attention(m):
     "timm's attention, whose heads lie side by side in the rows of `qkv` and the columns of `proj`."
     return all(hasattr(m, k) for k in ("num_heads", "head_dim", "qkv", "proj"))
@@ -106,6 +107,7 @@ def exact_rate(
     unit = math.gcd(*sizes)
     return math.ceil(rate * unit - 1e-9) / unit
 
+# %% ../../nbs/3_federated/widths.ipynb #9124b823
 def width_index(
     net:EarlyExitNet,
     rate:float, # share of the width, above 0 and at most 1; rounded by `exact_rate`
@@ -137,29 +139,7 @@ def cut(
         out[k] = v
     return out
 
-def narrow(
-    net:EarlyExitNet,
-    rate:float, # share of the width, above 0 and at most 1; rounded by `exact_rate`
-)->EarlyExitNet: # a copy, narrower
-    "The cut of a network as a network of its own; raises `ValueError` for networks that cannot be cut."
-    index, small, rate = width_index(net, rate), copy.deepcopy(net), exact_rate(net, rate)
-    done = {}  # a tensor with two names stays one tensor
-    for path, m in small.named_modules():
-        for store in (m._parameters, m._buffers):
-            for k, v in store.items():
-                name = f"{path}.{k}" if path else k
-                if v is not None and name in index:
-                    store[k] = done.setdefault(id(v), _cut_one(v, index[name]))
-        _resize(m, rate)
-    try:
-        with evaluating(small), torch.no_grad():
-            small(torch.zeros(1, *net.input_shape, device=next(small.parameters()).device))
-    except (RuntimeError, ValueError) as e:
-        raise ValueError(
-            f"net cannot be cut to the width {rate}: {str(e).splitlines()[0]}"
-        ) from None
-    return small
-
+# %% ../../nbs/3_federated/widths.ipynb #34070c24
 def _cut_one(v, index):
     new = cut({"": v.detach()}, {"": index})[""].clone()
     return nn.Parameter(new, v.requires_grad) if isinstance(v, nn.Parameter) else new
@@ -182,6 +162,30 @@ def _resize(m, rate):
     if _is_attention(m):
         m.head_dim = scaled(m.head_dim)
         m.attn_dim, m.scale = m.num_heads * m.head_dim, m.head_dim**-0.5
+
+# %% ../../nbs/3_federated/widths.ipynb #3dc75eb0
+def narrow(
+    net:EarlyExitNet,
+    rate:float, # share of the width, above 0 and at most 1; rounded by `exact_rate`
+)->EarlyExitNet: # a copy, narrower
+    "The cut of a network as a network of its own; raises `ValueError` for networks that cannot be cut."
+    index, small, rate = width_index(net, rate), copy.deepcopy(net), exact_rate(net, rate)
+    done = {}  # a tensor with two names stays one tensor
+    for path, m in small.named_modules():
+        for store in (m._parameters, m._buffers):
+            for k, v in store.items():
+                name = f"{path}.{k}" if path else k
+                if v is not None and name in index:
+                    store[k] = done.setdefault(id(v), _cut_one(v, index[name]))
+        _resize(m, rate)
+    try:
+        with evaluating(small), torch.no_grad():
+            small(torch.zeros(1, *net.input_shape, device=next(small.parameters()).device))
+    except (RuntimeError, ValueError) as e:
+        raise ValueError(
+            f"net cannot be cut to the width {rate}: {str(e).splitlines()[0]}"
+        ) from None
+    return small
 
 # %% ../../nbs/3_federated/widths.ipynb #1fbae9c9
 @torch.no_grad()

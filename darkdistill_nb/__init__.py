@@ -40,10 +40,13 @@ Modules:
 - `darkdistill_nb.experiments.latent`: The experiments behind latent-space distillation, each one a function whose result is stored, compared pairwise and shown with its uncertainty. Experiments that survive a kill, fair tuning, paired differences with intervals.
 - `darkdistill_nb.experiments.latent_results`: Hours of training, read in a minute: which claims about latent-space distillation hold on three data sets. When latents beat logits: uneven data, few data, transfer sets, size of the latent.
 - `darkdistill_nb.experiments.report`: What is measured when a run has ended, the table and the figures that are drawn from it, and one HTML file that holds them all. One self-contained page drawn from a record: tables, curves, who holds what.
+- `darkdistill_nb.federated.baselines`: Three earlier answers to devices of different depth: leave the weak ones out, give each depth its own last layer, let all exits teach each other. ExclusiveFL, InclusiveFL and DepthFL, each as what it changes in EEFL.
 - `darkdistill_nb.federated.darkdistill`: EEFL plus one server step: shallow tiers teach deeper ones on generated latents, each exit mostly about the difficulties it is responsible for. Difficulty-aligned reverse distillation on the server.
 - `darkdistill_nb.federated.difficulty`: A number for how hard a sample is, its distribution over a client's images, and what a client may tell the server about it. How hard a sample is, its distribution, and which exit meets which difficulty.
 - `darkdistill_nb.federated.fedmd`: When devices run *different* networks there is nothing to average but what the networks say about common images. Sharing weights, answers or latents, and what each costs in bytes.
 - `darkdistill_nb.federated.generator`: A server has models but no images. A small generator makes latents on which those models can be compared, easy or hard on request. Training data of chosen class and difficulty without any data.
-- `darkdistill_nb.federated.method`: Clients keep their images, train the blocks they can afford, and a server averages block by block. Clients, depth tiers, a method as an object, the simulator."""
+- `darkdistill_nb.federated.method`: Clients keep their images, train the blocks they can afford, and a server averages block by block. Clients, depth tiers, a method as an object, the simulator.
+- `darkdistill_nb.federated.reefl`: One exit for all depths, which reads what every block so far has said, and speaks back to the network. An exit module that all depths share, and the best exit as teacher.
+- `darkdistill_nb.federated.widths`: A weak device can also hold *all* layers, each of them narrower. HeteroFL and ScaleFL: cuts of one network, and averages element by element."""
 
 __version__ = "0.1.0"

@@ -7,7 +7,10 @@ import torch
 from torch import nn
 from darkdistill_nb.app import cli
 from darkdistill_nb.core import data, parallel, plots, records
+from darkdistill_nb.federated import baselines
 from darkdistill_nb.federated import difficulty
+from darkdistill_nb.federated import reefl
+from darkdistill_nb.federated import widths
 from darkdistill_nb.distill import losses as distillation
 from darkdistill_nb.distree import students as distributed
 from darkdistill_nb.exits import networks as early_exit
@@ -578,7 +581,48 @@ MORE = {
 CALLS |= MORE
 
 
+@once
+def inclusive():
+    method = baselines.InclusiveFL()
+    return dict(method=method, state=method.setup(net()), data=pictures())
+
+
 LAST = {
+    "ExclusiveFL": lambda: dict(level=2),
+    "InclusiveFL": dict,
+    "DepthFL": dict,
+    "layer_names": lambda: dict(net=net()),
+    "blended": lambda: dict(own=rand(3), larger=[rand(3), rand(3)]),
+    "ramp": lambda: dict(rnd=3),
+    "peer_divergence": lambda: dict(logits=list(logits())),
+    "own_accuracy": inclusive,
+    "width_axes": lambda: dict(net=net()),
+    "exact_rate": lambda: dict(net=net(), rate=0.5),
+    "width_index": lambda: dict(net=net(), rate=0.5),
+    "cut": lambda: dict(weights=net().state_dict(), index=widths.width_index(net(), 1.0)),
+    "narrow": lambda: dict(net=net(), rate=0.5),
+    "cover_average": lambda: dict(old=net().state_dict(), parts=[]),
+    "WidthFL": dict,
+    "Scaler": lambda: dict(rate=0.5),
+    "masked_logits": lambda: dict(logits=rand(N, C), present=torch.arange(C) < 2),
+    "measure_statistics": lambda: dict(net=net(), data=pictures()),
+    "HeteroFL": dict,
+    "ScaleFL": dict,
+    "taught_by_last": lambda: dict(logits=list(logits())),
+    "Accumulator": lambda: dict(width=8, blocks=3, heads=2, head_dim=4),
+    "read_feature": lambda: dict(z=middle(), kind="map"),
+    "write_feature": lambda: dict(z=middle(), kind="map", new=rand(len(middle()), middle().shape[1])),
+    "RecurrentStage": lambda: dict(
+        stage=net().stages[0],
+        accumulator=reefl.Accumulator(4, 3, 2, 4),
+        shape=(4, 8, 8),
+        before=0,
+        width=4,
+        kind="map",
+    ),
+    "recurrent_net": lambda: dict(net=net()),
+    "taught_by_best": lambda: dict(logits=list(logits()), losses=[3.0, 1.0, 2.0]),
+    "ReeFL": dict,
     "Option": lambda: dict(name="a", read=int, default=1, help="b"),
     "to_16_bits": lambda: dict(tensors=dict(a=torch.ones(2))),
     "from_16_bits": lambda: dict(tensors=dict(a=torch.ones(2))),

@@ -185,8 +185,10 @@ def average(
 def block_average(
     old:dict,   # weights of the global network
     tiers:dict, # tier -> (weights of its prefix, samples); a name that is missing has not changed
+    owns=None,  # (tier, name) -> bool; None: tier m owns blocks 1..m
 )->dict:        # new global weights
     "Average each block over the tiers that own it; what nobody owns, or nobody sends, keeps its value."
+    owns = owns or (lambda m, name: m >= block_of(name))
     for m, (w, _) in tiers.items():
         check(
             not w.keys() - old.keys(),
@@ -196,7 +198,7 @@ def block_average(
         )
     out = {}
     for name, v in old.items():
-        own = [({name: w.get(name, v)}, n) for m, (w, n) in tiers.items() if m >= block_of(name)]
+        own = [({name: w.get(name, v)}, n) for m, (w, n) in tiers.items() if owns(m, name)]
         sent = any(name in w for w, _ in tiers.values())
         out[name] = average([w for w, _ in own], [n for _, n in own])[name] if own and sent else v
     return out
@@ -335,6 +337,27 @@ def receive(self:EEFL,
         m.training = self._modes.get(name, True)
     return net
 
+# %% ../../nbs/3_federated/method.ipynb #3ef89eb0
+@patch
+def local_loss(self:EEFL,
+    net:EarlyExitNet, # the client's network as received, before its first step
+    weights:dict,     # as received
+    data:ArrayData,   # the client's training images
+    rnd:int,          # round, from 0
+):                    # function (raw logits of all exits, labels) -> scalar (nats)
+    "What a client minimises, here the policy's loss; a method with another local loss overrides this."
+    return lambda raw, y: self.policy.loss(raw, y)[0]
+
+@patch
+def before_step(self: EEFL, net, x, y, optimizer):
+    "What happens ahead of each local step: the policy may learn along."
+    self.policy.meta_step(net, x, y, optimizer)
+
+@patch(as_prop=True)
+def ge(self: EEFL):
+    "Gradient equilibrium of the clients' networks: the policy's."
+    return self.policy.ge
+
 # %% ../../nbs/3_federated/method.ipynb #d0bcd47f
 @patch
 def local_update(self:EEFL,
@@ -347,6 +370,7 @@ def local_update(self:EEFL,
     "Train the client's prefix on its images: SGD on the sum over its exits."
     net, p = self.receive(weights, client.tier), self.policy
     p.at(rnd)
+    loss_of = self.local_loss(net, weights, data, rnd)
     with streams.scope("local", rnd, client.id):
         loss = fit(
             net,
@@ -356,10 +380,10 @@ def local_update(self:EEFL,
             self.momentum,
             self.weight_decay,
             self.batch_size,
-            loss=lambda raw, y: p.loss(raw, y)[0],
-            forward=lambda x: net(x, p.ge),
+            loss=loss_of,
+            forward=lambda x: net(x, self.ge),
             generator=streams.generator("order", rnd, client.id),
-            before=lambda x, y, optimizer: p.meta_step(net, x, y, optimizer),
+            before=lambda x, y, optimizer: self.before_step(net, x, y, optimizer),
         )
     learned = {f"policy.{k}": v for k, v in p.state().items()}
     return Update(client.id, client.tier, len(data), {**trained_state(net), **learned}, loss)
@@ -465,6 +489,21 @@ def check_update(self:EEFL,
         )
     return update
 
+# %% ../../nbs/3_federated/method.ipynb #8c56ece9
+@patch
+def owns(self: EEFL, m, name):
+    "Does tier `m` train the tensor `name`? A prefix: what is in blocks 1..m."
+    return m >= block_of(name)
+
+@patch
+def merge(self:EEFL,
+    old:dict,     # global weights before this round
+    tiers:dict,   # tier -> (weights, samples)
+    updates:list,
+)->dict:          # new global weights
+    "The average over tiers, block by block; a method whose tiers share other parts overrides this."
+    return block_average(old, tiers, self.owns)
+
 # %% ../../nbs/3_federated/method.ipynb #9424f351
 @patch
 def server_step(self:EEFL,
@@ -498,8 +537,10 @@ def aggregate(self:EEFL,
         n = [u.samples for u in own]
         tiers[m], policy[m] = ((w, sum(n)) for w in _split(average([u.weights for u in own], n)))
     tiers, server, info = self.server_step(state, tiers, updates, rnd, streams)
-    net = _tie(block_average(state["net"], tiers), self._shared)
-    return dict(net=net, server=server, policy=block_average(state["policy"], policy)), info
+    net = _tie(self.merge(state["net"], tiers, updates), self._shared)
+    return dict(
+        net=net, server=server, policy=block_average(state["policy"], policy, self.owns)
+    ), info
 
 # %% ../../nbs/3_federated/method.ipynb #4c5e71cf
 @patch

@@ -7,9 +7,9 @@ Docs: https://darkdistill.github.io/darkdistill_nb/3_federated/calibration.html.
 
 # %% auto #0
 __all__ = ['VOTES', 'class_shares', 'prior_shift', 'shifted', 'noisy_counts', 'PriorCalibration', 'coverage', 'vote_weights',
-           'vote', 'ExitVotes', 'CalibratedEEFL', 'calibrated']
+           'vote', 'ExitVotes', 'CalibratedEEFL', 'calibrated', 'class_bias', 'DifficultyFeedback', 'FeedbackEEFL']
 
-# %% ../../nbs/3_federated/calibration.ipynb #d5a64e0d
+# %% ../../nbs/3_federated/calibration.ipynb #ebae7a85
 import functools, math
 import torch
 from fastcore.basics import patch
@@ -19,7 +19,7 @@ from ..core.training import Streams, predict
 from .difficulty import measure_difficulty
 from .method import EEFL, Client, Update, nbytes
 
-# %% ../../nbs/3_federated/calibration.ipynb #95a781b1
+# %% ../../nbs/3_federated/calibration.ipynb #4defd5ad
 def class_shares(
     counts:torch.Tensor, # (K,) images of each class; noisy counts may be below 0
     s:float=1.,          # images of every class that are added, above 0
@@ -42,7 +42,7 @@ def prior_shift(
     check(own.shape == all.shape, "all", tuple(all.shape), f"of shape {tuple(own.shape)}, as own")
     return tau * (class_shares(own, s).log() - class_shares(all, s).log())
 
-# %% ../../nbs/3_federated/calibration.ipynb #c0cf7d45
+# %% ../../nbs/3_federated/calibration.ipynb #6c8296cf
 def shifted(
     policy,         # how exits are combined: BoostNet(), Joint(), ...
     raw:list,       # E tensors (B, K), raw logits
@@ -55,7 +55,7 @@ def shifted(
     later = a - policy.step(torch.zeros_like(a), a)
     return [f + (later if e else a) for e, f in enumerate(raw)]
 
-# %% ../../nbs/3_federated/calibration.ipynb #c92326bb
+# %% ../../nbs/3_federated/calibration.ipynb #0d346c56
 def noisy_counts(
     counts:torch.Tensor,       # (K,) counts
     epsilon:float,             # privacy, above 0; small = much noise
@@ -67,7 +67,7 @@ def noisy_counts(
     noise = -u.sign() * torch.log1p(-2 * u.abs().clamp_max(0.5 - 1e-12)) / epsilon
     return (counts.cpu().double() + noise).float()
 
-# %% ../../nbs/3_federated/calibration.ipynb #302976d5
+# %% ../../nbs/3_federated/calibration.ipynb #70f58b80
 class PriorCalibration:
     "Clients of any method train with prior-calibrated cross-entropy: put it in front of the method's class."
 
@@ -103,7 +103,7 @@ class PriorCalibration:
         a = prior_shift(own, weights[LABELS].cpu(), float(weights[TAU]), self.s)
         return lambda raw, y: loss(shifted(self.policy, raw, a), y)
 
-# %% ../../nbs/3_federated/calibration.ipynb #2bb81342
+# %% ../../nbs/3_federated/calibration.ipynb #da2eb430
 LABELS, TAU = "calibration.labels", "calibration.tau"  # names in a message
 
 def _without(weights):
@@ -117,7 +117,7 @@ def _entries(server, head):
     "The entries of a server's state whose names start with `head`."
     return {k: v for k, v in server.items() if k.startswith(head)}
 
-# %% ../../nbs/3_federated/calibration.ipynb #638aa935
+# %% ../../nbs/3_federated/calibration.ipynb #f26d9e54
 @patch
 def local_update(self:PriorCalibration, weights, data, client, rnd, streams):
     "The method's local training, and the client's label histogram with it."
@@ -149,7 +149,7 @@ def _news(self:PriorCalibration, state):
 def _tau(self:PriorCalibration, state):
     return self.tau
 
-# %% ../../nbs/3_federated/calibration.ipynb #0384a509
+# %% ../../nbs/3_federated/calibration.ipynb #c5aff8e5
 @patch
 def check_update(self:PriorCalibration, update, sent, client):
     "As the method checks; and the label histogram must have one count per class and, if exact, count every image once."
@@ -164,7 +164,7 @@ def check_update(self:PriorCalibration, update, sent, client):
         check(int(n.sum()) == update.samples, "labels", int(n.sum()), f"{update.samples} images")
     return update
 
-# %% ../../nbs/3_federated/calibration.ipynb #7d88b909
+# %% ../../nbs/3_federated/calibration.ipynb #7e8ec103
 VOTES = ("none", "equal", "coverage", "depth")
 
 def coverage(
@@ -188,7 +188,7 @@ def vote_weights(
     rows = w.expand(len(c), -1).tril()
     return rows / rows.sum(1, keepdim=True)
 
-# %% ../../nbs/3_federated/calibration.ipynb #76975911
+# %% ../../nbs/3_federated/calibration.ipynb #a915b67a
 def vote(
     logits:torch.Tensor,  # (E, N, K) decisions F_e of the exits
     weights:torch.Tensor, # (E, E) or larger; row e weighs exits 1..e
@@ -200,7 +200,7 @@ def vote(
     W = weights[:E, :E].tril().to(logits)
     return torch.einsum("ei,ink->enk", W, logits)
 
-# %% ../../nbs/3_federated/calibration.ipynb #af1b9c3b
+# %% ../../nbs/3_federated/calibration.ipynb #b3f89ed3
 class ExitVotes:
     "Exits of any method's network decide together: put it in front of the method's class."
 
@@ -231,7 +231,7 @@ class ExitVotes:
         F_ = super().decide(net, data)
         return F_ if self.votes == "none" or self._weights is None else vote(F_, self._weights)
 
-# %% ../../nbs/3_federated/calibration.ipynb #0ad25507
+# %% ../../nbs/3_federated/calibration.ipynb #bfbd9622
 @patch
 def _vote_weights(self: ExitVotes, server):
     "(E, E) weights, or None before the first round."
@@ -240,7 +240,7 @@ def _vote_weights(self: ExitVotes, server):
         samples[int(name.split(".")[1]) - 1] += int(n)
     return vote_weights(self.votes, coverage(samples)) if sum(samples) else None
 
-# %% ../../nbs/3_federated/calibration.ipynb #3c73e264
+# %% ../../nbs/3_federated/calibration.ipynb #73c23b18
 class CalibratedEEFL(PriorCalibration, ExitVotes, EEFL):
     "EEFL whose clients train with prior-calibrated cross-entropy and whose exits vote."
 
@@ -267,3 +267,66 @@ def _put_together(method, settings):
     new = object.__new__(calibrated(method))
     new.__dict__.update(settings)
     return new
+
+# %% ../../nbs/3_federated/calibration.ipynb #7481f670
+def class_bias(
+    total:torch.Tensor, # (K,) sum of the difficulties of each class (nats)
+    seen:torch.Tensor,  # (K,) how many images of each class
+)->torch.Tensor:        # (K,) float64; classes nobody reported get 0
+    "b(y) = D(y) - mean of D, with D(y) the mean difficulty of class y; raises `ValueError` for unequal shapes."
+    check(total.shape == seen.shape, "seen", tuple(seen.shape), f"of shape {tuple(total.shape)}")
+    there = seen > 0
+    D = finite(total.double(), "total")[there] / seen[there]
+    b = torch.zeros(len(total), dtype=torch.double)
+    b[there] = D - D.mean() if len(D) else D
+    return b
+
+# %% ../../nbs/3_federated/calibration.ipynb #62b276a7
+class DifficultyFeedback:
+    "The server corrects the class bias of any method's logits by the difficulty that clients report."
+
+    def __init__(self,
+        policy=None,        # how exits are trained; None: `BoostNet()`
+        feedback:float=1.,  # factor on b(y), >= 0; 0: none
+        images:int=200,     # training images that a client looks at, at most
+        **kwargs            # passed to the method
+    ):
+        super().__init__(policy, **kwargs)
+        self.feedback, self.images = number(feedback, "feedback", low=0), whole(images, "images")
+        self._bias = None
+
+    def survey(self, state, train, clients, rnd, streams, judged=True):
+        "All clients report difficulties of a model that will be used, class by class."
+        state, told = super().survey(state, train, clients, rnd, streams, judged)
+        if self.feedback == 0 or not judged:
+            return state, told
+        K = self.net.n_classes
+        total, seen = torch.zeros(K, dtype=torch.double), torch.zeros(K, dtype=torch.long)
+        for c in clients:
+            data = self._looked_at(train, c, streams)
+            net = self.receive(self.send(state, c), c.tier)
+            y, d = data.y.cpu(), measure_difficulty(net, self.policy, data)
+            total.index_add_(0, y, d.double())
+            seen += torch.bincount(y, minlength=K)
+        bias = self.feedback * class_bias(total, seen)
+        return {**state, "server": {**state["server"], "feedback.bias": bias}}, told
+
+    def recall(self, state):
+        super().recall(state)
+        self._bias = state["server"].get("feedback.bias")
+
+    def decide(self, net, data):
+        "The method's decisions, class bias corrected."
+        F_ = super().decide(net, data)
+        return F_ if self.feedback == 0 or self._bias is None else F_ + self._bias.to(F_)
+
+    def _looked_at(self, train, client, streams):
+        "At most `images` of a client's training images, always the same ones."
+        n, g = len(client.train), streams.generator("feedback", client.id)
+        return train.subset(client.train[torch.randperm(n, generator=g)[: self.images]])
+
+# %% ../../nbs/3_federated/calibration.ipynb #e15f76ad
+class FeedbackEEFL(DifficultyFeedback, ExitVotes, EEFL):
+    "EEFL whose server corrects class bias by reported difficulty, and whose exits vote."
+
+    name = "feedback_eefl"

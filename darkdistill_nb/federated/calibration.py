@@ -10,7 +10,7 @@ __all__ = ['VOTES', 'PULL', 'class_shares', 'prior_shift', 'shifted', 'noisy_cou
            'vote_weights', 'vote', 'vote_sums', 'simplex_fit', 'stacked_votes', 'ExitVotes', 'CalibratedEEFL',
            'calibrated', 'class_bias', 'DifficultyFeedback', 'FeedbackEEFL']
 
-# %% ../../nbs/3_federated/calibration.ipynb #df126104
+# %% ../../nbs/3_federated/calibration.ipynb #4fa1cca6
 import functools, math
 import torch
 from fastcore.basics import patch
@@ -20,7 +20,7 @@ from ..core.training import Streams, predict
 from .difficulty import measure_difficulty
 from .method import EEFL, Client, Update, nbytes
 
-# %% ../../nbs/3_federated/calibration.ipynb #7cfa0b31
+# %% ../../nbs/3_federated/calibration.ipynb #c1f2fa97
 def class_shares(
     counts:torch.Tensor, # (K,) images of each class; noisy counts may be below 0
     s:float=1.,          # images of every class that are added, above 0
@@ -34,16 +34,16 @@ def class_shares(
 
 def prior_shift(
     own:torch.Tensor,    # (K,) class counts of the client
-    all:torch.Tensor,    # (K,) class counts of the federation; zeros: not known yet
+    everybody:torch.Tensor, # (K,) class counts of the federation; zeros: not known yet
     tau:float=1.,        # strength, >= 0; 0: no calibration
     s:float=1.,          # as in `class_shares`
 )->torch.Tensor:         # (K,) float64: what is added to the logits in the client's loss
     "a_k = tau (log pi_k - log pi) (logit adjustment, arXiv 2007.07314); raises `ValueError` for unequal shapes."
     tau = number(tau, "tau", low=0)
-    check(own.shape == all.shape, "all", tuple(all.shape), f"of shape {tuple(own.shape)}, as own")
-    return tau * (class_shares(own, s).log() - class_shares(all, s).log())
+    check(own.shape == everybody.shape, "everybody", tuple(everybody.shape), f"of shape {tuple(own.shape)}")
+    return tau * (class_shares(own, s).log() - class_shares(everybody, s).log())
 
-# %% ../../nbs/3_federated/calibration.ipynb #7542c33b
+# %% ../../nbs/3_federated/calibration.ipynb #ccd79f8f
 def shifted(
     policy,         # how exits are combined: BoostNet(), Joint(), ...
     raw:list,       # E tensors (B, K), raw logits
@@ -56,7 +56,7 @@ def shifted(
     later = a - policy.step(torch.zeros_like(a), a)
     return [f + (later if e else a) for e, f in enumerate(raw)]
 
-# %% ../../nbs/3_federated/calibration.ipynb #c36316d6
+# %% ../../nbs/3_federated/calibration.ipynb #1c5c4ca3
 def noisy_counts(
     counts:torch.Tensor,       # (K,) counts
     epsilon:float,             # privacy, above 0; small = much noise
@@ -68,26 +68,27 @@ def noisy_counts(
     noise = -u.sign() * torch.log1p(-2 * u.abs().clamp_max(0.5 - 1e-12)) / epsilon
     return (counts.cpu().double() + noise).float()
 
-# %% ../../nbs/3_federated/calibration.ipynb #432353a9
-class PriorCalibration:
-    "Clients of any method train with prior-calibrated cross-entropy: put it in front of the method's class."
+# %% ../../nbs/3_federated/calibration.ipynb #d8bd956f
+class PriorCalibration(EEFL):
+    "Clients of any method train with prior-calibrated cross-entropy: put in front of the method's class."
 
     def __init__(self,
         policy=None,        # how exits are trained; None: `BoostNet()`
-        tau=1.,             # strength of the calibration, >= 0; 0: none; "auto": by `tau_rule`
-        s:float=1.,         # images of every class that are added to the counts, above 0
+        calibration="auto", # its strength tau, >= 0; 0: none; "auto": by `tau_rule`
+        smoothing:float=1., # images of every class that are added to the counts, above 0
         epsilon:float=None, # privacy of the uploaded histogram; None: exact counts
         **kwargs            # passed to the method
     ):
         super().__init__(policy, **kwargs)
-        self.tau = tau if tau == "auto" else number(tau, "tau", low=0)
-        self.s = number(s, "s", above=0)
+        ruled = isinstance(calibration, str) and calibration == "auto"
+        self.calibration = "auto" if ruled else number(calibration, "calibration", low=0)
+        self.smoothing = number(smoothing, "smoothing", above=0)
         self.epsilon = None if epsilon is None else number(epsilon, "epsilon", above=0)
 
     def send(self, state, client):
         "The method's message, the federation's label counts, and this round's tau."
         sent = super().send(state, client)
-        return sent if self.tau == 0 else {**sent, **self._news(state)}
+        return sent if self.calibration == 0 else {**sent, **self._news(state)}
 
     def receive(self, weights, tier):
         return super().receive(_without(weights), tier)
@@ -98,13 +99,13 @@ class PriorCalibration:
     def local_loss(self, net, weights, data, rnd):
         "The method's loss, of shifted logits."
         loss = super().local_loss(net, _without(weights), data, rnd)
-        if self.tau == 0:
+        if self.calibration == 0:
             return loss
         own = _label_counts(data, net.n_classes)
-        a = prior_shift(own, weights[LABELS].cpu(), float(weights[TAU]), self.s)
+        a = prior_shift(own, weights[LABELS].cpu(), float(weights[TAU]), self.smoothing)
         return lambda raw, y: loss(shifted(self.policy, raw, a), y)
 
-# %% ../../nbs/3_federated/calibration.ipynb #581ddbae
+# %% ../../nbs/3_federated/calibration.ipynb #0c4bd6a5
 LABELS, TAU = "calibration.labels", "calibration.tau"  # names in a message
 
 def _without(weights):
@@ -118,12 +119,12 @@ def _entries(server, head):
     "The entries of a server's state whose names start with `head`."
     return {k: v for k, v in server.items() if k.startswith(head)}
 
-# %% ../../nbs/3_federated/calibration.ipynb #3fd65814
+# %% ../../nbs/3_federated/calibration.ipynb #7dd4fed8
 @patch
 def local_update(self:PriorCalibration, weights, data, client, rnd, streams):
     "The method's local training, and the client's label histogram with it."
     update = super(PriorCalibration, self).local_update(weights, data, client, rnd, streams)
-    if self.tau != 0:
+    if self.calibration != 0:
         counts = _label_counts(data, self.net.n_classes).int()
         if self.epsilon is not None:
             counts = noisy_counts(counts, self.epsilon, streams.generator("labels", client.id))
@@ -142,16 +143,16 @@ def aggregate(self:PriorCalibration, state, updates, rnd, streams):
 def _news(self:PriorCalibration, state):
     "What the server tells its clients: the counts N(y) it knows of, and tau."
     device = next(iter(state["net"].values())).device
-    told = list(_entries(state["server"], "labels.").values())
-    counts = torch.stack(told).float().sum(0) if told else torch.zeros(self.net.n_classes)
-    return {LABELS: counts.to(device), TAU: torch.tensor(self._tau(state), device=device)}
+    told = [n for _, n in sorted(_entries(state["server"], "labels.").items())]
+    counts = torch.stack(told).double().sum(0) if told else torch.zeros(self.net.n_classes)
+    return {LABELS: counts.float().to(device), TAU: torch.tensor(self._tau(state), device=device)}
 
-# %% ../../nbs/3_federated/calibration.ipynb #b415c0dc
+# %% ../../nbs/3_federated/calibration.ipynb #bb2050bc
 @patch
 def check_update(self:PriorCalibration, update, sent, client):
     "As the method checks; and the label histogram must have one count per class and, if exact, count every image once."
     update = super(PriorCalibration, self).check_update(update, sent, client)
-    if self.tau == 0:
+    if self.calibration == 0:
         return update
     n, K = update.extra.get("labels"), self.net.n_classes
     check(n is not None and tuple(n.shape) == (K,), "labels", n, f"a histogram of {K} labels")
@@ -161,7 +162,7 @@ def check_update(self:PriorCalibration, update, sent, client):
         check(int(n.sum()) == update.samples, "labels", int(n.sum()), f"{update.samples} images")
     return update
 
-# %% ../../nbs/3_federated/calibration.ipynb #7bf67ddb
+# %% ../../nbs/3_federated/calibration.ipynb #d9a60d1d
 def tau_rule(
     error:float,    # of exit 1 on validation images, in [0, 1]
     low:float=.5,   # tau without errors
@@ -171,15 +172,15 @@ def tau_rule(
     error, low, at = number(error, "error", 0, 1), number(low, "low", 0, 1), number(at, "at", above=0)
     return low + (1 - low) * min(1.0, error / at)
 
-# %% ../../nbs/3_federated/calibration.ipynb #514c1a2e
+# %% ../../nbs/3_federated/calibration.ipynb #93f955a3
 MEMORY = 0.8  # share of the earlier answers' weight that is left after a round
 
 @patch
 def _tau(self: PriorCalibration, state):
     "This round's tau, as the server sends it."
     wrong, seen = state["server"].get("tau.errors", torch.zeros(2)).tolist()
-    if self.tau != "auto":
-        return self.tau
+    if self.calibration != "auto":
+        return self.calibration
     return tau_rule(wrong / seen) if seen else 1.0
 
 @patch
@@ -192,12 +193,12 @@ def _errors(self: PriorCalibration, state, train, client):
     decided = self.policy.predict(list(predict(net.prefix(1), data)))[0]
     return torch.tensor([float((decided.argmax(-1) != data.y.cpu()).sum()), len(data)])
 
-# %% ../../nbs/3_federated/calibration.ipynb #5e3810c9
+# %% ../../nbs/3_federated/calibration.ipynb #208b7ad7
 @patch
 def survey(self:PriorCalibration, state, train, clients, rnd, streams, judged=True):
-    "For tau='auto' the clients of the next round report their errors at exit 1."
+    "For calibration='auto' the clients of the next round report their errors at exit 1."
     state, told = super(PriorCalibration, self).survey(state, train, clients, rnd, streams, judged)
-    if self.tau != "auto":
+    if self.calibration != "auto":
         return state, told
     told = {**told, "tau": self._tau(state)}
     errors = MEMORY * state["server"].get("tau.errors", torch.zeros(2)).cpu()
@@ -205,7 +206,7 @@ def survey(self:PriorCalibration, state, train, clients, rnd, streams, judged=Tr
         errors = errors + self._errors(state, train, client)
     return {**state, "server": {**state["server"], "tau.errors": errors}}, told
 
-# %% ../../nbs/3_federated/calibration.ipynb #45831fa2
+# %% ../../nbs/3_federated/calibration.ipynb #7c402d7b
 VOTES = ("none", "equal", "coverage", "depth", "validation")
 
 def coverage(
@@ -229,7 +230,7 @@ def vote_weights(
     rows = w.expand(len(c), -1).tril()
     return rows / rows.sum(1, keepdim=True)
 
-# %% ../../nbs/3_federated/calibration.ipynb #3462a50f
+# %% ../../nbs/3_federated/calibration.ipynb #7525859d
 def vote(
     logits:torch.Tensor,  # (E, N, K) decisions F_e of the exits
     weights:torch.Tensor, # (E, E) or larger; row e weighs exits 1..e
@@ -241,7 +242,7 @@ def vote(
     W = weights[:E, :E].tril().to(logits)
     return torch.einsum("ei,ink->enk", W, logits)
 
-# %% ../../nbs/3_federated/calibration.ipynb #257796b3
+# %% ../../nbs/3_federated/calibration.ipynb #26318cfe
 def vote_sums(
     logits:torch.Tensor, # (m, n, K) decisions F_e of a client's exits on its validation images
     y:torch.Tensor,      # (n,) labels
@@ -256,7 +257,7 @@ def vote_sums(
     g = p[:, torch.arange(n), y].T[:, :, None]
     return torch.zeros(K, m, m + 1, dtype=torch.double).index_add_(0, y, torch.cat([G, g], 2))
 
-# %% ../../nbs/3_federated/calibration.ipynb #a1c038f3
+# %% ../../nbs/3_federated/calibration.ipynb #64e7a14c
 def simplex_fit(
     G:torch.Tensor,     # (E, E) mean of p_i . p_j
     g:torch.Tensor,     # (E,) mean of p_i(y)
@@ -273,7 +274,7 @@ def simplex_fit(
     w = nnls(torch.cat([L.T, heavy]).numpy(), torch.cat([b[:, 0], heavy[0, :1]]).numpy())[0]
     return torch.tensor(w / w.sum())
 
-# %% ../../nbs/3_federated/calibration.ipynb #b6f90e84
+# %% ../../nbs/3_federated/calibration.ipynb #f9298aaa
 PULL = 12.0  # images' worth of belief in coverage
 
 def stacked_votes(
@@ -297,8 +298,8 @@ def stacked_votes(
         W[e, : e + 1] = simplex_fit(G, g, W[e, : e + 1], pull / float(n.sum()))
     return W
 
-# %% ../../nbs/3_federated/calibration.ipynb #c69091a0
-class ExitVotes:
+# %% ../../nbs/3_federated/calibration.ipynb #63d006d2
+class ExitVotes(EEFL):
     "Exits of any method's network decide together: put it in front of the method's class."
 
     def __init__(self,
@@ -328,7 +329,7 @@ class ExitVotes:
         F_ = super().decide(net, data)
         return F_ if self.votes == "none" or self._weights is None else vote(F_, self._weights)
 
-# %% ../../nbs/3_federated/calibration.ipynb #26a00afe
+# %% ../../nbs/3_federated/calibration.ipynb #6f1ee7bb
 @patch
 def _coverage(self: ExitVotes, server):
     "Coverage of the exits by the clients that have been heard of, or None before the first round."
@@ -347,7 +348,7 @@ def _vote_weights(self: ExitVotes, server):
 
 COVERED = {"validation": "coverage"}
 
-# %% ../../nbs/3_federated/calibration.ipynb #5ab21dde
+# %% ../../nbs/3_federated/calibration.ipynb #2a2e72f9
 @patch
 def survey(self:ExitVotes, state, train, clients, rnd, streams, judged=True):
     "For votes='validation' all clients report the sums of their exits on their validation images."
@@ -367,7 +368,7 @@ def survey(self:ExitVotes, state, train, clients, rnd, streams, judged=True):
     told = {**told, "votes": [[round(float(w), 4) for w in row] for row in W]}
     return {**state, "server": {**state["server"], "vote_weights": W}}, told
 
-# %% ../../nbs/3_federated/calibration.ipynb #d9f5d5df
+# %% ../../nbs/3_federated/calibration.ipynb #f535fe26
 class CalibratedEEFL(PriorCalibration, ExitVotes, EEFL):
     "EEFL whose clients train with prior-calibrated cross-entropy and whose exits vote."
 
@@ -376,7 +377,7 @@ class CalibratedEEFL(PriorCalibration, ExitVotes, EEFL):
 @functools.cache
 def calibrated(
     method:type # class of a method, e.g. `DarkDistill`
-)->type:        # the same method with the options tau, s, epsilon and votes
+)->type:        # the same method with the options calibration, smoothing, epsilon and votes
     "The calibrated form of a method; raises `ValueError` for what is no class of a method."
     ok = isinstance(method, type) and issubclass(method, EEFL)
     check(ok, "method", method, "the class of a method, such as EEFL")
@@ -395,7 +396,7 @@ def _put_together(method, settings):
     new.__dict__.update(settings)
     return new
 
-# %% ../../nbs/3_federated/calibration.ipynb #3602c94e
+# %% ../../nbs/3_federated/calibration.ipynb #1586bdf9
 def class_bias(
     total:torch.Tensor, # (K,) sum of the difficulties of each class (nats)
     seen:torch.Tensor,  # (K,) how many images of each class
@@ -408,8 +409,8 @@ def class_bias(
     b[there] = D - D.mean() if len(D) else D
     return b
 
-# %% ../../nbs/3_federated/calibration.ipynb #7e99f7ea
-class DifficultyFeedback:
+# %% ../../nbs/3_federated/calibration.ipynb #84c959fe
+class DifficultyFeedback(EEFL):
     "The server corrects the class bias of any method's logits by the difficulty that clients report."
 
     def __init__(self,
@@ -452,7 +453,7 @@ class DifficultyFeedback:
         n, g = len(client.train), streams.generator("feedback", client.id)
         return train.subset(client.train[torch.randperm(n, generator=g)[: self.images]])
 
-# %% ../../nbs/3_federated/calibration.ipynb #c5af4224
+# %% ../../nbs/3_federated/calibration.ipynb #fe672258
 class FeedbackEEFL(DifficultyFeedback, ExitVotes, EEFL):
     "EEFL whose server corrects class bias by reported difficulty, and whose exits vote."
 

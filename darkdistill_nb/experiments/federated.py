@@ -1,5 +1,5 @@
 """What is gained by calibrated clients and by voting exits, apart and together, seed by seed, on four data sets.
-Calibration, votes and feedback against their control, in paired runs that can be resumed.
+Calibration, votes and feedback against their control, in paired runs.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/5_experiments/federated.html.md"""
 
@@ -9,7 +9,7 @@ Docs: https://darkdistill.github.io/darkdistill_nb/5_experiments/federated.html.
 __all__ = ['SETTINGS', 'SEEDS', 'VARIANTS', 'own_cell', 'train_own', 'decide_own', 'run_own', 'own_gain', 'own_table',
            'own_record', 'main']
 
-# %% ../../nbs/5_experiments/federated.ipynb #eac1de1b
+# %% ../../nbs/5_experiments/federated.ipynb #80345d2e
 import argparse, functools, sys
 from pathlib import Path
 import torch
@@ -47,7 +47,7 @@ from darkdistill_nb.federated.calibration import (
 )
 from darkdistill_nb.federated.method import make_clients, simulate
 
-# %% ../../nbs/5_experiments/federated.ipynb #ca0d95d7
+# %% ../../nbs/5_experiments/federated.ipynb #aff03fcc
 SETTINGS = {
     "digits": dict(
         data="digits", n_train=None, n_test=None, clients=20, gamma=0.5, participation=0.5,
@@ -66,9 +66,23 @@ SETTINGS = {
         rounds=60, lr=0.02, batch_size=32, width=24,
     ),
 }  # fmt: skip
-SEEDS = (31, 32, 33, 34, 35, 10, 11, 12, 13, 14, 15, 16, 17)  # none of them was used to choose anything
+SEEDS = (
+    31,
+    32,
+    33,
+    34,
+    35,
+    10,
+    11,
+    12,
+    13,
+    14,
+    15,
+    16,
+    17,
+)  # none of them was used to choose anything
 
-# %% ../../nbs/5_experiments/federated.ipynb #28b53c58
+# %% ../../nbs/5_experiments/federated.ipynb #340ec90e
 def own_cell(
     name:str,   # one of `SETTINGS`
     tau=0.,     # calibration of the clients: a number >= 0, or "auto"
@@ -82,9 +96,11 @@ def own_cell(
     tau = tau if tau == "auto" else number(tau, "tau", low=0)
     return dict(experiment="own", **{**setting, **changes}, tau=tau, seed=whole(seed, "seed", 0))
 
-# %% ../../nbs/5_experiments/federated.ipynb #7f1f7f04
+# %% ../../nbs/5_experiments/federated.ipynb #566d839d
 def _images(cell):
-    return load(cell["data"], *(() if cell["n_train"] is None else (cell["n_train"], cell["n_test"])))
+    return load(
+        cell["data"], *(() if cell["n_train"] is None else (cell["n_train"], cell["n_test"]))
+    )
 
 def _feedback(run, train, clients):
     "The correction of class bias that the clients' difficulties of the final model lead to."
@@ -104,7 +120,7 @@ def _validation(run, train, clients):
             out[f"valid_y.{c.id}"] = data.y
     return out
 
-# %% ../../nbs/5_experiments/federated.ipynb #778ff875
+# %% ../../nbs/5_experiments/federated.ipynb #b2e1bbc6
 def train_own(
     cell:dict, # of `own_cell`
     folder,    # of the experiments; gets logits/KEY.safetensors
@@ -116,11 +132,22 @@ def train_own(
     method = CalibratedEEFL(calibration=cell["tau"], votes="none", **how)
     build = lambda: cnn(train.shape, train.n_classes, width=cell["width"])
     run = simulate(
-        method, build, train, test, clients, cell["rounds"], cell["seed"], cell["rounds"], progress=False
+        method,
+        build,
+        train,
+        test,
+        clients,
+        cell["rounds"],
+        cell["seed"],
+        cell["rounds"],
+        progress=False,
     )
     samples = [sum(len(c.train) for c in clients if c.tier == m) for m in range(1, 5)]
     tensors = dict(
-        test=run.logits(test), y=test.y, bias=_feedback(run, train, clients), samples=torch.tensor(samples)
+        test=run.logits(test),
+        y=test.y,
+        bias=_feedback(run, train, clients),
+        samples=torch.tensor(samples),
     )
     tensors |= _validation(run, train, clients)
     save_tensors(Path(folder) / "logits" / f"{cell_key(cell)}.safetensors", tensors, {})
@@ -130,7 +157,7 @@ def train_own(
         loss=[r["loss"] for r in run.log],
     )
 
-# %% ../../nbs/5_experiments/federated.ipynb #ee0aaaff
+# %% ../../nbs/5_experiments/federated.ipynb #6853c0d2
 def decide_own(
     stored:dict,    # tensors of `train_own`
     votes:str,      # one of `VOTES`
@@ -148,7 +175,7 @@ def decide_own(
         W = vote_weights(votes, c)
     return accuracy(vote(F_ + bias.to(F_), W), stored["y"]).tolist()
 
-# %% ../../nbs/5_experiments/federated.ipynb #8aaa5af0
+# %% ../../nbs/5_experiments/federated.ipynb #a1b00cd5
 VARIANTS = {  # name -> (tau, votes, feedback)
     "control": (0.0, "none", False),
     "coverage votes": (0.0, "coverage", False),
@@ -162,7 +189,7 @@ VARIANTS = {  # name -> (tau, votes, feedback)
     "ours": ("auto", "validation", False),
 }
 
-# %% ../../nbs/5_experiments/federated.ipynb #9db81159
+# %% ../../nbs/5_experiments/federated.ipynb #df13ff28
 def run_own(
     name:str,      # one of `SETTINGS`
     folder,        # of the experiments
@@ -186,7 +213,9 @@ def run_own(
     record.runs = [r for s in seeds for r in _decisions(done, s, folder)]
     record.info = dict(tau={str(s): done["auto", s]["tau"] for s in seeds})
     record.seconds = sum(r["seconds"] for r in {id(r): r for r in done.values()}.values())
-    record.info["cpu_seconds"] = sum(r["cpu_seconds"] for r in {id(r): r for r in done.values()}.values())
+    record.info["cpu_seconds"] = sum(
+        r["cpu_seconds"] for r in {id(r): r for r in done.values()}.values()
+    )
     save_record(record, Path(folder) / f"own_{name}")
     return record
 
@@ -198,11 +227,15 @@ def _decisions(done, seed, folder):
         )[0]
     )
     return [
-        dict(variant=v, seed=seed, accuracy=[round(a, 5) for a in decide_own(read(tau), votes, feedback)])
+        dict(
+            variant=v,
+            seed=seed,
+            accuracy=[round(a, 5) for a in decide_own(read(tau), votes, feedback)],
+        )
         for v, (tau, votes, feedback) in VARIANTS.items()
     ]
 
-# %% ../../nbs/5_experiments/federated.ipynb #b8798102
+# %% ../../nbs/5_experiments/federated.ipynb #1bfd4167
 def own_gain(
     record:Record,    # of `run_own`
     variant:str,      # one of `VARIANTS`
@@ -237,7 +270,7 @@ def own_table(
         lines.append(f"| {v} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
-# %% ../../nbs/5_experiments/federated.ipynb #ecdc474b
+# %% ../../nbs/5_experiments/federated.ipynb #bdb59b1f
 def own_record(
     name:str # one of `SETTINGS`
 ):           # Record, or None if there is none
@@ -245,7 +278,7 @@ def own_record(
     command = f"own --data {choice(name, 'name', SETTINGS)} --out runs/own --assets assets"
     return stored_record(f"own_{name}", f"python -m darkdistill_nb.experiments.federated {command}")
 
-# %% ../../nbs/5_experiments/federated.ipynb #7281f13b
+# %% ../../nbs/5_experiments/federated.ipynb #f008c6a8
 def main(
     argv=None, # words of the command line; default: those of this process
 )->int:        # exit code: 0, 2 for bad input, 130 when interrupted
@@ -271,8 +304,11 @@ def _experiment(a):
 
 def _tell(i, n, r):
     exits = [round(v, 3) for v in r["accuracy"]]
-    print(f"{i}/{n} tau {r['cell']['tau']} seed {r['cell']['seed']}: {exits}, {r['seconds']} s", flush=True)
+    print(
+        f"{i}/{n} tau {r['cell']['tau']} seed {r['cell']['seed']}: {exits}, {r['seconds']} s",
+        flush=True,
+    )
 
-# %% ../../nbs/5_experiments/federated.ipynb #068d3eb4
+# %% ../../nbs/5_experiments/federated.ipynb #ebf69bba
 if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())  # not in a notebook

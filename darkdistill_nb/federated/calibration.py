@@ -10,7 +10,7 @@ __all__ = ['VOTES', 'PULL', 'class_shares', 'prior_shift', 'shifted', 'noisy_cou
            'vote_weights', 'vote', 'vote_sums', 'simplex_fit', 'stacked_votes', 'ExitVotes', 'CalibratedEEFL',
            'calibrated', 'class_bias', 'DifficultyFeedback', 'FeedbackEEFL']
 
-# %% ../../nbs/3_federated/calibration.ipynb #4fa1cca6
+# %% ../../nbs/3_federated/calibration.ipynb #314057d3
 import functools, math
 import torch
 from fastcore.basics import patch
@@ -20,7 +20,7 @@ from ..core.training import Streams, predict
 from .difficulty import measure_difficulty
 from .method import EEFL, Client, Update, nbytes
 
-# %% ../../nbs/3_federated/calibration.ipynb #c1f2fa97
+# %% ../../nbs/3_federated/calibration.ipynb #2627692e
 def class_shares(
     counts:torch.Tensor, # (K,) images of each class; noisy counts may be below 0
     s:float=1.,          # images of every class that are added, above 0
@@ -40,10 +40,15 @@ def prior_shift(
 )->torch.Tensor:         # (K,) float64: what is added to the logits in the client's loss
     "a_k = tau (log pi_k - log pi) (logit adjustment, arXiv 2007.07314); raises `ValueError` for unequal shapes."
     tau = number(tau, "tau", low=0)
-    check(own.shape == everybody.shape, "everybody", tuple(everybody.shape), f"of shape {tuple(own.shape)}")
+    check(
+        own.shape == everybody.shape,
+        "everybody",
+        tuple(everybody.shape),
+        f"of shape {tuple(own.shape)}",
+    )
     return tau * (class_shares(own, s).log() - class_shares(everybody, s).log())
 
-# %% ../../nbs/3_federated/calibration.ipynb #ccd79f8f
+# %% ../../nbs/3_federated/calibration.ipynb #d7ef56ad
 def shifted(
     policy,         # how exits are combined: BoostNet(), Joint(), ...
     raw:list,       # E tensors (B, K), raw logits
@@ -56,7 +61,7 @@ def shifted(
     later = a - policy.step(torch.zeros_like(a), a)
     return [f + (later if e else a) for e, f in enumerate(raw)]
 
-# %% ../../nbs/3_federated/calibration.ipynb #1c5c4ca3
+# %% ../../nbs/3_federated/calibration.ipynb #256e20ac
 def noisy_counts(
     counts:torch.Tensor,       # (K,) counts
     epsilon:float,             # privacy, above 0; small = much noise
@@ -68,7 +73,7 @@ def noisy_counts(
     noise = -u.sign() * torch.log1p(-2 * u.abs().clamp_max(0.5 - 1e-12)) / epsilon
     return (counts.cpu().double() + noise).float()
 
-# %% ../../nbs/3_federated/calibration.ipynb #d8bd956f
+# %% ../../nbs/3_federated/calibration.ipynb #628e2d78
 class PriorCalibration(EEFL):
     "Clients of any method train with prior-calibrated cross-entropy: put in front of the method's class."
 
@@ -105,7 +110,7 @@ class PriorCalibration(EEFL):
         a = prior_shift(own, weights[LABELS].cpu(), float(weights[TAU]), self.smoothing)
         return lambda raw, y: loss(shifted(self.policy, raw, a), y)
 
-# %% ../../nbs/3_federated/calibration.ipynb #0c4bd6a5
+# %% ../../nbs/3_federated/calibration.ipynb #34410263
 LABELS, TAU = "calibration.labels", "calibration.tau"  # names in a message
 
 def _without(weights):
@@ -119,9 +124,9 @@ def _entries(server, head):
     "The entries of a server's state whose names start with `head`."
     return {k: v for k, v in server.items() if k.startswith(head)}
 
-# %% ../../nbs/3_federated/calibration.ipynb #7dd4fed8
+# %% ../../nbs/3_federated/calibration.ipynb #c605ba62
 @patch
-def local_update(self:PriorCalibration, weights, data, client, rnd, streams):
+def local_update(self: PriorCalibration, weights, data, client, rnd, streams):
     "The method's local training, and the client's label histogram with it."
     update = super(PriorCalibration, self).local_update(weights, data, client, rnd, streams)
     if self.calibration != 0:
@@ -132,7 +137,7 @@ def local_update(self:PriorCalibration, weights, data, client, rnd, streams):
     return update
 
 @patch
-def aggregate(self:PriorCalibration, state, updates, rnd, streams):
+def aggregate(self: PriorCalibration, state, updates, rnd, streams):
     "The method's aggregation; the histograms that came are remembered."
     new, info = super(PriorCalibration, self).aggregate(state, updates, rnd, streams)
     said = {f"labels.{u.client}": u.extra["labels"] for u in updates if "labels" in u.extra}
@@ -140,16 +145,16 @@ def aggregate(self:PriorCalibration, state, updates, rnd, streams):
     return {**new, "server": {**new["server"], **kept, **said}}, info
 
 @patch
-def _news(self:PriorCalibration, state):
+def _news(self: PriorCalibration, state):
     "What the server tells its clients: the counts N(y) it knows of, and tau."
     device = next(iter(state["net"].values())).device
     told = [n for _, n in sorted(_entries(state["server"], "labels.").items())]
     counts = torch.stack(told).double().sum(0) if told else torch.zeros(self.net.n_classes)
     return {LABELS: counts.float().to(device), TAU: torch.tensor(self._tau(state), device=device)}
 
-# %% ../../nbs/3_federated/calibration.ipynb #bb2050bc
+# %% ../../nbs/3_federated/calibration.ipynb #f5c7e5f7
 @patch
-def check_update(self:PriorCalibration, update, sent, client):
+def check_update(self: PriorCalibration, update, sent, client):
     "As the method checks; and the label histogram must have one count per class and, if exact, count every image once."
     update = super(PriorCalibration, self).check_update(update, sent, client)
     if self.calibration == 0:
@@ -162,17 +167,21 @@ def check_update(self:PriorCalibration, update, sent, client):
         check(int(n.sum()) == update.samples, "labels", int(n.sum()), f"{update.samples} images")
     return update
 
-# %% ../../nbs/3_federated/calibration.ipynb #d9a60d1d
+# %% ../../nbs/3_federated/calibration.ipynb #d3e59ed3
 def tau_rule(
     error:float,    # of exit 1 on validation images, in [0, 1]
     low:float=.5,   # tau without errors
     at:float=.1,    # error from which tau is 1
 )->float:           # from `low` to 1
     "Strength of the calibration by how hard the data are; raises `ValueError` outside the ranges."
-    error, low, at = number(error, "error", 0, 1), number(low, "low", 0, 1), number(at, "at", above=0)
+    error, low, at = (
+        number(error, "error", 0, 1),
+        number(low, "low", 0, 1),
+        number(at, "at", above=0),
+    )
     return low + (1 - low) * min(1.0, error / at)
 
-# %% ../../nbs/3_federated/calibration.ipynb #93f955a3
+# %% ../../nbs/3_federated/calibration.ipynb #23e85c1d
 MEMORY = 0.8  # share of the earlier answers' weight that is left after a round
 
 @patch
@@ -193,9 +202,9 @@ def _errors(self: PriorCalibration, state, train, client):
     decided = self.policy.predict(list(predict(net.prefix(1), data)))[0]
     return torch.tensor([float((decided.argmax(-1) != data.y.cpu()).sum()), len(data)])
 
-# %% ../../nbs/3_federated/calibration.ipynb #208b7ad7
+# %% ../../nbs/3_federated/calibration.ipynb #a33ac794
 @patch
-def survey(self:PriorCalibration, state, train, clients, rnd, streams, judged=True):
+def survey(self: PriorCalibration, state, train, clients, rnd, streams, judged=True):
     "For calibration='auto' the clients of the next round report their errors at exit 1."
     state, told = super(PriorCalibration, self).survey(state, train, clients, rnd, streams, judged)
     if self.calibration != "auto":
@@ -206,7 +215,7 @@ def survey(self:PriorCalibration, state, train, clients, rnd, streams, judged=Tr
         errors = errors + self._errors(state, train, client)
     return {**state, "server": {**state["server"], "tau.errors": errors}}, told
 
-# %% ../../nbs/3_federated/calibration.ipynb #7c402d7b
+# %% ../../nbs/3_federated/calibration.ipynb #0ccede79
 VOTES = ("none", "equal", "coverage", "depth", "validation")
 
 def coverage(
@@ -226,11 +235,13 @@ def vote_weights(
     c = torch.as_tensor(c, dtype=torch.double)
     if votes == "none":
         return torch.eye(len(c), dtype=torch.double)
-    w = {"equal": torch.ones_like(c), "coverage": c, "depth": c * 2.0 ** torch.arange(len(c))}[votes]
+    w = {"equal": torch.ones_like(c), "coverage": c, "depth": c * 2.0 ** torch.arange(len(c))}[
+        votes
+    ]
     rows = w.expand(len(c), -1).tril()
     return rows / rows.sum(1, keepdim=True)
 
-# %% ../../nbs/3_federated/calibration.ipynb #7525859d
+# %% ../../nbs/3_federated/calibration.ipynb #e6377eaa
 def vote(
     logits:torch.Tensor,  # (E, N, K) decisions F_e of the exits
     weights:torch.Tensor, # (E, E) or larger; row e weighs exits 1..e
@@ -242,7 +253,7 @@ def vote(
     W = weights[:E, :E].tril().to(logits)
     return torch.einsum("ei,ink->enk", W, logits)
 
-# %% ../../nbs/3_federated/calibration.ipynb #26318cfe
+# %% ../../nbs/3_federated/calibration.ipynb #5558786d
 def vote_sums(
     logits:torch.Tensor, # (m, n, K) decisions F_e of a client's exits on its validation images
     y:torch.Tensor,      # (n,) labels
@@ -257,7 +268,7 @@ def vote_sums(
     g = p[:, torch.arange(n), y].T[:, :, None]
     return torch.zeros(K, m, m + 1, dtype=torch.double).index_add_(0, y, torch.cat([G, g], 2))
 
-# %% ../../nbs/3_federated/calibration.ipynb #64e7a14c
+# %% ../../nbs/3_federated/calibration.ipynb #21c4eb0b
 def simplex_fit(
     G:torch.Tensor,     # (E, E) mean of p_i . p_j
     g:torch.Tensor,     # (E,) mean of p_i(y)
@@ -269,12 +280,12 @@ def simplex_fit(
 
     E, pull = len(g), number(pull, "pull", low=0)
     L = torch.linalg.cholesky(G.double() + (pull + 1e-9) * torch.eye(E))
-    b = torch.linalg.solve_triangular(L, (g.double() + pull * prior)[:, None], upper=False)
+    b = torch.linalg.solve_triangular(L, (g.double() + pull * prior.double())[:, None], upper=False)
     heavy = 1e3 * torch.ones(1, E)  # a row that makes the weights add to 1
     w = nnls(torch.cat([L.T, heavy]).numpy(), torch.cat([b[:, 0], heavy[0, :1]]).numpy())[0]
     return torch.tensor(w / w.sum())
 
-# %% ../../nbs/3_federated/calibration.ipynb #f9298aaa
+# %% ../../nbs/3_federated/calibration.ipynb #d3439e41
 PULL = 12.0  # images' worth of belief in coverage
 
 def stacked_votes(
@@ -285,9 +296,10 @@ def stacked_votes(
 )->torch.Tensor:    # (E, E) float64: row e weighs exits 1..e and adds to 1
     "Weights of the votes by stacking on the clients' validation sums; raises `ValueError` for unequal lists."
     check(len(reports) == len(counts), "counts", counts, f"{len(reports)} tensors, one per report")
+    pull = number(pull, "pull", low=0)
     W, share = vote_weights("coverage", c), sum(counts, torch.zeros(())).double()
     for e in range(1, len(c)):
-        own = [(r, n) for r, n in zip(reports, counts) if r.shape[1] > e]
+        own = [(r.double(), n) for r, n in zip(reports, counts) if r.shape[1] > e]
         n = sum((n for _, n in own), torch.zeros(())).double()
         if float(n.sum()) == 0:
             continue
@@ -298,7 +310,7 @@ def stacked_votes(
         W[e, : e + 1] = simplex_fit(G, g, W[e, : e + 1], pull / float(n.sum()))
     return W
 
-# %% ../../nbs/3_federated/calibration.ipynb #63d006d2
+# %% ../../nbs/3_federated/calibration.ipynb #218bfe22
 class ExitVotes(EEFL):
     "Exits of any method's network decide together: put it in front of the method's class."
 
@@ -329,7 +341,7 @@ class ExitVotes(EEFL):
         F_ = super().decide(net, data)
         return F_ if self.votes == "none" or self._weights is None else vote(F_, self._weights)
 
-# %% ../../nbs/3_federated/calibration.ipynb #6f1ee7bb
+# %% ../../nbs/3_federated/calibration.ipynb #8c0a9b20
 @patch
 def _coverage(self: ExitVotes, server):
     "Coverage of the exits by the clients that have been heard of, or None before the first round."
@@ -348,9 +360,9 @@ def _vote_weights(self: ExitVotes, server):
 
 COVERED = {"validation": "coverage"}
 
-# %% ../../nbs/3_federated/calibration.ipynb #2a2e72f9
+# %% ../../nbs/3_federated/calibration.ipynb #59d187b3
 @patch
-def survey(self:ExitVotes, state, train, clients, rnd, streams, judged=True):
+def survey(self: ExitVotes, state, train, clients, rnd, streams, judged=True):
     "For votes='validation' all clients report the sums of their exits on their validation images."
     state, told = super(ExitVotes, self).survey(state, train, clients, rnd, streams, judged)
     c = self._coverage(state["server"])
@@ -368,7 +380,7 @@ def survey(self:ExitVotes, state, train, clients, rnd, streams, judged=True):
     told = {**told, "votes": [[round(float(w), 4) for w in row] for row in W]}
     return {**state, "server": {**state["server"], "vote_weights": W}}, told
 
-# %% ../../nbs/3_federated/calibration.ipynb #f535fe26
+# %% ../../nbs/3_federated/calibration.ipynb #4b873724
 class CalibratedEEFL(PriorCalibration, ExitVotes, EEFL):
     "EEFL whose clients train with prior-calibrated cross-entropy and whose exits vote."
 
@@ -396,7 +408,7 @@ def _put_together(method, settings):
     new.__dict__.update(settings)
     return new
 
-# %% ../../nbs/3_federated/calibration.ipynb #1586bdf9
+# %% ../../nbs/3_federated/calibration.ipynb #b9b8089b
 def class_bias(
     total:torch.Tensor, # (K,) sum of the difficulties of each class (nats)
     seen:torch.Tensor,  # (K,) how many images of each class
@@ -409,7 +421,7 @@ def class_bias(
     b[there] = D - D.mean() if len(D) else D
     return b
 
-# %% ../../nbs/3_federated/calibration.ipynb #84c959fe
+# %% ../../nbs/3_federated/calibration.ipynb #f970ab4d
 class DifficultyFeedback(EEFL):
     "The server corrects the class bias of any method's logits by the difficulty that clients report."
 
@@ -453,7 +465,7 @@ class DifficultyFeedback(EEFL):
         n, g = len(client.train), streams.generator("feedback", client.id)
         return train.subset(client.train[torch.randperm(n, generator=g)[: self.images]])
 
-# %% ../../nbs/3_federated/calibration.ipynb #fe672258
+# %% ../../nbs/3_federated/calibration.ipynb #84282503
 class FeedbackEEFL(DifficultyFeedback, ExitVotes, EEFL):
     "EEFL whose server corrects class bias by reported difficulty, and whose exits vote."
 

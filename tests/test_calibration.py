@@ -207,12 +207,12 @@ def test_the_rule_is_tau_1_where_images_are_hard(images):
 
 
 def test_the_rule_gives_way_on_easy_images(images):
-    assert [tau_rule(e) for e in (0, 0.05, 0.1, 0.5)] == [0.5, 0.75, 1, 1]
-    assert tau_rule(0.05, low=0, at=0.2) == 0.25
+    assert [tau_rule(e) for e in (0, 0.05, 0.1, 0.5)] == [0, 0.5, 1, 1]
+    assert tau_rule(0.05, at=0.2) == 0.25
     m, s = CalibratedEEFL(calibration="auto"), Streams(0)
     state = m.setup(cnn((1, 8, 8), 10, width=8))
     state["server"]["tau.errors"] = torch.tensor([2.0, 100.0])
-    assert float(m.send(state, images[2][0])["calibration.tau"]) == pytest.approx(0.6)
+    assert float(m.send(state, images[2][0])["calibration.tau"]) == pytest.approx(0.2)
 
 
 def test_without_validation_images_there_is_nothing_to_follow(images):

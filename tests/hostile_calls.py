@@ -659,6 +659,15 @@ def own_short(**kw):
     return dict(name="digits", rounds=1, width=4, clients=4, participation=1.0, **kw)
 
 
+@once
+def fair_record():
+    return federated_experiments.run_fair(**CALIBRATED["run_fair"]())
+
+
+def fair_runs():
+    return dict(record=fair_record())
+
+
 CALIBRATED = {
     "class_shares": lambda: dict(counts=torch.arange(C)),
     "prior_shift": lambda: dict(own=torch.arange(C), everybody=torch.ones(C)),
@@ -690,6 +699,8 @@ CALIBRATED = {
     "run_own": lambda: own_short(folder=own_runs()[1], seeds=(1, 2), workers=1),
     "own_gain": lambda: dict(record=own_runs()[0], variant="ours"),
     "own_table": lambda: dict(record=own_runs()[0]),
-    "own_record": lambda: dict(name="digits"),
+    "own_record": lambda: dict(name="own_digits"),
+    "run_fair": lambda: own_short(folder=own_runs()[1], methods=["eefl"], seeds=(1, 2), workers=1),
+    "fair_table": fair_runs,
 }
 CALLS |= CALIBRATED

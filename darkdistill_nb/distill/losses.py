@@ -595,6 +595,7 @@ def _two_sets(student, teacher):
         )
     finite(teacher, "teacher")
 
+# %% ../../nbs/1_distill/losses.ipynb #ec03bc97
 def _squares(h):
     "Squared distances and Gram matrix (n, n), in 64 bit; rows too near for it are compared directly."
     h = h.double()
@@ -616,6 +617,7 @@ def _relate(h, *parts):
     pair = _squares(h)
     return [part(*pair).to(h.dtype) for part in parts]
 
+# %% ../../nbs/1_distill/losses.ipynb #f18168b8
 def rkd_distance(
     student:torch.Tensor, # (n, h_S) features; maps and tokens are flattened
     teacher:torch.Tensor, # (n, h_T) features; no gradient flows into them

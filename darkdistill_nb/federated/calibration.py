@@ -129,10 +129,12 @@ def _news(self: PriorCalibration, state):
 
 @patch
 def receive(self: PriorCalibration, weights, tier):
+    "The method's network, with the weights of the message."
     return super(PriorCalibration, self).receive(_without(weights), tier)
 
 @patch
 def expected(self: PriorCalibration, sent):
+    "What the method expects back."
     return super(PriorCalibration, self).expected(_without(sent))
 
 @patch

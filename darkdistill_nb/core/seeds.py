@@ -53,5 +53,12 @@ class Streams:
         import torch
 
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed_of(*names))
+            _seed_global(self.seed_of(*names))
             yield
+
+def _seed_global(seed):
+    "`torch.manual_seed`, which formats three stack traces where no GPU is in use; the same numbers."
+    import torch
+
+    gpu = torch.cuda.is_initialized() or torch.backends.mps.is_available()
+    (torch.manual_seed if gpu else torch.default_generator.manual_seed)(seed)

@@ -516,6 +516,15 @@ def server_step(self:EEFL,
     "What happens between averaging inside tiers and over tiers; EEFL does nothing."
     return tiers, state["server"], {}
 
+@patch
+def merge(self:EEFL,
+    old:dict,     # global weights before this round
+    tiers:dict,   # tier -> (weights, samples)
+    updates:list,
+)->dict:          # new global weights
+    "The average over tiers, block by block; a method whose tiers share other parts overrides this."
+    return block_average(old, tiers)
+
 def _tie(net, shared):
     "Names of one tensor get one value: that of the shallowest block, which all its owners have averaged."
     for group in shared:
@@ -551,6 +560,25 @@ def decide(self:EEFL,
     "Logits that predictions are made from: those of the network's exits as the policy combines them."
     return torch.stack(self.policy.predict(list(predict(net, data))))
 
+# %% ../../nbs/3_federated/method.ipynb #fd232cf5
+@patch
+def survey(self:EEFL,
+    state:dict,      # after the round
+    train:ArrayData, # images the clients' indices point into
+    clients:list,    # all `Client`s
+    rnd:int,         # the round that was played, from 0
+    streams:Streams, # of the run
+    judged:bool=True,# will this model be evaluated? What only matters for its decisions need not be asked otherwise
+)->tuple:            # (state with what was learned, info for the log)
+    "What the server asks clients about the model of a finished round; EEFL asks nothing."
+    return state, {}
+
+@patch
+def recall(self:EEFL,
+    state:dict # of the server
+):
+    "Take from the state what `decide` needs besides the network; EEFL needs nothing."
+
 # %% ../../nbs/3_federated/method.ipynb #9953b6f0
 @dataclass
 class Run:
@@ -571,6 +599,7 @@ class Run:
         data:ArrayData
     )->torch.Tensor: # (E, N, K) logits that decide
         "Logits of the global network as its policy predicts."
+        self.method.recall(self.state)
         return self.method.decide(self.net(), data)
 
 # %% ../../nbs/3_federated/method.ipynb #7a44c8cd
@@ -721,6 +750,7 @@ def evaluate(
     "Accuracy of every exit of the global network on `data`."
     net = method.tier_net(len(method.net))
     net.load_state_dict(state["net"])
+    method.recall(state)
     return accuracy(method.decide(net, data), data.y).tolist()
 
 # %% ../../nbs/3_federated/method.ipynb #1dfaa270
@@ -796,6 +826,7 @@ def play_round(
     streams:Streams,
     pool=None,       # answers [(weights, client id, round)]; None: here, one after the other
     faults:str="warn", # warn | raise: what happens to answers that cannot be used
+    judged:bool=True,# will the model of this round be evaluated?
 )->tuple:            # (state after the round, log entry)
     "One federated round: draw, send, train, look at the answers, aggregate; bytes and seconds are counted."
     t, drawn = time.perf_counter(), method.configure(rnd, clients, streams)
@@ -812,7 +843,8 @@ def play_round(
         state, info = method.aggregate(state, updates, rnd, streams)
     else:
         info = method.server_step(state, {}, [], rnd, streams)[2]
-    samples = sum(u.samples for u in updates)
+    t2, samples = time.perf_counter(), sum(u.samples for u in updates)
+    state, told = method.survey(state, train, clients, rnd, streams, judged)
     return state, dict(
         round=rnd + 1,
         loss=sum(u.loss * u.samples for u in updates) / samples if updates else None,
@@ -821,8 +853,9 @@ def play_round(
         bytes_down=sum(map(nbytes, sent)),
         bytes_up=sum(nbytes(u.weights) + nbytes(u.extra) for u in updates),
         seconds_clients=t1 - t,
-        seconds_server=time.perf_counter() - t1,
+        seconds_server=t2 - t1,
         **info,
+        **told,
     )
 
 # %% ../../nbs/3_federated/method.ipynb #0140d8ca
@@ -927,8 +960,9 @@ def _rounds(method, state, done, rounds, play, test, eval_every):
     "Play the rounds that are left, timed and evaluated: yields (state, log entry)."
     for r in range(done, rounds):
         t = time.perf_counter()
-        state, row = play(state, r)
-        if (r + 1) % eval_every == 0 or r + 1 == rounds:
+        judged = (r + 1) % eval_every == 0 or r + 1 == rounds
+        state, row = play(state, r, judged)
+        if judged:
             row["accuracy"] = evaluate(method, state, test)
         yield state, {**row, "seconds": time.perf_counter() - t}
 
@@ -963,7 +997,9 @@ def simulate(
     processes = min(workers, len(clients)) if device.type == "cpu" and len(log) < rounds else 1
     bar = _bar(rounds, len(log), "round", progress)
     with _workers(processes, bar, method, net, train, clients, seed) as pool:
-        play = lambda state, r: play_round(method, state, train, clients, r, streams, pool, faults)
+        play = lambda state, r, judged: play_round(
+            method, state, train, clients, r, streams, pool, faults, judged
+        )
         for state, row in _rounds(method, state, len(log), rounds, play, test, eval_every):
             log.append(row)
             if checkpoint:

@@ -109,7 +109,8 @@ def random_outlines(
 ) -> tuple: # outer and inner radius, two float32 tensors (kinds, 1024); no outline has a hole
     "Random outlines, none like one of the ten shapes (see `outline_overlap`); `ValueError` if out of range."
     kinds, seed = whole(kinds, "kinds", 2, 100), whole(seed, "seed", 0)
-    return _random_outlines(kinds, seed, number(most, "most", 0.75, 1))
+    with _one_thread():
+        return _random_outlines(kinds, seed, number(most, "most", 0.75, 1))
 
 @functools.cache
 def _random_outlines(kinds, seed, most):

@@ -88,6 +88,17 @@ def test_different_things_have_different_fingerprints(a, b):
     assert fingerprint(a) != fingerprint(b)
 
 
+def test_the_global_generator_is_seeded_without_looking_for_a_gpu(monkeypatch):
+    "The numbers of `torch.manual_seed`, which every client's visit would pay for with three stack traces."
+    torch.manual_seed(T.Streams(3).seed_of("local", 1))
+    expected = torch.rand(5)
+    if torch.cuda.is_initialized() or torch.backends.mps.is_available():
+        pytest.skip("the GPU's generator is seeded, too")
+    monkeypatch.setattr(torch, "manual_seed", None)
+    with T.Streams(3).scope("local", 1):
+        assert torch.equal(torch.rand(5), expected)
+
+
 def test_a_network_is_its_layers_its_weights_and_what_is_frozen():
     def net(stages=2, seed=0):
         torch.manual_seed(seed)

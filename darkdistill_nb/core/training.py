@@ -61,8 +61,13 @@ class Streams:
     ):
         "Inside this block torch's global generator follows the stream `names`; outside it is untouched."
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed_of(*names))
+            _seed_global(self.seed_of(*names))
             yield
+
+def _seed_global(seed):
+    "`torch.manual_seed`, which formats three stack traces where no GPU is in use; the same numbers."
+    gpu = torch.cuda.is_initialized() or torch.backends.mps.is_available()
+    (torch.manual_seed if gpu else torch.default_generator.manual_seed)(seed)
 
 # %% ../../nbs/0_core/training.ipynb #914fe8b1
 @contextmanager

@@ -595,10 +595,26 @@ def _two_sets(student, teacher):
         )
     finite(teacher, "teacher")
 
-def _distances(h):
-    sq = (h.unsqueeze(1) - h.unsqueeze(0)).pow(2).sum(-1)
+def _squares(h):
+    "Squared distances and Gram matrix (n, n), in 64 bit; rows too near for it are compared directly."
+    h = h.double()
+    h = h - h.detach().mean(0)
+    gram = h @ h.T
+    size = gram.diagonal()[:, None] + gram.diagonal()
+    sq = size - 2 * gram
+    near = tuple((sq <= 1e-6 * size).nonzero().T)  # the diagonal, and equal rows
+    return sq.index_put(near, (h[near[0]] - h[near[1]]).pow(2).sum(-1)), gram
+
+def _distances(sq, gram):
     d = sq.clamp_min(1e-12).sqrt() * (sq > 0)
-    return d / (d[d > 0].mean() if bool((d > 0).any()) else 1.0)
+    mean = d.sum() / (sq > 0).sum().clamp_min(1)
+    return d / (mean + (mean == 0))
+
+def _relate(h, *parts):
+    "What `parts` make of the squared distances and the Gram matrix of a batch, in the type of `h`."
+    h = _rows(h)
+    pair = _squares(h)
+    return [part(*pair).to(h.dtype) for part in parts]
 
 def rkd_distance(
     student:torch.Tensor, # (n, h_S) features; maps and tokens are flattened
@@ -609,15 +625,15 @@ def rkd_distance(
     if len(student) < 2:
         return student.sum() * 0.0
     with torch.no_grad():
-        target = _distances(_rows(teacher))
-    return F.smooth_l1_loss(_distances(_rows(student)), target)
+        target = _relate(teacher, _distances)[0]
+    return F.smooth_l1_loss(_relate(student, _distances)[0], target)
 
 # %% ../../nbs/1_distill/losses.ipynb #ca4e8e50
-def _angles(h):
-    d = h.unsqueeze(0) - h.unsqueeze(1)  # d[i, j] = h_j - h_i
-    sq = d.pow(2).sum(-1, keepdim=True)
-    u = d * (sq > 0) / sq.clamp_min(1e-12).sqrt()
-    return u @ u.transpose(1, 2)
+def _angles(sq, gram):
+    away = (sq > 0) / sq.clamp_min(1e-12).sqrt()
+    half = gram.diagonal()[:, None] / 2 - gram
+    dots = gram + half[:, :, None] + half[:, None]  # <h_j - h_i, h_k - h_i>
+    return dots * away[:, :, None] * away[:, None]
 
 def rkd_angle(
     student:torch.Tensor, # (n, h_S) features
@@ -628,8 +644,8 @@ def rkd_angle(
     if len(student) < 2:
         return student.sum() * 0.0
     with torch.no_grad():
-        target = _angles(_rows(teacher))
-    return F.smooth_l1_loss(_angles(_rows(student)), target)
+        target = _relate(teacher, _angles)[0]
+    return F.smooth_l1_loss(_relate(student, _angles)[0], target)
 
 # %% ../../nbs/1_distill/losses.ipynb #30136950
 class RKD:
@@ -645,7 +661,7 @@ class RKD:
         h:torch.Tensor # (n, h) features; maps and tokens are flattened
     )->tuple:          # (n, n) distances scaled to mean 1, (n, n, n) cosines
         "What the loss compares."
-        return _distances(_rows(h)), _angles(_rows(h))
+        return tuple(_relate(h, _distances, _angles))
 
     def __call__(self,
         student:torch.Tensor, # (n, h_S) features

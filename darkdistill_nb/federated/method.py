@@ -187,8 +187,10 @@ def average(
 def block_average(
     old:dict,   # weights of the global network
     tiers:dict, # tier -> (weights of its prefix, samples); a name that is missing has not changed
+    owns=None,  # (tier, name) -> bool; None: tier m owns blocks 1..m
 )->dict:        # new global weights
     "Average each block over the tiers that own it; what nobody owns, or nobody sends, keeps its value."
+    owns = owns or (lambda m, name: m >= block_of(name))
     for m, (w, _) in tiers.items():
         check(
             not w.keys() - old.keys(),
@@ -198,7 +200,7 @@ def block_average(
         )
     out = {}
     for name, v in old.items():
-        own = [({name: w.get(name, v)}, n) for m, (w, n) in tiers.items() if m >= block_of(name)]
+        own = [({name: w.get(name, v)}, n) for m, (w, n) in tiers.items() if owns(m, name)]
         sent = any(name in w for w, _ in tiers.values())
         out[name] = average([w for w, _ in own], [n for _, n in own])[name] if own and sent else v
     return out
@@ -337,6 +339,27 @@ def receive(self:EEFL,
         m.training = self._modes.get(name, True)
     return net
 
+# %% ../../nbs/3_federated/method.ipynb #3ef89eb0
+@patch
+def local_loss(self:EEFL,
+    net:EarlyExitNet, # the client's network as received, before its first step
+    weights:dict,     # as received
+    data:ArrayData,   # the client's training images
+    rnd:int,          # round, from 0
+):                    # function (raw logits of all exits, labels) -> scalar (nats)
+    "What a client minimises, here the policy's loss; a method with another local loss overrides this."
+    return lambda raw, y: self.policy.loss(raw, y)[0]
+
+@patch
+def before_step(self:EEFL, net, x, y, optimizer):
+    "What happens ahead of each local step: the policy may learn along."
+    self.policy.meta_step(net, x, y, optimizer)
+
+@patch(as_prop=True)
+def ge(self:EEFL):
+    "Gradient equilibrium of the clients' networks: the policy's."
+    return self.policy.ge
+
 # %% ../../nbs/3_federated/method.ipynb #d0bcd47f
 @patch
 def local_update(self:EEFL,
@@ -349,6 +372,7 @@ def local_update(self:EEFL,
     "Train the client's prefix on its images: SGD on the sum over its exits."
     net, p = self.receive(weights, client.tier), self.policy
     p.at(rnd)
+    loss_of = self.local_loss(net, weights, data, rnd)
     with streams.scope("local", rnd, client.id):
         loss = fit(
             net,
@@ -358,10 +382,10 @@ def local_update(self:EEFL,
             self.momentum,
             self.weight_decay,
             self.batch_size,
-            loss=lambda raw, y: p.loss(raw, y)[0],
-            forward=lambda x: net(x, p.ge),
+            loss=loss_of,
+            forward=lambda x: net(x, self.ge),
             generator=streams.generator("order", rnd, client.id),
-            before=lambda x, y, optimizer: p.meta_step(net, x, y, optimizer),
+            before=lambda x, y, optimizer: self.before_step(net, x, y, optimizer),
         )
     learned = {f"policy.{k}": v for k, v in p.state().items()}
     return Update(client.id, client.tier, len(data), {**trained_state(net), **learned}, loss)
@@ -479,6 +503,15 @@ def server_step(self:EEFL,
     "What happens between averaging inside tiers and over tiers; EEFL does nothing."
     return tiers, state["server"], {}
 
+@patch
+def merge(self:EEFL,
+    old:dict,     # global weights before this round
+    tiers:dict,   # tier -> (weights, samples)
+    updates:list,
+)->dict:          # new global weights
+    "The average over tiers, block by block; a method whose tiers share other parts overrides this."
+    return block_average(old, tiers)
+
 def _tie(net, shared):
     "Names of one tensor get one value: that of the shallowest block, which all its owners have averaged."
     for group in shared:
@@ -500,7 +533,7 @@ def aggregate(self:EEFL,
         n = [u.samples for u in own]
         tiers[m], policy[m] = ((w, sum(n)) for w in _split(average([u.weights for u in own], n)))
     tiers, server, info = self.server_step(state, tiers, updates, rnd, streams)
-    net = _tie(block_average(state["net"], tiers), self._shared)
+    net = _tie(self.merge(state["net"], tiers, updates), self._shared)
     return dict(net=net, server=server, policy=block_average(state["policy"], policy)), info
 
 # %% ../../nbs/3_federated/method.ipynb #4c5e71cf
@@ -511,6 +544,24 @@ def decide(self:EEFL,
 )->torch.Tensor: # (E, N, K)
     "Logits that predictions are made from: those of the network's exits as the policy combines them."
     return torch.stack(self.policy.predict(list(predict(net, data))))
+
+# %% ../../nbs/3_federated/method.ipynb #fd232cf5
+@patch
+def survey(self:EEFL,
+    state:dict,      # after the round
+    train:ArrayData, # images the clients' indices point into
+    clients:list,    # all `Client`s
+    rnd:int,         # the round that was played, from 0
+    streams:Streams, # of the run
+)->tuple:            # (state with what was learned, info for the log)
+    "What the server asks clients about the model of a finished round; EEFL asks nothing."
+    return state, {}
+
+@patch
+def recall(self:EEFL,
+    state:dict # of the server
+):
+    "Take from the state what `decide` needs besides the network; EEFL needs nothing."
 
 # %% ../../nbs/3_federated/method.ipynb #9953b6f0
 @dataclass
@@ -532,6 +583,7 @@ class Run:
         data:ArrayData
     )->torch.Tensor: # (E, N, K) logits that decide
         "Logits of the global network as its policy predicts."
+        self.method.recall(self.state)
         return self.method.decide(self.net(), data)
 
 # %% ../../nbs/3_federated/method.ipynb #7a44c8cd
@@ -761,6 +813,7 @@ def evaluate(
     "Accuracy of every exit of the global network on `data`."
     net = method.tier_net(len(method.net))
     net.load_state_dict(state["net"])
+    method.recall(state)
     return accuracy(method.decide(net, data), data.y).tolist()
 
 # %% ../../nbs/3_federated/method.ipynb #1dfaa270
@@ -852,7 +905,8 @@ def play_round(
         state, info = method.aggregate(state, updates, rnd, streams)
     else:
         info = method.server_step(state, {}, [], rnd, streams)[2]
-    samples = sum(u.samples for u in updates)
+    t2, samples = time.perf_counter(), sum(u.samples for u in updates)
+    state, told = method.survey(state, train, clients, rnd, streams)
     return state, dict(
         round=rnd + 1,
         loss=sum(u.loss * u.samples for u in updates) / samples if updates else None,
@@ -861,8 +915,9 @@ def play_round(
         bytes_down=sum(map(nbytes, sent)),
         bytes_up=sum(nbytes(u.weights) + nbytes(u.extra) for u in updates),
         seconds_clients=t1 - t,
-        seconds_server=time.perf_counter() - t1,
+        seconds_server=t2 - t1,
         **info,
+        **told,
     )
 
 # %% ../../nbs/3_federated/method.ipynb #0140d8ca

@@ -553,6 +553,7 @@ def survey(self:EEFL,
     clients:list,    # all `Client`s
     rnd:int,         # the round that was played, from 0
     streams:Streams, # of the run
+    judged:bool=True,# will this model be evaluated? What only matters for its decisions need not be asked otherwise
 )->tuple:            # (state with what was learned, info for the log)
     "What the server asks clients about the model of a finished round; EEFL asks nothing."
     return state, {}
@@ -889,6 +890,7 @@ def play_round(
     streams:Streams,
     pool=None,       # answers [(weights, client id, round)]; None: here, one after the other
     faults:str="warn", # warn | raise: what happens to answers that cannot be used
+    judged:bool=True,# will the model of this round be evaluated?
 )->tuple:            # (state after the round, log entry)
     "One federated round: draw, send, train, look at the answers, aggregate; bytes and seconds are counted."
     t, drawn = time.perf_counter(), method.configure(rnd, clients, streams)
@@ -906,7 +908,7 @@ def play_round(
     else:
         info = method.server_step(state, {}, [], rnd, streams)[2]
     t2, samples = time.perf_counter(), sum(u.samples for u in updates)
-    state, told = method.survey(state, train, clients, rnd, streams)
+    state, told = method.survey(state, train, clients, rnd, streams, judged)
     return state, dict(
         round=rnd + 1,
         loss=sum(u.loss * u.samples for u in updates) / samples if updates else None,
@@ -1022,8 +1024,9 @@ def _rounds(method, state, done, rounds, play, test, eval_every):
     "Play the rounds that are left, timed and evaluated: yields (state, log entry)."
     for r in range(done, rounds):
         t = time.perf_counter()
-        state, row = play(state, r)
-        if (r + 1) % eval_every == 0 or r + 1 == rounds:
+        judged = (r + 1) % eval_every == 0 or r + 1 == rounds
+        state, row = play(state, r, judged)
+        if judged:
             row["accuracy"] = evaluate(method, state, test)
         yield state, {**row, "seconds": time.perf_counter() - t}
 
@@ -1058,7 +1061,9 @@ def simulate(
     processes = min(workers, len(clients)) if device.type == "cpu" and len(log) < rounds else 1
     bar = _bar(rounds, len(log), "round", progress)
     with _workers(processes, bar, method, net, train, clients, seed) as pool:
-        play = lambda state, r: play_round(method, state, train, clients, r, streams, pool, faults)
+        play = lambda state, r, judged: play_round(
+            method, state, train, clients, r, streams, pool, faults, judged
+        )
         for state, row in _rounds(method, state, len(log), rounds, play, test, eval_every):
             log.append(row)
             if checkpoint:

@@ -11,7 +11,7 @@ __all__ = ['START', 'NET', 'SETTINGS', 'WIDTHS', 'METHODS', 'CLAIMS', 'receptive
            'stage_table', 'plot_stage', 'main']
 
 # %% ../../nbs/5_experiments/stage.ipynb #28face33
-import argparse, math, sys, time
+import argparse, hashlib, math, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -198,12 +198,16 @@ def stage(
     **changes # other values for settings of `SETTINGS`, e.g. lr=0.05 or gamma=0.1
 )->Stage:
     "The stage, ready to run; raises `ValueError` for settings that it does not have."
+    return Stage(*small_shapes(), whole(rounds, "rounds"), _changed(changes))
+
+def _changed(changes):
+    "`SETTINGS` with other values."
     settings = {k: dict(v) if isinstance(v, dict) else v for k, v in SETTINGS.items()}
     for k, v in changes.items():
         place = [part for part in ("data", "train") if k in settings[part]]
         check(place, "setting", k, "one of " + ", ".join([*SETTINGS["data"], *SETTINGS["train"]]))
         settings[place[0]][k] = v
-    return Stage(*small_shapes(), whole(rounds, "rounds"), settings)
+    return settings
 
 # %% ../../nbs/5_experiments/stage.ipynb #ca0f2502
 WIDTHS = (0.25, 0.5, 1.0)  # nats, of difficulty bins
@@ -248,9 +252,10 @@ def _by_text(table):
 # %% ../../nbs/5_experiments/stage.ipynb #f6a7e514
 METHODS = {  # name -> (class, options)
     "control": (EEFL, {}),
-    "control, votes": (CalibratedEEFL, dict(tau=0, votes="coverage")),
+    "control, votes": (CalibratedEEFL, dict(tau=0, votes="validation")),
     "calibrated": (CalibratedEEFL, dict(votes="none")),
-    "calibrated, votes": (CalibratedEEFL, dict(votes="coverage")),
+    "calibrated, coverage votes": (CalibratedEEFL, dict(votes="coverage")),
+    "calibrated, votes": (CalibratedEEFL, dict(votes="validation")),
     "darkdistill": (DarkDistill, {}),
 }
 
@@ -260,11 +265,11 @@ def stage_cell(
     **changes    # see `stage`
 )->dict:
     "All that the result of one run depends on, as JSON values; raises `ValueError`."
-    kind, options = METHODS[choice(method, "method", METHODS)]
-    s = stage(**changes)
-    file = load_tensors(asset(f"{START}.safetensors"))[0]
-    marks = {k: float(v.double().sum()) for k, v in sorted(file.items())}
-    how = dict(options=options, rounds=s.rounds, settings=s.settings, start=sum(marks.values()))
+    options = METHODS[choice(method, "method", METHODS)][1]
+    rounds = whole(changes.get("rounds", SETTINGS["rounds"]), "rounds")
+    settings = _changed({k: v for k, v in changes.items() if k != "rounds"})
+    start = hashlib.sha256(asset(f"{START}.safetensors").read_bytes()).hexdigest()
+    how = dict(options=options, rounds=rounds, settings=settings, start=start)
     return dict(method=method, seed=whole(seed, "seed", 0), changes=changes, **how)
 
 def measure_cell(

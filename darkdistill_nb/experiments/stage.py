@@ -164,7 +164,7 @@ def stage_record(
 
 # %% ../../nbs/5_experiments/stage.ipynb #6ffb476c
 SETTINGS = dict(
-    data=dict(clients=20, gamma=0.5, tiers=[0.25] * 4, valid=0.2),
+    data=dict(clients=20, gamma=0.25, tiers=[0.25] * 4, valid=0.2),
     train=dict(
         lr=0.1,
         decay=0.95,
@@ -195,7 +195,7 @@ class Stage:
 
 def stage(
     rounds:int=SETTINGS["rounds"],
-    **changes # other values for settings of `SETTINGS`, e.g. lr=0.05 or gamma=0.1
+    **changes # other values for settings of `SETTINGS`, e.g. lr=0.05 or gamma=0.5
 )->Stage:
     "The stage, ready to run; raises `ValueError` for settings that it does not have."
     return Stage(*small_shapes(), whole(rounds, "rounds"), _changed(changes))

@@ -179,14 +179,14 @@ def test_stage_is_the_one_described():
     assert isinstance(m.policy, BoostNet) and (m.policy.w, m.policy.ge) == (0.2, "full")
     clients = s.clients(0)
     assert sorted(c.tier for c in clients) == [1] * 5 + [2] * 5 + [3] * 5 + [4] * 5
-    by_hand = make_clients(s.train.y, 20, 0.25, (0.25,) * 4, valid=0.2, seed=0)
+    by_hand = make_clients(s.train.y, 20, 0.5, (0.25,) * 4, valid=0.2, seed=0)
     assert all(torch.equal(a.train, b.train) for a, b in zip(clients, by_hand))
 
 
 def test_changes_stay_with_their_stage():
     assert stage(lr=0.05, gamma=2.0).settings["train"]["lr"] == 0.05
     assert stage().settings == {k: v for k, v in SETTINGS.items()}
-    assert SETTINGS["train"]["lr"] == 0.1 and SETTINGS["data"]["gamma"] == 0.25
+    assert SETTINGS["train"]["lr"] == 0.1 and SETTINGS["data"]["gamma"] == 0.5
 
 
 # unalignment

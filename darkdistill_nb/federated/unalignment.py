@@ -68,6 +68,7 @@ def unalignment(
     net:EarlyExitNet, # the global network that they average to
     policy,           # how exits decide
     data:ArrayData,   # the same for all
+    d=None,           # (N,) difficulties; None: the loss at exit 1 of `net`
     P:float=30,       # shares of the exits, see `exit_shares`
 )->dict:              # naive, null, difference: {exit: nats}; handled, handled_null: {tier: list}
     "How much harder samples exit e handles in tier e than in the deepest tier, and in one common network; `ValueError` without the deepest tier."
@@ -78,7 +79,8 @@ def unalignment(
         sorted(tier_nets),
         f"models of at least one tier and of tier {E}",
     )
-    d = sample_difficulty(policy.predict(list(predict(net, data)))[0].cpu(), data.y.cpu())
+    if d is None:
+        d = sample_difficulty(policy.predict(list(predict(net, data)))[0].cpu(), data.y.cpu())
     own = {m: handled(n, policy, data, d, P) for m, n in tier_nets.items()}
     one = {m: handled(net.prefix(m), policy, data, d, P) for m in tier_nets}
     gap = lambda table: {e: table[e][e - 1] - table[E][e - 1] for e in sorted(table) if e < E}

@@ -14,6 +14,7 @@ from darkdistill_nb.exits import networks as early_exit
 from darkdistill_nb.exits import training as exit_training
 from darkdistill_nb.federated import method as federated
 from darkdistill_nb.federated import generator
+from darkdistill_nb.experiments import federated as federated_experiments
 from darkdistill_nb.exits import guarantees
 from darkdistill_nb.exits import inference
 from darkdistill_nb.distill import latent
@@ -658,3 +659,56 @@ LAST = {
     "why_ended": lambda: dict(codes=[1]),
 }
 CALLS |= LAST
+
+
+@once
+def own_runs():
+    "A record of `run_own` and the folder that its trainings lie in."
+    out = folder()
+    how = dict(rounds=1, width=4, clients=4, participation=1.0)
+    return federated_experiments.run_own("digits", out, (1, 2), 1, **how), out
+
+
+def own_stored():
+    record, out = own_runs()
+    return training.load_tensors(next((Path(out) / "logits").glob("*.safetensors")))[0]
+
+
+def own_short(**kw):
+    return dict(name="digits", rounds=1, width=4, clients=4, participation=1.0, **kw)
+
+
+CALIBRATED = {
+    "class_shares": lambda: dict(counts=torch.arange(C)),
+    "prior_shift": lambda: dict(own=torch.arange(C), everybody=torch.ones(C)),
+    "shifted": lambda: dict(policy=policy(), raw=list(logits()), a=torch.zeros(C)),
+    "noisy_counts": lambda: dict(counts=torch.ones(C), epsilon=1.0, generator=rng()),
+    "PriorCalibration": dict,
+    "tau_rule": lambda: dict(error=0.1),
+    "coverage": lambda: dict(samples=[1] * E),
+    "vote_weights": lambda: dict(votes="equal", c=[1.0] * E),
+    "vote": lambda: dict(logits=logits(), weights=torch.eye(E)),
+    "vote_sums": lambda: dict(logits=logits(), y=labels()),
+    "simplex_fit": lambda: dict(
+        G=torch.eye(2), g=torch.ones(2), prior=torch.ones(2) / 2, pull=1.0
+    ),
+    "stacked_votes": lambda: dict(
+        reports=[torch.ones(C, E, E + 1)], counts=[torch.ones(C)], c=torch.ones(E)
+    ),
+    "ExitVotes": dict,
+    "CalibratedEEFL": dict,
+    "calibrated": lambda: dict(method=federated.EEFL),
+    "class_bias": lambda: dict(total=torch.ones(C), seen=torch.ones(C)),
+    "DifficultyFeedback": dict,
+    "FeedbackEEFL": dict,
+    "own_cell": own_short,
+    "train_own": lambda: dict(
+        cell=federated_experiments.own_cell(**own_short()), folder=folder()
+    ),
+    "decide_own": lambda: dict(stored=own_stored(), votes="equal"),
+    "run_own": lambda: own_short(folder=own_runs()[1], seeds=(1, 2), workers=1),
+    "own_gain": lambda: dict(record=own_runs()[0], variant="ours"),
+    "own_table": lambda: dict(record=own_runs()[0]),
+    "own_record": lambda: dict(name="digits"),
+}
+CALLS |= CALIBRATED

@@ -56,6 +56,11 @@ def radii(r):
     return torch.full((64,), r), torch.full((64,), -1.0)
 
 
+@once
+def stage_runs():
+    return training.load_record(training.asset("stage_shapes.json"))
+
+
 def logits(e=E, n=N, seed=0):
     return rand(e, n, C, seed=seed)
 
@@ -588,7 +593,12 @@ LAST = {
     "from_16_bits": lambda: dict(tensors=dict(a=torch.ones(2))),
     "lazy_front": lambda: dict(package="darkdistill_nb.core"),
     "exit_record": lambda: dict(name="exits_pays_shapes"),
-    "stage": dict,
+    "shapes_stage": dict,
+    "Stage": lambda: dict(train=pictures(), test=pictures(), rounds=1, settings={}),
+    "receptive_fields": lambda: dict(net=net()),
+    "plot_stage": lambda: dict(record=stage_runs()),
+    "stage_table": lambda: dict(record=stage_runs()),
+    "stage_values": lambda: dict(run=stage_runs().runs[0], control=stage_runs().runs[0]),
     "start_network": dict,
     "stage_record": dict,
     "stage_cell": lambda: dict(method="control", seed=0),

@@ -10,7 +10,7 @@ from darkdistill_nb.core.training import Streams, asset, load_record, load_tenso
 from darkdistill_nb.exits.networks import Exit, PooledMap, cnn
 from darkdistill_nb.exits.training import BoostNet
 from darkdistill_nb.experiments import stage as page
-from darkdistill_nb.experiments.stage import SETTINGS, stage, start_network
+from darkdistill_nb.experiments.stage import SETTINGS, shapes_stage, start_network
 from darkdistill_nb.federated.method import EEFL, make_clients, simulate
 from darkdistill_nb.federated.unalignment import handled, tier_models, unalignment
 
@@ -170,7 +170,7 @@ def test_settings_are_those_of_the_command_line():
 
 
 def test_stage_is_the_one_described():
-    s = stage()
+    s = shapes_stage()
     assert (len(s.train), len(s.test), s.train.shape, s.rounds) == (4000, 2000, (3, 16, 16), 20)
     assert float(s.train.difficulty.max()) <= 0.4
     m = s.method()
@@ -184,8 +184,8 @@ def test_stage_is_the_one_described():
 
 
 def test_changes_stay_with_their_stage():
-    assert stage(lr=0.05, gamma=2.0).settings["train"]["lr"] == 0.05
-    assert stage().settings == {k: v for k, v in SETTINGS.items()}
+    assert shapes_stage(lr=0.05, gamma=2.0).settings["train"]["lr"] == 0.05
+    assert shapes_stage().settings == {k: v for k, v in SETTINGS.items()}
     assert SETTINGS["train"]["lr"] == 0.1 and SETTINGS["data"]["gamma"] == 0.5
 
 
@@ -195,7 +195,7 @@ def test_changes_stay_with_their_stage():
 @pytest.fixture(scope="module")
 def small():
     "Two rounds with few images."
-    s = dataclasses.replace(stage(rounds=2))
+    s = dataclasses.replace(shapes_stage(rounds=2))
     clients = s.clients(1)
     torch.set_num_threads(1)
     run = simulate(s.method(), s.build, s.train, s.test, clients, 2, 1, eval_every=2)
@@ -254,6 +254,6 @@ def test_stored_measurements_are_of_this_stage():
     runs = {(r["method"], r["seed"]): r for r in record.runs}
     assert {m for m, _ in runs} >= {"control", "calibrated"}
     for r in runs.values():
-        assert r["costs"] == stage().build().macs()
+        assert r["costs"] == shapes_stage().build().macs()
         for shares in r["difficulty"].values():
             assert sum(shares) == pytest.approx(1)

@@ -7,8 +7,8 @@ Docs: https://darkdistill.github.io/darkdistill_nb/5_experiments/stage.html.md""
 
 # %% auto #0
 __all__ = ['START', 'NET', 'SETTINGS', 'WIDTHS', 'METHODS', 'CLAIMS', 'receptive_fields', 'pretrain', 'start_network',
-           'stage_record', 'Stage', 'stage', 'measure_stage', 'stage_cell', 'measure_cell', 'measure', 'stage_values',
-           'stage_table', 'plot_stage', 'main']
+           'stage_record', 'Stage', 'shapes_stage', 'measure_stage', 'stage_cell', 'measure_cell', 'run_stage',
+           'stage_values', 'stage_table', 'plot_stage', 'main']
 
 # %% ../../nbs/5_experiments/stage.ipynb #28face33
 import argparse, hashlib, math, sys, time
@@ -194,7 +194,7 @@ class Stage:
 
     def method(self, kind=EEFL, **options): return kind(**self.settings["train"], **options)
 
-def stage(
+def shapes_stage(
     rounds:int=SETTINGS["rounds"],
     **changes # other values for settings of `SETTINGS`, e.g. lr=0.05 or gamma=0.1
 )->Stage:
@@ -266,7 +266,7 @@ METHODS = {  # name -> (class, options)
 def stage_cell(
     method:str,  # one of `METHODS`
     seed:int,
-    **changes    # see `stage`
+    **changes    # see `shapes_stage`
 )->dict:
     "All that the result of one run depends on, as JSON values; raises `ValueError`."
     options = METHODS[choice(method, "method", METHODS)][1]
@@ -281,7 +281,7 @@ def measure_cell(
     folder,    # unused; jobs of `run_grid` take one
 )->dict:
     "Train one method with one seed on the stage, and measure."
-    begin, s = time.process_time(), stage(**cell["changes"])
+    begin, s = time.process_time(), shapes_stage(**cell["changes"])
     kind, options = METHODS[cell["method"]]
     clients, method = s.clients(cell["seed"]), s.method(kind, **options)
     how = dict(eval_every=s.rounds, progress=False)
@@ -289,14 +289,14 @@ def measure_cell(
     trained = time.process_time() - begin
     return measure_stage(run, s, clients) | dict(cpu_seconds=trained)
 
-def measure(
+def run_stage(
     folder,        # of the experiment; killed and started again, it goes on
     assets=None,   # folder that gets a copy of the record
     seeds=6,       # how many
     methods=None,  # names of `METHODS`; None: all
     workers=None,  # processes, see `run_grid`
     on_cell=None,  # see `run_grid`
-    **changes      # see `stage`
+    **changes      # see `shapes_stage`
 )->Record:
     "Train and measure several methods on the stage with paired seeds; stored as stage_shapes."
     methods = list(METHODS) if methods is None else [choice(m, "method", METHODS) for m in methods]
@@ -329,7 +329,7 @@ CLAIMS = {  # claim -> (unit, what must be exceeded)
 }
 
 def stage_values(
-    run:dict,    # of a record of `measure`
+    run:dict,    # of a record of `run_stage`
     control:dict # the control's run with the same seed
 )->dict:         # claim of `CLAIMS` -> number
     "The number that a run gives for each claim."
@@ -351,7 +351,7 @@ def stage_values(
     )
 
 def stage_table(
-    record:Record # of `measure`
+    record:Record # of `run_stage`
 )->str:           # markdown
     "Exit accuracies and all claims of `CLAIMS` by method, with 95 % intervals over seeds."
     by = lambda m: sorted((r for r in record.runs if r["method"] == m), key=lambda r: r["seed"])
@@ -376,7 +376,7 @@ def _judged(values, limit):
 
 # %% ../../nbs/5_experiments/stage.ipynb #e4279440
 def plot_stage(
-    record:Record, # of `measure`
+    record:Record, # of `run_stage`
     seed:int=0,
 ):                 # plotly Figure
     "Accuracy against mean cost with thresholds, beside the exits, for every method; one seed."
@@ -427,7 +427,7 @@ def main(
         if a.what == "pretrain":
             record = pretrain(a.out, a.assets, on_epoch=_tell_epoch, **how)
         else:
-            record = measure(a.out, a.assets, a.seeds, a.methods, a.workers, _tell, **how)
+            record = run_stage(a.out, a.assets, a.seeds, a.methods, a.workers, _tell, **how)
         return f"done: {record.seconds:.0f} s"
 
     return run_command(work)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from darkdistill_nb.app.cli import OPTIONS
 from darkdistill_nb.core.data import ArrayData, outlines, shapes
-from darkdistill_nb.core.random_shapes import outline_overlap, random_outlines, random_shapes
+from darkdistill_nb.core.other_shapes import outline_overlap, random_outlines, random_shapes
 from darkdistill_nb.core.training import Streams, asset, load_record, load_tensors, save_tensors
 from darkdistill_nb.exits.networks import Exit, PooledMap, cnn
 from darkdistill_nb.exits.training import BoostNet

@@ -26,7 +26,7 @@ from darkdistill_nb.core.cells import (
 )
 from ..core.checks import check, choice, number, whole
 from ..core.data import ArrayData
-from ..core.random_shapes import random_shapes
+from ..core.other_shapes import random_shapes
 from darkdistill_nb.core.training import (
     Record,
     Streams,

@@ -252,7 +252,7 @@ def test_stored_measurements_are_of_this_stage():
     record = load_record(asset("stage_shapes.json"))
     assert record.config["settings"] == SETTINGS
     runs = {(r["method"], r["seed"]): r for r in record.runs}
-    assert {m for m, _ in runs} >= {"control", "calibrated"}
+    assert {m for m, _ in runs} >= {"control", "calibrated, votes"}
     for r in runs.values():
         assert r["costs"] == shapes_stage().build().macs()
         for shares in r["difficulty"].values():

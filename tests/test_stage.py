@@ -12,7 +12,7 @@ from darkdistill_nb.exits.training import BoostNet
 from darkdistill_nb.experiments import stage as page
 from darkdistill_nb.experiments.stage import SETTINGS, shapes_stage, start_network
 from darkdistill_nb.federated.method import EEFL, make_clients, simulate
-from darkdistill_nb.federated.unalignment import handled, tier_models, unalignment
+from darkdistill_nb.federated.alignment import handled, tier_models, unalignment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -48,7 +48,7 @@ from ..federated.calibration import CalibratedEEFL
 from ..federated.darkdistill import DarkDistill
 from ..federated.difficulty import DifficultyHistogram, bins_of, measure_difficulty
 from ..federated.method import EEFL, make_clients, simulate
-from ..federated.unalignment import tier_models, unalignment
+from ..federated.alignment import tier_models, unalignment
 
 # %% ../../nbs/5_experiments/stage.ipynb #0aa7f6ce
 def receptive_fields(

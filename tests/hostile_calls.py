@@ -53,6 +53,16 @@ def net(stages=E):
     return early_exit.cnn((1, 8, 8), C, stages=stages, width=4)
 
 
+def radii(r):
+    "A disc as an outline."
+    return torch.full((64,), r), torch.full((64,), -1.0)
+
+
+@once
+def stage_runs():
+    return records.load_record(records.asset("stage_shapes.json"))
+
+
 def logits(e=E, n=N, seed=0):
     return rand(e, n, C, seed=seed)
 
@@ -151,6 +161,9 @@ CALLS = {
     "class_look": lambda: dict(c=1),
     "outlines": lambda: dict(steps=64),
     "shapes": lambda: dict(n=4, size=16),
+    "outline_overlap": lambda: dict(a=radii(0.8), b=radii(0.9), turns=4, grid=8),
+    "random_outlines": lambda: dict(kinds=2),
+    "random_shapes": lambda: dict(n=4, size=16, kinds=2),
     "load": lambda: dict(name="digits", n_train=20, n_test=20),
     "effective_classes": lambda: dict(gamma=0.5, n_classes=C),
     "class_mix": lambda: dict(clients=3, n_classes=C, gamma=0.5),
@@ -629,6 +642,22 @@ LAST = {
     "from_16_bits": lambda: dict(tensors=dict(a=torch.ones(2))),
     "lazy_front": lambda: dict(package="darkdistill_nb.core"),
     "exit_record": lambda: dict(name="exits_pays_shapes"),
+    "shapes_stage": dict,
+    "Stage": lambda: dict(train=pictures(), test=pictures(), rounds=1, settings={}),
+    "receptive_fields": lambda: dict(net=net()),
+    "plot_stage": lambda: dict(record=stage_runs()),
+    "stage_table": lambda: dict(record=stage_runs()),
+    "stage_values": lambda: dict(run=stage_runs().runs[0], control=stage_runs().runs[0]),
+    "start_network": dict,
+    "stage_record": dict,
+    "stage_cell": lambda: dict(method="control", seed=0),
+    "pretrain": lambda: dict(
+        folder=Path(KEPT.name) / "stage", n_train=100, n_valid=100, epochs=1, batch_size=64
+    ),
+    "handled": lambda: dict(net=net(), policy=exit_training.Joint(), data=pictures(), d=rand(N)),
+    "unalignment": lambda: dict(
+        tier_nets={E: net()}, net=net(), policy=exit_training.Joint(), data=pictures()
+    ),
     "latent_record": lambda: dict(experiment="compare", data="shapes"),
     "distree_record": lambda: dict(name="systems", data="shapes"),
     "stored_record": lambda: dict(name="none", command="make it"),

@@ -101,6 +101,7 @@ ALLOWED = {
     "RiskControl": (anything, "a record that control_risk writes"),
     "Claim": (anything, "a record: `verdict` judges its limits"),
     "Answer": (anything, "a record that the aggregator writes"),
+    "Stage": (anything, "a record that shapes_stage makes"),
     "Record": (anything, "a record: load_record judges what was stored"),
     "Option": (anything, "a row of the table of settings"),
     "to_16_bits.head": (text, "free text"),
@@ -252,6 +253,7 @@ plot_sensitivity plot_failures made_on failure_cost main
 Teacher partition_report SystemAnswers
 ClassToken take_rows pack unpack ScaleStage TokenStem token_features
 new_net train_net answers keep_trained load_trained train_trained measure
+tier_models measure_stage measure_cell run_stage
 pays gains gain_table plot_pays main
 sgd_step compare_exits difficulty_cell learning_rates by_rate rate_table
 rate_claim

@@ -104,8 +104,10 @@ def _coverage(
     stretch, shear, # (B,) outline stretched by 1 + stretch along x, sheared by shear
     wave, # (B, 6) amplitudes of the waves on the outline
     size, # side of the picture in pixels
+    tables=None, # outer and inner radius, (kinds, 1024) each; None: those of `outlines`
 ): # (B, size, size) float32 in [0, 1]
     "Which part of each pixel the shape covers"
+    tables = outlines() if tables is None else tables
     near, wcos, wsin = _diamond_tables()
     entry = kind[:, None] * 1024 + ((near + torch.round(turn * 1024).long()[:, None]) & 1023)
     wavy = torch.ones(len(kind), _STEPS)
@@ -123,9 +125,9 @@ def _coverage(
     )  # (diamond angle + 1) * _STEPS/4
     at = q.clamp_(0, _STEPS - 1).long().flatten(1)
     soft = (scale * (size / 2))[:, None]  # an edge is one pixel wide
-    outer, inner = (table.view(-1) for table in outlines())
+    outer, inner = (table.view(-1) for table in tables)
     cover = (outer[entry] * wavy).gather(1, at).sub_(r).mul_(soft).add_(0.5).clamp_(0, 1)
-    k = ((kind == 1) | (kind == 2)).nonzero()[:, 0]  # ring and crescent have a hole
+    k = (tables[1].amax(1) > 0)[kind].nonzero()[:, 0]  # a hole: of the ten, ring and crescent
     cover[k] *= (
         r[k].sub_((inner[entry[k]] * wavy[k]).gather(1, at[k])).mul_(soft[k]).add_(0.5).clamp_(0, 1)
     )
@@ -177,13 +179,14 @@ def _blend(
         plane += cover * (c[:, None, None] - plane)
 
 # %% ../../nbs/0_core/scenes.ipynb #cb0f5d78
-def _render(kind, u, bits, d, size):
-    "Draw one block: (100, 3, size, size) uint8; `d` (100,) float64"
+def _render(kind, u, bits, d, size, tables=None):
+    "Draw one block: (100, 3, size, size) uint8; `d` (100,) float64, `tables` as of `outlines`"
+    tables = outlines() if tables is None else tables
     law = {k: v[:, None] for k, v in difficulty_law(d).items()}  # (B, 1)
     s = {k: 2 * v - 1 for k, v in u.items()}  # the same numbers in [-1, 1)
     one = lambda k: law[k][:, 0]
     grow = lambda across, down: (across.float()[:, None, :], down.float()[:, :, None])
-    draw = lambda kind, *a: _coverage(kind, *(t.float() for t in a), size)
+    draw = lambda kind, *a: _coverage(kind, *(t.float() for t in a), size, tables)
     zero, g = torch.zeros(_BLOCK), (torch.arange(size) + 0.5).double() * (2 / size) - 1
     back = 0.2 + 0.6 * u["back"]
     away = torch.where(
@@ -192,7 +195,7 @@ def _render(kind, u, bits, d, size):
     corner = torch.where(s["place2"] < 0, -0.75, 0.75) + 0.2 * s["place2"].abs()
     img = back.float()[..., None, None].expand(-1, -1, size, size).contiguous()
     clutter = draw(
-        (10 * u["kind2"]).long(),
+        (len(tables[0]) * u["kind2"]).long(),
         s["turn2"],
         corner,
         0.4 + 0.1 * s["scale2"],

@@ -232,6 +232,7 @@ def cnn(
     stages:int=4,                # stages, one exit each
     width:int=32,                # channels; a multiple of 4
     depth:int=1,                 # convolutions per stage
+    pool:int=4,                  # cells along each side that an exit averages to; 1 = global average
 )->EarlyExitNet:
     "A small residual CNN with an exit after every stage; raises `ValueError` for sizes that cannot be."
     C, H, W = input_shape = _shape(input_shape)
@@ -239,7 +240,7 @@ def cnn(
         raise ValueError(
             f"input_shape={input_shape} is too small; the exits need maps of at least 4x4"
         )
-    n_classes, width = _sizes(n_classes=n_classes, width=width)
+    n_classes, width, pool = _sizes(n_classes=n_classes, width=width, pool=pool)
     stages, depth = whole(stages, "stages", 1, 1000), whole(depth, "depth", 1, 1000)
     check(width % 4 == 0, "width", width, "a multiple of 4 (GroupNorm with 4 groups)")
     big = min(H, W) >= 16
@@ -253,7 +254,7 @@ def cnn(
     return EarlyExitNet(
         stem,
         parts,
-        [Exit(PooledMap(4), width * 16, n_classes) for _ in parts],
+        [Exit(PooledMap(pool), width * pool**2, n_classes) for _ in parts],
         input_shape,
         n_classes,
     )

@@ -1,7 +1,7 @@
 "The baselines of federated early exits: values by hand, reduction to FedAvg, and what every method must survive."
 
 import pytest, torch
-from darkdistill_nb.core.data import load
+from darkdistill_nb.core.datasets import load
 from darkdistill_nb.core.seeds import Streams
 from darkdistill_nb.distill.losses import kd_loss
 from darkdistill_nb.exits.lora import add_lora

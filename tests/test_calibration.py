@@ -3,7 +3,7 @@
 import copy, math, pickle, warnings
 import pytest, torch
 import torch.nn.functional as F
-from darkdistill_nb.core.data import load
+from darkdistill_nb.core.datasets import load
 from darkdistill_nb.core.seeds import Streams
 from darkdistill_nb.core.records import save_tensors
 from darkdistill_nb.exits.networks import cnn

@@ -753,7 +753,7 @@ UNGUARDED = {
     "small = dict(rounds=1, seeds=2, clients=4, alone=False, net=dict(width=8, stages=2), n_train=100, n_test=50)\n"
     "run_experiment(small, workers=2, progress=False)",
     "a grid": "from darkdistill_nb.core.cells import each\nprint(list(each(abs, [1, 2, 3], 2)))",
-    "a simulation": "from darkdistill_nb.core.data import load\nfrom darkdistill_nb.exits.networks import cnn\n"
+    "a simulation": "from darkdistill_nb.core.datasets import load\nfrom darkdistill_nb.exits.networks import cnn\n"
     "from darkdistill_nb.federated.method import EEFL, make_clients, simulate\ntrain, test = load('digits', n_train=100, n_test=50)\n"
     "net = lambda: cnn(train.shape, 10, width=8)\n"
     "simulate(EEFL(participation=1.), net, train, test, make_clients(train.y, 4), 1, workers=2, progress=False)",

@@ -12,7 +12,8 @@ __all__ = ['outline_overlap', 'random_outlines', 'random_shapes']
 import functools, math
 import numpy as np, torch
 from .checks import number, same_shape, whole
-from .data import ArrayData, _check_difficulty, _one_thread
+from .data import ArrayData, _check_difficulty
+from .parallel import one_thread
 from .scenes import _BLOCK, _render, _scenes, outlines
 from ..federated.method import _fits
 
@@ -101,7 +102,7 @@ def random_outlines(
 ) -> tuple: # outer and inner radius, two float32 tensors (kinds, 1024); no outline has a hole
     "Random outlines, none like one of the ten shapes (see `outline_overlap`); `ValueError` if out of range."
     kinds, seed = whole(kinds, "kinds", 2, 100), whole(seed, "seed", 0)
-    with _one_thread():
+    with one_thread():
         return _random_outlines(kinds, seed, number(most, "most", 0.75, 1))
 
 @functools.cache
@@ -137,7 +138,7 @@ def random_shapes(
         difficulty = _check_difficulty(difficulty, n, torch.float64).cpu().expand(n)
     x = torch.empty(n, 3, size, size, dtype=torch.uint8)
     y, true = torch.empty(n, dtype=torch.int64), torch.empty(n)
-    with _one_thread():
+    with one_thread():
         for i in range(0, n, _BLOCK):
             _, u, bits = _scenes(seed + _APART, i // _BLOCK)
             kind = (torch.from_numpy(np.argsort(bits.random_raw(_BLOCK))) + i) % kinds

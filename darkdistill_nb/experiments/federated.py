@@ -30,7 +30,7 @@ from darkdistill_nb.core.records import (
     stored_record,
 )
 from darkdistill_nb.core.checks import check, choice, number, whole
-from darkdistill_nb.core.data import load
+from darkdistill_nb.core.datasets import load
 from darkdistill_nb.core.seeds import Streams
 from darkdistill_nb.core.training import accuracy, predict
 

@@ -528,6 +528,11 @@ def test_the_relational_loss_of_a_pair_is_5_times_distances_and_10_times_angles(
     assert torch.allclose(loss, 5 * own[0] + 10 * own[1])
 
 
+def test_uniform_weights_are_those_of_an_infinite_temperature():
+    args = (net(1), net(2, seed=1), latents(8), torch.arange(8.0), Joint())
+    assert torch.allclose(pair_loss(*args, weights="uniform"), pair_loss(*args, tau=1e9))
+
+
 def test_random_difficulties_are_the_whole_numbers_from_0_to_9(monkeypatch):
     seen, real = [], darkdistill.alignment_weights
 

@@ -15,7 +15,7 @@ from .checks import number, same_shape, whole
 from .data import ArrayData, _check_difficulty
 from .parallel import one_thread
 from .scenes import _BLOCK, _render, _scenes, outlines
-from ..federated.method import _fits
+from .checks import fits_in_memory
 
 # %% ../../nbs/0_core/other_shapes.ipynb #c0091d9c
 _AREA = 2.0  # of every random outline, in the unit of `outlines`: an image spans -1..1
@@ -133,7 +133,7 @@ def random_shapes(
     "Images of random outlines, all classes equally often; `ValueError` for bad arguments."
     n, seed, size = whole(n, "n"), whole(seed, "seed", 0), whole(size, "size", 8, 4096)
     tables = random_outlines(kinds)
-    _fits(3 * n * size * size, f"n={n} images of size={size}")
+    fits_in_memory(3 * n * size * size, f"n={n} images of size={size}")
     if difficulty is not None:
         difficulty = _check_difficulty(difficulty, n, torch.float64).cpu().expand(n)
     x = torch.empty(n, 3, size, size, dtype=torch.uint8)

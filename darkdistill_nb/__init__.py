@@ -13,6 +13,7 @@ Modules:
 - `darkdistill_nb.core.parallel`: What Python leaves to the system, and what an hour's run needs all the same: worker processes that never outlive the one that started them, and a table that any console can print. Workers that end with their parent, scripts without a guard, consoles that lack a character.
 - `darkdistill_nb.core.plots`: Colours and markers that stay distinct for everybody. Colours, markers and one form for all figures.
 - `darkdistill_nb.core.records`: What a run leaves behind, so that it can be shown, repeated and resumed, and so that a damaged file is noticed. Records of runs, checksums, fingerprints, stored results.
+- `darkdistill_nb.core.registry`: One place where a method or an objective gets its name: the command line, its help, reports and experiments follow from it. x
 - `darkdistill_nb.core.scenes`: Ten shapes in scenes of our own, whose difficulty is a parameter and not an estimate. Drawn images whose true difficulty is known.
 - `darkdistill_nb.core.seeds`: Everything random follows from one number, and switching one part on does not move the others. One seed and its named random streams.
 - `darkdistill_nb.core.splits`: Clients hold different classes. Two procedures of the literature make such splits, and the same number means something different in each. Dirichlet splits over clients: data that are not IID.

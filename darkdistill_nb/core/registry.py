@@ -1,5 +1,5 @@
 """One place where a method or an objective gets its name: the command line, its help, reports and experiments follow from it.
-x
+Methods and objectives by name: one line each, with options and help from the class.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/0_core/registry.html.md"""
 
@@ -42,6 +42,10 @@ class Keyword:
     default:object # `inspect.Parameter.empty` where there is none
     kind:object    # the annotation; `inspect.Parameter.empty` where there is none
     help:str       # the comment behind it
+
+    def __str__(self):
+        "As one writes it: tau=0.1."
+        return self.name if self.default is inspect.Parameter.empty else f"{self.name}={self.default}"
 
 # %% ../../nbs/0_core/registry.ipynb #5411f83a
 def _comments(function):

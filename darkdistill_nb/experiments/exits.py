@@ -410,7 +410,7 @@ def main(
 )->int:        # exit code: 0, 2 for bad input, 130 when interrupted
     "Train and store one network, or compare ways to train, from the command line."
     p = argparse.ArgumentParser(
-        prog="python -m darkdistill_nb.experiments.exits",
+        prog="darkdistill experiment exits",
         description="Trained early-exit networks. Killed or interrupted, the same command continues.",
     )
     p.add_argument("experiment", choices=("train", "pays", "rates"))

@@ -121,17 +121,17 @@ class DarkDistill(EEFL):
         policy=None,  # how exits are trained; None: `BoostNet()`
         kd_lr: float = 0.05,  # learning rate of distillation; 0 turns this method into EEFL
         kd_steps: int = 5,  # distillation steps per server epoch
-        kd_weight_decay: float = 1e-3,
-        server_epochs: int = 2,
+        kd_weight_decay: float = 1e-3,  # of the SGD that distils
+        server_epochs: int = 2,  # rounds of generating and distilling on the server
         gen_steps: int = 1,  # generator steps per server epoch
         gen_lr: float = 3e-3,  # of Adam, made anew every round (1e-2 in the released code)
         lam_ce: float = 0.1,  # weight of the generators' class loss (1 in the released code, with dif="mse")
         lam_dif: float = 1.0,  # weight of their difficulty loss
         lam_div: float = 0.0,  # weight of their diversity loss (1 in the released code)
-        ce: str = "all",
+        ce: str = "all",  # as in `generator_losses`
         dif: str = "l1",  # as in `generator_losses`
-        d_eps: int = 64,
-        d_h: int = 128,  # sizes of the generators
+        d_eps: int = 64,  # noise that a generator starts from
+        d_h: int = 128,  # its hidden units
         norm: str = "layer",  # of the generators
         server_batch: int = 32,  # latents a step
         rkd=(5.0, 10.0),  # weights of distance and angle loss

@@ -2,7 +2,7 @@
 
 Modules:
 
-- `darkdistill_nb.app.cli`: One command for whole experiments: it reads arguments, says in one sentence what is wrong with them, and hands over. x
+- `darkdistill_nb.app.cli`: One command for whole experiments: it reads arguments, says in one sentence what is wrong with them, and hands over. One command for runs, experiments, benchmarks, reports and labs.
 - `darkdistill_nb.app.explorer`: Two instruments to hold a question in the hand: what do exit thresholds buy, and who holds what after a Dirichlet split. Explorers for thresholds and for the Dirichlet split, with and without a kernel.
 - `darkdistill_nb.core.cells`: Many trainings, cut into pieces that are stored one by one, and a statement on how sure we are of the difference between two of them. Trainings cut into cells that survive a kill, and paired differences with an interval.
 - `darkdistill_nb.core.checks`: The few functions with which every other notebook checks what it is given, before any work starts. One sentence for bad input, before any work starts.
@@ -41,8 +41,8 @@ Modules:
 - `darkdistill_nb.experiments.latent`: The experiments behind latent-space distillation, each one a function whose result is stored, compared pairwise and shown with its uncertainty. Experiments that survive a kill, fair tuning, paired differences with intervals.
 - `darkdistill_nb.experiments.latent_results`: Hours of training, read in a minute: which claims about latent-space distillation hold on three data sets. When latents beat logits: uneven data, few data, transfer sets, size of the latent.
 - `darkdistill_nb.experiments.report`: What is measured when a run has ended, the table and the figures that are drawn from it, and one HTML file that holds them all. One self-contained page drawn from a record: tables, curves, who holds what.
-- `darkdistill_nb.experiments.runs`: Settings become objects, jobs and results, and what is killed goes on where it was. x
-- `darkdistill_nb.experiments.settings`: An experiment is described by a handful of settings, each with a default, a meaning and a check. x
+- `darkdistill_nb.experiments.runs`: Settings become objects, jobs and results, and what is killed goes on where it was. Jobs, the run folder, and runs that survive being killed.
+- `darkdistill_nb.experiments.settings`: An experiment is described by a handful of settings, each with a default, a meaning and a check. One table of settings for the command line, a file and Python.
 - `darkdistill_nb.federated.darkdistill`: EEFL plus one server step: shallow tiers teach deeper ones on generated latents, each exit mostly about the difficulties it is responsible for. Difficulty-aligned reverse distillation on the server.
 - `darkdistill_nb.federated.difficulty`: A number for how hard a sample is, its distribution over a client's images, and what a client may tell the server about it. How hard a sample is, its distribution, and which exit meets which difficulty.
 - `darkdistill_nb.federated.fedmd`: When devices run *different* networks there is nothing to average but what the networks say about common images. Sharing weights, answers or latents, and what each costs in bytes.

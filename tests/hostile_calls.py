@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from darkdistill_nb.app import cli
+from darkdistill_nb.experiments import settings
 from darkdistill_nb.core import data, plots, records
 from darkdistill_nb.federated import difficulty
 from darkdistill_nb.distill import losses as distillation
@@ -454,7 +454,7 @@ MORE = {
     "each": lambda: dict(job=str, items=[1], workers=1),
     "json_or_text": lambda: dict(text="1"),
     "near": lambda: dict(word="a", choices=["a", "b"]),
-    "job_steps": lambda: dict(config=cli.make_config(), kind="run"),
+    "job_steps": lambda: dict(config=settings.make_config(), kind="run"),
     "pair_loss": lambda: dict(
         teacher=net(), student=net(), x=middle(), d=rand(N).abs(), policy=policy()
     ),
@@ -503,9 +503,15 @@ MORE = {
     "plot_timeline": lambda: dict(o=traced(), request=0),
     "plot_latency": answer_plots,
     "load_tensors": lambda: dict(path=tensors()),
-    "by_name": lambda: dict(
-        name="msp", table={"msp": inference.Confidence}, what="score", kind=inference.Score
-    ),
+    "Registry": lambda: dict(what="score", base=inference.Score, msp=inference.Confidence),
+    "Keyword": lambda: dict(name="a", default=1, kind=int, help="b"),
+    "is_address": lambda: dict(text="a:B"),
+    "load_class": lambda: dict(address="pathlib:Path"),
+    "help_line": lambda: dict(address="darkdistill_nb.core.registry:Registry"),
+    "keywords_of": lambda: dict(cls=inference.Energy),
+    "option_of": lambda: dict(name="gamma"),
+    "todays_names": lambda: dict(config=dict(policy="joint")),
+    "job_name": lambda: dict(kind="eefl", seed=0),
     "Table": lambda: dict(caption="a", columns=["b"], rows=[["1"]]),
     "Control": lambda: dict(label="a", low=0.0, high=1.0, step=0.1, send=print),
     "Explorer": dict,
@@ -633,7 +639,7 @@ LAST = {
     "key_values": lambda: dict(words=["a=1"]),
     "cell_key": lambda: dict(cell=dict(a=1)),
     "make_config": dict,
-    "jobs_of": lambda: dict(config=cli.make_config()),
+    "jobs_of": lambda: dict(config=settings.make_config()),
     "make_parser": dict,
     "why_ended": lambda: dict(codes=[1]),
 }

@@ -9,8 +9,8 @@ from darkdistill_nb.core.data import ArrayData
 from darkdistill_nb.core.datasets import load
 from darkdistill_nb.distill.losses import CropFlip, kd_loss
 from darkdistill_nb.exits.networks import EarlyExitNet, Exit, cnn, vit, wrn
+from darkdistill_nb.core.registry import OBJECTIVES
 from darkdistill_nb.exits.training import (
-    POLICIES,
     BoostNet,
     Joint,
     L2W,
@@ -149,7 +149,7 @@ def test_step_by_step_is_predict(policy):
 
 def test_prefix_uses_its_own_exits():
     raw, y = logits(4), labels()
-    for name in POLICIES:
+    for name in OBJECTIVES:
         if name == "l2w":
             continue  # its weights depend on all losses it sees
         assert all(
@@ -539,7 +539,7 @@ def test_last_exit_learns_from_labels_alone():
 # ---------------------------------------------------------------- all policies
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize(
     "n, E, dtype, scale",
     [
@@ -560,7 +560,7 @@ def test_edges(name, n, E, dtype, scale):
     assert all(map(torch.equal, out, p.predict(raw)))
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_policies_train_and_travel(name):
     "Every policy drives `fit_exits` on float32 and bfloat16 networks, and can be sent to another process."
     data = load("digits", 200)[0]
@@ -578,15 +578,15 @@ def test_policies_train_and_travel(name):
 
 
 def test_names_and_options():
-    assert set(POLICIES) == {"joint", "boostnet", "l2w", "self_distillation", "mutual"}
+    assert set(OBJECTIVES) == {"joint", "boostnet", "l2w", "self_distillation", "mutual"}
     assert objective_by_name("l2w", eps=0.3, mode="mat").eps == 0.3
     assert objective_by_name("joint", weights="eenet").weights == "eenet"
     with pytest.raises(
         ValueError,
-        match="policy='boost' is unknown; choose one of joint, boostnet, l2w, self_distillation, mutual",
+        match="objective='boost' is unknown .did you mean 'boostnet'...; choose one of joint, boostnet, l2w, self_distillation, mutual",
     ):
         objective_by_name("boost")
-    with pytest.raises(ValueError, match="policy 'mutual' has no option 'w'; it has ramp, T"):
+    with pytest.raises(ValueError, match="objective 'mutual' has no option 'w'; it has ramp, T"):
         objective_by_name("mutual", w=1)
 
 
@@ -907,7 +907,7 @@ nan, inf = math.nan, math.inf
         (lambda: sample_weights(torch.rand(3, 2), nan), "eps=nan"),
         (lambda: WeightNet(0), "exits=0"),
         (lambda: WeightNet(2, 1.5), "hidden=1.5"),
-        (lambda: objective_by_name(["joint"]), "policy="),
+        (lambda: objective_by_name(["joint"]), "objective="),
         (lambda: fit_exits(small(), load("digits", 100)[0], "joint"), "policy='joint'"),
         (lambda: fit_exits(small(), load("digits", 100)[0], Joint(), nan), "epochs=nan"),
         (lambda: fit_exits(small(), load("digits", 100)[0], Joint(), lr=-1), "lr=-1"),

@@ -1,5 +1,5 @@
 """One command for whole experiments: it reads arguments, says in one sentence what is wrong with them, and hands over.
-x
+One command for runs, experiments, benchmarks, reports and labs.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/6_app/cli.html.md"""
 
@@ -81,15 +81,15 @@ examples:
   darkdistill run --data my.npz --arch wrn          your own images
   darkdistill run --darkdistill weights=uniform     no alignment by difficulty
   darkdistill run --objective l2w --l2w eps=0.3     exits that learn weights
-  darkdistill run --methods eefl,my_module:MyMethod a method of your own
+  darkdistill run --methods eefl,mine:MyMethod      a method of your own
   darkdistill run --config long.toml --seeds 5      settings from a file
   darkdistill run --resume runs/digits-001          after Ctrl-C, a crash, ...
 
 my.npz holds x_train, y_train, x_test, y_test. In a --config file, write
 batch_size = 16 for --batch-size 16, and the keywords of --net, --darkdistill
-and others as tables [net] and [darkdistill]. my_module.py lies in the current
+and others as tables [net] and [darkdistill]. mine.py lies in the current
 folder; MyMethod extends darkdistill_nb.federated.EEFL, and its keywords are
-given as --my_module:MyMethod K=V.
+given as --mine:MyMethod K=V.
 A run folder holds config.json, weights/, record.json (all numbers) and
 report.html (to look at). The same settings give the same weights, on any
 number of cores."""
@@ -215,7 +215,8 @@ def _parse_experiment(sub):
     e.add_argument("name", nargs="?", metavar="NAME", help=argparse.SUPPRESS)
 
 def _parse_bench(sub):
-    sub.add_parser("bench", help="measure costs on this machine: distill, exits", add_help=False)
+    b = sub.add_parser("bench", help="measure costs on this machine: distill, exits")
+    b.add_argument("name", nargs="*", metavar="NAME")
 
 def _parse_lab(sub):
     l = sub.add_parser(
@@ -232,21 +233,21 @@ def _parse_lab(sub):
 # %% ../../nbs/6_app/cli.ipynb #1219ad78
 TOUR = """
 a first hour:
-  darkdistill run --rounds 10 --seeds 1    train EEFL and DarkDistill on digits
-  darkdistill run                          the same in full: runs/digits-001
-  darkdistill run --resume runs/digits-001 go on after Ctrl-C or a crash
-  darkdistill run --gamma 0.1 --out uneven other settings, another folder
+  darkdistill run --rounds 10 --seeds 1      train EEFL and DarkDistill
+  darkdistill run                            the same in full: runs/digits-001
+  darkdistill run --resume runs/digits-001   go on after Ctrl-C or a crash
+  darkdistill run --gamma 0.1 --out uneven   other settings, another folder
   darkdistill compare runs/digits-001 uneven --html both.html
-  darkdistill report uneven                draw its report.html again
+  darkdistill report uneven                  draw its report.html again
 
 more:
-  darkdistill methods                      methods and objectives by name
-  darkdistill methods darkdistill          the keywords of one
-  darkdistill run --methods eefl,my_module:MyMethod
-                                           a method in your own my_module.py
-  darkdistill experiment latent --help     experiments behind stored results
-  darkdistill bench exits                  what early exit saves on this machine
-  darkdistill lab                          the tutorials
+  darkdistill methods                        methods and objectives by name
+  darkdistill methods darkdistill            the keywords of one
+  darkdistill run --methods eefl,mine:MyMethod
+                                             a method in your own mine.py
+  darkdistill experiment latent --help       experiments of stored results
+  darkdistill bench exits                    what early exit saves here
+  darkdistill lab                            the tutorials
 
 darkdistill COMMAND --help explains each command."""
 

@@ -24,7 +24,8 @@ from ..core.scenes import show_pictures
 from ..distill.losses import _certain, _labels, _up
 from .training import exit_shares
 from ..core.seeds import Streams
-from ..core.training import accuracy, by_name, evaluating
+from ..core.registry import Registry
+from ..core.training import accuracy, evaluating
 from ..core.plots import figure, style
 from torch import nn
 from .thresholds import read_thresholds, write_thresholds
@@ -214,7 +215,9 @@ class Gate(Score, nn.Module):
         return s[:, 0], dict(before=torch.cat([before, s], -1))
 
 # %% ../../nbs/2_exits/inference.ipynb #d34c441d
-SCORES = dict(
+SCORES = Registry(
+    "score",
+    Score,
     confidence=Confidence,
     margin=Margin,
     entropy=Entropy,
@@ -231,7 +234,7 @@ def score_by_name(
     **kwargs # passed on, e.g. T for energy, exits and n_classes for gate
 )->Score:
     "A score by its name; raises `ValueError` for an unknown one."
-    return by_name(name, SCORES, "score", Score, **kwargs)
+    return SCORES.make(name, **kwargs)
 
 # %% ../../nbs/2_exits/inference.ipynb #134893af
 def anytime(

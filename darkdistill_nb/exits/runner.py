@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from ..core.checks import check, choice, flag, whole
 from .networks import ClassToken, EarlyExitNet, Exit, TokenStem, take_rows
-from .training import POLICIES, Joint, objective_by_name
+from ..core.registry import OBJECTIVES
+from .training import Joint, objective_by_name
 from .inference import Confidence, SCORES, score_by_name
 from .thresholds import read_thresholds, write_thresholds
 from fastcore.basics import patch
@@ -772,7 +773,7 @@ def export_onnx(
     _onnx("onnxscript")
     for kind, name, known in (
         ("score", score, [n for n in SCORES if n != "gate"]),
-        ("policy", policy, list(POLICIES)),
+        ("policy", policy, list(OBJECTIVES)),
     ):
         if name not in known:
             raise ValueError(
@@ -844,6 +845,8 @@ class OnnxRunner(ExitRunner):
     ):
         ort, m = _onnx("onnxruntime"), _manifest(folder)
         micro, threads = 16 if micro is None else whole(micro, "micro"), whole(threads, "threads")
+        choice(m["policy"], "policy", OBJECTIVES)  # a file names no class to be imported
+        choice(m["score"], "score", SCORES)
         policy = objective_by_name(m["policy"], **m["policy_options"])
         _set_rule(
             self,

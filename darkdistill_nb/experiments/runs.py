@@ -1,5 +1,5 @@
 """Settings become objects, jobs and results, and what is killed goes on where it was.
-x
+Jobs, the run folder, and runs that survive being killed.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/5_experiments/runs.html.md"""
 

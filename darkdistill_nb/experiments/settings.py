@@ -1,5 +1,5 @@
 """An experiment is described by a handful of settings, each with a default, a meaning and a check.
-x
+One table of settings for the command line, a file and Python.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/5_experiments/settings.html.md"""
 

@@ -122,7 +122,7 @@ def exits_and_labels():
     return dict(logits=logits(), y=labels())
 
 
-def policy():
+def objective():
     return exit_training.Joint()
 
 
@@ -158,7 +158,7 @@ CALLS = {
     "resample_test": lambda: dict(y=labels(40), p=torch.full((C,), 1 / C), n=10),
     "show_pictures": lambda: dict(data=pictures(), columns=4),
     "sample_difficulty": lambda: dict(logits=rand(N, C), y=labels()),
-    "measure_difficulty": lambda: dict(net=net(), policy=policy(), data=pictures()),
+    "measure_difficulty": lambda: dict(net=net(), objective=objective(), data=pictures()),
     "bins_of": lambda: dict(width=1.0),
     "DifficultyHistogram": lambda: dict(counts=torch.ones(C, 10, dtype=torch.long)),
     "kd_loss": stu_tea,
@@ -226,12 +226,12 @@ CALLS = {
     "SelfDistillation": dict,
     "Mutual": dict,
     "objective_by_name": lambda: dict(name="joint"),
-    "fit_exits": lambda: dict(net=net(), data=pictures(), policy=policy()),
+    "fit_exits": lambda: dict(net=net(), data=pictures(), objective=objective()),
     "train_exits": lambda: dict(
-        build=net, train=pictures(), test=pictures(), policy=policy()
+        build=net, train=pictures(), test=pictures(), objective=objective()
     ),
     "gradient_share": lambda: dict(
-        policy=policy(), raw=list(logits()), y=labels(), difficulty=torch.linspace(0, 1, N), bins=2
+        objective=objective(), raw=list(logits()), y=labels(), difficulty=torch.linspace(0, 1, N), bins=2
     ),
     "Hint": lambda: dict(student_width=4, teacher_width=8),
     "lpd_loss": lambda: dict(student=rand(N, 6), teacher=rand(N, 6, seed=1)),
@@ -456,7 +456,7 @@ MORE = {
     "near": lambda: dict(word="a", choices=["a", "b"]),
     "job_steps": lambda: dict(config=settings.make_config(), kind="run"),
     "pair_loss": lambda: dict(
-        teacher=net(), student=net(), x=middle(), d=rand(N).abs(), policy=policy()
+        teacher=net(), student=net(), x=middle(), d=rand(N).abs(), objective=objective()
     ),
     "distree_cell": lambda: dict(data="shapes"),
     "plot_filters": lambda: dict(
@@ -480,7 +480,7 @@ MORE = {
         d=rand(N).abs(),
         teacher=net(),
         reference=net(),
-        policy=policy(),
+        objective=objective(),
     ),
     "plot_policies": lambda: dict(curves=curves()),
     "plot_auroc": lambda: dict(table={"a": [0.5, 0.6, 0.7]}),
@@ -592,7 +592,7 @@ LAST = {
         gen=generator.Generator(tuple(middle().shape[1:]), C, 4, 8),
         teacher=net(),
         reference=net(),
-        policy=policy(),
+        objective=objective(),
         pool=histogram(),
         steps=1,
         generator=rng(),

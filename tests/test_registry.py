@@ -116,7 +116,7 @@ def test_every_method_runs_by_its_name(name, tmp_path):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_is_made_from_the_settings(name):
     exp = runs.Experiment({**small, "objective": name})
-    assert type(exp.objective()) is type(exp.method("eefl").policy) is OBJECTIVES[name]
+    assert type(exp.objective()) is type(exp.method("eefl").objective) is OBJECTIVES[name]
 
 
 def test_a_new_method_is_one_line(monkeypatch):
@@ -417,10 +417,3 @@ def test_methods_are_listed(capsys):
     assert "did you mean 'darkdistill'?" in capsys.readouterr().err
     assert cli.main(["methods", "pathlib:Path"]) == 2
     assert "must be a method or an objective" in capsys.readouterr().err
-
-
-def test_from_python():
-    "What the command does can be done from Python, by the place the documentation names."
-    from darkdistill_nb.experiments.runs import run_experiment
-
-    assert run_experiment is runs.run_experiment

@@ -45,7 +45,9 @@ class Keyword:
 
     def __str__(self):
         "As one writes it: tau=0.1."
-        return self.name if self.default is inspect.Parameter.empty else f"{self.name}={self.default}"
+        return (
+            self.name if self.default is inspect.Parameter.empty else f"{self.name}={self.default}"
+        )
 
 # %% ../../nbs/0_core/registry.ipynb #5411f83a
 def _comments(function):

@@ -256,7 +256,7 @@ def anytime(
 def exit_outputs(
     net,  # `EarlyExitNet`; put into evaluation mode and back
     data,  # `ArrayData`
-    policy=None,  # how the exits were trained, e.g. `BoostNet()`: turns raw logits into deciding ones; None: raw logits decide
+    objective=None,  # how the exits were trained, e.g. `BoostNet()`: turns raw logits into deciding ones; None: raw logits decide
     batch_size: int = 512,  # pictures a forward pass
 ) -> tuple:  # logits (E, N, K) and a list of E tensors (N, h) of features, on the CPU
     "Deciding logits and features of all exits for a whole data set; raises `ValueError` for an empty one."
@@ -271,7 +271,7 @@ def exit_outputs(
             a = net.features(net.stem(xb.to(device)))
             features.append([v.clone().cpu() for v in a])  # the classifiers may work in place
             raw = net.classify(a)
-            logits.append(torch.stack(list(policy.predict(raw)) if policy else raw).cpu())
+            logits.append(torch.stack(list(objective.predict(raw)) if objective else raw).cpu())
     return torch.cat(logits, 1), [torch.cat(v) for v in zip(*features)]
 
 # %% ../../nbs/2_exits/inference.ipynb #c17dbf8c

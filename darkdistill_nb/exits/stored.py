@@ -33,7 +33,7 @@ NETS = {  # arguments of `build_net`, by short name
 # %% ../../nbs/2_exits/stored.ipynb #d31e3119
 def load_trained(
     path, # file of `keep_trained`, or the name of one in the assets, e.g. "exits_cifar10_wrn"
-)->tuple: # (network in evaluation mode, policy, answers, header)
+)->tuple: # (network in evaluation mode, objective, answers, header)
     "Read a trained network and its answers; needs neither data set nor download."
     path = Path(path) if str(path).endswith(".safetensors") else asset(f"{path}.safetensors")
     tensors, meta = load_tensors(path)

@@ -32,13 +32,7 @@ from darkdistill_nb.core.records import (
 )
 from ..core.registry import OBJECTIVES
 from ..core.seeds import Streams
-from darkdistill_nb.core.training import (
-    accuracy,
-    check_batches,
-    mean_std,
-    predict,
-    start_training,
-)
+from ..core.training import accuracy, check_batches, mean_std, predict, start_training
 from fastcore.basics import patch
 from pathlib import Path
 from torch import nn
@@ -510,12 +504,12 @@ def _draws(net):
     shares = (getattr(m, k, 0) for m in net.modules() for k in ("p", "drop_prob", "dropout"))
     return any(isinstance(v, (int, float)) and v > 0 for v in shares)
 
-def _training_of(net, data, policy, opt, generator, **settings):
+def _training_of(net, data, objective, opt, generator, **settings):
     "Fingerprints of everything that the weights of a training follow from."
     groups = [{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups]
     return fingerprints(
         **settings,
-        policy=policy,
+        objective=objective,
         data=data,
         weights=net,
         generator=generator,
@@ -536,9 +530,9 @@ def _save_progress(path, net, opt, generators, rows, marks=None):
     save_tensors(path, state, dict(rows=rows, training=marks))
 
 # %% ../../nbs/2_exits/training.ipynb #ed2df658
-def _load_progress(path, net, opt, generators, policy, marks=None):
+def _load_progress(path, net, opt, generators, objective, marks=None):
     "Put back what `_save_progress` wrote, if it did and for this training; returns the rows."
-    if hasattr(policy, "weight_net"):
+    if hasattr(objective, "weight_net"):
         raise ValueError(
             f"checkpoint={str(path)!r} must be None with L2W: its weight net is not kept there"
         )
@@ -561,14 +555,18 @@ def _load_progress(path, net, opt, generators, policy, marks=None):
     return meta["rows"]
 
 # %% ../../nbs/2_exits/training.ipynb #35994c04
-def _check_exits(net, data, policy, batch_size):
+def _check_exits(net, data, objective, batch_size):
     "Is this something that can be trained?"
-    known = all(hasattr(policy, k) for k in ("loss", "meta_step", "at", "ge"))
-    check(known, "policy", policy, "an object such as Joint() or BoostNet()")
+    known = all(hasattr(objective, k) for k in ("loss", "meta_step", "at", "ge"))
+    check(known, "objective", objective, "an object such as Joint() or BoostNet()")
     check(len(data), "data", data, "a split with at least one image")
     if isinstance(data, ArrayData):  # a meta step learns from halves of a batch
         check_batches(
-            net, len(data), batch_size, data[:1][0], parts=2 if hasattr(policy, "weight_net") else 1
+            net,
+            len(data),
+            batch_size,
+            data[:1][0],
+            parts=2 if hasattr(objective, "weight_net") else 1,
         )
 
 def _sgd(**settings):
@@ -584,14 +582,14 @@ def _passes(epochs, batch_size, cosine, amp):
         flag(amp, "amp"),
     )
 
-def _begin_epoch(modes, policy, e, epochs):
-    "Modules in the modes they had, whatever `on_epoch` did to them; the policy knows how far training is."
+def _begin_epoch(modes, objective, e, epochs):
+    "Modules in the modes they had, whatever `on_epoch` did to them; the objective knows how far training is."
     for m, mode in modes:
         m.training = mode
-    policy.at(e, epochs)
+    objective.at(e, epochs)
 
 # %% ../../nbs/2_exits/training.ipynb #82676771
-def _epoch(net, batches, policy, opt, rate, augment, amp, e):
+def _epoch(net, batches, objective, opt, rate, augment, amp, e):
     "One pass over the batches; returns its row."
     total, n, start = 0.0, 0, time.perf_counter()
     for i, (x, y) in enumerate(batches):
@@ -599,8 +597,8 @@ def _epoch(net, batches, policy, opt, rate, augment, amp, e):
             opt.param_groups[0]["lr"] = rate(i)
         x = augment(x) if augment else x
         with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-            policy.meta_step(net, x, y, opt)
-            value = policy.loss(net(x, policy.ge), y)[0]
+            objective.meta_step(net, x, y, opt)
+            value = objective.loss(net(x, objective.ge), y)[0]
         opt.zero_grad(set_to_none=True)
         value.backward()
         opt.step()
@@ -618,7 +616,7 @@ def _falling(lr, e, epochs, n):
 def fit_exits(
     net:nn.Module,            # an early-exit network, trained in place
     data,                     # `ArrayData` on the network's device
-    policy,                   # `Joint()`, `BoostNet()`, ...
+    objective,                   # `Joint()`, `BoostNet()`, ...
     epochs:int=1,             # passes over `data`
     lr:float=.05,             # learning rate in the first step
     momentum:float=.9, weight_decay:float=1e-4, # of SGD
@@ -633,7 +631,7 @@ def fit_exits(
 )->list:                      # a dict per epoch: epoch, loss (nats, mean per picture), seconds
     "Train all exits; raises `ValueError` for another training's checkpoint, `FloatingPointError` for a loss of NaN."
     epochs, batch_size, cosine, amp = _passes(epochs, batch_size, cosine, amp)
-    _check_exits(net, data, policy, batch_size)
+    _check_exits(net, data, objective, batch_size)
     sgd = _sgd(lr=lr, momentum=momentum, weight_decay=weight_decay)
     opt = (optimizer or partial(torch.optim.SGD, **sgd))(
         [p for p in net.parameters() if p.requires_grad]
@@ -643,13 +641,13 @@ def fit_exits(
     drawn = [x for x in (generator, g if augment else None) if x]
     changed = augment and (lambda x: augment(x, g))
     how = dict(epochs=epochs, batch_size=batch_size, cosine=cosine, amp=amp, augment=augment, **sgd)
-    marks = _training_of(net, data, policy, opt, generator, **how) if checkpoint else None
-    rows = _load_progress(checkpoint, net, opt, drawn, policy, marks) if checkpoint else []
+    marks = _training_of(net, data, objective, opt, generator, **how) if checkpoint else None
+    rows = _load_progress(checkpoint, net, opt, drawn, objective, marks) if checkpoint else []
     for e in range(len(rows), epochs):
-        _begin_epoch(modes, policy, e, epochs)
+        _begin_epoch(modes, objective, e, epochs)
         rate = _falling(sgd["lr"], e, epochs, math.ceil(len(data) / batch_size)) if cosine else None
         rows.append(
-            _epoch(net, data.batches(batch_size, generator), policy, opt, rate, changed, amp, e)
+            _epoch(net, data.batches(batch_size, generator), objective, opt, rate, changed, amp, e)
         )
         if checkpoint:
             _save_progress(checkpoint, net, opt, drawn, rows, marks)
@@ -662,25 +660,25 @@ def train_exits(
     build,        # () -> early-exit network; called with the stream "init" as torch's global generator
     train,        # `ArrayData`
     test,         # `ArrayData` it is evaluated on
-    policy,       # a fresh policy: L2W carries a network of its own
+    objective,       # a fresh objective: L2W carries a network of its own
     seed:int=0,   # first weights, order, augmentation
     device="cpu",
     **kwargs      # passed to `fit_exits`: epochs, lr, batch_size, augment, ...
-)->dict:          # net (trained), policy, seed, rows, accuracy (list, one per exit, in [0, 1])
-    "Train an early-exit network with a policy; what is random follows from `seed` alone, so that policies are compared in pairs."
+)->dict:          # net (trained), objective, seed, rows, accuracy (list, one per exit, in [0, 1])
+    "Train an early-exit network with an objective; what is random follows from `seed` alone, so that objectives are compared in pairs."
     s = Streams(seed)
     with s.scope("init"):
         net = build().to(device)
     with s.scope("train"):
-        rows = fit_exits(net, train.to(device), policy, generator=s.generator("order"), **kwargs)
-    F_ = torch.stack(policy.predict(list(predict(net, test.to(device)))))
+        rows = fit_exits(net, train.to(device), objective, generator=s.generator("order"), **kwargs)
+    F_ = torch.stack(objective.predict(list(predict(net, test.to(device)))))
     return dict(
-        net=net, policy=policy, seed=seed, rows=rows, accuracy=accuracy(F_, test.y).tolist()
+        net=net, objective=objective, seed=seed, rows=rows, accuracy=accuracy(F_, test.y).tolist()
     )
 
 # %% ../../nbs/2_exits/training.ipynb #b7c8c0f8
 def compare_exits(
-    ways:dict,          # name -> () -> fresh policy, e.g. dict(Joint=Joint, BoostNet=BoostNet)
+    ways:dict,          # name -> () -> fresh objective, e.g. dict(Joint=Joint, BoostNet=BoostNet)
     build,              # as in `train_exits`
     train,              # `ArrayData`
     test,               # `ArrayData`
@@ -690,12 +688,12 @@ def compare_exits(
 )->dict:                # name -> list of the results of `train_exits`, one per seed
     "Train every way with every seed; raises `ValueError` without ways, or for seeds that are not whole numbers."
     known = isinstance(ways, dict) and ways and all(map(callable, ways.values()))
-    check(known, "ways", ways, "a dict: name -> () -> fresh policy")
+    check(known, "ways", ways, "a dict: name -> () -> fresh objective")
     seeds = _seeds(seeds)
     out = {name: [] for name in ways}
     for seed in seeds:
-        for name, policy in ways.items():
-            out[name].append(train_exits(build, train, test, policy(), seed, **kwargs))
+        for name, objective in ways.items():
+            out[name].append(train_exits(build, train, test, objective(), seed, **kwargs))
             if on_run:
                 on_run(name, out[name][-1])
     return out
@@ -739,7 +737,7 @@ def difficulty_experiment(
     power: float = 3.0,  # shapes: difficulty is u**power with uniform u
     **kwargs,  # passed to `fit_exits`; preset: epochs=8, lr=.01, batch_size=32
 ) -> tuple:  # (results of `compare_exits`, train, test)
-    "Train the same network on the same pictures with several policies, for the same number of epochs."
+    "Train the same network on the same pictures with several objectives, for the same number of epochs."
     n_train, n_test, power = (
         whole(n_train, "n_train"),
         whole(n_test, "n_test"),
@@ -781,7 +779,7 @@ def difficulty_experiment(
 
 # %% ../../nbs/2_exits/training.ipynb #19e71f15
 RATES = (0.005, 0.01, 0.02, 0.04)
-RATE_WAYS = {  # name -> (policy, options, learning rates)
+RATE_WAYS = {  # name -> (objective, options, learning rates)
     "joint": ("joint", {}, RATES),
     "joint, equilibrium": ("joint", dict(ge="full"), RATES),
     "BoostNet without equilibrium": ("boostnet", dict(ge="none"), RATES),
@@ -793,7 +791,7 @@ RATE_WAYS = {  # name -> (policy, options, learning rates)
 }
 
 def difficulty_cell(
-    cell:dict, # data, policy, options, seed, lr, epochs, n_train, n_test, width, batch_size
+    cell:dict, # data, policy (its objective), options, seed, lr, epochs, n_train, n_test, width, batch_size
     folder,    # unused; jobs of `run_grid` take one
 )->dict:       # accuracy: one number per exit
     "One training of `difficulty_experiment`, as a cell."
@@ -894,7 +892,7 @@ def rate_claim(
 
 # %% ../../nbs/2_exits/training.ipynb #a7239324
 def gradient_share(
-    policy,                  # trained, where it has something to train
+    objective,                  # trained, where it has something to train
     raw:list,                # E tensors (N, K), raw logits of a network on N samples
     y:torch.Tensor,          # (N,) labels
     difficulty:torch.Tensor, # (N,) in [0, 1]
@@ -910,7 +908,7 @@ def gradient_share(
         "from 0 to 1 and without NaN",
     )
     leaves = [f.detach().clone().requires_grad_() for f in raw]
-    policy.loss(leaves, y)[0].backward()
+    objective.loss(leaves, y)[0].backward()
     size = torch.stack([f.grad.norm(dim=1) for f in leaves])
     at = (difficulty * bins).long().clamp(max=bins - 1)
     total = torch.zeros(len(raw), bins, dtype=size.dtype, device=size.device).index_add_(

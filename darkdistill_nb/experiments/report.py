@@ -68,7 +68,7 @@ def _tier_difficulty(run, train, clients, device):
     net, out = run.net(), {}
     for m in sorted({c.tier for c in clients}):
         data = train.subset(torch.cat([c.train for c in clients if c.tier == m])).to(device)
-        d = measure_difficulty(net, run.method.policy, data)
+        d = measure_difficulty(net, run.method.objective, data)
         out[str(m)] = DifficultyHistogram.of(d, data.y.cpu(), net.n_classes).counts.sum(0).tolist()
     return out
 

@@ -140,7 +140,7 @@ def objective(self: Experiment):
 def method(self: Experiment, name):
     "A fresh method object by name; raises `ValueError` for keywords of its own that do not fit."
     shared = {k: self.config[k] for k in keywords_of(METHODS[CONTROL]) if k in TRAINING}
-    shared["policy"] = self.objective()
+    shared["objective"] = self.objective()
     return _made(METHODS, name, self.config.get(name, {}), **shared)
 
 @patch

@@ -166,7 +166,8 @@ def job_name(
     seed:int,
 )->str:
     "What a job is called in names of files."
-    return f"{kind.replace(':', '-')}-seed{seed}"
+    check(isinstance(kind, str) and kind, "kind", kind, "the name of a method, or alone")
+    return f"{kind.replace(':', '-')}-seed{whole(seed, 'seed', None)}"
 
 def job_steps(
     config:dict,

@@ -265,7 +265,7 @@ def option_of(
     name:str, # of a setting, a method, an objective, or "module:Class"
 )->Option:
     "How a setting is read; raises `ValueError`, with the nearest name, for an unknown one."
-    if name in OPTIONS:
+    if isinstance(name, str) and name in OPTIONS:
         return OPTIONS[name]
     if name not in _names() and not is_address(name):
         raise ValueError(f"setting {shown(name)} is unknown{near(name, _names())}")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 from darkdistill_nb.experiments import settings
-from darkdistill_nb.core import data, plots, records
+from darkdistill_nb.core import data, parallel, plots, records
 from darkdistill_nb.federated import difficulty
 from darkdistill_nb.distill import losses as distillation
 from darkdistill_nb.distree import students as distributed
@@ -150,6 +150,7 @@ CALLS = {
     "load": lambda: dict(name="digits", n_train=20, n_test=20),
     "effective_classes": lambda: dict(gamma=0.5, n_classes=C),
     "class_mix": lambda: dict(clients=3, n_classes=C, gamma=0.5),
+    "dirichlet_indices": lambda: dict(y=labels(40), clients=3, gamma=5.0),
     "dirichlet_split": lambda: dict(y=labels(40), clients=3, gamma=5.0),
     "client_histogram": lambda: dict(
         y=labels(), parts=[torch.arange(6), torch.arange(6, N)], n_classes=C
@@ -496,7 +497,12 @@ MORE = {
         rank=2,
     ),
     "only_from_main": dict,
-    "WorkerPool": lambda: dict(workers=1),
+    "Workers": lambda: dict(n=1, start=parallel.constantly),
+    "constantly": lambda: dict(answer=print),
+    "one_thread": dict,
+    "tell": dict,
+    "WorkerLost": lambda: dict(job=0, pid=1, code=-9, begun=True),
+    "fits_in_memory": lambda: dict(size=10, what="it"),
     "split_group": lambda: dict(g=runner.Group([0, 1], rand(2, 3)), size=1),
     "live_policy": lambda: dict(policy="last", n_exits=E),
     "joint_policy": lambda: dict(points=[1]),

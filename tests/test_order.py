@@ -158,3 +158,27 @@ def test_front_offers_the_names_of_its_modules(chapter):
                 assert getattr(package, name) is getattr(module, name), name
             else:
                 assert name == "main" or name.isupper(), f"{m}.{name} is not unique"
+
+
+def reading_paths():
+    "Name of each way through the lessons -> the lessons that it names."
+    text = source(next(c for c in cells(ROOT / "nbs/index.ipynb") if "## Three ways" in source(c)))
+    return {
+        name: re.findall(r"\]\(([\w/]+\.ipynb)\)", line)
+        for name, line in re.findall(r"^\* \*\*(.+?)\*\*: (.+)$", text, re.M)
+    }
+
+
+def test_reading_paths_follow_the_order():
+    rows = {l.path: i for i, l in enumerate(ORDER)}
+    paths = reading_paths()
+    assert len(paths) == 3
+    for name, files in paths.items():
+        places = [rows[f] for f in files]
+        assert len(places) >= 5 and places == sorted(places), name
+
+
+def test_two_hours_are_two_hours():
+    minutes = {l.path: l.minutes for l in ORDER}
+    files = next(files for name, files in reading_paths().items() if "two hours" in name)
+    assert 90 <= sum(minutes[f] for f in files) <= 130

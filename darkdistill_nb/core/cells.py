@@ -11,14 +11,12 @@ __all__ = ['cell_key', 'cell_file', 'run_stored', 'json_or_text', 'key_values', 
 
 # %% ../../nbs/0_core/cells.ipynb #86dd3c95
 import functools, hashlib, json, math, os, sys, time
-from concurrent.futures import as_completed
 from pathlib import Path
-import torch
 from .checks import check, number, whole
 from darkdistill_nb.core.parallel import (
-    WorkerPool,
+    Workers,
+    constantly,
     forgiving_console,
-    leave_with_parent,
     one_thread,
     only_from_main,
 )
@@ -117,17 +115,11 @@ def run_command(
         print("error: " + " ".join(str(e).split()), file=sys.stderr)
         return 1 if isinstance(e, RuntimeError) else 2
 
-# %% ../../nbs/0_core/cells.ipynb #16fca78b
-def _worker_start():
-    "One thread; leave when the parent has gone."
-    leave_with_parent()
-    torch.set_num_threads(1)
-
 # %% ../../nbs/0_core/cells.ipynb #13751c08
-def _each_in_pool(job, items, workers):
-    with WorkerPool(workers, _worker_start) as pool, pool.explained():
-        for future in as_completed([pool.submit(job, i) for i in items]):
-            yield future.result()
+def _each_in_workers(job, items, workers):
+    with Workers(workers, constantly, job) as w:
+        for _, result in w.run([(i,) for i in items]):
+            yield result
 
 # %% ../../nbs/0_core/cells.ipynb #337afcc8
 def each(
@@ -141,7 +133,7 @@ def each(
     if workers == 1 or len(items) < 2:
         return map(job, items)
     only_from_main()
-    return _each_in_pool(job, items, min(workers, len(items)))
+    return _each_in_workers(job, items, min(workers, len(items)))
 
 # %% ../../nbs/0_core/cells.ipynb #8c9541ca
 def run_grid(

@@ -161,9 +161,11 @@ MOST_CLASSES = 65_536  # a larger label is no label: a position, a hash, a time
 
 def fits_in_memory(
     size:int,  # bytes
-    what:str,  # what would take them, for the message
+    what,      # what would take them, for the message
 )->None:
     "Raise `ValueError` if `size` bytes are more than the memory of this machine, where it tells."
+    size = whole(size, "size", 0)
+    check(isinstance(what, str), "what", what, "a text")
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

@@ -39,7 +39,7 @@ class Streams:
 
     def generator(self,
         *names # what the numbers are for
-    )->"torch.Generator": # a fresh CPU generator, at the start of its stream
+    ): # a fresh CPU generator of torch, at the start of its stream
         "A fresh generator for the stream called `names`."
         import torch
 

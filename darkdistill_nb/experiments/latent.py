@@ -712,7 +712,6 @@ AXES = dict(
 # %% ../../nbs/5_experiments/latent.ipynb #688930c7
 def _panels(record, axis, measure, title, y, height, skip=None):
     "Two panels of a curve per method; `measure(method, metric, x)`: (mean, half the bar's length)."
-    import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
     fig = make_subplots(1, 2, subplot_titles=("T_priv", "T_uni"), horizontal_spacing=0.08)

@@ -11,7 +11,7 @@ __all__ = ['Client', 'tier_sizes', 'make_clients', 'check_clients', 'average', '
            'train_alone']
 
 # %% ../../nbs/3_federated/method.ipynb #6d49db8a
-import contextlib, copy, math, pickle, sys, threading, time, warnings
+import contextlib, copy, math, pickle, sys, time, warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..core.data import ArrayData
 from ..core.splits import client_histogram, dirichlet_split
 from ..exits.networks import EarlyExitNet, block_of
 from ..exits.training import BoostNet
-from ..core.parallel import Spawn, _begin, only_from_main, why_ended
+from ..core.parallel import WorkerLost, Workers
 from ..core.seeds import Streams
 from darkdistill_nb.core.training import (
     accuracy,
@@ -653,7 +653,7 @@ def _open(timm, packed):
 
     def answer(weights, cid, rnd):
         data = train.subset(who[cid].train)
-        return _ask(method, weights, data, who[cid], rnd, streams)
+        return _portable(_ask(method, weights, data, who[cid], rnd, streams))
 
     return answer
 
@@ -668,99 +668,20 @@ def _portable(answer):
         kind = FloatingPointError if isinstance(answer, FloatingPointError) else RuntimeError
         return pickle.dumps(kind(f"{type(answer).__name__}: {answer}"))
 
-# %% ../../nbs/3_federated/method.ipynb #734a3c84
-def _worker(conn):
-    "What a worker process does: answers the jobs that come through the pipe, until the other end is closed."
-    torch.set_num_threads(1)
+# %% ../../nbs/3_federated/method.ipynb #6a088ef5
+def _train_in(workers, jobs):
+    "Answers of clients, in the order of `jobs`: (weights, client's id, round). Deep clients go first."
+    order = sorted(range(len(jobs)), key=lambda i: len(jobs[i][0]), reverse=True)
+    answers = [None] * len(jobs)
     try:
-        answer = _open(*conn.recv())
-    except (EOFError, OSError):
-        return
-    while True:
-        try:
-            job = pickle.loads(conn.recv_bytes())
-        except (EOFError, OSError):
-            return
-        try:
-            result = answer(*job)
-        except _FATAL as e:
-            result = e
-        conn.send_bytes(_portable(result))
-
-# %% ../../nbs/3_federated/method.ipynb #95db2d80
-class _Pool:
-    "Worker processes that each train one client at a time, single-threaded; raises `RuntimeError` if one dies."
-
-    def __init__(self, workers, *start): # start: as of `_pack`
-        only_from_main()
-        main = threading.current_thread() is threading.main_thread()
-        packed, self.spawn, self.procs = _pack(*start), Spawn(), {}
-        work = pickle.dumps(
-            (_worker, ())
-        )  # small: nobody waits with half of it for a child that has died
-        for _ in range(workers):
-            mine, theirs = self.spawn.Pipe()
-            p = self.spawn.Process(target=_begin, args=(main, work, theirs), daemon=True)
-            self.procs[mine] = p
-            p.start()
-            theirs.close()
-        for conn in self.procs:
-            with contextlib.suppress(OSError):  # one that has gone is missed at its first job
-                conn.send(packed)
-
-    def __call__(self, jobs): # [(weights, client id, round)] -> answers, in order
-        from multiprocessing.connection import wait
-
-        todo = sorted(
-            range(len(jobs)), key=lambda i: len(jobs[i][0])
-        )  # deep clients last: they are taken first
-        answers, at, free = [None] * len(jobs), {}, list(self.procs)
-        while todo or at:
-            while todo and free:
-                conn = free.pop()
-                at[conn] = todo.pop()
-                self._send(conn, jobs[at[conn]])
-            for conn in wait(list(at)):
-                i = at.pop(conn)
-                answers[i] = self._receive(conn, jobs[i])
-                free.append(conn)
-        return answers
-
-# %% ../../nbs/3_federated/method.ipynb #1f85792e
-@patch
-def _send(self: _Pool, conn, job):
-    try:
-        conn.send_bytes(pickle.dumps(job))
-    except OSError:
-        self._lost(conn, job)
-
-@patch
-def _receive(self: _Pool, conn, job):
-    try:
-        return pickle.loads(conn.recv_bytes())
-    except (EOFError, OSError):
-        self._lost(conn, job)
-
-@patch
-def _lost(self: _Pool, conn, job):
-    "Name the process that has gone, and what it was doing."
-    p = self.procs[conn]
-    p.join(5)
-    why = (
-        f"it ended with exit code {p.exitcode}"
-        if p.exitcode in (None, 0, -15)
-        else why_ended([p.exitcode])
-    )
-    raise RuntimeError(
-        f"round {job[2] + 1}: client {job[1]} was with worker process {p.pid}: {why}"
-    ) from None
-
-@patch
-def close(self: _Pool):
-    "End all processes."
-    self.spawn.end()
-    for conn in self.procs:
-        conn.close()
+        for i, answer in workers.run([jobs[j] for j in order]):
+            answers[order[i]] = pickle.loads(answer)
+    except WorkerLost as e:
+        _, client, rnd = jobs[order[e.job]]
+        raise RuntimeError(
+            f"round {rnd + 1}: client {client} was with worker process {e.pid}: {e}"
+        ) from None
+    return answers
 
 # %% ../../nbs/3_federated/method.ipynb #79eb59a3
 def evaluate(
@@ -851,7 +772,7 @@ def play_round(
     t, drawn = time.perf_counter(), method.configure(rnd, clients, streams)
     sent = [method.send(state, c) for c in drawn]
     if pool:
-        answers = pool([(w, c.id, rnd) for w, c in zip(sent, drawn)])
+        answers = _train_in(pool, [(w, c.id, rnd) for w, c in zip(sent, drawn)])
     else:
         answers = [
             _ask(method, w, train.subset(c.train), c, rnd, streams) for w, c in zip(sent, drawn)
@@ -953,7 +874,7 @@ def _workers(workers, bar, *start):
     torch.set_num_threads(1)
     try:
         if workers > 1:
-            pool = _Pool(workers, *start)
+            pool = Workers(workers, _open, *_pack(*start))
         yield pool
     finally:
         torch.set_num_threads(threads)

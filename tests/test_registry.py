@@ -1,4 +1,6 @@
-"""Methods and objectives by name: one line in the registry is all that the command, its help, reports and runs need, and a class in a user's own file needs none."""
+"""Methods and objectives by name: one line in the registry is all that the command, its help, reports and runs need.
+
+A class in a user's own file needs no line at all."""
 
 import inspect, json, os, re, signal, subprocess, sys, time
 import pytest
@@ -301,7 +303,7 @@ def test_a_killed_run_goes_on(own, wait_until):
     assert r.returncode == 0, r.stderr
     r = darkdistill(*args, "--workers", "1", "--out", "whole", cwd=own)
     assert r.returncode == 0, r.stderr
-    for name in (f"my_module-MyMethod-seed0.safetensors", "eefl-seed0.safetensors"):
+    for name in ("my_module-MyMethod-seed0.safetensors", "eefl-seed0.safetensors"):
         a, b = (load_tensors(own / d / "weights" / name)[0] for d in ("killed", "whole"))
         assert a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a), name
 

@@ -31,11 +31,9 @@ from darkdistill_nb.experiments.runs import (
     run_experiment,
 )
 from darkdistill_nb.experiments.settings import (
-    DATA_OPTIONS,
-    METHOD_OPTIONS,
+    GROUPS,
     OPTIONS,
     OUT,
-    TRAIN_OPTIONS,
     WORKERS,
     make_config,
     option_of,
@@ -94,6 +92,7 @@ A run folder holds config.json, weights/, record.json (all numbers) and
 report.html (to look at). The same settings give the same weights, on any
 number of cores."""
 
+# %% ../../nbs/6_app/cli.ipynb #639cc83c
 def _rows(rows):
     "Rows of (name, text), the text wrapped beside the name."
     import textwrap
@@ -123,11 +122,7 @@ def add_run_options(
     addresses=(), # "module:Class" of classes whose keywords may be given, too
 )->Parser:
     "Add every setting of `OPTIONS`, and keywords of methods and objectives; what is not given stays out of the result."
-    for title, options in (
-        ("data and clients", DATA_OPTIONS),
-        ("methods and network", METHOD_OPTIONS),
-        ("training", TRAIN_OPTIONS),
-    ):
+    for title, options in GROUPS.items():
         g = p.add_argument_group(title)
         for o in options:
             _add_option(g, o, f"{o.help} [{_default(o)}]")
@@ -173,6 +168,7 @@ def _parse_run(sub, addresses):
         g.add_argument(f"--{name}", metavar=metavar, help=text)
     add_run_options(r, addresses)
 
+# %% ../../nbs/6_app/cli.ipynb #30f1d782
 def _parse_compare(sub):
     c = sub.add_parser(
         "compare",

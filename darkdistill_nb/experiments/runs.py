@@ -22,7 +22,7 @@ from darkdistill_nb.core.parallel import (
     why_ended,
 )
 from ..core.registry import CONTROL, METHODS, OBJECTIVES, keywords_of, near
-from .settings import TRAIN_OPTIONS, make_config
+from .settings import GROUPS, make_config
 
 # %% ../../nbs/5_experiments/runs.ipynb #0242250a
 def _keywords(what, given, allowed):
@@ -71,12 +71,7 @@ class Experiment:
         self.config = c = make_config(config)
         self.device = pick_device(c["device"])
         c["device"] = str(self.device)
-        self.objective()
-        for m in dict.fromkeys([*c["methods"], *(k for k in c if k in METHODS)]):
-            self.method(m)
-        for k in c:
-            if k in OBJECTIVES:
-                _made(OBJECTIVES, k, c[k])
+        _check_made(self)
         check_json(c)
         some = {k: c[k] for k in ("n_train", "n_test") if c[k] is not None}
         try:
@@ -89,14 +84,8 @@ class Experiment:
         if c["tiers"] is None:
             c["tiers"] = [1 / len(self.net)] * len(self.net)
         _check_tiers(c["tiers"], len(self.net))
-        self.clients = {
-            s: make_clients(
-                self.train.y,
-                seed=s,
-                **{k: c[k] for k in ("clients", "gamma", "tiers", "family", "valid", "cover")},
-            )
-            for s in c["seeds"]
-        }
+        how = {k: c[k] for k in ("clients", "gamma", "tiers", "family", "valid", "cover")}
+        self.clients = {s: make_clients(self.train.y, seed=s, **how) for s in c["seeds"]}
         self.costs = self.net.macs()
 
 # %% ../../nbs/5_experiments/runs.ipynb #ac42c3ae
@@ -118,7 +107,7 @@ def build(self: Experiment):
         ) from None
 
 # %% ../../nbs/5_experiments/runs.ipynb #5c07129c
-TRAINING = [o.name for o in TRAIN_OPTIONS]  # settings that a method may take
+TRAINING = [o.name for o in GROUPS["training"]]  # settings that a method may take
 
 def _made(registry, name, own, **common):
     "What `name` means, with keywords of its own and those in `common` that it takes; raises `ValueError`."
@@ -129,6 +118,15 @@ def _made(registry, name, own, **common):
         return cls(**{k: v for k, v in common.items() if k in allowed}, **own)
     except (TypeError, ValueError, ArithmeticError) as e:
         raise ValueError(f"{name}={shown(own)} does not fit: {e}") from None
+
+def _check_made(exp):
+    "Make each method and objective that is named in the settings; raises `ValueError` for what does not fit."
+    exp.objective()
+    for name in dict.fromkeys([*exp.config["methods"], *exp.config]):
+        if name in exp.config["methods"] or name in METHODS:
+            exp.method(name)
+        elif name in OBJECTIVES:
+            _made(OBJECTIVES, name, exp.config[name])
 
 @patch
 def objective(self: Experiment):
@@ -143,6 +141,7 @@ def method(self: Experiment, name):
     shared["objective"] = self.objective()
     return _made(METHODS, name, self.config.get(name, {}), **shared)
 
+# %% ../../nbs/5_experiments/runs.ipynb #51dc8ced
 @patch
 def digest(self: Experiment):
     "sha256 of all images and labels."
@@ -224,6 +223,26 @@ def _run_alone(exp, seed, path, on_step):
         on_step(len(done), f"client {c.id}: accuracy {a:.3f}")
     return done
 
+# %% ../../nbs/5_experiments/runs.ipynb #f40b1de5
+def _news(on_step):
+    "What `simulate` calls after every round: it tells `on_step` loss and accuracy in words."
+    last = ["-"]
+
+    def on_round(row):
+        if "accuracy" in row:
+            last[0] = f"{sum(row['accuracy']) / len(row['accuracy']):.3f}"
+        loss = "-" if row["loss"] is None else f"{row['loss']:.3f}"
+        on_step(row["round"], f"round {row['round']}: loss {loss}, mean accuracy {last[0]}")
+
+    return on_round
+
+def _check_finite(run, c):
+    "Raise `FloatingPointError` where training has diverged."
+    if not all(bool(v.isfinite().all()) for v in run.state["net"].values()):
+        raise FloatingPointError(
+            f"the weights are not finite after {c['rounds']} rounds; lower lr={c['lr']}"
+        )
+
 # %% ../../nbs/5_experiments/runs.ipynb #1af37bfd
 def run_job(
     exp:Experiment,
@@ -237,16 +256,9 @@ def run_job(
     from darkdistill_nb.federated.method import simulate
     from darkdistill_nb.experiments.report import measure_run
 
-    name, jobs, c, last = job_name(kind, seed), Path(folder) / "jobs", exp.config, ["-"]
+    name, jobs, c = job_name(kind, seed), Path(folder) / "jobs", exp.config
     if kind == "alone":
         return _run_alone(exp, seed, jobs / f"{name}.json", on_step)
-
-    def on_round(row):
-        if "accuracy" in row:
-            last[0] = f"{sum(row['accuracy']) / len(row['accuracy']):.3f}"
-        loss = "-" if row["loss"] is None else f"{row['loss']:.3f}"
-        on_step(row["round"], f"round {row['round']}: loss {loss}, mean accuracy {last[0]}")
-
     clients = exp.clients[seed]
     run = simulate(
         exp.method(kind),
@@ -258,15 +270,12 @@ def run_job(
         seed,
         c["eval_every"],
         jobs / f"{name}.safetensors",
-        on_round,
+        _news(on_step),
         exp.device,
         workers,
         progress=False,
     )
-    if not all(bool(v.isfinite().all()) for v in run.state["net"].values()):
-        raise FloatingPointError(
-            f"the weights are not finite after {c['rounds']} rounds; lower lr={c['lr']}"
-        )
+    _check_finite(run, c)
     entry = measure_run(run, exp.train, exp.test, clients, exp.costs, exp.device)
     return {**entry, "method": kind, "weights": f"weights/{name}.safetensors"}
 

@@ -150,6 +150,10 @@ DATA_OPTIONS = [
     ),
     Option("n_train", _int, None, "use only so many training pictures", **_whole),
     Option("n_test", _int, None, "use only so many test pictures", **_whole),
+]
+
+# %% ../../nbs/5_experiments/settings.ipynb #75c8eef2
+CLIENT_OPTIONS = [
     Option("clients", _int, 20, "number of clients", **_whole),
     Option("gamma", _float, 0.5, "Dirichlet parameter; small: few classes a client", **_positive),
     Option(
@@ -231,6 +235,12 @@ TRAIN_OPTIONS = [
         "above 0 and at most 1",
         lambda v: 0 < v <= 1,
     ),
+    Option("eval_every", _int, 1, "rounds between evaluations on the test set", **_whole),
+    Option("device", _text, "cpu", "cpu, cuda, mps, or auto", "cpu, cuda, mps or auto"),
+]
+
+# %% ../../nbs/5_experiments/settings.ipynb #b2a5d5e9
+SGD_OPTIONS = [
     Option("epochs", _int, 1, "local epochs per round", **_whole),
     Option("batch_size", _int, 16, "pictures per local step", **_whole),
     Option("lr", _float, 0.05, "clients' learning rate in round 1", **_positive),
@@ -251,12 +261,15 @@ TRAIN_OPTIONS = [
         "a finite number of at least 0",
         lambda v: 0 <= v < math.inf,
     ),
-    Option("eval_every", _int, 1, "rounds between evaluations on the test set", **_whole),
-    Option("device", _text, "cpu", "cpu, cuda, mps, or auto", "cpu, cuda, mps or auto"),
 ]
 
 # %% ../../nbs/5_experiments/settings.ipynb #1a612600
-OPTIONS = {o.name: o for o in DATA_OPTIONS + METHOD_OPTIONS + TRAIN_OPTIONS}
+GROUPS = {
+    "data and clients": DATA_OPTIONS + CLIENT_OPTIONS,
+    "methods and network": METHOD_OPTIONS,
+    "training": TRAIN_OPTIONS + SGD_OPTIONS,
+}
+OPTIONS = {o.name: o for group in GROUPS.values() for o in group}
 WORKERS = Option("workers", _int, None, "cores to use; the result is the same", **_whole)
 OUT = Option("out", _path, None, "new folder for the results", "the path of a new folder")
 

@@ -257,6 +257,24 @@ def test_shared_lines_are_seen():
     assert not statements_on_a_shared_line("a = ';'  # one; two\nif a:\n    raise b\n")
 
 
+def ruff(*files):
+    "What ruff finds: unused or undefined names, unused values, two statements on a line."
+    run = [sys.executable, "-m", "ruff", "check", "--no-cache", "--isolated"]
+    run += ["--select", "F401,F821,F841,E702,E703", "--output-format", "concise"]
+    r = subprocess.run([*run, *map(str, files)], capture_output=True, text=True)
+    return [l for l in r.stdout.splitlines() if re.match(r".+:\d+:\d+: ", l)]
+
+
+def test_library_has_no_unused_or_undefined_name():
+    found = ruff(ROOT / LIB)
+    assert not [l for l in found if "__init__.py" not in l and "_modidx.py" not in l]
+
+
+def test_unused_names_are_seen(tmp_path):
+    (tmp_path / "a.py").write_text("import os\n\ndef f():\n    x = 1\n    return y\n")
+    assert {l.split()[1] for l in ruff(tmp_path / "a.py")} == {"F401", "F841", "F821"}
+
+
 def test_few_lines_are_wider_than_a_page():
     "Code lines of notebooks over 120 columns: under 1 %; over 100, the width of a page: under 3 %."
     n = [len(l) for nb in NBS for c in cells(nb) if is_code(c) for l in code_lines(c)]

@@ -250,8 +250,7 @@ def dirichlet_draw(
 ) -> tuple: # list of `clients` LongTensors (n,), and the mixes p (clients, K) float64
     "Draw `n` different samples per client after its mix; `ValueError` when a class runs out"
     y, gamma, overlap = _check_labels(y), _check_gamma(gamma), flag(overlap, "overlap")
-    n, clients = whole(n, "n", high=2**40), whole(clients, "clients")
-    seed = whole(seed, "seed", 0)
+    n, clients, seed = whole(n, "n", high=2**40), whole(clients, "clients"), whole(seed, "seed", 0)
     p = _mix(clients, int(y.max()) + 1, gamma, seed)
     count = np.diff(np.rint(np.cumsum(p, 1).clip(0, 1) * n).astype(int), axis=1, prepend=0)
     count[:, -1] += n - count.sum(1)  # a cumulated sum may end at 1 - 1e-16

@@ -397,11 +397,12 @@ class Policy:
         self.patience = number(self.patience, "patience", above=0)
         self.need = None if self.need is None else whole(self.need, "need")
 
-# %% ../../nbs/4_distree/simulator.ipynb #fba9f158
+# %% ../../nbs/4_distree/simulator.ipynb #72a94396
 def _array(a):
     "A tensor, array or list as an array."
     return a.detach().cpu().numpy() if hasattr(a, "detach") else np.asarray(a)
 
+# %% ../../nbs/4_distree/simulator.ipynb #fba9f158
 def fixed_policy(
     depth, # (N, S) exits, counted from 0
 )->Policy:

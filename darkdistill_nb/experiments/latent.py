@@ -44,8 +44,10 @@ from darkdistill_nb.core.records import (
 from ..core.checks import check, choice, number, shown, whole
 from ..core.data import ArrayData
 from ..core.parallel import one_thread
-from ..distill.losses import distill
-from ..distill.features import method_loss
+
+# %% ../../nbs/5_experiments/latent.ipynb #0fa4dcf4
+from darkdistill_nb.distill.losses import distill
+from darkdistill_nb.distill.features import method_loss
 from darkdistill_nb.distill.latent import (
     LatentNet,
     NETS,
@@ -58,10 +60,10 @@ from darkdistill_nb.distill.latent import (
     match_shape,
     match_transfer,
 )
-from ..core.scenes import small_shapes
-from ..core.plots import LOOK, style
-from ..core.seeds import Streams
-from ..core.training import accuracy, mean_std, plus_minus, predict
+from darkdistill_nb.core.scenes import small_shapes
+from darkdistill_nb.core.plots import LOOK, style
+from darkdistill_nb.core.seeds import Streams
+from darkdistill_nb.core.training import accuracy, mean_std, plus_minus, predict
 
 # %% ../../nbs/5_experiments/latent.ipynb #1747465e
 SETUPS = {  # networks of `latent_net`; l is the width d of the teacher's perception, or half of it on shapes16; lr and batch_size of Adam

@@ -216,6 +216,59 @@ class WorkerLost(RuntimeError):
             f"a worker process ended with exit code {code}" if quiet else why_ended([code])
         )
 
+# %% ../../nbs/0_core/parallel.ipynb #d67f60a3
+def constantly(
+    answer, # function
+):          # the same function
+    "A preparation for `Workers` that has nothing to prepare."
+    check(callable(answer), "answer", answer, "a function")
+    return answer
+
+# %% ../../nbs/0_core/parallel.ipynb #1837351b
+def _packed(start, args):
+    "What a worker begins with, as bytes."
+    try:
+        return pickle.dumps((start, args))
+    except (pickle.PicklingError, AttributeError, TypeError) as e:
+        raise ValueError(
+            f"workers must be 1 here, since what a worker needs cannot be sent: {e}"
+        ) from None
+
+# %% ../../nbs/0_core/parallel.ipynb #a5599aa6
+class Workers:
+    "Processes that answer jobs, one thread each; they end with this one. Raises `ValueError` for what cannot be sent."
+
+    def __init__(self,
+        n:int,   # processes
+        start,   # start(*args) -> answer, in each of them; answer(*job) -> result
+        *args,
+        keep=(), # what workers hold open besides, such as a lock: things that a new process can inherit
+    ):
+        n = whole(n, "n")
+        only_from_main()
+        packed = _packed(start, args)
+        self.spawn, self.procs, self.begun = Spawn(), {}, set()
+        try:
+            with _deaf():
+                for _ in range(n):
+                    self._add(keep)
+        except BaseException:
+            self.close()
+            raise
+        for conn in self.procs:
+            with contextlib.suppress(OSError):  # one that has gone is missed at its first job
+                conn.send_bytes(packed)
+
+    def close(self):
+        "End all processes."
+        self.spawn.end()
+        for conn in self.procs:
+            conn.close()
+
+    def __enter__(self): return self
+
+    def __exit__(self, *error): self.close()
+
 # %% ../../nbs/0_core/parallel.ipynb #fded9040
 @patch
 def _add(self: Workers, keep):
@@ -273,59 +326,6 @@ def run(self: Workers,
             if kind == "done":
                 free.append(conn)
                 yield at.pop(conn), what
-
-# %% ../../nbs/0_core/parallel.ipynb #d67f60a3
-def constantly(
-    answer, # function
-):          # the same function
-    "A preparation for `Workers` that has nothing to prepare."
-    check(callable(answer), "answer", answer, "a function")
-    return answer
-
-# %% ../../nbs/0_core/parallel.ipynb #1837351b
-def _packed(start, args):
-    "What a worker begins with, as bytes."
-    try:
-        return pickle.dumps((start, args))
-    except (pickle.PicklingError, AttributeError, TypeError) as e:
-        raise ValueError(
-            f"workers must be 1 here, since what a worker needs cannot be sent: {e}"
-        ) from None
-
-# %% ../../nbs/0_core/parallel.ipynb #a5599aa6
-class Workers:
-    "Processes that answer jobs, one thread each; they end with this one. Raises `ValueError` for what cannot be sent."
-
-    def __init__(self,
-        n:int,   # processes
-        start,   # start(*args) -> answer, in each of them; answer(*job) -> result
-        *args,
-        keep=(), # what workers hold open besides, such as a lock: things that a new process can inherit
-    ):
-        n = whole(n, "n")
-        only_from_main()
-        packed = _packed(start, args)
-        self.spawn, self.procs, self.begun = Spawn(), {}, set()
-        try:
-            with _deaf():
-                for _ in range(n):
-                    self._add(keep)
-        except BaseException:
-            self.close()
-            raise
-        for conn in self.procs:
-            with contextlib.suppress(OSError):  # one that has gone is missed at its first job
-                conn.send_bytes(packed)
-
-    def close(self):
-        "End all processes."
-        self.spawn.end()
-        for conn in self.procs:
-            conn.close()
-
-    def __enter__(self): return self
-
-    def __exit__(self, *error): self.close()
 
 # %% ../../nbs/0_core/parallel.ipynb #69558038
 PLAIN = dict(zip("–—−‐×·•…“”‘’→←≤≥≈±", "----x...\"\"''><<>~~"))

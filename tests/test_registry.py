@@ -398,7 +398,7 @@ def test_experiments_are_listed(capsys):
 
 
 def test_an_experiment_runs_from_the_command(tmp_path, capsys):
-    words = "experiment exits pays --data digits --seeds 2 --workers 1 --set epochs=1 n_train=64 n_test=64"
+    words = "experiment exits pays --data digits --seeds 2 --workers 1 --set epochs=1 n_train=300 n_test=64"
     assert cli.main([*words.split(), "--out", str(tmp_path)]) == 0, capsys.readouterr().err
     found = json.loads(next(tmp_path.rglob("record.json")).read_text(encoding="utf-8"))
     assert found["runs"] and found["command"]

@@ -583,7 +583,7 @@ def test_names_and_options():
     assert objective_by_name("joint", weights="eenet").weights == "eenet"
     with pytest.raises(
         ValueError,
-        match="objective='boost' is unknown .did you mean 'boostnet'...; choose one of joint, boostnet, l2w, self_distillation, mutual",
+        match="objective='boost' is unknown .did you mean 'boostnet'..; choose one of joint, boostnet, l2w, self_distillation, mutual",
     ):
         objective_by_name("boost")
     with pytest.raises(ValueError, match="objective 'mutual' has no option 'w'; it has ramp, T"):

@@ -2,7 +2,7 @@
 
 Modules:
 
-- `darkdistill_nb.app.cli`: `darkdistill run` trains methods on paired seeds, survives being killed, and leaves a folder with weights, numbers and a report. The experiment behind `darkdistill run`, its record and its report.
+- `darkdistill_nb.app.cli`: One command for whole experiments: it reads arguments, says in one sentence what is wrong with them, and hands over. One command for runs, experiments, benchmarks, reports and labs.
 - `darkdistill_nb.app.explorer`: Two instruments to hold a question in the hand: what do exit thresholds buy, and who holds what after a Dirichlet split. Explorers for thresholds and for the Dirichlet split, with and without a kernel.
 - `darkdistill_nb.core.cells`: Many trainings, cut into pieces that are stored one by one, and a statement on how sure we are of the difference between two of them. Trainings cut into cells that survive a kill, and paired differences with an interval.
 - `darkdistill_nb.core.checks`: The few functions with which every other notebook checks what it is given, before any work starts. One sentence for bad input, before any work starts.
@@ -14,6 +14,7 @@ Modules:
 - `darkdistill_nb.core.parallel`: What Python leaves to the system, and what an hour's run needs all the same: worker processes that never outlive the one that started them, and a table that any console can print. Workers that end with their parent, scripts without a guard, consoles that lack a character.
 - `darkdistill_nb.core.plots`: Colours and markers that stay distinct for everybody. Colours, markers and one form for all figures.
 - `darkdistill_nb.core.records`: What a run leaves behind, so that it can be shown, repeated and resumed, and so that a damaged file is noticed. Records of runs, checksums, fingerprints, stored results.
+- `darkdistill_nb.core.registry`: One place where a method or an objective gets its name: the command line, its help, reports and experiments follow from it. Methods and objectives by name: one line each, with options and help from the class.
 - `darkdistill_nb.core.scenes`: Ten shapes in scenes of our own, whose difficulty is a parameter and not an estimate. Drawn images whose true difficulty is known.
 - `darkdistill_nb.core.seeds`: Everything random follows from one number, and switching one part on does not move the others. One seed and its named random streams.
 - `darkdistill_nb.core.splits`: Clients hold different classes. Two procedures of the literature make such splits, and the same number means something different in each. Dirichlet splits over clients: data that are not IID.
@@ -42,6 +43,8 @@ Modules:
 - `darkdistill_nb.experiments.latent`: The experiments behind latent-space distillation, each one a function whose result is stored, compared pairwise and shown with its uncertainty. Experiments that survive a kill, fair tuning, paired differences with intervals.
 - `darkdistill_nb.experiments.latent_results`: Hours of training, read in a minute: which claims about latent-space distillation hold on three data sets. When latents beat logits: uneven data, few data, transfer sets, size of the latent.
 - `darkdistill_nb.experiments.report`: What is measured when a run has ended, the table and the figures that are drawn from it, and one HTML file that holds them all. One self-contained page drawn from a record: tables, curves, who holds what.
+- `darkdistill_nb.experiments.runs`: Settings become objects, jobs and results, and what is killed goes on where it was. Jobs, the run folder, and runs that survive being killed.
+- `darkdistill_nb.experiments.settings`: An experiment is described by a handful of settings, each with a default, a meaning and a check. One table of settings for the command line, a file and Python.
 - `darkdistill_nb.experiments.stage`: Early exits, difficulty and tiers only show what they do where easy and hard images exist and deep exits are better. This page builds such a setting, small enough for a laptop. Shapes, a pretrained start and globally pooled exits: a setting in which early exits, difficulty and tiers show what they do.
 - `darkdistill_nb.federated.alignment`: Exits of one depth meet harder samples in shallow tiers than in deep ones. How much of that is the clients' training, and how much would one common network show? Difficulty that exits of different tiers handle, against what one common network would show.
 - `darkdistill_nb.federated.baselines`: Three earlier answers to devices of different depth: leave the weak ones out, give each depth its own last layer, let all exits teach each other. ExclusiveFL, InclusiveFL and DepthFL, each as what it changes in EEFL.

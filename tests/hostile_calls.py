@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from darkdistill_nb.app import cli
+from darkdistill_nb.experiments import settings
 from darkdistill_nb.core import data, parallel, plots, records
 from darkdistill_nb.federated import baselines
 from darkdistill_nb.federated import difficulty
@@ -136,7 +136,7 @@ def exits_and_labels():
     return dict(logits=logits(), y=labels())
 
 
-def policy():
+def objective():
     return exit_training.Joint()
 
 
@@ -176,7 +176,7 @@ CALLS = {
     "resample_test": lambda: dict(y=labels(40), p=torch.full((C,), 1 / C), n=10),
     "show_pictures": lambda: dict(data=pictures(), columns=4),
     "sample_difficulty": lambda: dict(logits=rand(N, C), y=labels()),
-    "measure_difficulty": lambda: dict(net=net(), policy=policy(), data=pictures()),
+    "measure_difficulty": lambda: dict(net=net(), objective=objective(), data=pictures()),
     "bins_of": lambda: dict(width=1.0),
     "DifficultyHistogram": lambda: dict(counts=torch.ones(C, 10, dtype=torch.long)),
     "kd_loss": stu_tea,
@@ -244,12 +244,12 @@ CALLS = {
     "SelfDistillation": dict,
     "Mutual": dict,
     "objective_by_name": lambda: dict(name="joint"),
-    "fit_exits": lambda: dict(net=net(), data=pictures(), policy=policy()),
+    "fit_exits": lambda: dict(net=net(), data=pictures(), objective=objective()),
     "train_exits": lambda: dict(
-        build=net, train=pictures(), test=pictures(), policy=policy()
+        build=net, train=pictures(), test=pictures(), objective=objective()
     ),
     "gradient_share": lambda: dict(
-        policy=policy(), raw=list(logits()), y=labels(), difficulty=torch.linspace(0, 1, N), bins=2
+        objective=objective(), raw=list(logits()), y=labels(), difficulty=torch.linspace(0, 1, N), bins=2
     ),
     "Hint": lambda: dict(student_width=4, teacher_width=8),
     "lpd_loss": lambda: dict(student=rand(N, 6), teacher=rand(N, 6, seed=1)),
@@ -472,9 +472,9 @@ MORE = {
     "each": lambda: dict(job=str, items=[1], workers=1),
     "json_or_text": lambda: dict(text="1"),
     "near": lambda: dict(word="a", choices=["a", "b"]),
-    "job_steps": lambda: dict(config=cli.make_config(), kind="run"),
+    "job_steps": lambda: dict(config=settings.make_config(), kind="run"),
     "pair_loss": lambda: dict(
-        teacher=net(), student=net(), x=middle(), d=rand(N).abs(), policy=policy()
+        teacher=net(), student=net(), x=middle(), d=rand(N).abs(), objective=objective()
     ),
     "distree_cell": lambda: dict(data="shapes"),
     "plot_filters": lambda: dict(
@@ -498,7 +498,7 @@ MORE = {
         d=rand(N).abs(),
         teacher=net(),
         reference=net(),
-        policy=policy(),
+        objective=objective(),
     ),
     "plot_policies": lambda: dict(curves=curves()),
     "plot_auroc": lambda: dict(table={"a": [0.5, 0.6, 0.7]}),
@@ -526,9 +526,15 @@ MORE = {
     "plot_timeline": lambda: dict(o=traced(), request=0),
     "plot_latency": answer_plots,
     "load_tensors": lambda: dict(path=tensors()),
-    "by_name": lambda: dict(
-        name="msp", table={"msp": inference.Confidence}, what="score", kind=inference.Score
-    ),
+    "Registry": lambda: dict(what="score", base=inference.Score, msp=inference.Confidence),
+    "Keyword": lambda: dict(name="a", default=1, kind=int, help="b"),
+    "is_address": lambda: dict(text="a:B"),
+    "load_class": lambda: dict(address="pathlib:Path"),
+    "help_line": lambda: dict(address="darkdistill_nb.core.registry:Registry"),
+    "keywords_of": lambda: dict(cls=inference.Energy),
+    "option_of": lambda: dict(name="gamma"),
+    "todays_names": lambda: dict(config=dict(policy="joint")),
+    "job_name": lambda: dict(kind="eefl", seed=0),
     "Table": lambda: dict(caption="a", columns=["b"], rows=[["1"]]),
     "Control": lambda: dict(label="a", low=0.0, high=1.0, step=0.1, send=print),
     "Explorer": dict,
@@ -654,9 +660,9 @@ LAST = {
     "pretrain": lambda: dict(
         folder=Path(KEPT.name) / "stage", n_train=100, n_valid=100, epochs=1, batch_size=64
     ),
-    "handled": lambda: dict(net=net(), policy=exit_training.Joint(), data=pictures(), d=rand(N)),
+    "handled": lambda: dict(net=net(), objective=exit_training.Joint(), data=pictures(), d=rand(N)),
     "unalignment": lambda: dict(
-        tier_nets={E: net()}, net=net(), policy=exit_training.Joint(), data=pictures()
+        tier_nets={E: net()}, net=net(), objective=exit_training.Joint(), data=pictures()
     ),
     "latent_record": lambda: dict(experiment="compare", data="shapes"),
     "distree_record": lambda: dict(name="systems", data="shapes"),
@@ -666,7 +672,7 @@ LAST = {
         gen=generator.Generator(tuple(middle().shape[1:]), C, 4, 8),
         teacher=net(),
         reference=net(),
-        policy=policy(),
+        objective=objective(),
         pool=histogram(),
         steps=1,
         generator=rng(),
@@ -713,7 +719,7 @@ LAST = {
     "key_values": lambda: dict(words=["a=1"]),
     "cell_key": lambda: dict(cell=dict(a=1)),
     "make_config": dict,
-    "jobs_of": lambda: dict(config=cli.make_config()),
+    "jobs_of": lambda: dict(config=settings.make_config()),
     "make_parser": dict,
     "why_ended": lambda: dict(codes=[1]),
 }
@@ -749,7 +755,7 @@ def fair_runs():
 CALIBRATED = {
     "class_shares": lambda: dict(counts=torch.arange(C)),
     "prior_shift": lambda: dict(own=torch.arange(C), everybody=torch.ones(C)),
-    "shifted": lambda: dict(policy=policy(), raw=list(logits()), a=torch.zeros(C)),
+    "shifted": lambda: dict(objective=objective(), raw=list(logits()), a=torch.zeros(C)),
     "noisy_counts": lambda: dict(counts=torch.ones(C), epsilon=1.0, generator=rng()),
     "PriorCalibration": dict,
     "tau_rule": lambda: dict(error=0.1),

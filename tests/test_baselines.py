@@ -52,7 +52,7 @@ METHODS = {
     "heterofl": HeteroFL,
     "reefl": lambda *a, **k: ReeFL(*a, ramp_rounds=0, **k),
 }
-POLICIES = {"joint": Joint, "boostnet": BoostNet, "l2w": lambda: L2W(hidden=8)}
+OBJECTIVES = {"joint": Joint, "boostnet": BoostNet, "l2w": lambda: L2W(hidden=8)}
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 
@@ -108,9 +108,9 @@ def gap(a, b):
 
 
 @each_method
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-def test_a_cnn_with_every_objective(method, policy, digits):
-    r = run(method(policy(), participation=1.0), digits)
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_a_cnn_with_every_objective(method, objective, digits):
+    r = run(method(objective(), participation=1.0), digits)
     assert len(r.log[-1]["accuracy"]) == len(r.method.net)
     for part in r.state.values():
         assert all(bool(v.isfinite().all()) for v in part.values())

@@ -71,21 +71,21 @@ def test_negative_noisy_counts_count_as_none():
     assert torch.equal(class_shares(torch.tensor([-3.0, 2])), class_shares(torch.tensor([0.0, 2])))
 
 
-@pytest.mark.parametrize("policy", [BoostNet(0.2), BoostNet(0.7), Joint()])
-def test_the_gradient_is_that_of_shifted_decisions(policy):
+@pytest.mark.parametrize("objective", [BoostNet(0.2), BoostNet(0.7), Joint()])
+def test_the_gradient_is_that_of_shifted_decisions(objective):
     "d loss / d f_e = (softmax(F_e + a) - onehot) / n: the shift is in the loss, and does not pile up."
     g = torch.Generator().manual_seed(0)
     raw = [torch.randn(5, 3, generator=g).double().requires_grad_() for _ in range(4)]
     a, y = torch.tensor([1.0, -2, 0.3]).double(), torch.tensor([0, 1, 2, 0, 0])
-    policy.loss(shifted(policy, raw, a), y)[0].backward()
-    plain = policy.predict([f.detach() for f in raw])
+    objective.loss(shifted(objective, raw, a), y)[0].backward()
+    plain = objective.predict([f.detach() for f in raw])
     for f, F_ in zip(raw, plain):
         expected = ((F_ + a).softmax(1) - F.one_hot(y, 3)) / 5
         assert torch.allclose(f.grad, expected, atol=1e-12)
 
 
 def test_a_client_trains_with_its_own_shift(images):
-    "The loss of a client is the policy's, of logits shifted by what was sent and what it holds."
+    "The loss of a client is the objective's, of logits shifted by what was sent and what it holds."
     train, _, clients = images
     m, s = PriorCalibration(calibration=0.7, smoothing=2.0), Streams(0)
     with s.scope("init"):

@@ -7,6 +7,7 @@ import pytest
 from conftest import LONG
 from darkdistill_nb.core import records as core_records
 from darkdistill_nb.app import cli
+from darkdistill_nb.experiments import runs, settings
 
 COMMAND = [
     sys.executable,
@@ -127,7 +128,11 @@ BAD = {  # arguments of `run` -> words that the sentence must contain
     ),
     "method twice": ("--methods eefl,eefl", "methods='eefl,eefl'", "different"),
     "no method": ("--methods ,", "methods=','", "eefl, darkdistill"),
-    "unknown policy": ("--policy boostnt", "policy='boostnt'", "did you mean 'boostnet'"),
+    "unknown objective": (
+        "--objective boostnt",
+        "objective='boostnt'",
+        "did you mean 'boostnet'",
+    ),
     "unknown network": ("--arch perceptron", "arch='perceptron'", "timm"),
     "network keyword": ("--net widht=8", "net='widht'", "did you mean 'width'"),
     "network value": ("--net width=7", "width=7", "multiple of 4"),
@@ -315,7 +320,7 @@ def test_a_full_disk_is_seen_before_the_training(tmp_path, monkeypatch, capsys):
 
 
 def test_settings_from_numpy_are_stored_as_plain_numbers():
-    config = cli.make_config(
+    config = settings.make_config(
         dict(
             rounds=np.int64(3),
             gamma=np.float32(0.5),
@@ -347,10 +352,10 @@ def test_settings_from_numpy_are_stored_as_plain_numbers():
         ("data", np.array(["digits"])),
     ):
         with pytest.raises(ValueError, match=f"^{name}="):
-            cli.make_config({name: value})
+            settings.make_config({name: value})
     for given in ([], 5, "rounds=3"):
         with pytest.raises(ValueError, match="config=.* must be a dict"):
-            cli.make_config(given)
+            settings.make_config(given)
 
 
 @pytest.mark.parametrize(
@@ -406,7 +411,7 @@ def test_help_teaches(capsys):
         cli.main(["run", "--help"])
     text = capsys.readouterr().out
     assert e.value.code == 0
-    for o in cli.OPTIONS.values():
+    for o in settings.OPTIONS.values():
         assert re.search(rf"^  --{o.name.replace('_', '-')}\b", text, re.M), o.name
     assert text.count("\n  darkdistill run") >= 6
     for default in ("[digits]", "[20]", "[0.5]", "[40]", "[0,1,2]", "[eefl,darkdistill]", "[cpu]"):
@@ -414,9 +419,9 @@ def test_help_teaches(capsys):
 
 
 def test_every_example_in_the_help_parses():
-    for line in cli.EXAMPLES.splitlines():
+    for line in (cli.EXAMPLES + cli.TOUR).splitlines():
         if m := re.match(r"  darkdistill (.*?)(  |$)", line):
-            cli._parse(m[1].split())
+            cli._parse(m[1].replace(" --help", "").split())
 
 
 def test_version_and_entry_point(capsys):
@@ -707,7 +712,7 @@ def test_children_end_when_the_main_process_is_killed(tmp_path, long_run, wait_u
     p = long_run()
     p.kill()
     p.wait()
-    with cli._locked(tmp_path / "run", LONG):
+    with runs._locked(tmp_path / "run", LONG):
         wait_until(group_is_empty(p.pid))
 
 
@@ -734,22 +739,22 @@ def test_a_worker_that_is_killed_ends_the_run(tmp_path, long_run, wait_until):
 @posix
 def test_workers_hold_the_lock(tmp_path):
     "As long as a worker lives, nobody else works in the folder, even if the process that took the lock has gone."
-    config = cli.make_config(dict(clients=4, net=dict(width=8)))
-    folder = cli._make_folder(tmp_path / "run", dict(config=config))
-    with cli._locked(folder, 0) as lock:
-        spawn, procs = cli._start(1, config, str(folder), 1, lock)
+    config = settings.make_config(dict(clients=4, net=dict(width=8)))
+    folder = runs._make_folder(tmp_path / "run", dict(config=config))
+    with runs._locked(folder, 0) as lock:
+        spawn, procs = runs._start(1, config, str(folder), 1, lock)
     try:
         with pytest.raises(ValueError, match="in use"):
-            with cli._locked(folder, 0):
+            with runs._locked(folder, 0):
                 pass
     finally:
         spawn.end()
-    with cli._locked(folder, 0):
+    with runs._locked(folder, 0):
         pass
 
 
 UNGUARDED = {
-    "an experiment": "from darkdistill_nb.app.cli import run_experiment\n"
+    "an experiment": "from darkdistill_nb.experiments.runs import run_experiment\n"
     "small = dict(rounds=1, seeds=2, clients=4, alone=False, net=dict(width=8, stages=2), n_train=100, n_test=50)\n"
     "run_experiment(small, workers=2, progress=False)",
     "a grid": "from darkdistill_nb.core.cells import each\nprint(list(each(abs, [1, 2, 3], 2)))",

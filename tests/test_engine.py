@@ -249,24 +249,24 @@ def test_l2w_travels_with_the_network(digits, tmp_path):
     )
     run = go(3)
     first = L2W(hidden=16).start(4)
-    assert run.state["policy"].keys() == first.keys()
-    assert all(not torch.equal(v, first[k]) for k, v in run.state["policy"].items())
+    assert run.state["objective"].keys() == first.keys()
+    assert all(not torch.equal(v, first[k]) for k, v in run.state["objective"].items())
     go(1, checkpoint=tmp_path / "c.safetensors")
     for other in (
         go(3, workers=2),
         go(3, checkpoint=tmp_path / "c.safetensors"),
         go(3, new(DarkDistill, kd_lr=0.0)),
     ):
-        assert all(same(run.state[k], other.state[k]) for k in ("net", "policy"))
+        assert all(same(run.state[k], other.state[k]) for k in ("net", "objective"))
     with s.scope("init"):
         m, net = new(), cnn(train.shape, 10, width=8)
     state = m.setup(net)
     updates = [m.local_update(m.send(state, c), train.subset(c.train), c, 0, s) for c in clients]
-    after = m.aggregate(state, updates, 0, s)[0]["policy"]
+    after = m.aggregate(state, updates, 0, s)[0]["objective"]
     for e in range(4):
         own = [u for u in updates if u.tier > e]
         assert len(own) == 2 * (4 - e)
-        mean = sum(u.weights[f"policy.exits.{e}.outer"] * u.samples for u in own) / sum(
+        mean = sum(u.weights[f"objective.exits.{e}.outer"] * u.samples for u in own) / sum(
             u.samples for u in own
         )
         assert torch.allclose(after[f"exits.{e}.outer"], mean, atol=1e-6)

@@ -91,8 +91,8 @@ def test_names_find_their_cells_as_before():
         (dict(net="mlp"), "net='mlp'"),
         (dict(options=3), "options=3"),
         (dict(net_options=[1]), "net_options="),
-        (dict(policy="best"), "policy='best'"),
-        (dict(policy="l2w", options=dict(eps=9)), "eps=9"),
+        (dict(objective="best"), "objective='best'"),
+        (dict(objective="l2w", options=dict(eps=9)), "eps=9"),
     ],
 )
 def test_bad_settings_get_one_sentence(how, text):

@@ -1,4 +1,4 @@
-"""Ways to train exits: the acceptance numbers of BoostNet, gradient equilibrium, L2W-DEN and the exit partition, and what no policy may do."""
+"""Ways to train exits: the acceptance numbers of BoostNet, gradient equilibrium, L2W-DEN and the exit partition, and what no objective may do."""
 
 import copy, math, pickle
 import numpy as np
@@ -9,8 +9,8 @@ from darkdistill_nb.core.data import ArrayData
 from darkdistill_nb.core.datasets import load
 from darkdistill_nb.distill.losses import CropFlip, kd_loss
 from darkdistill_nb.exits.networks import EarlyExitNet, Exit, cnn, vit, wrn
+from darkdistill_nb.core.registry import OBJECTIVES
 from darkdistill_nb.exits.training import (
-    POLICIES,
     BoostNet,
     Joint,
     L2W,
@@ -103,9 +103,9 @@ def test_weightings():
     ],
 )
 def test_bad_weights(weights, message):
-    for policy in (Joint, lambda w: BoostNet(weights=w)):
+    for objective in (Joint, lambda w: BoostNet(weights=w)):
         with pytest.raises(ValueError, match=message):
-            policy(weights).loss(logits(3), labels())
+            objective(weights).loss(logits(3), labels())
 
 
 def test_eenet_adds_the_last_exits_divergence_late():
@@ -139,17 +139,17 @@ def test_boostnet_by_hand():
         assert torch.allclose(d, out[e].softmax(-1) - F.one_hot(y, 2), atol=1e-6)
 
 
-@pytest.mark.parametrize("policy", [Joint(), BoostNet(0.5), L2W(), Mutual(), SelfDistillation()])
-def test_step_by_step_is_predict(policy):
+@pytest.mark.parametrize("objective", [Joint(), BoostNet(0.5), L2W(), Mutual(), SelfDistillation()])
+def test_step_by_step_is_predict(objective):
     raw, before = logits(4), None
-    for f, decided in zip(raw, policy.predict(raw)):
-        before = policy.step(f, before)
+    for f, decided in zip(raw, objective.predict(raw)):
+        before = objective.step(f, before)
         assert torch.equal(before, decided)
 
 
 def test_prefix_uses_its_own_exits():
     raw, y = logits(4), labels()
-    for name in POLICIES:
+    for name in OBJECTIVES:
         if name == "l2w":
             continue  # its weights depend on all losses it sees
         assert all(
@@ -169,7 +169,7 @@ def test_prefix_uses_its_own_exits():
     [("full", [1, 1, 1, 1]), ("released", [0.4167, 0.6667, 1, 1]), ("none", [4, 3, 2, 1])],
 )
 def test_gradient_equilibrium(ge, expected):
-    "Identity trunk, unit own gradients; a policy's `ge` goes to the network, and forward values do not depend on it."
+    "Identity trunk, unit own gradients; an objective's `ge` goes to the network, and forward values do not depend on it."
     seen = {}
 
     class Tap(nn.Module):
@@ -196,9 +196,9 @@ def test_gradient_equilibrium(ge, expected):
         assert [v.item() for v in a] == [3.0] * E
         sum(v.sum() for v in a).backward()
         assert [seen[e] for e in range(E)] == pytest.approx(want, abs=1e-4)
-    for policy in (BoostNet, Joint):
+    for objective in (BoostNet, Joint):
         with pytest.raises(ValueError, match="ge='half' must be one of full, released, none"):
-            policy(ge="half")
+            objective(ge="half")
 
 
 # ---------------------------------------------------------------- check 9: the weights of L2W-DEN
@@ -539,7 +539,7 @@ def test_last_exit_learns_from_labels_alone():
 # ---------------------------------------------------------------- all policies
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize(
     "n, E, dtype, scale",
     [
@@ -560,9 +560,9 @@ def test_edges(name, n, E, dtype, scale):
     assert all(map(torch.equal, out, p.predict(raw)))
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_policies_train_and_travel(name):
-    "Every policy drives `fit_exits` on float32 and bfloat16 networks, and can be sent to another process."
+    "Every objective drives `fit_exits` on float32 and bfloat16 networks, and can be sent to another process."
     data = load("digits", 200)[0]
     for amp in (False, True):
         net, p = small(), objective_by_name(name)
@@ -578,15 +578,15 @@ def test_policies_train_and_travel(name):
 
 
 def test_names_and_options():
-    assert set(POLICIES) == {"joint", "boostnet", "l2w", "self_distillation", "mutual"}
+    assert set(OBJECTIVES) == {"joint", "boostnet", "l2w", "self_distillation", "mutual"}
     assert objective_by_name("l2w", eps=0.3, mode="mat").eps == 0.3
     assert objective_by_name("joint", weights="eenet").weights == "eenet"
     with pytest.raises(
         ValueError,
-        match="policy='boost' is unknown; choose one of joint, boostnet, l2w, self_distillation, mutual",
+        match="objective='boost' is unknown .did you mean 'boostnet'..; choose one of joint, boostnet, l2w, self_distillation, mutual",
     ):
         objective_by_name("boost")
-    with pytest.raises(ValueError, match="policy 'mutual' has no option 'w'; it has ramp, T"):
+    with pytest.raises(ValueError, match="objective 'mutual' has no option 'w'; it has ramp, T"):
         objective_by_name("mutual", w=1)
 
 
@@ -615,11 +615,11 @@ def test_meta_steps_do_not_disturb_training():
     y = labels(120, 3)
     data = ArrayData(torch.randn(120, 1, 1, 6, generator=g.manual_seed(0)), y)
 
-    def end(policy):
+    def end(objective):
         with Streams(0).scope("init"):
             net = noisy_net()
         with Streams(0).scope("train"):
-            fit_exits(net, data, policy, 3, generator=Streams(0).generator("order"))
+            fit_exits(net, data, objective, 3, generator=Streams(0).generator("order"))
         return net.state_dict()
 
     a, b, c = end(Joint()), end(L2W(eps=0.0)), end(L2W())
@@ -669,7 +669,7 @@ def test_pairs_share_first_weights_and_order():
 
 
 def with_checkpoint(
-    path, policy=None, data=None, seed=0, dropout=0.0, global_seed=0, net=None, **how
+    path, objective=None, data=None, seed=0, dropout=0.0, global_seed=0, net=None, **how
 ):
     data = data or load("digits", 100)[0]
     net = net or small(seed=seed)
@@ -679,7 +679,7 @@ def with_checkpoint(
         **dict(epochs=2, lr=0.05, batch_size=40, generator=torch.Generator().manual_seed(seed)),
         **how,
     }
-    rows = fit_exits(net, data, policy or Joint(), checkpoint=path, **settings)
+    rows = fit_exits(net, data, objective or Joint(), checkpoint=path, **settings)
     return net.state_dict(), rows
 
 
@@ -703,15 +703,15 @@ def frozen_net():
 
 
 OTHERS = dict(
-    policy=(lambda: dict(policy=BoostNet()), "policy"),
-    option=(lambda: dict(policy=Joint(kl=0.1)), "policy"),
-    own_policy=(
+    objective=(lambda: dict(objective=BoostNet()), "objective"),
+    option=(lambda: dict(objective=Joint(kl=0.1)), "objective"),
+    own_objective=(
         lambda: dict(
-            policy=type(
+            objective=type(
                 "Joint", (Joint,), dict(loss=lambda self, raw, y: Joint.loss(self, raw, y))
             )()
         ),
-        "policy",
+        "objective",
     ),
     lr=(lambda: dict(lr=0.5), r"lr=0.5 \(in the file 0.05\)"),
     epochs=(lambda: dict(epochs=1), r"epochs=1 \(in the file 2\)"),
@@ -848,12 +848,12 @@ def test_exits_that_share_a_classifier(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "policy, n, good",
+    "objective, n, good",
     [(Joint, 33, False), (Joint, 34, True), (L2W, 34, False), (L2W, 35, False), (L2W, 36, True)],
 )
-def test_batches_too_small_for_normalisation_are_refused(policy, n, good):
+def test_batches_too_small_for_normalisation_are_refused(objective, n, good):
     data = ArrayData(torch.randn(n, 1, 1, 6, generator=g.manual_seed(0)), labels(n, 3))
-    go = lambda: fit_exits(noisy_net(), data, policy(), batch_size=32)
+    go = lambda: fit_exits(noisy_net(), data, objective(), batch_size=32)
     if good:
         assert len(go()) == 1
     else:
@@ -907,8 +907,8 @@ nan, inf = math.nan, math.inf
         (lambda: sample_weights(torch.rand(3, 2), nan), "eps=nan"),
         (lambda: WeightNet(0), "exits=0"),
         (lambda: WeightNet(2, 1.5), "hidden=1.5"),
-        (lambda: objective_by_name(["joint"]), "policy="),
-        (lambda: fit_exits(small(), load("digits", 100)[0], "joint"), "policy='joint'"),
+        (lambda: objective_by_name(["joint"]), "objective="),
+        (lambda: fit_exits(small(), load("digits", 100)[0], "joint"), "objective='joint'"),
         (lambda: fit_exits(small(), load("digits", 100)[0], Joint(), nan), "epochs=nan"),
         (lambda: fit_exits(small(), load("digits", 100)[0], Joint(), lr=-1), "lr=-1"),
         (lambda: fit_exits(small(), load("digits", 100)[0], Joint(), batch_size=1.5), "batch_size"),
@@ -949,8 +949,8 @@ def test_gradient_share_by_hand():
     assert torch.allclose(
         share, torch.tensor([[1.5, 1.0], [1.5, 0.5]]) / torch.tensor([[2.5], [2.0]]), atol=1e-3
     )
-    one = lambda policy: gradient_share(
-        policy, raw[:1], torch.zeros(4).long(), torch.tensor([0.1, 0.2, 0.3, 1.0])
+    one = lambda objective: gradient_share(
+        objective, raw[:1], torch.zeros(4).long(), torch.tensor([0.1, 0.2, 0.3, 1.0])
     )
     assert torch.equal(one(BoostNet()), one(Joint())), "at exit 1 both losses are the cross-entropy"
 

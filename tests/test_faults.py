@@ -170,7 +170,7 @@ def test_a_bad_answer_is_left_out(base, kind, healthy):
     "The run is that without the client; a warning names client, round and reason; the log keeps it as JSON."
     with pytest.warns(UserWarning) as told:
         run = go(faulty(base, kind), rounds=2)
-    for part in ("net", "server", "policy"):
+    for part in ("net", "server", "objective"):
         assert same(run.state[part], healthy[base].state[part]), part
     for n, row in enumerate(run.log, 1):
         assert list(row["left_out"]) == ["0"] and 0 in row["clients"]
@@ -591,7 +591,7 @@ def moved(net):
         (dict(net=lambda: moved(build())), "another network"),
         (dict(seed=1), r"seed=1 \(in the file 0\)"),
         (dict(method=EEFL(lr=0.1)), r"lr=0.1 \(in the file 0.05\)"),
-        (dict(method=EEFL(BoostNet(w=0.5))), "another policy"),
+        (dict(method=EEFL(BoostNet(w=0.5))), "another objective"),
         (dict(method=Never()), "another method"),
         (dict(method=DarkDistill()), "another method"),
     ],
@@ -840,7 +840,7 @@ def test_numbers_of_methods(method, name):
         dict(epochs=0),
         dict(participation=0),
         dict(participation=1.1),
-        dict(policy="boostnet"),
+        dict(objective="boostnet"),
         dict(ce="x"),
         dict(dif=None),
         dict(norm="instance"),

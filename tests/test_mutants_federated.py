@@ -114,7 +114,7 @@ DEFAULTS = {
         bin_width=1,
     ),
     EEFL: dict(
-        policy=None,
+        objective=None,
         lr=0.05,
         decay=0.99,
         momentum=0.9,
@@ -774,7 +774,7 @@ def test_a_client_reports_the_difficulties_under_the_weights_that_it_received():
         images(),
     )
     sent = m.send(m.setup(net()), client)
-    d = measure_difficulty(m.receive(sent, 1), m.policy, data)
+    d = measure_difficulty(m.receive(sent, 1), m.objective, data)
     got = m.local_update(sent, data, client, 0, Streams(0)).extra["histogram"]
     want = DifficultyHistogram.of(d, data.y, K, 20, 0.5).counts
     assert torch.equal(got, want.int()) and got.dtype is torch.int32 and got.sum() == 8
@@ -1147,10 +1147,10 @@ def test_updates_of_a_tier_count_by_their_samples():
 
 
 def test_a_state_is_read_as_it_was_written(tmp_path):
-    state = dict(net=dict(a=torch.ones(2)), server={"x/y": torch.zeros(1)}, policy={})
+    state = dict(net=dict(a=torch.ones(2)), server={"x/y": torch.zeros(1)}, objective={})
     save_state(tmp_path / "s", state, dict(log=[1]))
     got, meta = load_state(tmp_path / "s")
-    assert list(got) == ["net", "server", "policy"] and meta == dict(log=[1])
+    assert list(got) == ["net", "server", "objective"] and meta == dict(log=[1])
     assert all(same(got[k], state[k]) for k in got)
     save_state(tmp_path / "t", dict(other=dict(a=torch.ones(1))), {})
     with pytest.raises(ValueError, match="'other/a', which is no part of a method's state"):
@@ -1313,7 +1313,7 @@ def test_a_run_that_was_cut_off_is_measured_where_it_ends(tmp_path):
 
 def test_a_policy_is_told_the_round(monkeypatch):
     m, client, told = EEFL(Joint(), batch_size=4), a_client(0, 1, range(8), ()), []
-    monkeypatch.setattr(m.policy, "at", told.append)
+    monkeypatch.setattr(m.objective, "at", told.append)
     sent = m.send(m.setup(net()), client)
     for rnd in (0, 4):
         m.local_update(sent, images(), client, rnd, Streams(0))

@@ -3,7 +3,7 @@
 import subprocess, sys, textwrap
 import pytest
 
-MODULES = """core.checks core.plots core.parallel core.seeds core.splits core.fronts
+MODULES = """core.checks core.registry core.plots core.parallel core.seeds core.splits core.fronts
 exits.thresholds exits.guarantees exits.control distree.simulator app.explorer""".split()
 
 BLOCKED = """

@@ -119,10 +119,10 @@ def raw(name, n=20):
     return net, x, [torch.cat(t) for t in zip(*f)], [torch.cat(t) for t in zip(*a)]
 
 
-def reference(name, score=None, policy=None, n=20):
+def reference(name, score=None, objective=None, n=20):
     "Network, pictures, deciding logits (E, N, K) and scores (E, N)."
     net, x, f, a = raw(name, n)
-    F = torch.stack((policy or Joint()).predict(f))
+    F = torch.stack((objective or Joint()).predict(f))
     score = score or Confidence()
     with torch.inference_mode():
         S = (copy.deepcopy(score).double() if isinstance(score, nn.Module) else score).score(F, a)
@@ -154,8 +154,8 @@ def test_compaction_gives_the_answers_of_the_loop(i, name):
     g, seen, E = torch.Generator().manual_seed(3), set(), len(raw(name)[0])
     scores = SCORES + [Gate(E, raw(name)[0].n_classes)]
     for j, score in enumerate(scores if name in ("vit", "cnn") else scores[i % 3 :: 3]):
-        policy = (Joint(), BoostNet())[j % 2]
-        net, x, F, S = reference(name, score, policy)
+        objective = (Joint(), BoostNet())[j % 2]
+        net, x, F, S = reference(name, score, objective)
         few = isinstance(
             score, (Patience, Ranks)
         )  # few values: thresholds are among them; otherwise anywhere between
@@ -169,8 +169,8 @@ def test_compaction_gives_the_answers_of_the_loop(i, name):
         T = [t if math.isfinite(t) else 0.5 for t in T[:-1]] + [-math.inf]
         ok, want = clear_cases(F, S, T), take_exit(S, T)
         assert ok.float().mean() > 0.8, "too few clear cases to test anything"
-        o = ExitRunner(net, T, score, policy, micro=(24, 5, 1)[(i + j) % 3])(x, logits=True)
-        loop, logits, _ = loop_exits(net, x, T, score, policy)
+        o = ExitRunner(net, T, score, objective, micro=(24, 5, 1)[(i + j) % 3])(x, logits=True)
+        loop, logits, _ = loop_exits(net, x, T, score, objective)
         assert torch.equal(o.exit[ok], want[ok]) and torch.equal(loop[ok], want[ok])
         every, tol = F[want, torch.arange(len(x))], 1e-4 * (1 + F.abs().max())
         assert torch.equal(o.prediction[ok], every.argmax(-1)[ok])
@@ -484,15 +484,17 @@ def test_a_stream_gives_every_picture_its_answer(name):
 # ---------------------------------------------------------------- ONNX
 
 
-@pytest.mark.parametrize("name,policy", [("vit", "joint"), ("cnn", "boostnet")])
-def test_onnx_gives_the_same_answers(name, policy, tmp_path):
+@pytest.mark.parametrize("name,objective", [("vit", "joint"), ("cnn", "boostnet")])
+def test_onnx_gives_the_same_answers(name, objective, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-    p, options = (BoostNet(w=0.5), dict(w=0.5)) if policy == "boostnet" else (Joint(), None)
+    p, options = (BoostNet(w=0.5), dict(w=0.5)) if objective == "boostnet" else (Joint(), None)
     net, x, F, S = reference(name, Margin(), p)
     net, F, S = net.prefix(2).eval(), F[:2], S[:2]
     T = [float(S[0].median()) + 1e-4, -math.inf]
-    m = json.loads(export_onnx(net, tmp_path / "phone", T, "margin", policy, options).read_text())
+    m = json.loads(
+        export_onnx(net, tmp_path / "phone", T, "margin", objective, options).read_text()
+    )
     assert m["macs"] == net.macs()
     assert m["thresholds"] == [T[0], "-inf"]
     assert m["input_shape"] == [3, 16, 16]
@@ -576,7 +578,7 @@ def test_a_manifest_holds_both_infinities(tmp_path):
         (lambda n: ExitRunner(n, 0.5), "must be a list"),
         (lambda n: ExitRunner(n, [[0.5]] * 4), "must be a number"),
         (lambda n: ExitRunner(n, ["half"] + [0.5] * 3), "'half'"),
-        (lambda n: ExitRunner(n, [0.5] * 4, policy="boost"), "policy='boost'"),
+        (lambda n: ExitRunner(n, [0.5] * 4, objective="boost"), "objective='boost'"),
         (lambda n: ExitRunner(n, [0.5] * 4).stream(2.5), "batch=2.5"),
         (lambda n: ExitRunner(n, [0.5] * 4).stream(4, "yes"), "logits='yes'"),
         (lambda n: ExitRunner(n, [0.5] * 4).latency(pictures(2), 1.5), "repeats=1.5"),

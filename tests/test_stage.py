@@ -3,7 +3,7 @@
 import dataclasses, hashlib
 import pytest
 import torch
-from darkdistill_nb.app.cli import OPTIONS
+from darkdistill_nb.experiments.settings import OPTIONS
 from darkdistill_nb.core.data import ArrayData
 from darkdistill_nb.core.scenes import outlines, shapes
 from darkdistill_nb.core.other_shapes import outline_overlap, random_outlines, random_shapes
@@ -178,7 +178,7 @@ def test_stage_is_the_one_described():
     m = s.method()
     assert (m.lr, m.decay, m.momentum, m.weight_decay) == (0.1, 0.95, 0.9, 1e-4)
     assert (m.batch_size, m.epochs, m.participation) == (32, 1, 0.5)
-    assert isinstance(m.policy, BoostNet) and (m.policy.w, m.policy.ge) == (0.2, "full")
+    assert isinstance(m.objective, BoostNet) and (m.objective.w, m.objective.ge) == (0.2, "full")
     clients = s.clients(0)
     assert sorted(c.tier for c in clients) == [1] * 5 + [2] * 5 + [3] * 5 + [4] * 5
     by_hand = make_clients(s.train.y, 20, 0.5, (0.25,) * 4, valid=0.2, seed=0)
@@ -223,7 +223,7 @@ def test_null_of_one_network_is_the_partition_rule(small):
     "Equal tier models: no difference to the null, although the naive difference is far from 0."
     s, _, run, (nets, net) = small
     few = s.test.subset(slice(0, 400))
-    u = unalignment({m: net.prefix(m) for m in nets}, net, run.method.policy, few)
+    u = unalignment({m: net.prefix(m) for m in nets}, net, run.method.objective, few)
     assert set(u["difference"].values()) == {0.0}
     assert u["naive"] == u["null"] and u["null"][2] > 0
 
@@ -235,16 +235,16 @@ def test_handled_means_add_up(small):
     from darkdistill_nb.core.training import predict
     from darkdistill_nb.exits.training import exit_partition
 
-    logits = run.method.policy.predict(list(predict(net, few)))
+    logits = run.method.objective.predict(list(predict(net, few)))
     n = [len(p) for p in exit_partition(logits)]
-    means = handled(net, run.method.policy, few, d)
+    means = handled(net, run.method.objective, few, d)
     assert sum(a * b for a, b in zip(n, means)) / 400 == pytest.approx(float(d.mean()), abs=1e-6)
 
 
 def test_unalignment_needs_the_deepest_tier(small):
     s, _, run, (nets, net) = small
     with pytest.raises(ValueError, match="tier 4"):
-        unalignment({1: nets[1]}, net, run.method.policy, s.test)
+        unalignment({1: nets[1]}, net, run.method.objective, s.test)
 
 
 # the stored measurements

@@ -486,7 +486,6 @@ def test_macos_and_arm_are_read(monkeypatch):
         (lambda: T.pick_device(None), "device=None"),
         (lambda: check_batches(mlp(), 1.5, 32), "n=1.5"),
         (lambda: check_batches(mlp(), 5, 0), "batch_size=0"),
-        (lambda: T.by_name(["a"], {}, "score", int), r"score=\['a'\]"),
     ],
 )
 def test_bad_arguments_get_one_sentence(call, text):

@@ -400,7 +400,7 @@ def test_from_net_is_the_library_in_steps(score):
         assert torch.allclose(torch.from_numpy(have), s.score(want).float(), atol=1e-5)
     assert e.model.right.tolist() == (F.argmax(-1) == test.y).tolist()
     assert e.model.costs.tolist() == net.macs() and e.score == score
-    half = ExitExplorer.from_net(net, test, policy=policy, mode="frames")
+    half = ExitExplorer.from_net(net, test, objective=policy, mode="frames")
     assert half.model.scores.shape == half.model.valid.shape == (4, 60)
     assert half.cells.shape == (60, 8, 8, 1)
     own = ExitExplorer.from_logits(

@@ -1160,7 +1160,7 @@ def from_net(cls:ExitExplorer,
     net,                # an `EarlyExitNet`
     data,               # `ArrayData` to report on
     valid=None,         # `ArrayData` that thresholds are set on; None: half of `data`
-    policy=None,        # how the exits were trained; None: `Joint()`
+    objective=None,        # how the exits were trained; None: `Joint()`
     score="confidence", # a score of `inference`, or its name
     **kwargs            # more for `ExitExplorer`, e.g. `mode`
 )->ExitExplorer:
@@ -1168,8 +1168,8 @@ def from_net(cls:ExitExplorer,
     from darkdistill_nb.exits.inference import exit_outputs
 
     (F, a), (V, v) = (
-        exit_outputs(net, data, policy),
-        (None, None) if valid is None else exit_outputs(net, valid, policy),
+        exit_outputs(net, data, objective),
+        (None, None) if valid is None else exit_outputs(net, valid, objective),
     )
     return cls.from_logits(
         F,

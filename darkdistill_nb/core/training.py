@@ -7,15 +7,14 @@ Docs: https://darkdistill.github.io/darkdistill_nb/0_core/training.html.md"""
 
 # %% auto #0
 __all__ = ['evaluating', 'is_frozen', 'start_training', 'check_batches', 'shared_names', 'fit', 'predict', 'accuracy', 'mean_std',
-           'plus_minus', 'by_name', 'pick_device']
+           'plus_minus', 'pick_device']
 
 # %% ../../nbs/0_core/training.ipynb #b02270a4
-import inspect
 from contextlib import contextmanager
 import numpy as np
 import torch
 import torch.nn.functional as F
-from .checks import check, finite, number, shown, whole
+from .checks import check, finite, number, whole
 from .data import ArrayData
 from torch import nn
 
@@ -201,28 +200,6 @@ def plus_minus(
     digits, scale = whole(digits, "digits", 0), number(scale, "scale")
     m, sd = mean_std([scale * number(v, f"values[{i}]") for i, v in enumerate(values)])
     return f"{m:.{digits}f} ± {sd:.{digits}f}"
-
-# %% ../../nbs/0_core/training.ipynb #56fb3366
-def by_name(
-    name,       # of an entry, or an object of class `kind`, which is returned as it is
-    table:dict, # name -> class
-    what:str,   # what is named, for the message
-    kind:type,  # of what is made
-    **kwargs    # passed to the class
-):              # an object of class `kind`
-    "Make what `name` means; raises `ValueError`, with all names, for an unknown one, and for an unknown option."
-    if isinstance(name, kind):
-        return name
-    if not isinstance(name, str) or name not in table:
-        raise ValueError(f"{what}={shown(name)} is unknown; choose one of {', '.join(table)}")
-    takes = inspect.signature(table[name]).parameters
-    any_name = any(p.kind is p.VAR_KEYWORD for p in takes.values())
-    unknown = [k for k in kwargs if k not in takes and not any_name]
-    if unknown:
-        raise ValueError(
-            f"{what} {name!r} has no option {unknown[0]!r}; it has {', '.join(takes) or 'none'}"
-        )
-    return table[name](**kwargs)
 
 # %% ../../nbs/0_core/training.ipynb #b6d644a6
 def pick_device(

@@ -40,7 +40,7 @@ from darkdistill_nb.exits.inference import (
 )
 from ..exits.thresholds import read_thresholds
 from ..core.seeds import Streams
-from ..core.training import by_name
+from ..core.registry import Registry
 
 # %% ../../nbs/4_distree/policies.ipynb #8bc35dc7
 def _check_table(answers, name="answers"):
@@ -315,7 +315,9 @@ class SharedScore(Together):
     def ask(self, answers, points): return self.local.scores(answers)[:, points].mean(0)
 
 # %% ../../nbs/4_distree/policies.ipynb #dd3a304a
-POLICIES = dict(
+POLICIES = Registry(
+    "policy",
+    SystemPolicy,
     last=LastExit,
     random=RandomExit,
     difference=FeatureDifference,
@@ -331,7 +333,7 @@ def policy_by_name(
     **kwargs # passed on, e.g. shared, points, rtt
 )->SystemPolicy:
     "A rule by its name; raises `ValueError` for an unknown one."
-    return by_name(name, POLICIES, "policy", SystemPolicy, **kwargs)
+    return POLICIES.make(name, **kwargs)
 
 # %% ../../nbs/4_distree/policies.ipynb #6bb51bbd
 @patch

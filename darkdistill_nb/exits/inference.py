@@ -24,7 +24,8 @@ from ..core.scenes import show_pictures
 from ..distill.losses import _certain, _labels, _up
 from .training import exit_shares
 from ..core.seeds import Streams
-from ..core.training import accuracy, by_name, evaluating
+from ..core.registry import Registry
+from ..core.training import accuracy, evaluating
 from ..core.plots import figure, style
 from torch import nn
 from .thresholds import read_thresholds, write_thresholds
@@ -214,7 +215,9 @@ class Gate(Score, nn.Module):
         return s[:, 0], dict(before=torch.cat([before, s], -1))
 
 # %% ../../nbs/2_exits/inference.ipynb #d34c441d
-SCORES = dict(
+SCORES = Registry(
+    "score",
+    Score,
     confidence=Confidence,
     margin=Margin,
     entropy=Entropy,
@@ -231,7 +234,7 @@ def score_by_name(
     **kwargs # passed on, e.g. T for energy, exits and n_classes for gate
 )->Score:
     "A score by its name; raises `ValueError` for an unknown one."
-    return by_name(name, SCORES, "score", Score, **kwargs)
+    return SCORES.make(name, **kwargs)
 
 # %% ../../nbs/2_exits/inference.ipynb #134893af
 def anytime(
@@ -253,7 +256,7 @@ def anytime(
 def exit_outputs(
     net,  # `EarlyExitNet`; put into evaluation mode and back
     data,  # `ArrayData`
-    policy=None,  # how the exits were trained, e.g. `BoostNet()`: turns raw logits into deciding ones; None: raw logits decide
+    objective=None,  # how the exits were trained, e.g. `BoostNet()`: turns raw logits into deciding ones; None: raw logits decide
     batch_size: int = 512,  # pictures a forward pass
 ) -> tuple:  # logits (E, N, K) and a list of E tensors (N, h) of features, on the CPU
     "Deciding logits and features of all exits for a whole data set; raises `ValueError` for an empty one."
@@ -268,7 +271,7 @@ def exit_outputs(
             a = net.features(net.stem(xb.to(device)))
             features.append([v.clone().cpu() for v in a])  # the classifiers may work in place
             raw = net.classify(a)
-            logits.append(torch.stack(list(policy.predict(raw)) if policy else raw).cpu())
+            logits.append(torch.stack(list(objective.predict(raw)) if objective else raw).cpu())
     return torch.cat(logits, 1), [torch.cat(v) for v in zip(*features)]
 
 # %% ../../nbs/2_exits/inference.ipynb #c17dbf8c

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from ..core.checks import check, choice, flag, whole
 from .networks import ClassToken, EarlyExitNet, Exit, TokenStem, take_rows
-from .training import POLICIES, Joint, objective_by_name
+from ..core.registry import OBJECTIVES
+from .training import Joint, objective_by_name
 from .inference import Confidence, SCORES, score_by_name
 from .thresholds import read_thresholds, write_thresholds
 from fastcore.basics import patch
@@ -31,10 +32,10 @@ def loop_exits(
     x:torch.Tensor,    # (n, C, H, W)
     thresholds,        # E thresholds, as numbers or as records hold them; the last exit takes everybody
     score=None,        # a `Score`; None: `Confidence()`
-    policy=None,       # what decides, see exits.training; None: `Joint()`
+    objective=None,       # what decides, see exits.training; None: `Joint()`
 )->tuple:              # exit taken (n,), its deciding logits (n, K), all scores asked for: n lists
     "The definition of early exit: one picture after the other, one stage after the other."
-    score, policy, exits, out, asked = score or Confidence(), policy or Joint(), [], [], []
+    score, objective, exits, out, asked = score or Confidence(), objective or Joint(), [], [], []
     thresholds = read_thresholds(thresholds, len(net), "thresholds")
     check(len(x) > 0, "number of images in x", 0, "at least 1")
     for i in range(len(x)):
@@ -42,7 +43,7 @@ def loop_exits(
         for e, (stage, exit) in enumerate(zip(net.stages, net.exits)):
             z = stage(z)
             a = exit.features(z)
-            before = policy.step(exit.classify(a), before)
+            before = objective.step(exit.classify(a), before)
             s, state = score.step(before, a, state)
             seen.append(float(s))
             if seen[-1] >= thresholds[e] or e == len(net) - 1:
@@ -415,16 +416,16 @@ def _outcome(done, costs, n_classes, logits, ordered=False):
     )
 
 # %% ../../nbs/2_exits/runner.ipynb #22dce1e1
-def _set_rule(r, costs, thresholds, score, policy):
-    "Costs, score, policy and checked thresholds, as attributes of r."
+def _set_rule(r, costs, thresholds, score, objective):
+    "Costs, score, objective and checked thresholds, as attributes of r."
     r.costs = list(costs)
     r.score = score_by_name("confidence" if score is None else score)
-    r.policy = Joint() if policy is None else policy
+    r.objective = Joint() if objective is None else objective
     check(
-        hasattr(r.policy, "step"),
-        "policy",
-        policy,
-        "a policy of exits.training (`objective_by_name` makes one), or None",
+        hasattr(r.objective, "step"),
+        "objective",
+        objective,
+        "an objective of exits.training (`objective_by_name` makes one), or None",
     )
     r.thresholds = read_thresholds(thresholds, len(r.costs), "thresholds")
     r.rounded = torch.tensor(r.thresholds, dtype=torch.float32).tolist()  # like the scores
@@ -448,7 +449,7 @@ class ExitRunner:
         net: EarlyExitNet,
         thresholds,  # E thresholds on the score, as numbers or as records hold them; the last exit takes everybody
         score=None,  # a `Score` or its name; None: `Confidence()`
-        policy=None,  # what decides, see exits.training; None: `Joint()`
+        objective=None,  # what decides, see exits.training; None: `Joint()`
         kernels="auto",  # auto: fused where recognised | modules: as they are | compile: `torch.compile` of every stage
         dtype=None,  # of weights and latents, e.g. torch.bfloat16; None: the net's
         device=None,  # None: the net's
@@ -459,7 +460,7 @@ class ExitRunner:
         micro = micro if micro is None else whole(micro, "micro")
         floating = dtype is None or isinstance(dtype, torch.dtype) and dtype.is_floating_point
         check(floating, "dtype", dtype, "a floating-point type of torch, or None")
-        _set_rule(self, net.macs(), thresholds, score, policy)
+        _set_rule(self, net.macs(), thresholds, score, objective)
         self.input_shape, self.n_classes, p = net.input_shape, net.n_classes, next(net.parameters())
         net = copy.deepcopy(net).to(device or p.device).requires_grad_(False).eval()
         self.dtype = dtype or p.dtype
@@ -529,7 +530,7 @@ def advance(self:ExitRunner,
 )->tuple:    # who left: (ids, deciding logits, exit, scores) or None; who goes on: `Group` or None
     "Let a group through one stage and its exit; raises `ValueError` for a score that is not a number."
     a, f, z = self.stage(e, g.z)
-    F_ = self.policy.step(f, g.before)
+    F_ = self.objective.step(f, g.before)
     s, state = self.score.step(F_, a, g.state)
     values = s.tolist()
     if bad := sum(v != v for v in values):
@@ -614,7 +615,7 @@ def all_exits(self:ExitRunner,
         z, F_ = g.z, []
         for e in range(len(self)):
             _, f, z = self.stage(e, z)
-            F_.append(self.policy.step(f, F_[-1] if F_ else None))
+            F_.append(self.objective.step(f, F_[-1] if F_ else None))
         out.append(torch.stack(F_))
     return torch.cat(out, 1)
 
@@ -764,21 +765,21 @@ def export_onnx(
     folder,             # is made; receives stage1.onnx .. stageE.onnx and manifest.json
     thresholds,         # E thresholds
     score="confidence", # name of a score
-    policy="joint",     # name of a policy
-    policy_options=None,# its options, e.g. dict(w=.5) for boostnet
+    objective="joint",     # name of an objective
+    objective_options=None,# its options, e.g. dict(w=.5) for boostnet
 )->Path:                # of the manifest
     "Write one ONNX file per stage and a manifest; raises `ValueError` for a rule that cannot be written down by name."
     _onnx("onnx")
     _onnx("onnxscript")
     for kind, name, known in (
         ("score", score, [n for n in SCORES if n != "gate"]),
-        ("policy", policy, list(POLICIES)),
+        ("objective", objective, list(OBJECTIVES)),
     ):
         if name not in known:
             raise ValueError(
                 f"{kind}={name!r} cannot be written to a manifest; choose one of {', '.join(known)}"
             )
-    objective_by_name(policy, **(policy_options or {}))
+    objective_by_name(objective, **(objective_options or {}))
     rule = _set_rule(SimpleNamespace(), net.macs(), thresholds, score, None)
     net, folder, files = copy.deepcopy(net).cpu().float().eval(), Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
@@ -796,8 +797,8 @@ def export_onnx(
         files=files,
         thresholds=write_thresholds(rule.thresholds),
         score=score,
-        policy=policy,
-        policy_options=policy_options or {},
+        policy=objective,  # the name of the key in older manifests, too
+        policy_options=objective_options or {},
     )
     (folder / "manifest.json").write_text(json.dumps(text, indent=1))
     return folder / "manifest.json"
@@ -844,13 +845,15 @@ class OnnxRunner(ExitRunner):
     ):
         ort, m = _onnx("onnxruntime"), _manifest(folder)
         micro, threads = 16 if micro is None else whole(micro, "micro"), whole(threads, "threads")
-        policy = objective_by_name(m["policy"], **m["policy_options"])
+        choice(m["policy"], "policy", OBJECTIVES)  # a file names no class to be imported
+        choice(m["score"], "score", SCORES)
+        objective = objective_by_name(m["policy"], **m["policy_options"])
         _set_rule(
             self,
             m["macs"],
             m["thresholds"] if thresholds is None else thresholds,
             m["score"],
-            policy,
+            objective,
         )
         self.input_shape = tuple(m["input_shape"])
         self.n_classes = m["n_classes"]

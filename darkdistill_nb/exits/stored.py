@@ -13,6 +13,8 @@ from pathlib import Path
 from ..core.records import asset, from_16_bits, load_tensors
 from .networks import build_net
 from .training import objective_by_name
+from ..core.registry import OBJECTIVES
+from ..core.checks import choice
 
 # %% ../../nbs/2_exits/stored.ipynb #16312bba
 NETS = {  # arguments of `build_net`, by short name
@@ -31,11 +33,12 @@ NETS = {  # arguments of `build_net`, by short name
 # %% ../../nbs/2_exits/stored.ipynb #d31e3119
 def load_trained(
     path, # file of `keep_trained`, or the name of one in the assets, e.g. "exits_cifar10_wrn"
-)->tuple: # (network in evaluation mode, policy, answers, header)
+)->tuple: # (network in evaluation mode, objective, answers, header)
     "Read a trained network and its answers; needs neither data set nor download."
     path = Path(path) if str(path).endswith(".safetensors") else asset(f"{path}.safetensors")
     tensors, meta = load_tensors(path)
     cell = meta["cell"]
+    choice(cell["policy"], "policy", OBJECTIVES)  # a file names no class to be imported
     net = build_net(
         input_shape=tuple(meta["shape"]),
         n_classes=len(meta["classes"]),

@@ -413,7 +413,7 @@ def main(
 )->int:            # exit status
     "`python -m darkdistill_nb.experiments.bench NAME`: measure on this machine and print a table."
     p = argparse.ArgumentParser(
-        prog="python -m darkdistill_nb.experiments.bench",
+        prog="darkdistill bench",
         description="Measure costs on this machine; ratios of one run.",
     )
     sub = p.add_subparsers(dest="name", required=True)

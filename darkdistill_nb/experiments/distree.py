@@ -1253,7 +1253,7 @@ def main(
 )->int:        # exit code: 0, 2 for bad input, 130 when interrupted
     "Run one experiment from the command line."
     p = argparse.ArgumentParser(
-        prog="python -m darkdistill_nb.experiments.distree",
+        prog="darkdistill experiment distree",
         description="Experiments on DistrEE. Killed or interrupted, the same command continues.",
     )
     p.add_argument(

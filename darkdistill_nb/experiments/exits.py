@@ -31,7 +31,6 @@ from darkdistill_nb.core.records import publish, stored_record, to_16_bits
 
 from darkdistill_nb.core.checks import check, choice, flag, number, whole
 
-
 from darkdistill_nb.distill.losses import CropFlip
 
 from darkdistill_nb.exits.networks import EarlyExitNet, build_net
@@ -40,6 +39,7 @@ from darkdistill_nb.exits.stored import NETS
 from darkdistill_nb.exits.training import fit_exits, learning_rates, objective_by_name
 
 from darkdistill_nb.exits.inference import confidence, exit_outputs, policy_curve
+from darkdistill_nb.experiments.settings import todays_names
 
 # %% ../../nbs/5_experiments/exits.ipynb #c90106d9
 from darkdistill_nb.core.records import Record, save_record, save_tensors
@@ -51,12 +51,12 @@ from darkdistill_nb.core.plots import figure, style
 def exit_cell(
     data:str,          # a name that `load` knows, or the path of an .npz file
     net:str="cnn",     # one of `NETS`
-    policy:str="joint",# a name that `objective_by_name` knows
+    objective:str="joint",# a name that `objective_by_name` knows
     seed:int=0,        # of first weights, order and augmentation
     epochs:int=20,     # passes over the training pictures
     lr=None,           # of the first step; None: 0.1 for wrn, 0.001 for vit (AdamW), 0.02 for cnn
     batch_size:int=128,
-    options=None,      # of the policy
+    options=None,      # of the objective
     **changes          # n_train, n_test, amp, net_options (e.g. dict(width=8))
 )->dict:
     "Everything that the result of one training depends on, as JSON values; raises `ValueError` for an unknown network or setting."
@@ -71,12 +71,12 @@ def exit_cell(
     flag(more["amp"], "amp")
     for k, v in dict(options=options or {}, net_options=more["net_options"]).items():
         check(isinstance(v, dict), k, v, "a dict of settings")
-    objective_by_name(policy, **(options or {}))
+    objective_by_name(objective, **(options or {}))
     lr = dict(cnn=0.02, wrn=0.1, vit=1e-3)[net] if lr is None else number(lr, "lr", above=0)
     return dict(
         data=str(data),
         net=net,
-        policy=policy,
+        policy=objective,  # the key of stored cells
         options=options or {},
         seed=whole(seed, "seed", None),
         epochs=whole(epochs, "epochs"),
@@ -103,10 +103,10 @@ def train_net(
     checkpoint=None, # file to continue from, see `fit_exits`
     on_epoch=None,   # called as on_epoch(row, net) after each epoch
     device="cpu",
-)->tuple:            # (network, policy, a row per epoch)
+)->tuple:            # (network, objective, a row per epoch)
     "Train the network of a cell."
     train = three_parts(cell["data"], cell["n_train"], cell["n_test"])[0]
-    st, policy = Streams(cell["seed"]), objective_by_name(cell["policy"], **cell["options"])
+    st, objective = Streams(cell["seed"]), objective_by_name(cell["policy"], **cell["options"])
     with st.scope("init"):
         net = new_net(cell, train).to(device)
     large = min(train.shape[1:]) >= 16  # smaller images lose too much by a crop
@@ -120,7 +120,7 @@ def train_net(
         rows = fit_exits(
             net,
             train.to(device),
-            policy,
+            objective,
             cell["epochs"],
             cell["lr"],
             weight_decay=5e-4,
@@ -132,32 +132,32 @@ def train_net(
             optimizer=adam,
             checkpoint=checkpoint,
         )
-    return net, policy, rows
+    return net, objective, rows
 
 # %% ../../nbs/5_experiments/exits.ipynb #b2e592e1
 def answers(
     net,     # trained
-    policy,  # its policy
+    objective,  # its objective
     cell:dict,
 )->dict:     # valid, test: logits (E, N, K); valid_y, test_y: labels
     "Deciding logits of all exits on validation and test pictures."
     _, valid, test = three_parts(cell["data"], cell["n_train"], cell["n_test"])
     return dict(
-        valid=exit_outputs(net, valid, policy)[0],
+        valid=exit_outputs(net, valid, objective)[0],
         valid_y=valid.y,
-        test=exit_outputs(net, test, policy)[0],
+        test=exit_outputs(net, test, objective)[0],
         test_y=test.y,
     )
 
 # %% ../../nbs/5_experiments/exits.ipynb #bc63fb6a
 def keep_trained(
     path,      # file to write
-    net, policy,
+    net, objective,
     cell:dict,
     rows:list, # of `train_net`
 )->dict:       # the header: cell, costs, accuracy, ...
     "Write weights and answers of a trained network into one safetensors file, floating-point numbers in 16 bits."
-    out = answers(net, policy, cell)
+    out = answers(net, objective, cell)
     classes = three_parts(cell["data"], cell["n_train"], cell["n_test"])[0].classes
     meta = dict(
         cell=cell,
@@ -184,12 +184,12 @@ def train_trained(
     "Train one network with a checkpoint per epoch, and store it as exits_DATA_NET (weights and answers, and a record)."
     cell, name = exit_cell(data, net, **how), f"exits_{short_name(data)}_{net}"
     record = Record.begin(cell)
-    trained, policy, rows = train_net(
+    trained, objective, rows = train_net(
         cell, Path(folder) / "running" / f"{cell_key(cell)}.safetensors", on_epoch, device
     )
     trained = trained.to("cpu")
     path = Path(folder) / name / f"{name}.safetensors"
-    meta = keep_trained(path, trained, policy, cell, rows)
+    meta = keep_trained(path, trained, objective, cell, rows)
     record.info = {k: meta[k] for k in ("costs", "parameters", "classes", "shape")}
     record.runs = [dict(seed=cell["seed"], rows=rows, accuracy=meta["accuracy"])]
     record.seconds = sum(r["seconds"] for r in rows)
@@ -198,7 +198,7 @@ def train_trained(
     return record
 
 # %% ../../nbs/5_experiments/exits.ipynb #e9adce56
-WAYS = {  # name -> (policy, options)
+WAYS = {  # name -> (objective, options)
     "Joint": ("joint", {}),
     "Joint, equilibrium": ("joint", dict(ge="full")),
     "BoostNet": ("boostnet", {}),
@@ -211,8 +211,8 @@ def measure(
     folder,    # unused; jobs of `run_grid` take one
 )->dict:       # exits: accuracies; costs: MACs; curve: (accuracy, cost) per budget
     "Train a cell's network and measure every exit and the accuracy at every budget of `BUDGETS`."
-    net, policy, rows = train_net(cell)
-    out, costs = answers(net, policy, cell), net.macs()
+    net, objective, rows = train_net(cell)
+    out, costs = answers(net, objective, cell), net.macs()
     right = {k: out[k].argmax(-1) == out[f"{k}_y"] for k in ("valid", "test")}
     budgets = [costs[0] + b * (costs[-1] - costs[0]) for b in BUDGETS]
     curve = policy_curve(
@@ -243,7 +243,7 @@ def pays(
     "Train the same network in several ways with equal epochs and paired seeds; stored as exits_pays_DATA."
     ways = [choice(w, "way", WAYS) for w in ways or WAYS]
     cells = [
-        exit_cell(data, seed=s, policy=WAYS[w][0], options=WAYS[w][1], **how)
+        exit_cell(data, seed=s, objective=WAYS[w][0], options=WAYS[w][1], **how)
         for s in range(whole(seeds, "seeds", 2))
         for w in ways
     ]
@@ -377,7 +377,7 @@ def _experiment(a):
 # %% ../../nbs/5_experiments/exits.ipynb #3d6b5fed
 def _settings(a):
     "What was typed after --set, without what has an option of its own."
-    how = key_values(a.set)
+    how = todays_names(key_values(a.set))
     for k in (
         "data",
         "net",
@@ -410,7 +410,7 @@ def main(
 )->int:        # exit code: 0, 2 for bad input, 130 when interrupted
     "Train and store one network, or compare ways to train, from the command line."
     p = argparse.ArgumentParser(
-        prog="python -m darkdistill_nb.experiments.exits",
+        prog="darkdistill experiment exits",
         description="Trained early-exit networks. Killed or interrupted, the same command continues.",
     )
     p.add_argument("experiment", choices=("train", "pays", "rates"))
@@ -429,7 +429,7 @@ def main(
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="other settings, e.g. epochs=30 lr=0.05 policy=boostnet n_train=5000",
+        help="other settings, e.g. epochs=30 lr=0.05 objective=boostnet n_train=5000",
     )
     p.add_argument("--assets", help="folder that also gets the result")
     a = p.parse_args(argv)

@@ -89,7 +89,7 @@ def _images(cell):
 
 def _feedback(run, train, clients):
     "The correction of class bias that the clients' difficulties of the final model lead to."
-    method, streams = FeedbackEEFL(run.method.policy), Streams(run.seed)
+    method, streams = FeedbackEEFL(run.method.objective), Streams(run.seed)
     method.setup(run.net())
     state = method.survey(run.state, train, clients, len(run.log), streams)[0]
     return state["server"]["feedback.bias"]
@@ -101,7 +101,7 @@ def _validation(run, train, clients):
         if len(c.valid):
             data = train.subset(c.valid)
             raw = list(predict(net.prefix(c.tier), data))
-            out[f"valid.{c.id}"] = torch.stack(run.method.policy.predict(raw))
+            out[f"valid.{c.id}"] = torch.stack(run.method.objective.predict(raw))
             out[f"valid_y.{c.id}"] = data.y
     return out
 

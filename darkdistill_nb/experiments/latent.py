@@ -895,7 +895,7 @@ def slopes(
 # %% ../../nbs/5_experiments/latent.ipynb #78720727
 def _parser():
     p = argparse.ArgumentParser(
-        prog="python -m darkdistill_nb.experiments.latent",
+        prog="darkdistill experiment latent",
         description="Experiments on latent-space distillation. Killed or interrupted, the same command continues.",
     )
     p.add_argument("experiment", choices=EXPERIMENTS)

@@ -22,6 +22,8 @@ from ..federated.difficulty import DifficultyHistogram, measure_difficulty
 from ..exits.inference import budget_curve
 from ..exits.thresholds import read_thresholds
 from ..core.records import Record, write_atomic
+from ..core.registry import CONTROL, METHODS
+from .settings import todays_names
 from ..core.training import accuracy, mean_std, plus_minus
 
 # %% ../../nbs/5_experiments/report.ipynb #d937e367
@@ -66,7 +68,7 @@ def _tier_difficulty(run, train, clients, device):
     net, out = run.net(), {}
     for m in sorted({c.tier for c in clients}):
         data = train.subset(torch.cat([c.train for c in clients if c.tier == m])).to(device)
-        d = measure_difficulty(net, run.method.policy, data)
+        d = measure_difficulty(net, run.method.objective, data)
         out[str(m)] = DifficultyHistogram.of(d, data.y.cpu(), net.n_classes).counts.sum(0).tolist()
     return out
 
@@ -111,8 +113,6 @@ def _finite(values, name):
     return [number(v, name) for v in values]
 
 # %% ../../nbs/5_experiments/report.ipynb #ca7976a9
-LABELS = {"eefl": "EEFL", "darkdistill": "DarkDistill"}
-
 PAIRED = (
     "data",
     "n_train",
@@ -132,13 +132,13 @@ def summary(
 ) -> list:  # one dict per row: name, method, seeds, exits (E lists over seeds), mean (over seeds), versus (paired differences), record
     "Rows of the table, with paired differences to the first record's EEFL (or first method); raises `ValueError` for what is no record."
     _check_records(records, names)
-    rows = []
+    rows, labels = [], _labels(records)
     for i, r in enumerate(records):
         for m in dict.fromkeys(run["method"] for run in r.runs):
             own = sorted((run for run in r.runs if run["method"] == m), key=lambda run: run["seed"])
             rows.append(
                 dict(
-                    name=f"{names[i]}: {LABELS.get(m, m)}" if names else LABELS.get(m, m),
+                    name=f"{names[i]}: {labels[m]}" if names else labels[m],
                     method=m,
                     record=r,
                     runs=own,
@@ -150,10 +150,16 @@ def summary(
     if not rows:
         raise ValueError("the record holds no finished run")
     first = [w for w in rows if w["record"] is records[0]]
-    base = next((w for w in first if w["method"] == "eefl"), first[0])
+    base = next((w for w in first if w["method"] == CONTROL), first[0])
     for w in rows:
         w["base"], w["versus"] = base, None if w is base else _paired(w, base)
     return rows
+
+def _labels(records):
+    "Method -> what readers see: its class, or its whole name where two classes are called the same."
+    methods = dict.fromkeys(run["method"] for r in records for run in r.runs)
+    labels = [METHODS.label(m) for m in methods]
+    return {m: label if labels.count(label) == 1 else m for m, label in zip(methods, labels)}
 
 # %% ../../nbs/5_experiments/report.ipynb #7a357278
 def _paired(row, base):
@@ -795,7 +801,7 @@ def _traffic_data(record):
 def in_words(record: Record) -> str:
     "The experiment in one sentence."
     _check_records([record])
-    c, n = record.config, len(record.config["seeds"])
+    c, n = todays_names(record.config), len(record.config["seeds"])
     T, data = len(c["tiers"]), Path(str(c["data"])).stem
     equal = max(c["tiers"]) - min(c["tiers"]) < 1e-9
     tiers = (
@@ -805,7 +811,7 @@ def in_words(record: Record) -> str:
     )
     return (
         f"{data}: {c['clients']} clients in {tiers}, Dirichlet gamma {c['gamma']:g} (family {c['family']}), network {c['arch']}, "
-        f"exits trained with {c['policy']}, {c['rounds']} rounds, {n} seed{'s' * (n > 1)}."
+        f"exits trained with {c['objective']}, {c['rounds']} rounds, {n} seed{'s' * (n > 1)}."
     )
 
 # %% ../../nbs/5_experiments/report.ipynb #1fa124ad
@@ -1087,7 +1093,7 @@ def _made(record):
         ["parameters per tier", ", ".join(f"{n:,}" for n in record.info["parameters"])],
         ["MACs per exit", ", ".join(f"{n:,}" for n in record.info["macs"])],
     ]
-    settings = [[k, in_short(x)] for k, x in c.items()]
+    settings = [[k, in_short(x)] for k, x in todays_names(c).items()]
     return (
         "<table class=facts>"
         + "".join(
@@ -1213,7 +1219,8 @@ def write_report(
 )->Path:
     "Write the report of a record as one self-contained HTML file."
     _check_records([record])
-    methods = " and ".join(w["name"] for w in summary(record))
+    *some, last = (w["name"] for w in summary(record))
+    methods = f"{', '.join(some)} and {last}" if some else last
     title = f"{methods} on {Path(str(record.config['data'])).stem}"
     parts = [
         f"<h1>{html.escape(title)}</h1><p class=sub>{html.escape(in_words(record))}</p>",
@@ -1230,12 +1237,14 @@ def differing(
 )->list:     # (setting, [its value in each record])
     "Settings that are not the same in all records."
     _check_records(records)
-    keys = dict.fromkeys(k for r in records for k in r.config)
-    return [
-        (k, [r.config.get(k) for r in records])
-        for k in keys
-        if any(r.config.get(k) != records[0].config.get(k) for r in records)
-    ]
+    configs = [_settings(r) for r in records]
+    keys = dict.fromkeys(k for c in configs for k in c)
+    each = [(k, [c.get(k) for c in configs]) for k in keys]
+    return [(k, values) for k, values in each if any(v != values[0] for v in values)]
+
+def _settings(record):
+    "The settings of a record by today's names, without empty tables."
+    return {k: v for k, v in todays_names(record.config).items() if v != {}}
 
 def compare_table(
     *records,

@@ -216,7 +216,7 @@ def measure_stage(
     test = s.test if test is None else test
     valid = s.train.subset(torch.cat([c.valid for c in clients]))
     held = s.train.subset(torch.cat([c.train for c in clients]))
-    net, policy, costs = run.net(), run.method.policy, run.net().macs()
+    net, objective, costs = run.net(), run.method.objective, run.net().macs()
     logits = {k: run.logits(v) for k, v in dict(valid=valid, test=test).items()}
     right = dict(
         valid=logits["valid"].argmax(-1) == valid.y, test=logits["test"].argmax(-1) == test.y
@@ -226,7 +226,7 @@ def measure_stage(
     curve_at = lambda b: policy_curve(*score.values(), *right.values(), costs, b)
     half, curve = curve_at([costs[-1] / 2]), curve_at(None)
     static = float(static_mixture(costs, exits["test"], half["cost"][0]))
-    d = measure_difficulty(net, policy, held)
+    d = measure_difficulty(net, objective, held)
     counts = lambda w: DifficultyHistogram.of(d, held.y, net.n_classes, bins_of(w), w).counts.sum(0)
     models = tier_models(run.method, run.state, s.train, clients, len(run.log), Streams(run.seed))
     return dict(
@@ -237,9 +237,9 @@ def measure_stage(
         curve=[curve["accuracy"], curve["cost"]],
         difficulty={str(w): (counts(w).double() / len(d)).tolist() for w in WIDTHS},
         unalignment=_by_text(
-            unalignment(*models, policy, test, measure_difficulty(net, policy, test))
+            unalignment(*models, objective, test, measure_difficulty(net, objective, test))
         ),
-        unalignment_true=_by_text(unalignment(*models, policy, test, test.difficulty)),
+        unalignment_true=_by_text(unalignment(*models, objective, test, test.difficulty)),
     )
 
 def _by_text(table):

@@ -52,14 +52,14 @@ def _with(net, weights):
 # %% ../../nbs/3_federated/alignment.ipynb #0986e8b4
 def handled(
     net:EarlyExitNet,
-    policy,            # how its exits decide, e.g. `BoostNet()`
+    objective,            # how its exits decide, e.g. `BoostNet()`
     data:ArrayData,
     d:torch.Tensor,    # (N,) difficulties of the samples
     P:float=30,        # shares of the exits, see `exit_shares`
 )->list:               # mean difficulty of the samples that leave at each exit, in the unit of `d`
     "Mean difficulty that each exit handles (DarkDistill, figure 1); raises `ValueError` unless `d` fits."
     check(tuple(d.shape) == (len(data),), "d", tuple(d.shape), f"of shape ({len(data)},)")
-    parts = exit_partition(policy.predict(list(predict(net, data))), number(P, "P", above=0))
+    parts = exit_partition(objective.predict(list(predict(net, data))), number(P, "P", above=0))
     check(all(len(p) for p in parts), "data", len(data), "enough samples for all exits")
     return [float(d[p].double().mean()) for p in parts]
 
@@ -67,7 +67,7 @@ def handled(
 def unalignment(
     tier_nets:dict,   # tier -> its model, as of `tier_models`; the deepest has all exits
     net:EarlyExitNet, # the global network that they average to
-    policy,           # how exits decide
+    objective,           # how exits decide
     data:ArrayData,   # the same for all
     d=None,           # (N,) difficulties; None: the loss at exit 1 of `net`
     P:float=30,       # shares of the exits, see `exit_shares`
@@ -81,9 +81,9 @@ def unalignment(
         f"models of at least one tier and of tier {E}",
     )
     if d is None:
-        d = sample_difficulty(policy.predict(list(predict(net, data)))[0].cpu(), data.y.cpu())
-    own = {m: handled(n, policy, data, d, P) for m, n in tier_nets.items()}
-    one = {m: handled(net.prefix(m), policy, data, d, P) for m in tier_nets}
+        d = sample_difficulty(objective.predict(list(predict(net, data)))[0].cpu(), data.y.cpu())
+    own = {m: handled(n, objective, data, d, P) for m, n in tier_nets.items()}
+    one = {m: handled(net.prefix(m), objective, data, d, P) for m in tier_nets}
     gap = lambda table: {e: table[e][e - 1] - table[E][e - 1] for e in sorted(table) if e < E}
     naive, null = gap(own), gap(one)
     difference = {e: naive[e] - null[e] for e in naive}

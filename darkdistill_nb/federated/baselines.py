@@ -30,11 +30,11 @@ class ExclusiveFL(EEFL):
 
     def __init__(
         self,
-        policy=None,  # how exits are trained; None: `Joint()`
+        objective=None,  # how exits are trained; None: `Joint()`
         level: int = None,  # depth of the network, trained by all clients of this tier and above; None: all stages
         **kwargs,  # passed to `EEFL`
     ):
-        super().__init__(policy or Joint(), **kwargs)
+        super().__init__(objective or Joint(), **kwargs)
         self.level = None if level is None else whole(level, "level")
 
     def setup(self, net):
@@ -72,12 +72,12 @@ class InclusiveFL(EEFL):
 
     def __init__(
         self,
-        policy=None,  # how exits are trained, for exits="all"; None: `Joint()`
+        objective=None,  # how exits are trained, for exits="all"; None: `Joint()`
         beta: float = 0.2,  # share of the larger network's change in that of a last layer, in [0, 1]
         exits: str = "last",  # last (the paper): only the last exit of a tier is trained | all (DarkDistill's authors)
         **kwargs,  # passed to `EEFL`
     ):
-        super().__init__(policy or Joint(), **kwargs)
+        super().__init__(objective or Joint(), **kwargs)
         self.beta = number(beta, "beta", 0, 1)
         self.exits = choice(exits, "exits", ("last", "all"))
 
@@ -125,9 +125,9 @@ def send(self: InclusiveFL, state, client):
 
 @patch
 def local_loss(self: InclusiveFL, net, weights, data, rnd):
-    "The policy's loss of all exits, or of the last one as if there were no others."
+    "The objective's loss of all exits, or of the last one as if there were no others."
     start = -1 if self.exits == "last" else 0
-    return lambda raw, y: self.policy.loss(raw[start:], y)[0]
+    return lambda raw, y: self.objective.loss(raw[start:], y)[0]
 
 @patch
 def before_step(self: InclusiveFL, net, x, y, optimizer):
@@ -138,7 +138,7 @@ def before_step(self: InclusiveFL, net, x, y, optimizer):
 @patch(as_prop=True)
 def ge(self: InclusiveFL):
     "A single exit has nothing to balance its gradient with."
-    return self.policy.ge if self.exits == "all" else "none"
+    return self.objective.ge if self.exits == "all" else "none"
 
 @patch
 def decide(self: InclusiveFL, net, data):
@@ -237,13 +237,13 @@ class DepthFL(EEFL):
 
     def __init__(
         self,
-        policy=None,  # how exits are trained; None: `Joint()`
+        objective=None,  # how exits are trained; None: `Joint()`
         alpha: float = 0.1,  # of FedDyn; 0: plain averages, weighted by samples
         ramp_rounds: int = 300,  # in which the weight of distillation rises to 1; 0: it is 1
         kd: float = 1.0,  # weight of distillation after the rise, >= 0
         **kwargs,  # passed to `EEFL`
     ):
-        super().__init__(policy or Joint(), **kwargs)
+        super().__init__(objective or Joint(), **kwargs)
         self.alpha, self.kd = number(alpha, "alpha", 0), number(kd, "kd", 0)
         self.ramp_rounds = whole(ramp_rounds, "ramp_rounds", 0)
 
@@ -282,7 +282,7 @@ def local_loss(self: DepthFL, net, weights, data, rnd):
     weight, tilt = self.kd * ramp(rnd, self.ramp_rounds), self._tilt(net, weights)
 
     def loss(raw, y):
-        total, logits = self.policy.loss(raw, y)
+        total, logits = self.objective.loss(raw, y)
         if weight and len(logits) > 1:
             total = total + weight * peer_divergence(logits)
         return total + tilt() if self.alpha else total

@@ -49,7 +49,7 @@ def prior_shift(
 
 # %% ../../nbs/3_federated/calibration.ipynb #d7ef56ad
 def shifted(
-    policy,         # how exits are combined: BoostNet(), Joint(), ...
+    objective,         # how exits are combined: BoostNet(), Joint(), ...
     raw:list,       # E tensors (B, K), raw logits
     a:torch.Tensor, # (K,) the shift
 )->list:            # E tensors (B, K), raw logits whose decisions are those of `raw`, plus `a`
@@ -57,7 +57,7 @@ def shifted(
     K = raw[0].shape[-1]
     check(tuple(a.shape) == (K,), "a", tuple(a.shape), f"of shape ({K},), one number per class")
     a = a.to(raw[0])
-    later = a - policy.step(torch.zeros_like(a), a)
+    later = a - objective.step(torch.zeros_like(a), a)
     return [f + (later if e else a) for e, f in enumerate(raw)]
 
 # %% ../../nbs/3_federated/calibration.ipynb #256e20ac
@@ -85,13 +85,13 @@ class PriorCalibration(EEFL):
     "Clients of any method train with prior-calibrated cross-entropy: put in front of the method's class."
 
     def __init__(self,
-        policy=None,        # how exits are trained; None: `BoostNet()`
+        objective=None,        # how exits are trained; None: `BoostNet()`
         calibration="auto", # its strength tau, >= 0; 0: none; "auto": by `tau_rule`
         smoothing:float=1., # images of every class that are added to the counts, above 0
         epsilon:float=None, # privacy of the uploaded histogram; None: exact counts
         **kwargs            # passed to the method
     ):
-        super().__init__(policy, **kwargs)
+        super().__init__(objective, **kwargs)
         ruled = isinstance(calibration, str) and calibration == "auto"
         self.calibration = "auto" if ruled else number(calibration, "calibration", low=0)
         self.smoothing = number(smoothing, "smoothing", above=0)
@@ -153,7 +153,7 @@ def local_loss(self: PriorCalibration, net, weights, data, rnd):
         return loss
     own = _label_counts(data, net.n_classes)
     a = prior_shift(own, weights[LABELS].cpu(), float(weights[TAU]), self.smoothing)
-    return lambda raw, y: loss(shifted(self.policy, raw, a), y)
+    return lambda raw, y: loss(shifted(self.objective, raw, a), y)
 
 # %% ../../nbs/3_federated/calibration.ipynb #c605ba62
 @patch
@@ -201,7 +201,7 @@ def _errors(self: PriorCalibration, state, train, client):
         return torch.zeros(2)
     data = train.subset(client.valid)
     net = self.receive(self.send(state, client), client.tier)
-    decided = self.policy.predict(list(predict(net.prefix(1), data)))[0]
+    decided = self.objective.predict(list(predict(net.prefix(1), data)))[0]
     return torch.tensor([float((decided.argmax(-1) != data.y.cpu()).sum()), len(data)])
 
 # %% ../../nbs/3_federated/calibration.ipynb #a33ac794
@@ -317,11 +317,11 @@ class ExitVotes(EEFL):
     "Exits of any method's network decide together: put in front of the method's class."
 
     def __init__(self,
-        policy=None,            # how exits are trained; None: `BoostNet()`
+        objective=None,            # how exits are trained; None: `BoostNet()`
         votes:str="validation", # one of `VOTES`
         **kwargs                # passed to the method
     ):
-        super().__init__(policy, **kwargs)
+        super().__init__(objective, **kwargs)
         self.votes, self._weights = choice(votes, "votes", VOTES), None
 
 # %% ../../nbs/3_federated/calibration.ipynb #88c9e119
@@ -380,7 +380,7 @@ def _report(self: ExitVotes, state, train, client):
     "What one client answers: its sums, and how many validation images of each class it has."
     data = train.subset(client.valid)
     net = self.receive(self.send(state, client), client.tier)
-    F_ = torch.stack(self.policy.predict(list(predict(net, data))))
+    F_ = torch.stack(self.objective.predict(list(predict(net, data))))
     return vote_sums(F_, data.y), _label_counts(data, self.net.n_classes)
 
 # %% ../../nbs/3_federated/calibration.ipynb #4b873724
@@ -430,12 +430,12 @@ class DifficultyFeedback(EEFL):
     "The server corrects the class bias of any method's logits by the difficulty that clients report."
 
     def __init__(self,
-        policy=None,        # how exits are trained; None: `BoostNet()`
+        objective=None,        # how exits are trained; None: `BoostNet()`
         feedback:float=1.,  # factor on b(y), >= 0; 0: none
         images:int=200,     # training images that a client looks at, at most
         **kwargs            # passed to the method
     ):
-        super().__init__(policy, **kwargs)
+        super().__init__(objective, **kwargs)
         self.feedback, self.images = number(feedback, "feedback", low=0), whole(images, "images")
         self._bias = None
 
@@ -453,7 +453,7 @@ def survey(self: DifficultyFeedback, state, train, clients, rnd, streams, judged
     for c in clients:
         data = self._looked_at(train, c, streams)
         net = self.receive(self.send(state, c), c.tier)
-        d = measure_difficulty(net, self.policy, data)
+        d = measure_difficulty(net, self.objective, data)
         total.index_add_(0, data.y.cpu(), d.double())
         seen += _label_counts(data, K)
     bias = self.feedback * class_bias(total, seen)

@@ -60,7 +60,7 @@ def pair_loss(
     student,            # tier-(m+1) network
     x:torch.Tensor,     # (B, ...) latents of tier m's generator
     d:torch.Tensor,     # (B,) difficulties they were made for (nats)
-    policy,
+    objective,
     rkd=RKD(5, 10),     # relational loss, with `relations`
     tau:float=.1,       # of `alignment_weights`
     weights:str="distance", # distance | uniform | random
@@ -78,10 +78,10 @@ def pair_loss(
     )
     with torch.no_grad():
         at = teacher.features(x)
-        S = exit_partition(policy.predict(teacher.classify(at)), P)[-1]
+        S = exit_partition(objective.predict(teacher.classify(at)), P)[-1]
     a = student.features(x)
     with torch.no_grad():
-        Q = exit_partition(policy.predict(student.classify(a)), P)
+        Q = exit_partition(objective.predict(student.classify(a)), P)
     if len(S) < 2 or min(map(len, Q)) == 0:
         return None
     if weights == "random":
@@ -118,20 +118,20 @@ class DarkDistill(EEFL):
 
     def __init__(
         self,
-        policy=None,  # how exits are trained; None: `BoostNet()`
+        objective=None,  # how exits are trained; None: `BoostNet()`
         kd_lr: float = 0.05,  # learning rate of distillation; 0 turns this method into EEFL
         kd_steps: int = 5,  # distillation steps per server epoch
-        kd_weight_decay: float = 1e-3,
-        server_epochs: int = 2,
+        kd_weight_decay: float = 1e-3,  # of the SGD that distils
+        server_epochs: int = 2,  # rounds of generating and distilling on the server
         gen_steps: int = 1,  # generator steps per server epoch
         gen_lr: float = 3e-3,  # of Adam, made anew every round (1e-2 in the released code)
         lam_ce: float = 0.1,  # weight of the generators' class loss (1 in the released code, with dif="mse")
         lam_dif: float = 1.0,  # weight of their difficulty loss
         lam_div: float = 0.0,  # weight of their diversity loss (1 in the released code)
-        ce: str = "all",
+        ce: str = "all",  # as in `generator_losses`
         dif: str = "l1",  # as in `generator_losses`
-        d_eps: int = 64,
-        d_h: int = 128,  # sizes of the generators
+        d_eps: int = 64,  # noise that a generator starts from
+        d_h: int = 128,  # its hidden units
         norm: str = "layer",  # of the generators
         server_batch: int = 32,  # latents a step
         rkd=(5.0, 10.0),  # weights of distance and angle loss
@@ -141,7 +141,7 @@ class DarkDistill(EEFL):
         bin_width: float = 1.0,  # nats per bin of the histograms, from 0.01 to 9.99
         **kwargs,  # passed to `EEFL`
     ):
-        super().__init__(policy, **kwargs)
+        super().__init__(objective, **kwargs)
         vars(self).update(
             _from_zero(number, kd_lr=kd_lr, gen_lr=gen_lr, kd_weight_decay=kd_weight_decay)
         )
@@ -169,7 +169,7 @@ def local_update(self:DarkDistill,
 )->Update:
     "EEFL's local training, and the histogram of difficulties under the received weights."
     net = self.receive(weights, client.tier)
-    d = measure_difficulty(net, self.policy, data)
+    d = measure_difficulty(net, self.objective, data)
     update = EEFL.local_update(self, weights, data, client, rnd, streams)
     h = DifficultyHistogram.of(
         d, data.y.cpu(), net.n_classes, bins_of(self.bin_width), self.bin_width
@@ -235,7 +235,7 @@ def _fit_generator(self: DarkDistill, gen, teacher, batch, g, opt):
         gen,
         teacher,
         self._reference,
-        self.policy,
+        self.objective,
         _Drawn(batch),
         self.gen_steps,
         g,
@@ -263,7 +263,7 @@ def _distil(self: DarkDistill, pairs, nets, gens, drawn, share, g, opt):
             nets[m + 1],
             x,
             d.to(x.device),
-            self.policy,
+            self.objective,
             RKD(*self.rkd),
             self.tau,
             self.weights,

@@ -51,7 +51,7 @@ def sample_difficulty(
 @torch.no_grad()
 def measure_difficulty(
     net:EarlyExitNet,    # with the weights received from the server
-    policy,              # its way to predict, e.g. `BoostNet()`
+    objective,              # its way to predict, e.g. `BoostNet()`
     data:ArrayData,
     batch_size:int=512,  # images a forward pass
 )->torch.Tensor:         # (N,) on the CPU
@@ -60,7 +60,7 @@ def measure_difficulty(
     with evaluating(net):
         first = net.prefix(1).eval()
         for xb, yb in data.batches(batch_size):
-            out.append(sample_difficulty(policy.predict(first(xb))[0], yb).cpu())
+            out.append(sample_difficulty(objective.predict(first(xb))[0], yb).cpu())
     return torch.cat(out)
 
 # %% ../../nbs/3_federated/difficulty.ipynb #5aec49b4

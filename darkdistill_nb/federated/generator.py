@@ -119,7 +119,7 @@ def generator_losses(
     d:torch.Tensor,         # (B,) difficulties asked for (nats)
     teacher:EarlyExitNet,   # tier model, frozen
     reference:EarlyExitNet, # global model; only its first exit is used, frozen
-    policy,                 # how both predict
+    objective,                 # how both predict
     ce:str="all",           # all | routed
     dif:str="l1",           # l1 | mse
     leak:float=.05,         # of `found_difficulty`
@@ -133,13 +133,13 @@ def generator_losses(
         tuple(d.shape),
         f"of shape ({len(x)},), as many as latents",
     )
-    logits = policy.predict(teacher.from_latents(x))
+    logits = objective.predict(teacher.from_latents(x))
     if ce == "all":
         L_ce = sum(F.cross_entropy(f, y) for f in logits)
     else:
         parts = zip(logits, exit_partition(logits))
         L_ce = sum(F.cross_entropy(f[p], y[p], reduction="sum") for f, p in parts) / len(y)
-    d_hat = found_difficulty(policy.predict(reference.prefix(1).from_latents(x))[0], y, leak)
+    d_hat = found_difficulty(objective.predict(reference.prefix(1).from_latents(x))[0], y, leak)
     return L_ce, ((d - d_hat).abs() if dif == "l1" else (d - d_hat).pow(2)).mean()
 
 # %% ../../nbs/3_federated/generator.ipynb #84a09542
@@ -174,7 +174,7 @@ def train_generator(
     gen: Generator,  # trained in place
     teacher: EarlyExitNet,  # tier model
     reference: EarlyExitNet,  # global model
-    policy,
+    objective,
     pool,  # the pool has `sample(n, generator)` -> (labels, difficulties), e.g. a `DifficultyHistogram`
     steps: int,
     generator: torch.Generator,  # draws samples and noise
@@ -199,7 +199,7 @@ def train_generator(
             y, d = (t.to(dev) for t in pool.sample(batch_size, generator))
             eps = torch.rand(batch_size, gen.d_eps, generator=generator).to(dev)
             x = gen(y, d, eps)
-            L_ce, L_dif = generator_losses(x, y, d, teacher, reference, policy, ce, dif)
+            L_ce, L_dif = generator_losses(x, y, d, teacher, reference, objective, ce, dif)
             loss = lam_ce * L_ce + lam_dif * L_dif
             if lam_div:
                 loss = loss + lam_div * diversity_loss(eps, x)

@@ -230,17 +230,25 @@ def trained_state(
     return {k: v.detach().clone() for k, v in net.state_dict().items() if k not in frozen}
 
 # %% ../../nbs/3_federated/method.ipynb #086bc1ac
-_POLICY = ("at", "load", "loss", "meta_step", "predict", "start", "state")  # what a policy can do
+_OBJECTIVE = (
+    "at",
+    "load",
+    "loss",
+    "meta_step",
+    "predict",
+    "start",
+    "state",
+)  # what an objective can do
 
-def _policy(policy):
-    "`policy`, or BoostNet for None."
+def _objective(objective):
+    "`objective`, or BoostNet for None."
     check(
-        policy is None or all(hasattr(policy, k) for k in _POLICY),
-        "policy",
-        policy,
-        "None or an exit policy such as Joint()",
+        objective is None or all(hasattr(objective, k) for k in _OBJECTIVE),
+        "objective",
+        objective,
+        "None or an objective such as Joint()",
     )
-    return BoostNet() if policy is None else policy
+    return BoostNet() if objective is None else objective
 
 # %% ../../nbs/3_federated/method.ipynb #63ac351e
 class EEFL:
@@ -249,7 +257,7 @@ class EEFL:
     name = "eefl"
 
     def __init__(self,
-        policy=None,              # how exits are trained, e.g. `Joint()`; None: `BoostNet()`
+        objective=None,              # how exits are trained, e.g. `Joint()`; None: `BoostNet()`
         lr:float=.05,             # client learning rate in round 0, >= 0
         decay:float=.99,          # factor on it per round, above 0 and at most 1
         momentum:float=.9,        # of the clients' SGD, which starts anew every round; from 0 to below 1
@@ -258,7 +266,7 @@ class EEFL:
         epochs:int=1,             # local epochs
         participation:float=.5,   # share of clients in a round, above 0 and at most 1
     ):
-        self.policy = _policy(policy)
+        self.objective = _objective(objective)
         self.lr, self.decay = number(lr, "lr", low=0), number(decay, "decay", above=0, high=1)
         self.momentum = number(momentum, "momentum", low=0, below=1)
         self.weight_decay = number(weight_decay, "weight_decay", low=0)
@@ -267,7 +275,7 @@ class EEFL:
 
     def setup(self,
         net:EarlyExitNet # the global network with its first weights
-    )->dict:             # state: dict(net=..., server=..., policy=...)
+    )->dict:             # state: dict(net=..., server=..., objective=...)
         "Keep `net` as a template and return the first state."
         self.net, self._tier_nets, self._shared = net, {}, shared_names(net)
         self._modes = {name: m.training for name, m in net.named_modules()}
@@ -275,7 +283,7 @@ class EEFL:
         self._frozen = {k for k, p in own if not p.requires_grad}
         device = next(net.parameters()).device
         first = {k: v.detach().clone() for k, v in net.state_dict().items()}
-        return dict(net=first, server={}, policy=self.policy.start(len(net), device))
+        return dict(net=first, server={}, objective=self.objective.start(len(net), device))
 
     def tier_net(self, m):
         "A working network of tier `m`; its weights are overwritten at every use."
@@ -309,8 +317,8 @@ def send(self:EEFL,
     state:dict,    # of the server
     client:Client,
 )->dict:           # the client's prefix of the global weights
-    "Weights that go to a client; those of the policy are named policy.*"
-    parts = (("net", ""), ("policy", "policy."))
+    "Weights that go to a client; those of the objective are named objective.*"
+    parts = (("net", ""), ("objective", "objective."))
     return {
         head + k: v
         for part, head in parts
@@ -319,20 +327,22 @@ def send(self:EEFL,
     }
 
 def _split(weights):
-    "The network's and the policy's part of what was sent."
-    policy = {k.removeprefix("policy."): v for k, v in weights.items() if k.startswith("policy.")}
-    return {k: v for k, v in weights.items() if not k.startswith("policy.")}, policy
+    "The network's and the objective's part of what was sent."
+    objective = {
+        k.removeprefix("objective."): v for k, v in weights.items() if k.startswith("objective.")
+    }
+    return {k: v for k, v in weights.items() if not k.startswith("objective.")}, objective
 
 @patch
 def receive(self:EEFL,
     weights:dict,  # as sent
     tier:int,
 )->EarlyExitNet:   # the working network of the tier, each part in the mode that `setup` found it in
-    "Load what was sent into the network and the policy."
-    own, policy = _split(weights)
+    "Load what was sent into the network and the objective."
+    own, objective = _split(weights)
     net = self.tier_net(tier)
     net.load_state_dict(own)
-    self.policy.load(policy)
+    self.objective.load(objective)
     for name, m in net.named_modules():
         m.training = self._modes.get(name, True)
     return net
@@ -345,18 +355,18 @@ def local_loss(self:EEFL,
     data:ArrayData,   # the client's training images
     rnd:int,          # round, from 0
 ):                    # function (raw logits of all exits, labels) -> scalar (nats)
-    "What a client minimises, here the policy's loss; a method with another local loss overrides this."
-    return lambda raw, y: self.policy.loss(raw, y)[0]
+    "What a client minimises, here the objective's loss; a method with another local loss overrides this."
+    return lambda raw, y: self.objective.loss(raw, y)[0]
 
 @patch
 def before_step(self: EEFL, net, x, y, optimizer):
-    "What happens ahead of each local step: the policy may learn along."
-    self.policy.meta_step(net, x, y, optimizer)
+    "What happens ahead of each local step: the objective may learn along."
+    self.objective.meta_step(net, x, y, optimizer)
 
 @patch(as_prop=True)
 def ge(self: EEFL):
-    "Gradient equilibrium of the clients' networks: the policy's."
-    return self.policy.ge
+    "Gradient equilibrium of the clients' networks: the objective's."
+    return self.objective.ge
 
 # %% ../../nbs/3_federated/method.ipynb #d0bcd47f
 @patch
@@ -368,7 +378,7 @@ def local_update(self:EEFL,
     streams:Streams, # of the run
 )->Update:
     "Train the client's prefix on its images: SGD on the sum over its exits."
-    net, p = self.receive(weights, client.tier), self.policy
+    net, p = self.receive(weights, client.tier), self.objective
     p.at(rnd)
     loss_of = self.local_loss(net, weights, data, rnd)
     with streams.scope("local", rnd, client.id):
@@ -385,7 +395,7 @@ def local_update(self:EEFL,
             generator=streams.generator("order", rnd, client.id),
             before=lambda x, y, optimizer: self.before_step(net, x, y, optimizer),
         )
-    learned = {f"policy.{k}": v for k, v in p.state().items()}
+    learned = {f"objective.{k}": v for k, v in p.state().items()}
     return Update(client.id, client.tier, len(data), {**trained_state(net), **learned}, loss)
 
 # %% ../../nbs/3_federated/method.ipynb #e215eef6
@@ -540,16 +550,15 @@ def aggregate(self:EEFL,
     streams:Streams,
 )->tuple:            # (state after this round, info for the log)
     "Tier averages, the server step, then the block-wise average over tiers."
-    tiers, policy = {}, {}
+    tiers, objective = {}, {}
     for m in sorted({u.tier for u in updates}):
         own = [u for u in updates if u.tier == m]
         n = [u.samples for u in own]
-        tiers[m], policy[m] = ((w, sum(n)) for w in _split(average([u.weights for u in own], n)))
+        tiers[m], objective[m] = ((w, sum(n)) for w in _split(average([u.weights for u in own], n)))
     tiers, server, info = self.server_step(state, tiers, updates, rnd, streams)
     net = _tie(self.merge(state["net"], tiers, updates), self._shared)
-    return dict(
-        net=net, server=server, policy=block_average(state["policy"], policy, self.owns)
-    ), info
+    learned = block_average(state["objective"], objective, self.owns)
+    return dict(net=net, server=server, objective=learned), info
 
 # %% ../../nbs/3_federated/method.ipynb #4c5e71cf
 @patch
@@ -557,8 +566,8 @@ def decide(self:EEFL,
     net:EarlyExitNet,
     data:ArrayData,
 )->torch.Tensor: # (E, N, K)
-    "Logits that predictions are made from: those of the network's exits as the policy combines them."
-    return torch.stack(self.policy.predict(list(predict(net, data))))
+    "Logits that predictions are made from: those of the network's exits as the objective combines them."
+    return torch.stack(self.objective.predict(list(predict(net, data))))
 
 # %% ../../nbs/3_federated/method.ipynb #fd232cf5
 @patch
@@ -586,7 +595,7 @@ class Run:
 
     method:EEFL
     seed:int
-    state:dict       # dict(net=..., server=..., policy=...)
+    state:dict       # dict(net=..., server=..., objective=...)
     log:list         # one dict per round
 
     def net(self):
@@ -598,12 +607,12 @@ class Run:
     def logits(self,
         data:ArrayData
     )->torch.Tensor: # (E, N, K) logits that decide
-        "Logits of the global network as its policy predicts."
+        "Logits of the global network as its objective predicts."
         self.method.recall(self.state)
         return self.method.decide(self.net(), data)
 
 # %% ../../nbs/3_federated/method.ipynb #7a44c8cd
-_STATE = ("net", "server", "policy")
+_STATE = ("net", "server", "objective")
 
 def save_state(path, state, meta):
     "Write a method's state and JSON `meta` into one file."
@@ -646,7 +655,7 @@ def _log_of(meta):
 
 def _fits(state, first):
     "Does a stored state have the names, shapes and types of a fresh one, and only finite numbers?"
-    for part in ("net", "policy"):
+    for part in ("net", "objective"):
         kinds = [{k: _kind(v) for k, v in s[part].items()} for s in (state, first)]
         if kinds[0] != kinds[1]:
             return False

@@ -208,7 +208,7 @@ class ReeFL(EEFL):
 
     def __init__(
         self,
-        policy=None,  # how exits are trained; None: `Joint()`
+        objective=None,  # how exits are trained; None: `Joint()`
         modulate: str = "all",  # class tokens are replaced after: all blocks | between: those without an exit | none
         teacher: str = "average",  # the best exit by the moving average of its loss | batch: by this batch's
         kd: float = 1.0,  # weight of distillation after the rise, >= 0
@@ -220,7 +220,7 @@ class ReeFL(EEFL):
         ratio: float = 1.35,  # its hidden units, as a multiple of the width
         **kwargs,  # passed to `EEFL`
     ):
-        super().__init__(policy or Joint(), **kwargs)
+        super().__init__(objective or Joint(), **kwargs)
         self.modulate = choice(modulate, "modulate", MODULATE)
         self.teacher = choice(teacher, "teacher", ("average", "batch"))
         self.kd, self.T = number(kd, "kd", 0), number(T, "T", above=0)
@@ -242,7 +242,7 @@ def local_loss(self: ReeFL, net, weights, data, rnd):
 
     def loss(raw, y):
         nonlocal average
-        total, logits = self.policy.loss(raw, y)
+        total, logits = self.objective.loss(raw, y)
         if not weight or len(logits) == 1:
             return total
         now = torch.stack([F.cross_entropy(_up(f.detach()), y) for f in logits])

@@ -229,12 +229,12 @@ class WidthFL(EEFL):
 
     def __init__(
         self,
-        policy=None,  # how exits are trained; None: `Joint()`
+        objective=None,  # how exits are trained; None: `Joint()`
         widths=None,  # share of the width per tier, rising to 1; None: those of the method
         average: str = "clients",  # clients: each counts once, as in the papers | samples: as in FedAvg
         **kwargs,  # passed to `EEFL`
     ):
-        super().__init__(policy or Joint(), **kwargs)
+        super().__init__(objective or Joint(), **kwargs)
         self.widths = None if widths is None else _widths(widths, len(widths), None)
         self.average = choice(average, "average", ("clients", "samples"))
 
@@ -271,7 +271,7 @@ def aggregate(self: WidthFL, state, updates, rnd, streams):
 
 @patch
 def owns(self: WidthFL, m, name):
-    "Of the policy's tensors, those of the exits that the tier has."
+    "Of the objective's tensors, those of the exits that the tier has."
     return EEFL.owns(self, self.depth(m), name)
 
 @patch
@@ -334,14 +334,14 @@ class HeteroFL(WidthFL):
 
     def __init__(
         self,
-        policy=None,  # how exits are trained; None: `Joint()`
+        objective=None,  # how exits are trained; None: `Joint()`
         widths=None,  # share of the width per tier, rising to 1; None: ..., 1/4, 1/2, 1
         scaler: bool = True,  # divide activations by the rate while training
         mask: bool = True,  # cross-entropy and classifier rows for a client's own classes only
         average: str = "clients",  # clients: each counts once, as in the paper | samples: as in FedAvg
         **kwargs,  # passed to `EEFL`
     ):
-        super().__init__(policy, widths, average, **kwargs)
+        super().__init__(objective, widths, average, **kwargs)
         self.scaler, self.mask = flag(scaler, "scaler"), flag(mask, "mask")
 
     def default_widths(self, tiers): return tuple(0.5 ** (tiers - m) for m in range(1, tiers + 1))
@@ -361,10 +361,10 @@ class HeteroFL(WidthFL):
 # %% ../../nbs/3_federated/widths.ipynb #f0140941
 @patch
 def local_loss(self: HeteroFL, net, weights, data, rnd):
-    "The policy's loss over the classes that the client has."
+    "The objective's loss over the classes that the client has."
     present = torch.bincount(data.y.long(), minlength=net.n_classes) > 0
     masked = lambda raw: [masked_logits(f, present) for f in raw] if self.mask else raw
-    return lambda raw, y: self.policy.loss(masked(raw), y)[0]
+    return lambda raw, y: self.objective.loss(masked(raw), y)[0]
 
 @patch
 def local_update(self: HeteroFL, weights, data, client, rnd, streams):
@@ -406,7 +406,7 @@ class ScaleFL(WidthFL):
 
     def __init__(
         self,
-        policy=None,  # how exits are trained; None: `Joint("scalefl")`
+        objective=None,  # how exits are trained; None: `Joint("scalefl")`
         widths=None,  # share of the width per tier, rising to 1; None: 0.4, 0.55, 0.75, 1 for four tiers, else even steps from 0.4
         gamma: float = 0.05,  # weight of distillation, >= 0; 1 in the code of DarkDistill's authors
         T: float = 3.0,  # its temperature, > 0
@@ -414,7 +414,7 @@ class ScaleFL(WidthFL):
         average: str = "clients",  # clients: each counts once, as in the paper | samples: as in FedAvg
         **kwargs,  # passed to `EEFL`
     ):
-        super().__init__(policy or Joint("scalefl"), widths, average, **kwargs)
+        super().__init__(objective or Joint("scalefl"), widths, average, **kwargs)
         self.gamma, self.T = number(gamma, "gamma", 0), number(T, "T", above=0)
         self.wait = whole(wait, "wait", 0)
 
@@ -427,7 +427,7 @@ class ScaleFL(WidthFL):
         gamma = self.gamma if rnd >= self.wait else 0.0
 
         def loss(raw, y):
-            total, logits = self.policy.loss(raw, y)
+            total, logits = self.objective.loss(raw, y)
             return total + gamma * taught_by_last(logits, self.T) if gamma else total
 
         return loss

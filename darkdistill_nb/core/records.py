@@ -344,6 +344,7 @@ _RECORD = dict(
 )
 _KINDS = {dict: "an object", list: "a list", str: "a text", (int, float): "a number"}
 
+# %% ../../nbs/0_core/records.ipynb #628b53be
 def _record_parts(d, path):
     "The parts of a record that this version knows, each of its kind."
 

@@ -120,9 +120,8 @@ def _coverage(
     v = (y * (1 + stretch)[:, None])[:, :, None].expand_as(u)
     r = (u * u).add_(v * v).sqrt_().flatten(1)
     q = v / (u.abs() + v.abs()).add_(1e-6)
-    q = (
-        q.neg_().add_(1).copysign_(u).mul_(-_STEPS / 4).add_(_STEPS / 2)
-    )  # (diamond angle + 1) * _STEPS/4
+    q.neg_().add_(1).copysign_(u)
+    q.mul_(-_STEPS / 4).add_(_STEPS / 2)  # (diamond angle + 1) * _STEPS/4
     at = q.clamp_(0, _STEPS - 1).long().flatten(1)
     soft = (scale * (size / 2))[:, None]  # an edge is one pixel wide
     outer, inner = (table.view(-1) for table in tables)

@@ -127,7 +127,7 @@ BAD = {  # arguments of `run` -> words that the sentence must contain
         "did you mean 'darkdistill'",
     ),
     "method twice": ("--methods eefl,eefl", "methods='eefl,eefl'", "different"),
-    "no method": ("--methods ,", "methods=','", "eefl, darkdistill"),
+    "no method": ("--methods ,", "methods=','", "eefl, calibrated_eefl"),
     "unknown objective": (
         "--objective boostnt",
         "objective='boostnt'",

@@ -96,6 +96,7 @@ def _read_members(path):
     with np.load(path, allow_pickle=False) as z:
         return {k: z[k] for k in names}
 
+# %% ../../nbs/0_core/datasets.ipynb #ec35e032
 def _npz_arrays(path):
     "The arrays of a data file by name; `FileNotFoundError` or `ValueError` that names the file"
     if not os.path.isfile(path):

@@ -179,6 +179,7 @@ _INSTRUCTIONS = (
     "bf16",
 )
 
+# %% ../../nbs/0_core/records.ipynb #cc58ad61
 def _read_cpuinfo(text):
     "(model, instruction sets) of Linux' /proc/cpuinfo; None for what it does not say."
     pairs = [line.split(":", 1) for line in text.splitlines() if ":" in line]

@@ -342,6 +342,7 @@ def _check_last_batch(net, data, batch_size):
                 "normalisation has no spread to divide by; choose another batch_size"
             ) from None
 
+# %% ../../nbs/1_distill/losses.ipynb #c3346369
 def _check_run(nets, data, epochs, batch_size):
     "What every way to train networks refuses before it starts."
     epochs, batch_size = whole(epochs, "epochs", 0), whole(batch_size, "batch_size")

@@ -329,7 +329,7 @@ def main(
 )->int:        # exit code: 0, 2 for bad input, 130 when interrupted
     "Run an experiment on federated methods from the command line."
     p = argparse.ArgumentParser(
-        prog="python -m darkdistill_nb.experiments.federated",
+        prog="darkdistill experiment federated",
         description="Calibrated clients and voting exits. Killed or interrupted, the same command continues.",
     )
     p.add_argument("experiment", choices=("own", "fair"))

@@ -403,7 +403,7 @@ def main(
 )->int:        # exit code: 0, 2 for bad input, 130 when interrupted
     "`python -m darkdistill_nb.experiments.stage pretrain | measure`: make what is stored of this page."
     p = argparse.ArgumentParser(
-        prog="python -m darkdistill_nb.experiments.stage", description="The stage."
+        prog="darkdistill experiment stage", description="The stage."
     )
     p.add_argument("what", choices=("pretrain", "measure"))
     p.add_argument("--out", required=True, help="folder for results")

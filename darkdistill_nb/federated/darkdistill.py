@@ -293,6 +293,7 @@ def _idle(self: DarkDistill, pairs, nets):
         return "the stages that would learn are frozen"
     return ""
 
+# %% ../../nbs/3_federated/darkdistill.ipynb #49197c5d
 @patch
 def _said(self: DarkDistill, pairs, nets, spoke):
     "The log's sentence on a server step; `spoke`: the tiers whose last exit was compared with something."

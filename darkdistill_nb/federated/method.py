@@ -514,7 +514,7 @@ def merge(self:EEFL,
     "The average over tiers, block by block; a method whose tiers share other parts overrides this."
     return block_average(old, tiers, self.owns)
 
-# %% ../../nbs/3_federated/method.ipynb #9424f351
+# %% ../../nbs/3_federated/method.ipynb #33581f0f
 @patch
 def server_step(self:EEFL,
     state:dict,      # before this round
@@ -542,6 +542,7 @@ def _tie(net, shared):
         net |= {name: net[first].clone() for name in group if name != first}
     return net
 
+# %% ../../nbs/3_federated/method.ipynb #9424f351
 @patch
 def aggregate(self:EEFL,
     state:dict,      # before this round

@@ -381,7 +381,7 @@ def test_experiments_are_reached_from_the_command(name, capsys):
         cli.main(["experiment", name, "--help"])
     assert e.value.code == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"usage: darkdistill experiment {name} ") and "--data" in out
+    assert out.startswith(f"usage: darkdistill experiment {name} ") and "--out" in out
     r = subprocess.run(
         [sys.executable, "-m", cli.EXPERIMENTS[name], "--help"], capture_output=True, text=True
     )

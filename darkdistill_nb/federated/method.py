@@ -526,15 +526,6 @@ def server_step(self:EEFL,
     "What happens between averaging inside tiers and over tiers; EEFL does nothing."
     return tiers, state["server"], {}
 
-@patch
-def merge(self:EEFL,
-    old:dict,     # global weights before this round
-    tiers:dict,   # tier -> (weights, samples)
-    updates:list,
-)->dict:          # new global weights
-    "The average over tiers, block by block; a method whose tiers share other parts overrides this."
-    return block_average(old, tiers)
-
 def _tie(net, shared):
     "Names of one tensor get one value: that of the shallowest block, which all its owners have averaged."
     for group in shared:

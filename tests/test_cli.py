@@ -742,13 +742,13 @@ def test_workers_hold_the_lock(tmp_path):
     config = settings.make_config(dict(clients=4, net=dict(width=8)))
     folder = runs._make_folder(tmp_path / "run", dict(config=config))
     with runs._locked(folder, 0) as lock:
-        spawn, procs = runs._start(1, config, str(folder), 1, lock)
+        workers = runs._workers(1, config, str(folder), 1, lock)
     try:
         with pytest.raises(ValueError, match="in use"):
             with runs._locked(folder, 0):
                 pass
     finally:
-        spawn.end()
+        workers.close()
     with runs._locked(folder, 0):
         pass
 

@@ -210,7 +210,7 @@ class WorkerLost(RuntimeError):
         code,  # its exit code; None: it still runs
         begun, # did it come as far as answering jobs?
     ):
-        self.job, self.pid, self.begun = job, pid, begun
+        self.job, self.pid, self.code, self.begun = job, pid, code, begun
         quiet = begun and code in (None, 0, -signal.SIGTERM)
         super().__init__(
             f"a worker process ended with exit code {code}" if quiet else why_ended([code])
@@ -243,15 +243,16 @@ class Workers:
         start,   # start(*args) -> answer, in each of them; answer(*job) -> result
         *args,
         keep=(), # what workers hold open besides, such as a lock: things that a new process can inherit
+        nested:bool=False, # may they start workers of their own?
     ):
-        n = whole(n, "n")
+        n, nested = whole(n, "n"), flag(nested, "nested")
         only_from_main()
         packed = _packed(start, args)
         self.spawn, self.procs, self.begun = Spawn(), {}, set()
         try:
             with _deaf():
                 for _ in range(n):
-                    self._add(keep)
+                    self._add(keep, nested)
         except BaseException:
             self.close()
             raise
@@ -271,10 +272,11 @@ class Workers:
 
 # %% ../../nbs/0_core/parallel.ipynb #fded9040
 @patch
-def _add(self: Workers, keep):
+def _add(self: Workers, keep, nested):
     main = threading.current_thread() is threading.main_thread()
     mine, theirs = self.spawn.Pipe()
-    p = self.spawn.Process(target=_begin, args=(main, theirs, *keep), daemon=True)
+    work = dict(target=_begin, args=(main, theirs, *keep))
+    p = self.spawn.Process(**work, daemon=not nested)  # a daemon may not start processes
     self.procs[mine] = p
     p.start()
     theirs.close()

@@ -9,17 +9,17 @@ Docs: https://darkdistill.github.io/darkdistill_nb/5_experiments/runs.html.md"""
 __all__ = ['Experiment', 'jobs_of', 'job_name', 'job_steps', 'run_job', 'run_jobs', 'run_experiment', 'resume_experiment']
 
 # %% ../../nbs/5_experiments/runs.ipynb #8747843a
-import contextlib, hashlib, json, os, re, shutil, signal, sys
-import threading, time
+import contextlib, hashlib, json, os, re, shutil, sys
+import time
 from pathlib import Path
 from fastcore.basics import patch
 from ..core.checks import check, number, shown, whole
 from darkdistill_nb.core.parallel import (
-    Spawn,
     UNGUARDED,
-    leave_with_parent,
+    Workers,
+    WorkerLost,
     only_from_main,
-    why_ended,
+    tell,
 )
 from ..core.registry import CONTROL, METHODS, OBJECTIVES, keywords_of, near
 from .settings import GROUPS, make_config
@@ -292,113 +292,53 @@ def _failed(job, e):
     failed.again = isinstance(e, (OSError, MemoryError))
     return failed
 
-def _lost(job, codes):
-    "The `RunError` for a job whose process is gone."
-    begun = UNGUARDED not in codes
-    failed = RunError(f"{job[0]}, seed {job[1]} failed: " * begun + why_ended(codes))
+def _lost(job, gone):
+    "The `RunError` for a job whose process is gone: a `WorkerLost`."
+    begun = gone.code != UNGUARDED
+    failed = RunError(f"{job[0]}, seed {job[1]} failed: " * begun + str(gone))
     failed.begun = failed.again = begun
     return failed
 
-# %% ../../nbs/5_experiments/runs.ipynb #0d050f50
-def _worker(conn, config, folder, workers, lock=None):
-    "A process: runs the jobs that come through the pipe, until None comes or the other end is gone."
-    leave_with_parent()
-    job = ("start", "-")
-    try:
-        import torch
+# %% ../../nbs/5_experiments/runs.ipynb #b353dd7b
+def _jobs_of_a_run(config, folder, workers):
+    "In a worker: the function that runs jobs, and returns a result or the words and the chances of a `RunError`."
+    exp = Experiment(config)
 
-        torch.set_num_threads(1)
-        exp = Experiment(config)
-        tell = lambda done, text: conn.send(("step", done, text))
-        while (job := conn.recv()) is not None:
-            conn.send(("done", run_job(exp, *job, folder, tell, workers)))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass
-    except Exception as e:
-        with contextlib.suppress(OSError):
+    def answer(*job):
+        try:
+            return "done", run_job(exp, *job, folder, tell, workers)
+        except Exception as e:
             failed = _failed(job, e)
-            conn.send(("failed", str(failed), failed.again))
+            return "failed", (str(failed), failed.again)
 
-@contextlib.contextmanager
-def _sigint_ignored():
-    "Processes started inside ignore Ctrl-C from their first instruction on."
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, old)
+    return answer
 
-# %% ../../nbs/5_experiments/runs.ipynb #e2375f61
 def _hold(file):
     "Something to send to a process: it keeps `file`, and a lock on it, open as long as it lives."
     from multiprocessing.connection import Connection
 
-    return file and Connection(os.dup(file.fileno()))  # a connection, since those can be sent
+    return Connection(os.dup(file.fileno()))  # a connection, since those can be sent
 
-def _start(n, config, folder, workers, lock=None):
-    "Start `n` worker processes: (what started them, {connection: process})."
-    spawn, procs = Spawn(), {}
-    try:
-        with _sigint_ignored():
-            for _ in range(n):
-                mine, theirs = spawn.Pipe()
-                p = spawn.Process(
-                    target=_worker, args=(theirs, config, folder, workers, _hold(lock))
-                )
-                p.start()
-                procs[mine] = p
-                theirs.close()
-    except BaseException:
-        spawn.end()
-        raise
-    return spawn, procs
+def _workers(n, config, folder, workers, lock=None):
+    "Processes that run jobs, each with `workers` of its own; they hold the lock as long as they live."
+    keep = [_hold(lock)] if lock else []
+    return Workers(n, _jobs_of_a_run, config, folder, workers, keep=keep, nested=True)
 
-# %% ../../nbs/5_experiments/runs.ipynb #a64d7767
-def _hear(conn, job, procs):
-    "The next message of a process; raises `RunError` if it says that its job failed, or says nothing any more."
-    try:
-        kind, *what = conn.recv()
-    except (EOFError, OSError):
-        procs[conn].join(5)
-        raise _lost(job, [procs[conn].exitcode]) from None
-    if kind == "failed":
-        failed = RunError(what[0])
-        failed.again = what[1]
-        raise failed
-    return kind, what
-
-# %% ../../nbs/5_experiments/runs.ipynb #34f0c246
+# %% ../../nbs/5_experiments/runs.ipynb #6064ee84
 def _parallel(config, folder, todo, cores, on_step, lock=None):
     "Run jobs in worker processes: {job: result}; raises `RunError` as soon as one fails."
-    from multiprocessing.connection import wait
-
-    todo, results, at = list(todo), {}, {}
-    spawn, procs = _start(
-        min(cores, len(todo)), config, str(folder), max(1, cores // len(todo)), lock
-    )
-    try:
-        for conn in procs:
-            at[conn] = todo.pop(0)
-            with contextlib.suppress(OSError):  # if it has gone, it is missed below
-                conn.send(at[conn])
-        while at:
-            for conn in wait(list(at)):
-                kind, what = _hear(conn, at[conn], procs)
-                if kind == "step":
-                    on_step(at[conn], *what)
-                    continue
-                results[at.pop(conn)] = what[0]
-                if todo:
-                    at[conn] = todo.pop(0)
-                conn.send(at.get(conn))
-        return results
-    finally:
-        spawn.end()
-        for conn in procs:
-            conn.close()
+    results, own = {}, max(1, cores // len(todo))
+    with _workers(min(cores, len(todo)), config, str(folder), own, lock) as workers:
+        try:
+            for i, (kind, what) in workers.run(todo, lambda i, *step: on_step(todo[i], *step)):
+                if kind == "failed":
+                    failed = RunError(what[0])
+                    failed.again = what[1]
+                    raise failed
+                results[todo[i]] = what
+        except WorkerLost as e:
+            raise _lost(todo[e.job], e) from None
+    return results
 
 # %% ../../nbs/5_experiments/runs.ipynb #8d16fbf5
 def run_jobs(

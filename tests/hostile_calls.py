@@ -519,6 +519,7 @@ MORE = {
     "one_thread": dict,
     "tell": dict,
     "WorkerLost": lambda: dict(job=0, pid=1, code=-9, begun=True),
+    "as_array": lambda: dict(a=rand(3)),
     "fits_in_memory": lambda: dict(size=10, what="it"),
     "split_group": lambda: dict(g=runner.Group([0, 1], rand(2, 3)), size=1),
     "live_policy": lambda: dict(policy="last", n_exits=E),

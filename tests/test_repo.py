@@ -531,3 +531,19 @@ print({{n: list(w.values()) for n, w in found.items() if len(w) > 1}})
 """
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert r.returncode == 0 and r.stdout.strip() == "{}", r.stdout + r.stderr
+
+
+def patched(path):
+    "(class, name) of each method that a module adds to a class by @patch."
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and "patch" in "".join(
+            map(ast.unparse, node.decorator_list)
+        ):
+            yield ast.unparse(node.args.args[0].annotation), node.name
+
+
+def test_no_method_is_added_to_a_class_twice():
+    "The later one would win without a word: this is how a merge brought back an older average of tiers."
+    for path in (ROOT / LIB).rglob("*.py"):
+        added = list(patched(path))
+        assert len(added) == len(set(added)), f"{path.name}: {added}"

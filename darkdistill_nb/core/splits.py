@@ -11,7 +11,17 @@ __all__ = ['effective_classes', 'class_mix', 'dirichlet_indices', 'dirichlet_spl
 
 # %% ../../nbs/0_core/splits.ipynb #174493a4
 import numpy as np
-from .checks import MOST_CLASSES, check, choice, finite, fits_in_memory, flag, number, whole
+from darkdistill_nb.core.checks import (
+    MOST_CLASSES,
+    as_array,
+    check,
+    choice,
+    finite,
+    fits_in_memory,
+    flag,
+    number,
+    whole,
+)
 from .plots import STYLE, class_look
 
 # %% ../../nbs/0_core/splits.ipynb #90c7494a
@@ -29,10 +39,6 @@ def effective_classes(
     return (n_classes * gamma + 1) / (gamma + 1)
 
 # %% ../../nbs/0_core/splits.ipynb #79e62d8b
-def _array(a):
-    "A tensor, array or list as an array."
-    return a.detach().cpu().numpy() if hasattr(a, "detach") else np.asarray(a)
-
 def _tensor(a):
     "An array as a tensor: PyTorch is loaded here, so that a split can be drawn without it."
     import torch
@@ -42,7 +48,7 @@ def _tensor(a):
 def _check_labels(y):
     "Labels as a numpy int64 vector; `ValueError` unless 1-D, integer, in 0..65535 and not empty"
     try:
-        a = _array(y)
+        a = as_array(y)
     except (ValueError, TypeError, RuntimeError):
         a = np.empty(())
     ok = a.ndim == 1 and len(a) > 0 and a.dtype.kind in "iu" and a.min() >= 0
@@ -201,7 +207,7 @@ def plot_clients(
     "Stacked bars per client; the subtitle gives 1 / mean(sum p^2); `ValueError` for no histogram"
     import plotly.graph_objects as go
 
-    hist = _array(hist)
+    hist = as_array(hist)
     if hist.ndim != 2 or hist.size == 0:
         raise ValueError(f"hist must have shape (clients, K), not {hist.shape}")
     check(bool((finite(hist, "hist") >= 0).all()), "hist", hist, "free of negative counts")
@@ -285,7 +291,7 @@ def resample_test(
     "Resample a test set to the mix `p`, no repeats; `ValueError` when a class is too small"
     y, n, seed = _check_labels(y), whole(n, "n", high=2**40), whole(seed, "seed", 0)
     try:
-        p = _array(p).astype(float)
+        p = as_array(p).astype(float)
     except (TypeError, ValueError, RuntimeError):
         p = np.empty(())
     if p.ndim != 1 or not (p >= 0).all() or not abs(p.sum() - 1) <= 1e-6:

@@ -15,7 +15,7 @@ import dataclasses, math
 from dataclasses import dataclass
 import numpy as np
 from fastcore.basics import patch
-from ..core.checks import check, choice, finite, flag, number, whole
+from ..core.checks import as_array, check, choice, finite, flag, number, whole
 from ..exits.thresholds import read_thresholds
 from ..core.plots import figure, style
 from ..core.seeds import seed_for
@@ -397,17 +397,12 @@ class Policy:
         self.patience = number(self.patience, "patience", above=0)
         self.need = None if self.need is None else whole(self.need, "need")
 
-# %% ../../nbs/4_distree/simulator.ipynb #72a94396
-def _array(a):
-    "A tensor, array or list as an array."
-    return a.detach().cpu().numpy() if hasattr(a, "detach") else np.asarray(a)
-
 # %% ../../nbs/4_distree/simulator.ipynb #fba9f158
 def fixed_policy(
     depth, # (N, S) exits, counted from 0
 )->Policy:
     "Exits known in advance, from any rule that looks only at the image; raises `ValueError` for what is no table of exits."
-    d = _array(depth)
+    d = as_array(depth)
     check(d.ndim == 2 and d.size, "depth.shape", d.shape, "(students, samples)")
     check(
         d.dtype.kind in "iuf" and ((d >= 0) & (d == d.round())).all(),
@@ -423,7 +418,7 @@ def local_policy(
     threshold=None, # number, (E,) or (N, E); None: the lambda of the request
 )->Policy:
     "Each student leaves at its first exit whose own score reaches the threshold; raises `ValueError` for NaN and what does not fit."
-    scores = _array(scores)
+    scores = as_array(scores)
     check(
         scores.ndim == 3 and scores.size,
         "scores.shape",

@@ -13,9 +13,8 @@ import math
 from collections import deque
 import numpy as np
 from fastcore.basics import patch
-from ..core.checks import check, choice, number, whole
+from ..core.checks import as_array, check, choice, number, whole
 from darkdistill_nb.exits.guarantees import (
-    _array,
     _costs,
     _grid,
     _losses,
@@ -168,7 +167,8 @@ def add(self:ShadowMonitor,
     losses, # (E,), at most 1
 )->float:   # lambda_safe; inf: no threshold is safe
     "Learn one shadow run; raises `ValueError` for NaN, losses above 1 and misfits."
-    row = self._under_grid(_array(scores)[..., None], _array(losses)[..., None])[:, 0]
+    scores, losses = as_array(scores, float), as_array(losses, float)
+    row = self._under_grid(scores[..., None], losses[..., None])[:, 0]
     self.errors.append(float(row[self.index]) if self.index >= 0 else 0.0)
     self.rows.append(row)
     self.n += 1
@@ -191,7 +191,7 @@ def simulate_queue(
     rho, seed = number(rho, "rho", 0, 1), whole(seed, "seed", 0)
     if rho and losses is None:
         raise ValueError(f"rho={rho} asks for shadow runs, which need losses")
-    gaps, s = [number(g, "gaps", 0) for g in gaps], _array(scores)
+    gaps, s = [number(g, "gaps", 0) for g in gaps], as_array(scores, float)
     check(len(gaps) > 0, "number of gaps", 0, "at least 1")
     if s.ndim != 2 or s.size == 0 or np.isnan(s).any():
         raise ValueError(

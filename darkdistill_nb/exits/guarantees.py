@@ -13,18 +13,13 @@ __all__ = ['KINDS', 'sample_losses', 'grid_losses', 'last_of_prefix', 'log_wealt
 import math
 from dataclasses import dataclass
 import numpy as np
-from ..core.checks import check, choice, finite, flag, number, whole
+from ..core.checks import as_array, check, choice, finite, flag, number, whole
 from .thresholds import read_thresholds
 
 # %% ../../nbs/2_exits/guarantees.ipynb #05cee076
-def _array(x):
-    "A tensor, array or list as an array of 64-bit numbers."
-    x = x.detach().cpu().double().numpy() if hasattr(x, "detach") else x
-    return np.asarray(x, dtype=float)
-
 def _losses(x, name, bound=math.inf):
     "Losses as an array: finite numbers of at most `bound`."
-    x = _array(x)
+    x = as_array(x, float)
     if x.size == 0:
         raise ValueError(f"{name} of shape {x.shape} is empty: give at least one sample")
     finite(x, name)
@@ -41,7 +36,8 @@ def _costs(costs, E):
 def _grid(grid, E):
     "Candidate thresholds as an array: (G,) falling, or (G, E), as numbers or as records hold them."
     vectors = isinstance(grid, (list, tuple)) and len(grid) and isinstance(grid[0], (list, tuple))
-    T = np.array([read_thresholds(row, E, "grid") for row in grid]) if vectors else _array(grid)
+    T = [read_thresholds(row, E, "grid") for row in grid] if vectors else grid
+    T = as_array(T, float)
     if T.ndim not in (1, 2) or T.size == 0 or (T.ndim == 2 and T.shape[1] != E):
         raise ValueError(
             f"grid of shape {T.shape} must be (G,) or (G, {E}): one threshold per exit"
@@ -91,7 +87,7 @@ def sample_losses(
     y=None,             # (N,) labels; needed by "gap", optional for "brier", otherwise unused
 )->np.ndarray:          # (E, N) loss of leaving at each exit; the last row is 0
     "Loss of every sample at every exit, compared to the last exit (arXiv 2405.20915); raises `ValueError` for an unknown kind, missing labels or NaN."
-    z = _array(logits)
+    z = as_array(logits, float)
     choice(kind, "kind", KINDS)
     if kind == "gap" and y is None:
         raise ValueError(
@@ -120,7 +116,7 @@ def grid_losses(
     costs=None,  # E costs of leaving at each exit; None: 1..E, the mean depth
 ) -> tuple:  # L (G, N) losses, cost (G,) mean costs
     "Loss of every sample at the exit it takes, and the mean cost, for every threshold of a grid; raises `ValueError` for NaN or misfits."
-    s, l = _array(scores), _array(losses)
+    s, l = as_array(scores, float), as_array(losses, float)
     if s.ndim != 2 or s.shape != l.shape:
         raise ValueError(f"scores {s.shape} and losses {l.shape} must both be (exits, samples)")
     E, l = len(s), _losses(l, "losses")
@@ -175,7 +171,7 @@ def hb_p_value(
     from scipy.stats import binom
 
     risk, n, epsilon, binary = (
-        _array(risk),
+        as_array(risk, float),
         whole(n, "n"),
         number(epsilon, "epsilon", 0, 1),
         flag(binary, "binary"),
@@ -223,7 +219,7 @@ def passes(
 ) -> np.ndarray:  # (..., G) bool: may the promise be given for this threshold?
     "Test of every threshold at level `epsilon`; raises `ValueError` for bad terms and losses outside the range of the method."
     method, epsilon, delta, bound = _promise(method, epsilon, delta, bound)
-    L = _array(L)
+    L = as_array(L, float)
     if L.ndim < 2 or L.size == 0:
         raise ValueError(
             f"L of shape {L.shape} must be (thresholds, samples) with at least one of each"
@@ -284,7 +280,7 @@ def control_risk(
     E = len(losses)
     promise = (method, epsilon, delta)
     if k < 0:
-        last = float(_array(losses)[-1].mean()), None, float(_costs(costs, E)[-1])
+        last = float(as_array(losses, float)[-1].mean()), None, float(_costs(costs, E)[-1])
         return RiskControl(*promise, -1, math.inf, [math.inf] * (E - 1) + [-math.inf], *last)
     row = (np.maximum.accumulate(L, 0) if method == "crc" else L)[k : k + 1]
     lo = 0.0

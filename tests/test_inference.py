@@ -123,9 +123,8 @@ def test_step_with_survivors_equals_score_of_all(name):
 
 
 def test_scores_refuse():
-    with pytest.raises(
-        ValueError, match="score='confidense' is unknown; choose one of confidence, margin"
-    ):
+    unknown = "score='confidense' is unknown .did you mean 'confidence'..; choose one of confidence"
+    with pytest.raises(ValueError, match=unknown):
         inf.score_by_name("confidense")
     with pytest.raises(ValueError, match="Difference compares features"):
         inf.Difference().score(torch.zeros(2, 1, 3))

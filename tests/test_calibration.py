@@ -8,7 +8,14 @@ from darkdistill_nb.core.seeds import Streams
 from darkdistill_nb.core.records import save_tensors
 from darkdistill_nb.exits.networks import cnn
 from darkdistill_nb.exits.training import BoostNet, Joint
-from darkdistill_nb.experiments.federated import decide_own, own_cell, train_own
+from darkdistill_nb.experiments.federated import (
+    SETTINGS,
+    decide_own,
+    own_cell,
+    own_gain,
+    own_record,
+    train_own,
+)
 from darkdistill_nb.federated.calibration import (
     CalibratedEEFL,
     DifficultyFeedback,
@@ -412,3 +419,12 @@ def test_stored_logits_decide_as_the_method_does(votes, images, tmp_path):
     clients = make_clients(train.y, 8, 0.5, seed=3)
     run = go(method, images, 3, clients, seed=3)
     assert decide_own(stored, votes) == run.log[-1]["accuracy"]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_stored_records_bear_out_the_lessons(name):
+    "Better than the control; and no interval in which it loses to one of its own parts."
+    record = own_record(f"own_{name}")
+    assert own_gain(record, "ours")[1] == "holds"
+    for part in ("coverage votes", "validation votes", "calibration", "calibration by rule"):
+        assert own_gain(record, "ours", part)[1] != "does not hold", part

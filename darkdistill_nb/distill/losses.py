@@ -607,16 +607,16 @@ def _squares(h):
     near = tuple((sq <= 1e-6 * size).nonzero().T)  # the diagonal, and equal rows
     return sq.index_put(near, (h[near[0]] - h[near[1]]).pow(2).sum(-1)), gram
 
-def _distances(sq, gram):
+def _distances(h, sq, gram):
     d = sq.clamp_min(1e-12).sqrt() * (sq > 0)
     mean = d.sum() / (sq > 0).sum().clamp_min(1)
     return d / (mean + (mean == 0))
 
 def _relate(h, *parts):
-    "What `parts` make of the squared distances and the Gram matrix of a batch, in the type of `h`."
+    "What `parts` make of a batch, its squared distances and its Gram matrix, in the type of `h`."
     h = _rows(h)
     pair = _squares(h)
-    return [part(*pair).to(h.dtype) for part in parts]
+    return [part(h, *pair).to(h.dtype) for part in parts]
 
 # %% ../../nbs/1_distill/losses.ipynb #f18168b8
 def rkd_distance(
@@ -632,8 +632,12 @@ def rkd_distance(
     return F.smooth_l1_loss(_relate(student, _distances)[0], target)
 
 # %% ../../nbs/1_distill/losses.ipynb #ca4e8e50
-def _angles(sq, gram):
+def _angles(h, sq, gram):
     away = (sq > 0) / sq.clamp_min(1e-12).sqrt()
+    n, width = h.shape
+    if 2 * n > width:  # many samples, few features: differences take less memory than triples
+        u = (h[None] - h[:, None]) * away[..., None].to(h.dtype)
+        return u @ u.mT
     half = gram.diagonal()[:, None] / 2 - gram
     dots = gram + half[:, :, None] + half[:, None]  # <h_j - h_i, h_k - h_i>
     return dots * away[:, :, None] * away[:, None]

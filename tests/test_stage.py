@@ -259,3 +259,10 @@ def test_stored_measurements_are_of_this_stage():
         assert r["costs"] == shapes_stage().build().macs()
         for shares in r["difficulty"].values():
             assert sum(shares) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", page.METHODS)
+def test_every_method_of_the_stage_can_be_made(name):
+    "Options that a class has renamed would be found only after minutes of training."
+    kind, options = page.METHODS[name]
+    assert isinstance(shapes_stage().method(kind, **options), EEFL)

@@ -249,7 +249,7 @@ def _by_text(table):
 # %% ../../nbs/5_experiments/stage.ipynb #f6a7e514
 METHODS = {  # name -> (class, options)
     "control": (EEFL, {}),
-    "control, votes": (CalibratedEEFL, dict(tau=0, votes="validation")),
+    "control, votes": (CalibratedEEFL, dict(calibration=0, votes="validation")),
     "calibrated": (CalibratedEEFL, dict(votes="none")),
     "calibrated, coverage votes": (CalibratedEEFL, dict(votes="coverage")),
     "calibrated, votes": (CalibratedEEFL, dict(votes="validation")),

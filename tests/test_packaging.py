@@ -83,7 +83,7 @@ import json, sys
 from pathlib import Path
 import {LIB}
 from {LIB}.app.cli import tutorials
-from {LIB}.core.training import asset, load_record, load_tensors
+from {LIB}.core.records import asset, load_record, load_tensors
 record, tensors = asset("digits_default.json"), asset("distree_digits_3.safetensors")
 load_record(record), load_tensors(tensors)
 copies = tutorials("mine")

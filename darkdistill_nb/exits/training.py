@@ -32,7 +32,14 @@ from darkdistill_nb.core.records import (
 )
 from ..core.registry import OBJECTIVES
 from ..core.seeds import Streams
-from ..core.training import accuracy, check_batches, mean_std, predict, start_training
+from darkdistill_nb.core.training import (
+    SGD,
+    accuracy,
+    check_batches,
+    mean_std,
+    predict,
+    start_training,
+)
 from fastcore.basics import patch
 from pathlib import Path
 from torch import nn
@@ -270,10 +277,8 @@ def sgd_step(
     optimizer,       # `torch.optim.SGD` over parameters of `net`; left as it is
 )->dict:             # parameter name -> value after the step, for those in `grads`
     "The weights one step of SGD would lead to, as a differentiable function of the gradients; raises `ValueError` for another optimiser."
-    if not isinstance(optimizer, torch.optim.SGD):
-        raise ValueError(
-            f"optimizer={type(optimizer).__name__} is not supported, only torch.optim.SGD"
-        )
+    known = isinstance(optimizer, (SGD, torch.optim.SGD))
+    check(known, "optimizer", type(optimizer).__name__, "an SGD: torch's, or that of `fit`")
     names, out = {id(p): n for n, p in net.named_parameters()}, {}
     for group in optimizer.param_groups:
         for p in group["params"]:

@@ -303,6 +303,11 @@ def _tilt(self: DepthFL, net, weights):
     return lambda: self.alpha / 2 * near() - along()
 
 # %% ../../nbs/3_federated/baselines.ipynb #6af7cbc1
+@patch(as_prop=True)
+def needs_weights(self: DepthFL):
+    "FedDyn remembers each client."
+    return bool(self.alpha)
+
 @patch
 def aggregate(self: DepthFL, state, updates, rnd, streams):
     "Means over owners, corrected by FedDyn; without it, the averages of EEFL."

@@ -256,8 +256,8 @@ def local_loss(self: ReeFL, net, weights, data, rnd):
 def before_step(self: ReeFL, net, x, y, optimizer):
     "Clip gradients by value, from the first step on."
     EEFL.before_step(self, net, x, y, optimizer)
-    if self.clip and not getattr(optimizer, "clips", None):
-        optimizer.clips = optimizer.register_step_pre_hook(lambda opt, *_: _clip(opt, self.clip))
+    if self.clip and not optimizer.hooks:
+        optimizer.hooks.append(lambda opt: _clip(opt, self.clip))
 
 def _clip(optimizer, value):
     nn.utils.clip_grad_value_([p for g in optimizer.param_groups for p in g["params"]], value)

@@ -226,6 +226,7 @@ class WidthFL(EEFL):
     "Every tier trains a cut of the global network, and each element is averaged over those who have it."
 
     name = "widthfl"
+    needs_weights = True  # each element has its own clients
 
     def __init__(
         self,

@@ -18,12 +18,21 @@ import torch
 from ..core.checks import check, flag, number
 from ..core.plots import PALETTE, PLOT_CONFIG, class_look, figure, hatched, style
 from ..core.splits import client_histogram, effective_classes
-from ..federated.difficulty import DifficultyHistogram, measure_difficulty
+from ..federated.difficulty import DifficultyHistogram, bins_of, measure_difficulty
 from ..exits.inference import budget_curve
-from ..exits.thresholds import read_thresholds
 from ..core.records import Record, write_atomic
 from ..core.registry import CONTROL, METHODS
 from .settings import todays_names
+from darkdistill_nb.experiments.story import (
+    at_half,
+    mean_budgets,
+    measure_unalignment,
+    receptive_fields,
+    story,
+    story_figure,
+    story_text,
+    unit_of,
+)
 from ..core.training import accuracy, mean_std, plus_minus
 
 # %% ../../nbs/5_experiments/report.ipynb #d937e367
@@ -34,8 +43,9 @@ def measure_run(
     clients:list,# of the run
     costs:list,  # MACs per exit
     device="cpu",
+    bin_width:float=1., # nats per bin of difficulty
 )->dict:         # JSON-able: method, seed, rounds, final
-    "The entry of a record for one finished run."
+    "The entry of a record for one finished run; raises `ValueError` for a width that is none."
     t, v = test.to(device), torch.cat([c.valid for c in clients])
     logits, log = run.logits(t), run.log
     acc = accuracy(logits, test.y.cpu()).tolist()
@@ -44,15 +54,19 @@ def measure_run(
         mean=sum(acc) / len(acc),
         valid=None,
         budget=None,
-        difficulty=_tier_difficulty(run, train, clients, device),
+        half=None,
+        bin_width=bin_width,
+        difficulty=_tier_difficulty(run, train, clients, device, bin_width),
     )
     if len(v):
         held_out = train.subset(v).to(device)
-        lv = run.logits(held_out)
+        lv, answers = run.logits(held_out), (logits, test.y.cpu(), costs)
         final.update(
             valid=accuracy(lv, held_out.y.cpu()).tolist(),
-            budget=budget_curve(lv, logits, test.y.cpu(), costs),
+            budget=budget_curve(lv, *answers),
+            half=at_half(lv, held_out.y.cpu(), *answers),
         )
+    final |= measure_unalignment(run, train.to(device), clients, t)
     total = lambda k: sum(r[k] for r in log)
     final.update(
         {
@@ -63,13 +77,14 @@ def measure_run(
     return dict(method=run.method.name, seed=run.seed, rounds=log, final=final)
 
 # %% ../../nbs/5_experiments/report.ipynb #7154e43d
-def _tier_difficulty(run, train, clients, device):
-    "{tier: counts of ten difficulty bins} of the tiers' training pictures under the final network."
+def _tier_difficulty(run, train, clients, device, width=1.0):
+    "{tier: counts of images by bin of difficulty} of the tiers' training images under the final network."
     net, out = run.net(), {}
     for m in sorted({c.tier for c in clients}):
         data = train.subset(torch.cat([c.train for c in clients if c.tier == m])).to(device)
         d = measure_difficulty(net, run.method.objective, data)
-        out[str(m)] = DifficultyHistogram.of(d, data.y.cpu(), net.n_classes).counts.sum(0).tolist()
+        found = DifficultyHistogram.of(d, data.y.cpu(), net.n_classes, bins_of(width), width)
+        out[str(m)] = found.counts.sum(0).tolist()
     return out
 
 # %% ../../nbs/5_experiments/report.ipynb #986da3fe
@@ -96,7 +111,15 @@ def describe(
         clients={
             str(s): dict(tier=[c.tier for c in cs], classes=hold(cs)) for s, cs in clients.items()
         },
+        receptive_fields=_fields_of(net),
     )
+
+def _fields_of(net):
+    "Windows of the exits' maps in pixels; None for networks that are not made of `ConvStage`s."
+    try:
+        return receptive_fields(net)
+    except ValueError:
+        return None
 
 # %% ../../nbs/5_experiments/report.ipynb #dbd722f5
 def _check_records(records, names=None):
@@ -371,33 +394,11 @@ def accuracy_figure(record: Record):
     return fig.update_xaxes(showticklabels=True)
 
 # %% ../../nbs/5_experiments/report.ipynb #94f7915b
-def _unit(macs):
-    "(divisor, words) for numbers of the size of `macs`."
-    for d, w in ((1e9, "billion "), (1e6, "million "), (1e3, "thousand ")):
-        if max(macs) >= d:
-            return d, w + "MACs"
-    return 1, "MACs"
-
 def _threshold(t, digits):
     "A threshold in words: infinite ones let nobody or everybody leave."
     if math.isnan(t):
         return "differs"  # none leaves with one seed, all leave with another
     return f"{t:.{digits}f}" if abs(t) < math.inf else "none leaves" if t > 0 else "all leave"
-
-def _budgets(row):
-    "Budget curve of a method, averaged over seeds: list of dict(P, cost, accuracy, thresholds)."
-    curves = [run["final"]["budget"] for run in row["runs"] if run["final"].get("budget")]
-    mean = lambda v: sum(v) / len(v)
-    read = lambda p: read_thresholds(p["thresholds"])[:-1]
-    return [
-        dict(
-            P=ps[0]["P"],
-            cost=mean([p["cost"] for p in ps]),
-            accuracy=mean([p["accuracy"] for p in ps]),
-            thresholds=[mean(t) for t in zip(*map(read, ps))],
-        )
-        for ps in zip(*curves)
-    ]
 
 # %% ../../nbs/5_experiments/report.ipynb #11c58baf
 def cost_figure(
@@ -408,9 +409,9 @@ def cost_figure(
     import plotly.graph_objects as go
 
     rows, traces = summary(*records, names=names), []
-    unit, words = _unit([c for r in records for c in r.info["macs"]])
+    unit, words = unit_of([c for r in records for c in r.info["macs"]])
     for w in rows:
-        look, P = _look(w, rows), _budgets(w)
+        look, P = _look(w, rows), mean_budgets(w["runs"])
         tip = [
             "P = {}<br>thresholds {}".format(
                 p["P"], ", ".join(_threshold(t, 2) for t in p["thresholds"])
@@ -441,7 +442,7 @@ def cost_figure(
             )
         )
     return (
-        figure(*traces, x=f"mean cost per picture ({words})", y="test accuracy (%)", height=420)
+        figure(*traces, x=f"mean cost per image ({words})", y="test accuracy (%)", height=420)
         .update_layout(legend=_LEGEND, margin=dict(t=70, r=15))
         .update_xaxes(title_font_size=13)
         .update_yaxes(title_font_size=13)
@@ -701,7 +702,7 @@ def _accuracy_data(record):
 # %% ../../nbs/5_experiments/report.ipynb #b5193604
 def _cost_data(*records, names=None):
     rows = summary(*records, names=names)
-    unit, words = _unit([c for r in records for c in r.info["macs"]])
+    unit, words = unit_of([c for r in records for c in r.info["macs"]])
     E = max(len(w["exits"]) for w in rows)
     head = [
         "method",
@@ -721,7 +722,7 @@ def _cost_data(*records, names=None):
             *[""] * (E - 1 - len(p["thresholds"])),
         ]
         for w in rows
-        for p in _budgets(w)
+        for p in mean_budgets(w["runs"])
         if p["P"] % 4 == 0 or p["P"] in (1, 39)
     ]
     exits = [

@@ -146,7 +146,7 @@ PAIRED = (
     "tiers",
     "cover",
     "valid",
-)  # settings that decide who holds which pictures
+)  # settings that decide who holds which images
 
 # %% ../../nbs/5_experiments/report.ipynb #a18900e3
 def summary(
@@ -282,7 +282,7 @@ def alone_rows(
     )
 
 def summary_table(record: Record) -> str:
-    "What `darkdistill run` prints: the table, the clients alone, and what ± means."
+    "What `darkdistill run` prints: the table, the clients alone, what ± means, and what the run shows."
     rows, alone = summary(record), alone_rows(record)
     seeds = record.config.get("seeds", rows[0]["seeds"])
     lines = [text_table(*table_cells(rows))]
@@ -298,7 +298,7 @@ def summary_table(record: Record) -> str:
         if n > 1
         else f"one seed ({s}): no spread, so no conclusion"
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", story_text(record)])
 
 # %% ../../nbs/5_experiments/report.ipynb #4cc78504
 def _panels(titles, columns=2, **kwargs):
@@ -453,7 +453,7 @@ def clients_figure(
     record:Record,
     seed:int=None, # None: the first one
 ):
-    "Stacked bars: how many pictures of each class each client holds, sorted by tier, in the colours of `class_look`."
+    "Stacked bars: how many images of each class each client holds, sorted by tier, in the colours of `class_look`."
     import plotly.graph_objects as go
 
     seed = list(record.info["clients"])[0] if seed is None else str(seed)
@@ -479,7 +479,7 @@ def clients_figure(
     fig = figure(
         *bars,
         x="client",
-        y="pictures (training and validation)",
+        y="images (training and validation)",
         height=400,
         barmode="stack",
         bargap=0.15,
@@ -508,19 +508,34 @@ def mean_effective_classes(
     return len(shares) / sum(sum(p * p for p in s) for s in shares)
 
 # %% ../../nbs/5_experiments/report.ipynb #128a03fd
+def _bins(record):
+    "(nats per bin, how many bins) of a record's difficulties."
+    final = record.runs[0]["final"]
+    return final.get("bin_width", 1.0), len(next(iter(final["difficulty"].values())))
+
+def _bin_name(j, width, bins):
+    "What bin j holds."
+    low = f"{j * width:g}"
+    return f"{low} and more" if j == bins - 1 else f"{low}–{(j + 1) * width:g}"
+
+def _tier_counts(row, tier):
+    "Counts of a tier's images by bin, pooled over seeds."
+    return [sum(v) for v in zip(*(run["final"]["difficulty"][tier] for run in row["runs"]))]
+
+# %% ../../nbs/5_experiments/report.ipynb #67c26c0f
 def difficulty_figure(record: Record):
-    "Share of each tier's training pictures per bin of difficulty, under each method's final network; pooled over seeds."
-    rows = summary(record)
-    T = len(rows[0]["runs"][0]["final"]["difficulty"])
+    "Share of each tier's training images per bin of difficulty, under each method's final network; pooled over seeds."
+    rows, (width, bins) = summary(record), _bins(record)
+    tiers = sorted(rows[0]["runs"][0]["final"]["difficulty"], key=int)
     fig, place = _panels([w["name"] for w in rows])
     for w, (r, c) in zip(rows, place):
-        for i, m in enumerate(sorted(w["runs"][0]["final"]["difficulty"], key=int)):
-            n = [sum(v) for v in zip(*(run["final"]["difficulty"][m] for run in w["runs"]))]
-            look, seen = style(int(m) + 1), [j for j in range(10) if n[j]]
+        for i, m in enumerate(tiers):
+            n = _tier_counts(w, m)
+            look, seen = style(int(m) + 1), [j for j in range(bins) if n[j]]
             fig.add_scatter(
-                x=[j + (i + 1) / (T + 1) for j in seen],
+                x=[width * (j + (i + 1) / (len(tiers) + 1)) for j in seen],
                 y=[100 * n[j] / sum(n) for j in seen],
-                customdata=[f"{j} to {j + 1}" if j < 9 else "9 and more" for j in seen],
+                customdata=[_bin_name(j, width, bins) for j in seen],
                 name=f"tier {m}",
                 legendgroup=m,
                 showlegend=(r, c) == (1, 1),
@@ -531,18 +546,16 @@ def difficulty_figure(record: Record):
                 col=c,
             )
     low = math.floor(math.log10(min(min(t.y) for t in fig.data))) - 0.15
-    fig.update_yaxes(
-        type="log",
-        range=[low, 2.15],
-        tickvals=[0.001, 0.01, 0.1, 1, 10, 100],
-        ticktext=["0.001", "0.01", "0.1", "1", "10", "100"],
+    marks = [0.001, 0.01, 0.1, 1, 10, 100]
+    fig.update_yaxes(type="log", range=[low, 2.15], tickvals=marks, ticktext=list(map(str, marks)))
+    fig.update_yaxes(title_text="training images (%)", col=1)
+    return fig.update_xaxes(
+        title_text="difficulty (nats)", range=[0, width * bins], dtick=max(width, bins * width / 20)
     )
-    fig.update_yaxes(title_text="training pictures (%)", col=1)
-    return fig.update_xaxes(title_text="difficulty (nats)", range=[0, 10], dtick=1)
 
 # %% ../../nbs/5_experiments/report.ipynb #b25376e7
 def reported_figure(record: Record):
-    "Share of pictures of at least one nat that DarkDistill's clients reported, per tier and round; mean over seeds."
+    "Share of images of at least one nat that DarkDistill's clients reported, per tier and round; mean over seeds."
     import plotly.graph_objects as go
 
     runs = [run for run in record.runs if all("difficulty" in row for row in run["rounds"])]
@@ -575,7 +588,7 @@ def reported_figure(record: Record):
             for m in tiers
         ),
         x="round",
-        y="pictures of 1 nat or more (%)",
+        y="images of 1 nat or more (%)",
         height=330,
     )
     return (
@@ -740,14 +753,12 @@ def _cost_data(*records, names=None):
 
 # %% ../../nbs/5_experiments/report.ipynb #d2649864
 def _difficulty_data(record):
-    rows = summary(record)
-    pooled = lambda w, m: [
-        sum(v) for v in zip(*(run["final"]["difficulty"][m] for run in w["runs"]))
-    ]
+    rows, (width, bins) = summary(record), _bins(record)
+    share = lambda n: [f"{100 * v / sum(n):.2f}" for v in n]
     return (
-        ["tier", "method", *(f"{j}–{j + 1}" for j in range(9)), "9 and more"],
+        ["tier", "method", *(_bin_name(j, width, bins) for j in range(bins))],
         [
-            [f"tier {m}", w["name"], *(f"{100 * v / sum(pooled(w, m)):.2f}" for v in pooled(w, m))]
+            [f"tier {m}", w["name"], *share(_tier_counts(w, m))]
             for m in sorted(rows[0]["runs"][0]["final"]["difficulty"], key=int)
             for w in rows
         ],
@@ -757,7 +768,7 @@ def _difficulty_data(record):
 def _clients_data(record):
     K = record.info["classes"]
     return (
-        ["seed, client", "tier", "pictures", *(map(str, K))],
+        ["seed, client", "tier", "images", *(map(str, K))],
         [
             [f"seed {s}, client {i}", str(t), str(sum(c)), *map(str, c)]
             for s, who in record.info["clients"].items()
@@ -843,7 +854,7 @@ _BUTTONS = [
     "zoomIn2d",
     "zoomOut2d",
     "autoScale2d",
-]  # left: save as picture, reset
+]  # left: save as image, reset
 
 def figure_html(
     fig,      # a plotly figure, or what a notebook stores of one: dict(data, layout, frames)
@@ -999,10 +1010,14 @@ _CSS = """
 :root{color-scheme:light dark;--ink:#1b1f24;--soft:#4a5560;--page:#fff;--line:#dfe3e8;--head:#f5f7f9;--link:#0b5fa5}
 *{box-sizing:border-box}
 body{font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;color:var(--ink);background:var(--page);
-margin:0 auto;max-width:940px;padding:28px 20px 60px}
+margin:0 auto;max-width:1120px;padding:20px 20px 60px}
 h1{font-size:1.65rem;line-height:1.25;margin:0 0 .3rem;overflow-wrap:anywhere}
 h2{font-size:1.2rem;margin:2.6rem 0 .4rem;padding-top:.9rem;border-top:1px solid var(--line)}
 p{margin:.4rem 0 .8rem}.sub{color:var(--soft);overflow-wrap:anywhere}a{color:var(--link)}
+.story{display:grid;grid-template-columns:minmax(0,1.05fr) minmax(0,1fr);gap:6px 26px;margin:.6rem 0 1.2rem}
+.story figure{margin:0;min-width:0}.story ul{list-style:none;margin:0;padding:0;font-size:.92rem;line-height:1.42}
+.story li{margin:0 0 .55rem;padding-left:11px;border-left:3px solid var(--line)}
+.story li.holds{border-color:#009E73}.story li.does{border-color:#D55E00}.story li.undecided{border-color:#999}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:1.3rem 0}
 .tile{border:1px solid var(--line);border-radius:8px;padding:11px 14px}
 .tile b{display:block;font-size:1.2rem;line-height:1.3;font-variant-numeric:tabular-nums}.tile span{color:var(--soft);font-size:.86rem}
@@ -1015,6 +1030,7 @@ thead th{position:sticky;top:0;z-index:1}tbody th{font-weight:400}
 .facts th{vertical-align:top;font-weight:600}.facts td{white-space:normal;overflow-wrap:anywhere}
 details{margin:.2rem 0 .6rem}summary{cursor:pointer;color:var(--soft);font-size:.9rem}figure{margin:.6rem 0}
 code{font:.86rem/1.5 ui-monospace,Menlo,Consolas,monospace;background:var(--head);border-radius:4px;padding:2px 5px;overflow-wrap:anywhere}
+@media(max-width:860px){.story{grid-template-columns:minmax(0,1fr)}}
 @media(max-width:600px){body{padding:18px 12px 40px;font-size:15px}h1{font-size:1.35rem}.facts th{white-space:normal}}
 @media screen and (prefers-color-scheme:dark){
 :root{--ink:#e3e7eb;--soft:#a9b3bd;--page:#1a1a1a;--line:#3b4148;--head:#262a2e;--link:#7db8ee}
@@ -1048,9 +1064,20 @@ def _figure(name, fig, data, label):
         f"<details><summary>{label}: the numbers</summary>{html_table(*data)}</details>"
     )
 
+# %% ../../nbs/5_experiments/report.ipynb #7330f614
+def _story(record):
+    "The first screen: what the run shows, in sentences and in one figure."
+    text = "".join(
+        f'<li class="{f.verdict.split()[0]}"><b>{html.escape(f.headline)}</b> {html.escape(f.text)}</li>'
+        for f in story(record)
+    )
+    drawn = figure_html(story_figure(record), "story")
+    label = "Accuracy against cost: exits, and thresholds"
+    return f'<div class=story><figure aria-label="{label}">{drawn}</figure><ul>{text}</ul></div>'
+
 # %% ../../nbs/5_experiments/report.ipynb #4d04ce9d
 def _tiles(record):
-    "The numbers to see first."
+    "The numbers to see next."
     rows, alone = summary(record), alone_rows(record)
     tiles = [(spread(w["mean"]) + " %", f"{w['name']}, mean of exits") for w in rows]
     tiles += [
@@ -1084,6 +1111,11 @@ def _made(record):
             f"{record.seconds:.0f} s"
             + (" since it was last resumed" if record.info.get("resumed") else ""),
         ],
+        *(
+            [["processor time", f"{record.info['cpu_seconds']:.0f} s"]]
+            if "cpu_seconds" in record.info
+            else []
+        ),
         ["seeds", ", ".join(map(str, c["seeds"]))],
         [
             "machine",
@@ -1109,15 +1141,15 @@ def _made(record):
 # %% ../../nbs/5_experiments/report.ipynb #96e1510c
 _TEXT = dict(
     table="Accuracy on the test set. Each number is the mean over seeds, ± the spread over seeds (sample standard deviation), not over exits. "
-    "Differences are taken seed by seed, on the same clients, first weights and order of pictures.",
+    "Differences are taken seed by seed, on the same clients, first weights and order of images.",
     accuracy="One panel per exit of the global network. Thick lines are means over seeds, thin ones single seeds.",
-    cost="Solid: confidence thresholds for 39 budgets P, set on the clients' pooled validation pictures and applied to the test set. "
+    cost="Solid: confidence thresholds for 39 budgets P, set on the clients' pooled validation images and applied to the test set. "
     "Dashed: the exits themselves, joined; choosing exits by chance reaches this line, so only what lies above it is due to the confidences.",
-    clients="Pictures of each class at each client, sorted by tier, for seed {seed}; the other seeds are in the table. "
+    clients="Images of each class at each client, sorted by tier, for seed {seed}; the other seeds are in the table. "
     "Clients hold {real:.1f} effective classes on average; a Dirichlet({gamma:g}) mix has {ideal:.1f}.",
-    difficulty="Difficulty is the loss of exit 1. Shares of each tier's own training pictures, under the final network; "
-    "the last bin takes everything from 9 nats. Between two vertical lines lies one bin; a bin that holds nothing has no mark. Logarithmic axis.",
-    reported="What DarkDistill's clients tell the server in each round, before they train: the share of their pictures whose difficulty is 1 nat or more. "
+    difficulty="Difficulty is the loss of exit 1. Shares of each tier's own training images, under the final network; "
+    "the last bin takes everything above. Between two vertical lines lies one bin; a bin that holds nothing has no mark. Logarithmic axis.",
+    reported="What DarkDistill's clients tell the server in each round, before they train: the share of their images whose difficulty is 1 nat or more. "
     "Mean over seeds.",
     alone="Each grey dot is a client that trained alone for as many epochs as it would have taken part in. "
     "Marks: the same exits of the global network, mean over seeds.",
@@ -1173,7 +1205,7 @@ def _sections(record):
             "clients",
             clients_figure(record),
             _clients_data(record),
-            "Pictures per client and class",
+            "Images per client and class",
         ),
     )
     yield (
@@ -1201,7 +1233,7 @@ def _sections(record):
                         for i, x in enumerate(fig.data[0].x)
                     ],
                 ),
-                "Pictures of 1 nat or more, in percent",
+                "Images of 1 nat or more, in percent",
             ),
         )
     yield (
@@ -1225,6 +1257,7 @@ def write_report(
     title = f"{methods} on {Path(str(record.config['data'])).stem}"
     parts = [
         f"<h1>{html.escape(title)}</h1><p class=sub>{html.escape(in_words(record))}</p>",
+        _story(record),
         _tiles(record),
     ]
     parts += [
@@ -1254,7 +1287,7 @@ def compare_table(
     "What `darkdistill compare` prints: one table over several runs, and the settings that differ."
     lines = [text_table(*table_cells(summary(*records, names=names)))]
     lines += [
-        "mean ± spread over seeds; differences are paired by seed and taken only where the same clients hold the same pictures"
+        "mean ± spread over seeds; differences are paired by seed and taken only where the same clients hold the same images"
     ]
     d = differing(*records)
     if d:

@@ -88,7 +88,7 @@ def put_start(
             raise ValueError(
                 f"start={shown(str(start))} must hold all weights of stem and stages of this "
                 f"network, and no others, but {k} is {_shape(found, k)} there and "
-                f"{_shape(needed, k)} here; give the start another network, or take start none"
+                f"{_shape(needed, k)} here; use start none, or the network it was made for"
             )
     net.load_state_dict(own | weights)
     return net

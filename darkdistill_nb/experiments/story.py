@@ -138,7 +138,7 @@ class Judged:
 
     def text(self, unit="", signed=True):
         "As one writes it: +3.3 points [2.4, 4.2]."
-        digits = 1 if abs(self.mean) >= 1 else 2
+        digits = 1 if max(map(abs, self.interval or [self.mean])) >= 1 else 2
         said = f"{self.mean:{'+' if signed else ''}.{digits}f}{unit and ' ' + unit}"
         if self.interval is None:
             return f"{said} (one seed)"
@@ -418,7 +418,15 @@ def story_figure(
         traces.append(_exit_trace(go, finals, record.info["macs"], unit, name, look))
         if m == told_methods(record)[1]:
             traces += _threshold_traces(go, runs, unit, name, look)
-    fig = figure(*traces, x=f"mean cost per image ({words})", y="test accuracy (%)", height=400)
+    fig = figure(*traces, x=f"mean cost per image ({words})", y="test accuracy (%)", height=370)
     legend = dict(orientation="h", x=0, xanchor="left", y=1.02, yanchor="bottom")
     fig.update_layout(legend=legend, margin=dict(l=60, r=15, t=60, b=50))
-    return fig.update_xaxes(title_font_size=13).update_yaxes(title_font_size=13)
+    return fig.update_xaxes(title_font_size=13).update_yaxes(title_font_size=13, range=_span(traces))
+
+def _span(traces):
+    "Range of the accuracies with their intervals, inside 0 to 100 %."
+    ends = []
+    for t in traces:
+        bars = t.error_y.array or [0] * len(t.y)
+        ends += [a + side * b for a, b in zip(t.y, bars) for side in (-1, 1)]
+    return [max(0, min(ends) - 2), min(100, max(ends) + 2)]

@@ -11,7 +11,7 @@ COMMAND = [
     "import sys; from darkdistill_nb.app.cli import main; sys.exit(main())",
     "run",
 ]
-SETTINGS = "--rounds 12 --seeds 1 --clients 8 --tiers 3 --net width=8 stages=3 --darkdistill server_epochs=1 --eval-every 4".split()
+SETTINGS = "--data digits --rounds 12 --seeds 1 --clients 8 --tiers 3 --net width=8 stages=3 --darkdistill server_epochs=1 --eval-every 4".split()
 OUT = ["--out", "run"]
 
 

@@ -1015,12 +1015,12 @@ h1{font-size:1.65rem;line-height:1.25;margin:0 0 .3rem;overflow-wrap:anywhere}
 h2{font-size:1.2rem;margin:2.6rem 0 .4rem;padding-top:.9rem;border-top:1px solid var(--line)}
 p{margin:.4rem 0 .8rem}.sub{color:var(--soft);overflow-wrap:anywhere}a{color:var(--link)}
 .story{display:grid;grid-template-columns:minmax(0,1.05fr) minmax(0,1fr);gap:6px 26px;margin:.6rem 0 1.2rem}
-.story figure{margin:0;min-width:0}.story ul{list-style:none;margin:0;padding:0;font-size:.92rem;line-height:1.42}
+.story figure{margin:0;min-width:0}figcaption{color:var(--soft);font-size:.8rem;line-height:1.4}.story ul{list-style:none;margin:0;padding:0;font-size:.92rem;line-height:1.42}
 .story li{margin:0 0 .55rem;padding-left:11px;border-left:3px solid var(--line)}
 .story li.holds{border-color:#009E73}.story li.does{border-color:#D55E00}.story li.undecided{border-color:#999}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:1.3rem 0}
 .tile{border:1px solid var(--line);border-radius:8px;padding:11px 14px}
-.tile b{display:block;font-size:1.2rem;line-height:1.3;font-variant-numeric:tabular-nums}.tile span{color:var(--soft);font-size:.86rem}
+.tile b{display:block;font-size:1.05rem;line-height:1.3;font-variant-numeric:tabular-nums}.tile span{color:var(--soft);font-size:.86rem}
 table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;width:100%}
 th,td{padding:5px 8px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{font-weight:600;background:var(--head);vertical-align:bottom}th.l,td.l{text-align:left}
@@ -1064,6 +1064,26 @@ def _figure(name, fig, data, label):
         f"<details><summary>{label}: the numbers</summary>{html_table(*data)}</details>"
     )
 
+# %% ../../nbs/5_experiments/report.ipynb #96e1510c
+_TEXT = dict(
+    story="Marks: one exit for all images, mean and 95 % interval over seeds; dashed: exits chosen by chance. "
+    "Solid: thresholds for rising shares of early leavers; star: thresholds for half of the full cost. All are set on validation images.",
+    table="Accuracy on the test set. Each number is the mean over seeds, ± the spread over seeds (sample standard deviation), not over exits. "
+    "Differences are taken seed by seed, on the same clients, first weights and order of images.",
+    accuracy="One panel per exit of the global network. Thick lines are means over seeds, thin ones single seeds.",
+    cost="Solid: confidence thresholds for 39 budgets P, set on the clients' pooled validation images and applied to the test set. "
+    "Dashed: the exits themselves, joined; choosing exits by chance reaches this line, so only what lies above it is due to the confidences.",
+    clients="Images of each class at each client, sorted by tier, for seed {seed}; the other seeds are in the table. "
+    "Clients hold {real:.1f} effective classes on average; a Dirichlet({gamma:g}) mix has {ideal:.1f}.",
+    difficulty="Difficulty is the loss of exit 1. Shares of each tier's own training images, under the final network; "
+    "the last bin takes everything above. Between two vertical lines lies one bin; a bin that holds nothing has no mark. Logarithmic axis.",
+    reported="What DarkDistill's clients tell the server in each round, before they train: the share of their images whose difficulty is 1 nat or more. "
+    "Mean over seeds.",
+    alone="Each grey dot is a client that trained alone for as many epochs as it would have taken part in. "
+    "Marks: the same exits of the global network, mean over seeds.",
+    traffic="Means over rounds and seeds. Seconds are those of the simulation, in which the clients of one job run one after the other.",
+)
+
 # %% ../../nbs/5_experiments/report.ipynb #7330f614
 def _story(record):
     "The first screen: what the run shows, in sentences and in one figure."
@@ -1073,7 +1093,8 @@ def _story(record):
     )
     drawn = figure_html(story_figure(record), "story")
     label = "Accuracy against cost: exits, and thresholds"
-    return f'<div class=story><figure aria-label="{label}">{drawn}</figure><ul>{text}</ul></div>'
+    drawn = f'<figure aria-label="{label}">{drawn}<figcaption>{_TEXT["story"]}</figcaption></figure>'
+    return f"<div class=story>{drawn}<ul>{text}</ul></div>"
 
 # %% ../../nbs/5_experiments/report.ipynb #4d04ce9d
 def _tiles(record):
@@ -1137,24 +1158,6 @@ def _made(record):
         )
         + f"</table><details><summary>all settings</summary>{html_table(['setting', 'value'], settings)}</details>"
     )
-
-# %% ../../nbs/5_experiments/report.ipynb #96e1510c
-_TEXT = dict(
-    table="Accuracy on the test set. Each number is the mean over seeds, ± the spread over seeds (sample standard deviation), not over exits. "
-    "Differences are taken seed by seed, on the same clients, first weights and order of images.",
-    accuracy="One panel per exit of the global network. Thick lines are means over seeds, thin ones single seeds.",
-    cost="Solid: confidence thresholds for 39 budgets P, set on the clients' pooled validation images and applied to the test set. "
-    "Dashed: the exits themselves, joined; choosing exits by chance reaches this line, so only what lies above it is due to the confidences.",
-    clients="Images of each class at each client, sorted by tier, for seed {seed}; the other seeds are in the table. "
-    "Clients hold {real:.1f} effective classes on average; a Dirichlet({gamma:g}) mix has {ideal:.1f}.",
-    difficulty="Difficulty is the loss of exit 1. Shares of each tier's own training images, under the final network; "
-    "the last bin takes everything above. Between two vertical lines lies one bin; a bin that holds nothing has no mark. Logarithmic axis.",
-    reported="What DarkDistill's clients tell the server in each round, before they train: the share of their images whose difficulty is 1 nat or more. "
-    "Mean over seeds.",
-    alone="Each grey dot is a client that trained alone for as many epochs as it would have taken part in. "
-    "Marks: the same exits of the global network, mean over seeds.",
-    traffic="Means over rounds and seeds. Seconds are those of the simulation, in which the clients of one job run one after the other.",
-)
 
 # %% ../../nbs/5_experiments/report.ipynb #3df48526
 def _sections(record):

@@ -316,7 +316,7 @@ def defaults_for(
     "The settings of an experiment with these data where nothing else is asked for; raises `ValueError` for what is no text."
     data = OPTIONS["data"].value(data)
     own = PRESETS.get(data, {})
-    if arch not in (None, own.get("arch")):
+    if arch is not None and OPTIONS["arch"].value(arch) != own.get("arch"):
         own = {k: v for k, v in own.items() if k not in ("arch", "net", "start")}
     return {k: o.default for k, o in OPTIONS.items()} | dict(data=data) | own
 

@@ -171,8 +171,16 @@ BAD = {  # arguments of `run` -> words that the sentence must contain
     "too few pictures": ("--n-train 9999", "9999", "1438"),
     "no such start": ("--start none.safetensors", "none.safetensors", "no such file"),
     "unknown start": ("--start stag", "start='stag'", "stage_start"),
-    "start of another form": ("--start stage_start", "start='stage_start'", "stem.weight is of shape (24, 3, 3, 3) there and of shape (32, 1, 3, 3) here"),
-    "start that does not fit": ("--data shapes16 --net width=8", "start='stage_start'", "use start none"),
+    "start of another form": (
+        "--start stage_start",
+        "start='stage_start'",
+        "stem.weight is of shape (24, 3, 3, 3) there and of shape (32, 1, 3, 3) here",
+    ),
+    "start that does not fit": (
+        "--data shapes16 --net width=8",
+        "start='stage_start'",
+        "use start none",
+    ),
     "no start but a file": ("--start {files}/text.npz", "start=", "stage_start"),
     "broken start": ("--start {files}/cut.safetensors", "cut.safetensors", "cannot be read"),
     "empty start": ("--start {files}/empty.safetensors", "empty.safetensors", "cannot be read"),

@@ -30,7 +30,9 @@ TINY = (
     "--data digits --seeds 1 --clients 6 --tiers 2 --net width=8 stages=2 "
     "--darkdistill server_epochs=1".split()
 )
-small = dict(data="digits", rounds=1, seeds=1, clients=6, tiers=2, alone=False, n_train=200, n_test=60)
+small = dict(
+    data="digits", rounds=1, seeds=1, clients=6, tiers=2, alone=False, n_train=200, n_test=60
+)
 small["net"] = dict(width=8, stages=2)
 
 MINE = """

@@ -147,7 +147,9 @@ def test_what_was_not_measured_is_not_told():
 
 
 def test_claim_values_by_hand():
-    v = claim_values([0.5, 0.9], dict(accuracy=0.8, static=0.7), [0.9, 0.06, 0.04], None, [0.4, 0.8])
+    v = claim_values(
+        [0.5, 0.9], dict(accuracy=0.8, static=0.7), [0.9, 0.06, 0.04], None, [0.4, 0.8]
+    )
     assert v == pytest.approx(dict(depth=40, thresholds=10, bins=2, gain=10))
 
 

@@ -1093,7 +1093,9 @@ def _story(record):
     )
     drawn = figure_html(story_figure(record), "story")
     label = "Accuracy against cost: exits, and thresholds"
-    drawn = f'<figure aria-label="{label}">{drawn}<figcaption>{_TEXT["story"]}</figcaption></figure>'
+    drawn = (
+        f'<figure aria-label="{label}">{drawn}<figcaption>{_TEXT["story"]}</figcaption></figure>'
+    )
     return f"<div class=story>{drawn}<ul>{text}</ul></div>"
 
 # %% ../../nbs/5_experiments/report.ipynb #4d04ce9d
@@ -1205,10 +1207,7 @@ def _sections(record):
         "Who holds what",
         f"<p>{words}</p>"
         + _figure(
-            "clients",
-            clients_figure(record),
-            _clients_data(record),
-            "Images per client and class",
+            "clients", clients_figure(record), _clients_data(record), "Images per client and class"
         ),
     )
     yield (

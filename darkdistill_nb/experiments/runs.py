@@ -15,13 +15,7 @@ import time
 from pathlib import Path
 from fastcore.basics import patch
 from ..core.checks import check, number, shown, whole
-from darkdistill_nb.core.parallel import (
-    UNGUARDED,
-    Workers,
-    WorkerLost,
-    only_from_main,
-    tell,
-)
+from ..core.parallel import UNGUARDED, Workers, WorkerLost, only_from_main, tell
 from ..core.registry import CONTROL, METHODS, OBJECTIVES, keywords_of, near
 from .settings import GROUPS, STARTS, make_config
 

@@ -306,7 +306,7 @@ PRESETS = {  # data set -> its own defaults
         decay=0.95,
         eval_every=2,
         difficulty_bin=0.5,
-    ),
+    )
 }
 
 def defaults_for(

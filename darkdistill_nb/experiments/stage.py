@@ -346,9 +346,7 @@ def main(
     argv=None, # words of the command line; None: those of this process
 )->int:        # exit code: 0, 2 for bad input, 130 when interrupted
     "`python -m darkdistill_nb.experiments.stage pretrain | measure`: make what is stored of this page."
-    p = argparse.ArgumentParser(
-        prog="darkdistill experiment stage", description="The stage."
-    )
+    p = argparse.ArgumentParser(prog="darkdistill experiment stage", description="The stage.")
     p.add_argument("what", choices=("pretrain", "measure"))
     p.add_argument("--out", required=True, help="folder for results")
     p.add_argument("--assets", help="folder that also gets the result")

@@ -243,7 +243,11 @@ def _tell_bins(record, finals, got, base, names):
     width = finals[0].get("bin_width", 1.0)
     shares = [_mean(v) for v in zip(*filter(None, map(_shares, finals)))]
     full = [f"{100 * s:.1f}" for s in shares if s >= FULL]
-    what = f"1 bin of {width:g} nat holds" if len(full) == 1 else f"{len(full)} bins of {width:g} nat hold"
+    what = (
+        f"1 bin of {width:g} nat holds"
+        if len(full) == 1
+        else f"{len(full)} bins of {width:g} nat hold"
+    )
     return f"{what} 5 % or more of the clients' training images: {_listed(full)} %."
 
 def _tell_unaligned(record, finals, got, base, names):
@@ -333,9 +337,7 @@ def story(
         out += [Finding("why", word, *why)] if why else []
     return out
 
-def story_text(
-    record:Record
-)->str:
+def story_text(record: Record) -> str:
     "The story for a terminal; raises `ValueError` as `story` does."
     wrap = lambda f: textwrap.fill(f"{f.headline} {f.text}", 88, subsequent_indent="  ")
     return "\n".join(f"* {wrap(f)}" for f in story(record))
@@ -422,7 +424,9 @@ def story_figure(
     fig = figure(*traces, x=f"mean cost per image ({words})", y="test accuracy (%)", height=370)
     legend = dict(orientation="h", x=0, xanchor="left", y=1.02, yanchor="bottom")
     fig.update_layout(legend=legend, margin=dict(l=60, r=15, t=60, b=50))
-    return fig.update_xaxes(title_font_size=13).update_yaxes(title_font_size=13, range=_span(traces))
+    return fig.update_xaxes(title_font_size=13).update_yaxes(
+        title_font_size=13, range=_span(traces)
+    )
 
 def _span(traces):
     "Range of the accuracies with their intervals, inside 0 to 100 %."

@@ -329,6 +329,11 @@ def _panels(titles, columns=2, **kwargs):
     return fig, [(i // columns + 1, i % columns + 1) for i in range(len(titles))]
 
 # %% ../../nbs/5_experiments/report.ipynb #d9efc35b
+def _x_title(fig, place, text):
+    "The title of the x axis below the last panel of each column."
+    for r, c in {c: (r, c) for r, c in place}.values():
+        fig.update_xaxes(title_text=text, row=r, col=c)
+
 _LEGEND = dict(
     orientation="h",
     traceorder="normal",
@@ -387,10 +392,7 @@ def accuracy_figure(record: Record):
             )
     fig.update_yaxes(range=[0, 101])
     fig.update_yaxes(title_text="test accuracy (%)", col=1)
-    for c in range(1, min(2, E) + 1):
-        fig.update_xaxes(
-            title_text="round", row=place[-1][0] if c <= place[-1][1] else place[-1][0] - 1, col=c
-        )
+    _x_title(fig, place, "round")
     return fig.update_xaxes(showticklabels=True)
 
 # %% ../../nbs/5_experiments/report.ipynb #94f7915b
@@ -549,9 +551,11 @@ def difficulty_figure(record: Record):
     marks = [0.001, 0.01, 0.1, 1, 10, 100]
     fig.update_yaxes(type="log", range=[low, 2.15], tickvals=marks, ticktext=list(map(str, marks)))
     fig.update_yaxes(title_text="training images (%)", col=1)
-    return fig.update_xaxes(
-        title_text="difficulty (nats)", range=[0, width * bins], dtick=max(width, bins * width / 20)
-    )
+    _x_title(fig, place, "difficulty (nats)")
+    most = max(max(t.x) for t in fig.data)
+    lines = dict(dtick=max(width, most / 40), showgrid=True, gridcolor="#eeeeee")
+    step = width if width >= 1 else 1 if most > 2 else 0.5
+    return fig.update_xaxes(range=[0, width * math.ceil(most / width)], dtick=step, minor=lines)
 
 # %% ../../nbs/5_experiments/report.ipynb #b25376e7
 def reported_figure(record: Record):
@@ -815,6 +819,7 @@ def in_words(record: Record) -> str:
     _check_records([record])
     c, n = todays_names(record.config), len(record.config["seeds"])
     T, data = len(c["tiers"]), Path(str(c["data"])).stem
+    start = f" fine-tuned from {Path(c['start']).stem}" if c.get("start") else ""
     equal = max(c["tiers"]) - min(c["tiers"]) < 1e-9
     tiers = (
         f"{T} depth tiers of equal share"
@@ -822,7 +827,7 @@ def in_words(record: Record) -> str:
         else f"{T} depth tier{'s' * (T > 1)} ({', '.join(f'{s:.0%}' for s in c['tiers'])})"
     )
     return (
-        f"{data}: {c['clients']} clients in {tiers}, Dirichlet gamma {c['gamma']:g} (family {c['family']}), network {c['arch']}, "
+        f"{data}: {c['clients']} clients in {tiers}, Dirichlet gamma {c['gamma']:g} (family {c['family']}), network {c['arch']}{start}, "
         f"exits trained with {c['objective']}, {c['rounds']} rounds, {n} seed{'s' * (n > 1)}."
     )
 
@@ -1030,8 +1035,8 @@ thead th{position:sticky;top:0;z-index:1}tbody th{font-weight:400}
 .facts th{vertical-align:top;font-weight:600}.facts td{white-space:normal;overflow-wrap:anywhere}
 details{margin:.2rem 0 .6rem}summary{cursor:pointer;color:var(--soft);font-size:.9rem}figure{margin:.6rem 0}
 code{font:.86rem/1.5 ui-monospace,Menlo,Consolas,monospace;background:var(--head);border-radius:4px;padding:2px 5px;overflow-wrap:anywhere}
-@media(max-width:860px){.story{grid-template-columns:minmax(0,1fr)}}
-@media(max-width:600px){body{padding:18px 12px 40px;font-size:15px}h1{font-size:1.35rem}.facts th{white-space:normal}}
+.lead{display:none}@media(max-width:860px){.story{grid-template-columns:minmax(0,1fr)}.lead{display:block;margin:.5rem 0 0}}
+@media(max-width:600px){body{padding:14px 12px 40px;font-size:15px}.sub{font-size:.85rem;line-height:1.4}h1{font-size:1.35rem}.facts th{white-space:normal}}
 @media screen and (prefers-color-scheme:dark){
 :root{--ink:#e3e7eb;--soft:#a9b3bd;--page:#1a1a1a;--line:#3b4148;--head:#262a2e;--link:#7db8ee}
 .drawing:not(.pictures){filter:invert(.9) hue-rotate(180deg)}}
@@ -1076,7 +1081,7 @@ _TEXT = dict(
     clients="Images of each class at each client, sorted by tier, for seed {seed}; the other seeds are in the table. "
     "Clients hold {real:.1f} effective classes on average; a Dirichlet({gamma:g}) mix has {ideal:.1f}.",
     difficulty="Difficulty is the loss of exit 1. Shares of each tier's own training images, under the final network; "
-    "the last bin takes everything above. Between two vertical lines lies one bin; a bin that holds nothing has no mark. Logarithmic axis.",
+    "a mark is a bin of {width:g} nat, and a bin that holds nothing has none. Logarithmic axis.",
     reported="What DarkDistill's clients tell the server in each round, before they train: the share of their images whose difficulty is 1 nat or more. "
     "Mean over seeds.",
     alone="Each grey dot is a client that trained alone for as many epochs as it would have taken part in. "
@@ -1092,25 +1097,19 @@ def _story(record):
         for f in story(record)
     )
     drawn = figure_html(story_figure(record), "story")
+    heads = " ".join(f.headline for f in story(record) if f.claim != "why")
+    lead = f"<p class=lead aria-hidden=true><b>{html.escape(heads)}</b></p>"  # narrow screens only
     label = "Accuracy against cost: exits, and thresholds"
     drawn = (
         f'<figure aria-label="{label}">{drawn}<figcaption>{_TEXT["story"]}</figcaption></figure>'
     )
-    return f"<div class=story>{drawn}<ul>{text}</ul></div>"
+    return f"{lead}<div class=story>{drawn}<ul>{text}</ul></div>"
 
 # %% ../../nbs/5_experiments/report.ipynb #4d04ce9d
 def _tiles(record):
     "The numbers to see next."
     rows, alone = summary(record), alone_rows(record)
     tiles = [(spread(w["mean"]) + " %", f"{w['name']}, mean of exits") for w in rows]
-    tiles += [
-        (
-            spread(w["versus"], True),
-            f"points: {w['name']} minus {w['base']['name']}, paired; {agreement(w['versus'])} seeds have this sign",
-        )
-        for w in rows
-        if w["versus"]
-    ]
     if alone:
         tiles.append((spread(alone["best"]) + " %", "best client alone"))
     return (
@@ -1212,7 +1211,7 @@ def _sections(record):
     )
     yield (
         "Difficulty per tier",
-        f"<p>{_TEXT['difficulty']}</p>"
+        f"<p>{_TEXT['difficulty'].format(width=_bins(record)[0])}</p>"
         + _figure(
             "difficulty",
             difficulty_figure(record),

@@ -686,7 +686,7 @@ LAST = {
     "claim_values": lambda: dict(exits=[0.5, 0.6]),
     "Judged": lambda: dict(values=[1.0, 2.0]),
     "Finding": lambda: dict(claim="depth", verdict="holds", headline="a", text="b"),
-    "story": lambda: dict(record=digits_runs()),
+    "findings": lambda: dict(record=digits_runs()),
     "story_text": lambda: dict(record=digits_runs()),
     "story_figure": lambda: dict(record=digits_runs()),
     "pretrain": lambda: dict(

@@ -105,7 +105,7 @@ ALLOWED = {
     "Stage": (anything, "a record that shapes_stage makes"),
     "Record": (anything, "a record: load_record judges what was stored"),
     "Option": (anything, "a row of the table of settings"),
-    "Finding": (anything, "a record that story writes"),
+    "Finding": (anything, "a record that findings writes"),
     "defaults_for.data": (text, "`load` looks for it later"),
     "defaults_for.arch": (text, "`build_net` looks for it later"),
     "to_16_bits.head": (text, "free text"),

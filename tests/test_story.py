@@ -10,14 +10,15 @@ from darkdistill_nb.core.seeds import Streams
 from darkdistill_nb.exits.networks import cnn
 from darkdistill_nb.experiments import report
 from darkdistill_nb.experiments.story import (
+    ANSWERS,
     HEADLINES,
     LIMITS,
     Judged,
     at_half,
     claim_values,
+    findings,
     measure_unalignment,
     receptive_fields,
-    story,
     story_figure,
     story_text,
 )
@@ -58,7 +59,7 @@ def a_record(data="shapes16", **methods):
 
 
 def said(record):
-    return {f.claim: f for f in story(record)}
+    return {f.claim: f for f in findings(record)}
 
 
 RISING, FALLING = [0.6, 0.7, 0.75, 0.8], [0.8, 0.75, 0.7, 0.6]
@@ -116,7 +117,7 @@ def test_every_verdict_has_its_headline(claim, word):
         finals.append(final(exits, half, [10] * n, (0.5, 0.5 - v, v)))
         control.append(final([0.5, 0.5, 0.5, 0.5]))
     found = said(a_record(eefl=control, darkdistill=finals))[claim]
-    expected = HEADLINES[claim][word].format(m="DarkDistill", c="EEFL")
+    expected = HEADLINES[claim][ANSWERS.index(word)].format(m="DarkDistill", c="EEFL")
     assert (found.verdict, found.headline) == (word, expected)
 
 
@@ -140,7 +141,7 @@ def test_every_other_method_is_told_against_the_control():
 
 def test_what_was_not_measured_is_not_told():
     record = a_record(darkdistill=[final(a) for a in near(RISING)])
-    assert [f.claim for f in story(record)] == ["depth", "why", "bins"]
+    assert [f.claim for f in findings(record)] == ["depth", "why", "bins"]
     for run in record.runs:
         del run["final"]["half"], run["final"]["unalignment"]
     assert "thresholds" not in said(record)
@@ -167,7 +168,7 @@ def test_older_records_tell_what_they_know():
 def test_a_report_begins_with_the_story(tmp_path):
     record = load_record(asset("digits_default.json"))
     page = report.write_report(record, tmp_path / "r.html").read_text(encoding="utf-8")
-    places = [page.index(f"<b>{f.headline}</b>") for f in story(record)]
+    places = [page.index(f"<b>{f.headline}</b>") for f in findings(record)]
     assert places == sorted(places) and places[-1] < page.index("<h2>")
     assert 'id="story"' in page[: page.index("<h2>")]
 

@@ -28,7 +28,7 @@ from darkdistill_nb.experiments.story import (
     mean_budgets,
     measure_unalignment,
     receptive_fields,
-    story,
+    findings,
     story_figure,
     story_text,
     unit_of,
@@ -1094,10 +1094,10 @@ def _story(record):
     "The first screen: what the run shows, in sentences and in one figure."
     text = "".join(
         f'<li class="{f.verdict.split()[0]}"><b>{html.escape(f.headline)}</b> {html.escape(f.text)}</li>'
-        for f in story(record)
+        for f in findings(record)
     )
     drawn = figure_html(story_figure(record), "story")
-    heads = " ".join(f.headline for f in story(record) if f.claim != "why")
+    heads = " ".join(f.headline for f in findings(record) if f.claim != "why")
     lead = f"<p class=lead aria-hidden=true><b>{html.escape(heads)}</b></p>"  # narrow screens only
     label = "Accuracy against cost: exits, and thresholds"
     drawn = (

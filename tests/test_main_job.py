@@ -1,4 +1,6 @@
-"""The main job: `darkdistill run` on shapes, one seed of its three, and on digits as ever: accuracy, the control, the table, the report, and that it can be repeated.
+"""The main job: `darkdistill run` on shapes, one seed of its three, and on digits as ever.
+
+Accuracy, the control, the table, the report, and that it can be repeated.
 
 What three seeds show is judged on the stored record in test_story.py."""
 

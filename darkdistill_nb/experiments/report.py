@@ -22,7 +22,7 @@ from ..federated.difficulty import DifficultyHistogram, bins_of, measure_difficu
 from ..exits.inference import budget_curve
 from ..core.records import Record, write_atomic
 from ..core.registry import CONTROL, METHODS
-from .settings import todays_names
+from .settings import LATER, todays_names
 from darkdistill_nb.experiments.story import (
     at_half,
     mean_budgets,
@@ -34,6 +34,16 @@ from darkdistill_nb.experiments.story import (
     unit_of,
 )
 from ..core.training import accuracy, mean_std, plus_minus
+
+# %% ../../nbs/5_experiments/report.ipynb #cf492c34
+def _with_thresholds(run, held_out, logits, y, costs):
+    "What thresholds from validation images lead to on test images."
+    valid, right = run.logits(held_out), held_out.y.cpu()
+    return dict(
+        valid=accuracy(valid, right).tolist(),
+        budget=budget_curve(valid, logits, y, costs),
+        half=at_half(valid, right, logits, y, costs),
+    )
 
 # %% ../../nbs/5_experiments/report.ipynb #d937e367
 def measure_run(
@@ -59,13 +69,7 @@ def measure_run(
         difficulty=_tier_difficulty(run, train, clients, device, bin_width),
     )
     if len(v):
-        held_out = train.subset(v).to(device)
-        lv, answers = run.logits(held_out), (logits, test.y.cpu(), costs)
-        final.update(
-            valid=accuracy(lv, held_out.y.cpu()).tolist(),
-            budget=budget_curve(lv, *answers),
-            half=at_half(lv, held_out.y.cpu(), *answers),
-        )
+        final |= _with_thresholds(run, train.subset(v).to(device), logits, test.y.cpu(), costs)
     final |= measure_unalignment(run, train.to(device), clients, t)
     total = lambda k: sum(r[k] for r in log)
     final.update(
@@ -524,6 +528,19 @@ def _tier_counts(row, tier):
     "Counts of a tier's images by bin, pooled over seeds."
     return [sum(v) for v in zip(*(run["final"]["difficulty"][tier] for run in row["runs"]))]
 
+# %% ../../nbs/5_experiments/report.ipynb #380b68e5
+def _difficulty_axes(fig, place, width):
+    "Shares on a logarithmic axis; a vertical line for each bin, if they are not too many."
+    low = math.floor(math.log10(min(min(t.y) for t in fig.data))) - 0.15
+    marks = [0.001, 0.01, 0.1, 1, 10, 100]
+    fig.update_yaxes(type="log", range=[low, 2.15], tickvals=marks, ticktext=list(map(str, marks)))
+    fig.update_yaxes(title_text="training images (%)", col=1)
+    _x_title(fig, place, "difficulty (nats)")
+    most = max(max(t.x) for t in fig.data)
+    lines = dict(dtick=max(width, most / 40), showgrid=True, gridcolor="#eeeeee")
+    step = width if width >= 1 else 1 if most > 2 else 0.5
+    return fig.update_xaxes(range=[0, width * math.ceil(most / width)], dtick=step, minor=lines)
+
 # %% ../../nbs/5_experiments/report.ipynb #67c26c0f
 def difficulty_figure(record: Record):
     "Share of each tier's training images per bin of difficulty, under each method's final network; pooled over seeds."
@@ -547,15 +564,7 @@ def difficulty_figure(record: Record):
                 row=r,
                 col=c,
             )
-    low = math.floor(math.log10(min(min(t.y) for t in fig.data))) - 0.15
-    marks = [0.001, 0.01, 0.1, 1, 10, 100]
-    fig.update_yaxes(type="log", range=[low, 2.15], tickvals=marks, ticktext=list(map(str, marks)))
-    fig.update_yaxes(title_text="training images (%)", col=1)
-    _x_title(fig, place, "difficulty (nats)")
-    most = max(max(t.x) for t in fig.data)
-    lines = dict(dtick=max(width, most / 40), showgrid=True, gridcolor="#eeeeee")
-    step = width if width >= 1 else 1 if most > 2 else 0.5
-    return fig.update_xaxes(range=[0, width * math.ceil(most / width)], dtick=step, minor=lines)
+    return _difficulty_axes(fig, place, width)
 
 # %% ../../nbs/5_experiments/report.ipynb #b25376e7
 def reported_figure(record: Record):
@@ -1020,7 +1029,9 @@ h1{font-size:1.65rem;line-height:1.25;margin:0 0 .3rem;overflow-wrap:anywhere}
 h2{font-size:1.2rem;margin:2.6rem 0 .4rem;padding-top:.9rem;border-top:1px solid var(--line)}
 p{margin:.4rem 0 .8rem}.sub{color:var(--soft);overflow-wrap:anywhere}a{color:var(--link)}
 .story{display:grid;grid-template-columns:minmax(0,1.05fr) minmax(0,1fr);gap:6px 26px;margin:.6rem 0 1.2rem}
-.story figure{margin:0;min-width:0}figcaption{color:var(--soft);font-size:.8rem;line-height:1.4}.story ul{list-style:none;margin:0;padding:0;font-size:.92rem;line-height:1.42}
+.story figure{margin:0;min-width:0}
+figcaption{color:var(--soft);font-size:.8rem;line-height:1.4}
+.story ul{list-style:none;margin:0;padding:0;font-size:.92rem;line-height:1.42}
 .story li{margin:0 0 .55rem;padding-left:11px;border-left:3px solid var(--line)}
 .story li.holds{border-color:#009E73}.story li.does{border-color:#D55E00}.story li.undecided{border-color:#999}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:1.3rem 0}
@@ -1035,8 +1046,10 @@ thead th{position:sticky;top:0;z-index:1}tbody th{font-weight:400}
 .facts th{vertical-align:top;font-weight:600}.facts td{white-space:normal;overflow-wrap:anywhere}
 details{margin:.2rem 0 .6rem}summary{cursor:pointer;color:var(--soft);font-size:.9rem}figure{margin:.6rem 0}
 code{font:.86rem/1.5 ui-monospace,Menlo,Consolas,monospace;background:var(--head);border-radius:4px;padding:2px 5px;overflow-wrap:anywhere}
-.lead{display:none}@media(max-width:860px){.story{grid-template-columns:minmax(0,1fr)}.lead{display:block;margin:.5rem 0 0}}
-@media(max-width:600px){body{padding:14px 12px 40px;font-size:15px}.sub{font-size:.85rem;line-height:1.4}h1{font-size:1.35rem}.facts th{white-space:normal}}
+.lead{display:none}
+@media(max-width:860px){.story{grid-template-columns:minmax(0,1fr)}.lead{display:block;margin:.5rem 0 0}}
+@media(max-width:600px){body{padding:14px 12px 40px;font-size:15px}
+.sub{font-size:.85rem;line-height:1.4}h1{font-size:1.35rem}.facts th{white-space:normal}}
 @media screen and (prefers-color-scheme:dark){
 :root{--ink:#e3e7eb;--soft:#a9b3bd;--page:#1a1a1a;--line:#3b4148;--head:#262a2e;--link:#7db8ee}
 .drawing:not(.pictures){filter:invert(.9) hue-rotate(180deg)}}
@@ -1122,42 +1135,45 @@ def _tiles(record):
     )
 
 # %% ../../nbs/5_experiments/report.ipynb #6c01994b
-def _made(record):
-    "Where the numbers come from."
-    h, v, c = record.hardware, record.versions, record.config
+def _machine(record):
+    "Processor, system and GPU, as far as the record knows them."
+    h = record.hardware
+    model = (h.get("processor") or {}).get("model")
+    what = f"{h.get('system', '')} {h.get('machine', '')}, {h.get('cpus', '?')} CPUs"
+    return ", ".join([what, *filter(None, (model, h.get("gpu")))])
+
+def _facts(record):
+    "Rows of (what, value) on where the numbers come from."
+    again = " since it was last resumed" if record.info.get("resumed") else ""
     rows = [
         ["command", record.command],
         ["started", record.created.replace("T", " ").replace("Z", " UTC")],
-        [
-            "wall-clock",
-            f"{record.seconds:.0f} s"
-            + (" since it was last resumed" if record.info.get("resumed") else ""),
-        ],
-        *(
-            [["processor time", f"{record.info['cpu_seconds']:.0f} s"]]
-            if "cpu_seconds" in record.info
-            else []
-        ),
-        ["seeds", ", ".join(map(str, c["seeds"]))],
-        [
-            "machine",
-            f"{h.get('system', '')} {h.get('machine', '')}, {h.get('cpus', '?')} CPUs"
-            + (f", {h['gpu']}" if h.get("gpu") else ""),
-        ],
-        ["versions", ", ".join(f"{k} {n}" for k, n in v.items() if n)],
+        ["wall-clock", f"{record.seconds:.0f} s{again}"],
+    ]
+    if "cpu_seconds" in record.info:
+        rows.append(["processor time", f"{record.info['cpu_seconds']:.0f} s{again}"])
+    return rows + [
+        ["seeds", ", ".join(map(str, record.config["seeds"]))],
+        ["machine", _machine(record)],
+        ["versions", ", ".join(f"{k} {n}" for k, n in record.versions.items() if n)],
         ["parameters per tier", ", ".join(f"{n:,}" for n in record.info["parameters"])],
         ["MACs per exit", ", ".join(f"{n:,}" for n in record.info["macs"])],
     ]
-    settings = [[k, in_short(x)] for k, x in todays_names(c).items()]
+
+# %% ../../nbs/5_experiments/report.ipynb #45333271
+def _made(record):
+    "Where the numbers come from."
+    settings = [[k, in_short(x)] for k, x in todays_names(record.config).items()]
+    code = lambda k: "<code>" if k == "command" else ""
     return (
         "<table class=facts>"
         + "".join(
             f'<tr><th scope="row" class=l>{html.escape(k)}</th>'
-            f"<td class=l style='white-space:normal'>"
-            f"{'<code>' if k == 'command' else ''}{html.escape(x)}</td></tr>"
-            for k, x in rows
+            f"<td class=l style='white-space:normal'>{code(k)}{html.escape(x)}</td></tr>"
+            for k, x in _facts(record)
         )
-        + f"</table><details><summary>all settings</summary>{html_table(['setting', 'value'], settings)}</details>"
+        + "</table><details><summary>all settings</summary>"
+        + f"{html_table(['setting', 'value'], settings)}</details>"
     )
 
 # %% ../../nbs/5_experiments/report.ipynb #3df48526
@@ -1278,8 +1294,8 @@ def differing(
     return [(k, values) for k, values in each if any(v != values[0] for v in values)]
 
 def _settings(record):
-    "The settings of a record by today's names, without empty tables."
-    return {k: v for k, v in todays_names(record.config).items() if v != {}}
+    "The settings of a record by today's names, with those that came later, without empty tables."
+    return {k: v for k, v in (LATER | todays_names(record.config)).items() if v != {}}
 
 def compare_table(
     *records,

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from ..core.checks import check, number, shown, whole
 from ..core.parallel import UNGUARDED, Workers, WorkerLost, only_from_main, tell
 from ..core.registry import CONTROL, METHODS, OBJECTIVES, keywords_of, near
-from .settings import GROUPS, STARTS, make_config
+from .settings import GROUPS, LATER, STARTS, make_config
 
 # %% ../../nbs/5_experiments/runs.ipynb #0242250a
 def _keywords(what, given, allowed):
@@ -68,6 +68,10 @@ def read_start(
     trunk = {k: v for k, v in weights.items() if not k.startswith("exits.")}
     return trunk, hashlib.sha256(path.read_bytes()).hexdigest()
 
+# %% ../../nbs/5_experiments/runs.ipynb #a2cb2f9b
+def _shape(shapes, name):
+    return f"of shape {shapes[name]}" if name in shapes else "not"
+
 def put_start(
     net,          # an `EarlyExitNet`
     weights:dict, # of its stem and stages, see `read_start`
@@ -86,9 +90,6 @@ def put_start(
             )
     net.load_state_dict(own | weights)
     return net
-
-def _shape(shapes, name):
-    return "of shape " + str(shapes[name]) if name in shapes else "not"
 
 # %% ../../nbs/5_experiments/runs.ipynb #c96bb6cf
 class Experiment:
@@ -246,8 +247,6 @@ def _alone_so_far(path, clients, mark):
         ) from None
 
 # %% ../../nbs/5_experiments/runs.ipynb #17462586
-LATER = dict(start=None, difficulty_bin=1.0)  # unknown to older runs, and what these did
-
 def _as_before(config):
     "Settings in the words of older runs, whose checkpoints stay valid."
     return {k: v for k, v in config.items() if k not in LATER or v != LATER[k]}

@@ -442,4 +442,6 @@ def story_figure(
     fig = figure(*traces, x=f"mean cost per image ({words})", y="test accuracy (%)", height=370)
     legend = dict(orientation="h", x=0, xanchor="left", y=1.02, yanchor="bottom")
     fig.update_layout(legend=legend, margin=dict(l=60, r=15, t=60, b=50))
-    return fig.update_xaxes(title_font_size=13).update_yaxes(title_font_size=13, range=_span(traces))
+    return fig.update_xaxes(title_font_size=13).update_yaxes(
+        title_font_size=13, range=_span(traces)
+    )

@@ -240,12 +240,12 @@ def _parse_lab(sub):
 # %% ../../nbs/6_app/cli.ipynb #1219ad78
 TOUR = """
 a first hour:
-  darkdistill run --rounds 10 --seeds 1      train three methods on shapes
-  darkdistill run                            the same in full: runs/shapes16-001
-  darkdistill run --resume runs/shapes16-001 go on after Ctrl-C or a crash
-  darkdistill run --gamma 0.1 --out uneven   other settings, another folder
+  darkdistill run --rounds 10 --seeds 1       train three methods on shapes
+  darkdistill run                             the same: runs/shapes16-001
+  darkdistill run --resume runs/shapes16-001  go on after Ctrl-C or a crash
+  darkdistill run --gamma 0.1 --out uneven    other settings, another folder
   darkdistill compare runs/shapes16-001 uneven --html both.html
-  darkdistill report uneven                  draw its report.html again
+  darkdistill report uneven                   draw its report.html again
 
 more:
   darkdistill methods                        methods and objectives by name

@@ -1029,8 +1029,7 @@ h1{font-size:1.65rem;line-height:1.25;margin:0 0 .3rem;overflow-wrap:anywhere}
 h2{font-size:1.2rem;margin:2.6rem 0 .4rem;padding-top:.9rem;border-top:1px solid var(--line)}
 p{margin:.4rem 0 .8rem}.sub{color:var(--soft);overflow-wrap:anywhere}a{color:var(--link)}
 .story{display:grid;grid-template-columns:minmax(0,1.05fr) minmax(0,1fr);gap:6px 26px;margin:.6rem 0 1.2rem}
-.story figure{margin:0;min-width:0}
-figcaption{color:var(--soft);font-size:.8rem;line-height:1.4}
+.story figure{margin:0;min-width:0}figcaption{color:var(--soft);font-size:.8rem;line-height:1.4}
 .story ul{list-style:none;margin:0;padding:0;font-size:.92rem;line-height:1.42}
 .story li{margin:0 0 .55rem;padding-left:11px;border-left:3px solid var(--line)}
 .story li.holds{border-color:#009E73}.story li.does{border-color:#D55E00}.story li.undecided{border-color:#999}
@@ -1046,10 +1045,8 @@ thead th{position:sticky;top:0;z-index:1}tbody th{font-weight:400}
 .facts th{vertical-align:top;font-weight:600}.facts td{white-space:normal;overflow-wrap:anywhere}
 details{margin:.2rem 0 .6rem}summary{cursor:pointer;color:var(--soft);font-size:.9rem}figure{margin:.6rem 0}
 code{font:.86rem/1.5 ui-monospace,Menlo,Consolas,monospace;background:var(--head);border-radius:4px;padding:2px 5px;overflow-wrap:anywhere}
-.lead{display:none}
-@media(max-width:860px){.story{grid-template-columns:minmax(0,1fr)}.lead{display:block;margin:.5rem 0 0}}
-@media(max-width:600px){body{padding:14px 12px 40px;font-size:15px}
-.sub{font-size:.85rem;line-height:1.4}h1{font-size:1.35rem}.facts th{white-space:normal}}
+.lead{display:none}@media(max-width:860px){.story{grid-template-columns:minmax(0,1fr)}.lead{display:block;margin:.5rem 0 0}}
+@media(max-width:600px){body{padding:14px 12px 40px;font-size:15px}.sub{font-size:.85rem;line-height:1.4}h1{font-size:1.35rem}.facts th{white-space:normal}}
 @media screen and (prefers-color-scheme:dark){
 :root{--ink:#e3e7eb;--soft:#a9b3bd;--page:#1a1a1a;--line:#3b4148;--head:#262a2e;--link:#7db8ee}
 .drawing:not(.pictures){filter:invert(.9) hue-rotate(180deg)}}

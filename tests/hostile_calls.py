@@ -63,6 +63,24 @@ def stage_runs():
     return records.load_record(records.asset("stage_shapes.json"))
 
 
+@once
+def digits_runs():
+    return records.load_record(records.asset("digits_default.json"))
+
+
+def trunk():
+    return {k: v for k, v in net().state_dict().items() if not k.startswith("exits.")}
+
+
+@once
+def short_run():
+    "One round of four clients, as keywords of `measure_unalignment`."
+    clients = federated.make_clients(labels(48), 6, 5.0, (0.5, 0.5), seed=0, valid=0.0)
+    method = federated.EEFL(participation=1.0, batch_size=4)
+    one = federated.simulate(method, lambda: net(2), pictures(48), pictures(), clients, 1)
+    return dict(run=one, train=pictures(48), clients=clients, test=pictures(48))
+
+
 def logits(e=E, n=N, seed=0):
     return rand(e, n, C, seed=seed)
 
@@ -658,6 +676,19 @@ LAST = {
     "start_network": dict,
     "stage_record": dict,
     "stage_cell": lambda: dict(method="control", seed=0),
+    "defaults_for": lambda: dict(data="digits"),
+    "read_start": lambda: dict(start="stage_start"),
+    "put_start": lambda: dict(net=net(), weights=trunk()),
+    "at_half": lambda: dict(
+        valid=logits(), valid_y=labels(), test=logits(), test_y=labels(), costs=[1.0, 2.0, 3.0]
+    ),
+    "measure_unalignment": short_run,
+    "claim_values": lambda: dict(exits=[0.5, 0.6]),
+    "Judged": lambda: dict(values=[1.0, 2.0]),
+    "Finding": lambda: dict(claim="depth", verdict="holds", headline="a", text="b"),
+    "findings": lambda: dict(record=digits_runs()),
+    "story_text": lambda: dict(record=digits_runs()),
+    "story_figure": lambda: dict(record=digits_runs()),
     "pretrain": lambda: dict(
         folder=Path(KEPT.name) / "stage", n_train=100, n_valid=100, epochs=1, batch_size=64
     ),

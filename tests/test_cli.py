@@ -14,7 +14,7 @@ COMMAND = [
     "-c",
     "import sys; from darkdistill_nb.app.cli import main; sys.exit(main())",
 ]
-TINY = "--rounds 2 --seeds 1 --clients 6 --tiers 2 --net width=8 stages=2 --darkdistill server_epochs=1 --workers 1".split()
+TINY = "--rounds 2 --data digits --seeds 1 --clients 6 --tiers 2 --net width=8 stages=2 --darkdistill server_epochs=1 --workers 1".split()
 
 
 def pretend_jupyterlab(monkeypatch, installed):
@@ -92,6 +92,9 @@ def files(tmp_path_factory):
     broken[len(whole) // 3] ^= 255
     (d / "flipped.npz").write_bytes(broken)
     (d / "text.npz").write_text("not an archive")
+    start = core_records.asset("stage_start.safetensors").read_bytes()
+    (d / "cut.safetensors").write_bytes(start[: len(start) // 2])
+    (d / "empty.safetensors").write_bytes(b"")
     (d / "broken.toml").write_text("rounds = = 3")
     (d / "unknown.toml").write_text("round = 3")
     (d / "value.toml").write_text("rounds = 0")
@@ -166,6 +169,22 @@ BAD = {  # arguments of `run` -> words that the sentence must contain
     "batch size": ("--batch-size 0", "batch_size='0'", "at least 1"),
     "epochs": ("--epochs 0", "epochs='0'", "at least 1"),
     "too few pictures": ("--n-train 9999", "9999", "1438"),
+    "no such start": ("--start none.safetensors", "none.safetensors", "no such file"),
+    "unknown start": ("--start stag", "start='stag'", "stage_start"),
+    "start of another form": (
+        "--start stage_start",
+        "start='stage_start'",
+        "stem.weight is of shape (24, 3, 3, 3) there and of shape (32, 1, 3, 3) here",
+    ),
+    "start that does not fit": (
+        "--data shapes16 --net width=8",
+        "start='stage_start'",
+        "use start none",
+    ),
+    "no start but a file": ("--start {files}/text.npz", "start=", "stage_start"),
+    "broken start": ("--start {files}/cut.safetensors", "cut.safetensors", "cannot be read"),
+    "empty start": ("--start {files}/empty.safetensors", "empty.safetensors", "cannot be read"),
+    "difficulty bin": ("--difficulty-bin 0", "difficulty_bin='0'", "from 0.05 to 5"),
     "device not there": ("--device cuda:99", "cuda:99"),
     "unknown device": ("--device abacus", "device='abacus'", "unknown"),
     "workers": ("--workers 0", "workers='0'", "at least 1"),
@@ -241,7 +260,8 @@ def test_bad_input(case, files, tmp_path, monkeypatch, capsys):
     line, *words = BAD[case]
     monkeypatch.chdir(tmp_path)
     before = contents(files)
-    assert cli.main(["run", *(a.format(files=files) for a in line.split())]) == 2
+    usual = [] if re.search("--(data|resume)", line) else ["--data", "digits"]
+    assert cli.main(["run", *usual, *(a.format(files=files) for a in line.split())]) == 2
     out, err = capsys.readouterr()
     assert (
         err.startswith("darkdistill: ") and err.count("\n") == 1 and out == "" and len(err) < 1600
@@ -277,6 +297,7 @@ ODD = {"empty": "", "a zero inside": "a\0b", "half a character": "\udcff", "endl
         "run --resume",
         "run --data",
         "run --arch",
+        "run --start",
         "run --workers",
         "run --net",
         "compare",
@@ -414,8 +435,12 @@ def test_help_teaches(capsys):
     for o in settings.OPTIONS.values():
         assert re.search(rf"^  --{o.name.replace('_', '-')}\b", text, re.M), o.name
     assert text.count("\n  darkdistill run") >= 6
-    for default in ("[digits]", "[20]", "[0.5]", "[40]", "[0,1,2]", "[eefl,darkdistill]", "[cpu]"):
-        assert default in " ".join(text.split()), default
+    shown = " ".join(text.split())
+    for default in ("[shapes16]", "[20]", "[0.5]", "[40; shapes16: 20]", "[0,1,2]", "[cpu]"):
+        assert default in shown, default
+    assert "[none; shapes16: stage_start]" in shown and "[none; shapes16: width=24 pool=1]" in shown
+    assert "[eefl,darkdistill; shapes16: eefl,darkdistill,calibrated_eefl]" in shown
+    assert not re.search("picture", shown)
 
 
 def test_every_example_in_the_help_parses():
@@ -538,8 +563,8 @@ def test_report_is_self_contained(two_runs):
     tags = re.sub(r"(<script[^>]*>).*?</script>", r"\1", page, flags=re.S)
     assert not re.findall(r"<script[^>]*\ssrc|<img|<iframe|https?://|url\(|@import", tags)
     assert re.findall(r"<link[^>]*>", tags) == ['<link rel="icon" href="data:,">']
-    assert page.count("plotly.js v") == 1 and page.count("<figure") == 7
-    assert len(re.findall(r'"showSendToCloud": ?false', page)) == 7  # one per figure
+    assert page.count("plotly.js v") == 1 and page.count("<figure") == 8
+    assert len(re.findall(r'"showSendToCloud": ?false', page)) == 8  # one per figure
 
 
 def test_compare_and_report(two_runs, capsys, monkeypatch):
@@ -739,7 +764,7 @@ def test_a_worker_that_is_killed_ends_the_run(tmp_path, long_run, wait_until):
 @posix
 def test_workers_hold_the_lock(tmp_path):
     "As long as a worker lives, nobody else works in the folder, even if the process that took the lock has gone."
-    config = settings.make_config(dict(clients=4, net=dict(width=8)))
+    config = settings.make_config(dict(data="digits", clients=4, net=dict(width=8)))
     folder = runs._make_folder(tmp_path / "run", dict(config=config))
     with runs._locked(folder, 0) as lock:
         workers = runs._workers(1, config, str(folder), 1, lock)
@@ -755,7 +780,7 @@ def test_workers_hold_the_lock(tmp_path):
 
 UNGUARDED = {
     "an experiment": "from darkdistill_nb.experiments.runs import run_experiment\n"
-    "small = dict(rounds=1, seeds=2, clients=4, alone=False, net=dict(width=8, stages=2), n_train=100, n_test=50)\n"
+    "small = dict(data='digits', rounds=1, seeds=2, clients=4, alone=False, net=dict(width=8, stages=2), n_train=100, n_test=50)\n"
     "run_experiment(small, workers=2, progress=False)",
     "a grid": "from darkdistill_nb.core.cells import each\nprint(list(each(abs, [1, 2, 3], 2)))",
     "a simulation": "from darkdistill_nb.core.datasets import load\nfrom darkdistill_nb.exits.networks import cnn\n"

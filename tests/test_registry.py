@@ -27,9 +27,12 @@ COMMAND = [
     "import sys; from darkdistill_nb.app.cli import main; sys.exit(main())",
 ]
 TINY = (
-    "--seeds 1 --clients 6 --tiers 2 --net width=8 stages=2 --darkdistill server_epochs=1".split()
+    "--data digits --seeds 1 --clients 6 --tiers 2 --net width=8 stages=2 "
+    "--darkdistill server_epochs=1".split()
 )
-small = dict(rounds=1, seeds=1, clients=6, tiers=2, alone=False, n_train=200, n_test=60)
+small = dict(
+    data="digits", rounds=1, seeds=1, clients=6, tiers=2, alone=False, n_train=200, n_test=60
+)
 small["net"] = dict(width=8, stages=2)
 
 MINE = """

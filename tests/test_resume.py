@@ -11,7 +11,7 @@ COMMAND = [
     "import sys; from darkdistill_nb.app.cli import main; sys.exit(main())",
     "run",
 ]
-SETTINGS = "--rounds 12 --seeds 1 --clients 8 --tiers 3 --net width=8 stages=3 --darkdistill server_epochs=1 --eval-every 4".split()
+SETTINGS = "--data digits --rounds 12 --seeds 1 --clients 8 --tiers 3 --net width=8 stages=3 --darkdistill server_epochs=1 --eval-every 4".split()
 OUT = ["--out", "run"]
 
 
@@ -344,3 +344,77 @@ def test_a_damaged_config_is_named(change, stopped, tmp_path, capsys):
         f"darkdistill: {path} is not the configuration of a run: "
     )
     assert err.count("\n") == 1
+
+
+# ---------------------------------------------------------------- a start
+
+
+STARTED = "--rounds 2 --seeds 0, --n-train 500 --n-test 100 --methods eefl --workers 1 --out run"
+
+
+def test_a_run_from_a_start_goes_on(tmp_path, wait_until):
+    "Killed after a round and resumed, it ends with the weights of an uninterrupted run, of which stem and stages began in the file."
+    from darkdistill_nb.core.records import load_record
+
+    args, killed = STARTED.split(), tmp_path / "killed"
+    killed.mkdir()
+    finish(tmp_path, *args)
+    p = start(killed, *args)
+
+    def a_checkpoint():
+        return (killed / "run/jobs/eefl-seed0.safetensors").exists()
+
+    wait_until(a_checkpoint, p)
+    kill(p)
+    finish(killed, "--resume", "run")
+    files = [d / "run/weights/eefl-seed0.safetensors" for d in (tmp_path, killed)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    saved = json.loads((killed / "run/config.json").read_text())
+    assert saved["config"]["start"] == "stage_start" and len(saved["start_sha256"]) == 64
+    assert load_record(killed / "run").info["start_sha256"] == saved["start_sha256"]
+
+
+def test_another_start_is_refused(tmp_path, capsys):
+    "A file of a former run is a start; when it has changed, the run that began with it does not go on."
+    from darkdistill_nb.app import cli
+    from darkdistill_nb.experiments import runs
+    from darkdistill_nb.core.records import asset, load_tensors, save_tensors
+
+    tensors, meta = load_tensors(asset("stage_start.safetensors"))
+    file = tmp_path / "mine.safetensors"
+    save_tensors(file, tensors, meta)
+    exp = runs.Experiment(dict(start=str(file), seeds=1, n_train=300, n_test=50))
+    saved = dict(config=exp.config, data_sha256=exp.digest(), start_sha256=exp.start_sha256)
+    runs._make_folder(tmp_path / "run", saved | dict(command="", created=""))
+    save_tensors(file, {k: v * 2 for k, v in tensors.items()}, meta)
+    assert cli.main(["run", "--resume", str(tmp_path / "run"), "--workers", "1"]) == 2
+    err = capsys.readouterr().err
+    assert "is not the start that the run in" in err and err.count("\n") == 1
+    file.unlink()
+    assert cli.main(["run", "--resume", str(tmp_path / "run"), "--workers", "1"]) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_weights_of_a_run_are_a_start(whole, tmp_path):
+    "Stem and stages are taken, exits are new: another number of classes fits."
+    import torch
+    from darkdistill_nb.exits.networks import cnn
+    from darkdistill_nb.experiments.runs import put_start, read_start
+
+    file = whole / "weights/eefl-seed0.safetensors"
+    trunk, _ = read_start(file)
+    assert not any(k.startswith("exits.") for k in trunk)
+    net = put_start(cnn((1, 8, 8), 37, stages=3, width=8), trunk)
+    assert torch.equal(net.stages[2].convs[0].weight, trunk["stages.2.convs.0.weight"])
+    assert net(torch.zeros(1, 1, 8, 8))[2].shape == (1, 37)
+
+
+def test_checkpoints_of_older_runs_stay_valid():
+    "Settings that did not exist then, and do what was done then, are not part of a checkpoint's mark."
+    from darkdistill_nb.experiments import runs
+    from darkdistill_nb.experiments.settings import make_config
+
+    config = make_config(dict(data="digits"))
+    then = {k: v for k, v in config.items() if k not in ("start", "difficulty_bin")}
+    assert runs._as_before(config) == then and runs._as_before(make_config(then)) == then
+    assert "start" in runs._as_before(make_config(dict(data="shapes16")))

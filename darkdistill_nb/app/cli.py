@@ -34,6 +34,7 @@ from darkdistill_nb.experiments.settings import (
     GROUPS,
     OPTIONS,
     OUT,
+    PRESETS,
     WORKERS,
     make_config,
     option_of,
@@ -75,15 +76,18 @@ EXPERIMENTS = dict(
 # %% ../../nbs/6_app/cli.ipynb #6c5e1c8d
 EXAMPLES = """
 examples:
-  darkdistill run                                   about a minute or two
+  darkdistill run                                   two to three minutes
   darkdistill run --rounds 10 --seeds 1 --no-alone  a quick look
   darkdistill run --gamma 0.1 --clients 50          many clients, few classes
+  darkdistill run --data digits                     8x8 digits: too easy for
+                                                    deep exits to pay
   darkdistill run --data my.npz --arch wrn          your own images
+  darkdistill run --start none --net width=24       no pretrained start
   darkdistill run --darkdistill weights=uniform     no alignment by difficulty
   darkdistill run --objective l2w --l2w eps=0.3     exits that learn weights
   darkdistill run --methods eefl,mine:MyMethod      a method of your own
   darkdistill run --config long.toml --seeds 5      settings from a file
-  darkdistill run --resume runs/digits-001          after Ctrl-C, a crash, ...
+  darkdistill run --resume runs/shapes16-001        after Ctrl-C, a crash, ...
 
 my.npz holds x_train, y_train, x_test, y_test. In a --config file, write
 batch_size = 16 for --batch-size 16, and the keywords of --net, --darkdistill
@@ -106,16 +110,21 @@ def _rows(rows):
         lines += [f"  {name:{width}}{first}", *(" " * (width + 2) + r for r in rest)]
     return "\n".join(line.rstrip() for line in lines)
 
-def _default(o):
-    "The default of an option as `--help` shows it."
+def _written(o, v):
+    "The value of an option as one types it."
     if o.metavar() is None:
-        return "yes" if o.default else "no"
-    if o.default is None:
-        return "one per exit, equal" if o.name == "tiers" else "all"
-    return (
-        ",".join(map(str, o.default)) or "none"
-        if isinstance(o.default, (list, dict))
-        else o.default
+        return "yes" if v else "no"
+    if v is None:
+        return dict(tiers="one per exit, equal", start="none").get(o.name, "all")
+    if isinstance(v, dict):
+        return " ".join(f"{k}={x}" for k, x in v.items()) or "none"
+    return ",".join(map(str, v)) if isinstance(v, list) else str(v)
+
+def _default(o):
+    "The default of an option as `--help` shows it, and that of data that bring their own."
+    own = {data: p[o.name] for data, p in PRESETS.items() if p.get(o.name, o.default) != o.default}
+    return "; ".join(
+        [_written(o, o.default), *(f"{data}: {_written(o, v)}" for data, v in own.items())]
     )
 
 # %% ../../nbs/6_app/cli.ipynb #14cfae06
@@ -156,8 +165,8 @@ def _parse_run(sub, addresses):
         "run",
         usage="darkdistill run [options]",
         help="train methods on paired seeds; leaves a folder with a report",
-        description="Train EEFL and DarkDistill, or other methods, on the same seeds, print the\n"
-        "table of their accuracies, and leave a run folder.",
+        description="Train EEFL, DarkDistill and other methods on the same seeds, print the table of\n"
+        "their accuracies and what the run shows, and leave a run folder.",
         epilog=EXAMPLES,
     )
     g = r.add_argument_group("the run")
@@ -231,12 +240,12 @@ def _parse_lab(sub):
 # %% ../../nbs/6_app/cli.ipynb #1219ad78
 TOUR = """
 a first hour:
-  darkdistill run --rounds 10 --seeds 1      train EEFL and DarkDistill
-  darkdistill run                            the same in full: runs/digits-001
-  darkdistill run --resume runs/digits-001   go on after Ctrl-C or a crash
-  darkdistill run --gamma 0.1 --out uneven   other settings, another folder
-  darkdistill compare runs/digits-001 uneven --html both.html
-  darkdistill report uneven                  draw its report.html again
+  darkdistill run --rounds 10 --seeds 1       train three methods on shapes
+  darkdistill run                             the same: runs/shapes16-001
+  darkdistill run --resume runs/shapes16-001  go on after Ctrl-C or a crash
+  darkdistill run --gamma 0.1 --out uneven    other settings, another folder
+  darkdistill compare runs/shapes16-001 uneven --html both.html
+  darkdistill report uneven                   draw its report.html again
 
 more:
   darkdistill methods                        methods and objectives by name

@@ -373,13 +373,13 @@ def _some(data, n, seed, name):
     return data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:n])
 
 # %% ../../nbs/0_core/datasets.ipynb #6236e5e6
-DATASETS = ("digits", "shapes", *_PUBLIC)
+DATASETS = ("digits", "shapes", "shapes16", *_PUBLIC)
 
 def load(
     name, # of DATASETS, NAME of a NAME.npz in the folder DARKDISTILL_DATA, or path of an .npz
-    n_train=None, # training samples; default: all (shapes: 20,000); fewer: chosen by `seed`
-    n_test=None, # test samples; default: all (shapes: 4,000)
-    seed: int = 0, # for shapes, and for the choice of samples
+    n_train=None, # training samples; default: all (shapes: 20,000; shapes16: 4,000); fewer: chosen by `seed`
+    n_test=None, # test samples; default: all (shapes: 4,000; shapes16: 2,000)
+    seed: int = 0, # for shapes and shapes16 (see `small_shapes`), and for the choice of samples
 ) -> tuple: # (train, test) of ArrayData; both normalised with mean and std of the training split
     "Load a data set; `ValueError`, `FileNotFoundError` or `DownloadError` say what to do"
     is_name = isinstance(name, (str, os.PathLike))
@@ -391,6 +391,8 @@ def load(
         train = shapes(n_train or 20_000, seed)
         test = shapes(n_test or 4_000, seed + 2**32)  # no training seed reaches 2**32
         test = ArrayData(test.x, test.y, SHAPES, train.mean, train.std, test.difficulty)
+    elif name == "shapes16":
+        train, test = small_shapes(n_train or 4000, n_test or 2000, seed=seed)
     else:
         train, test = _load_all(name)
         train, test = _some(train, n_train, 2 * seed, name), _some(test, n_test, 2 * seed + 1, name)
@@ -428,7 +430,7 @@ def every_tenth(
 
 # %% ../../nbs/0_core/datasets.ipynb #6ce67769
 def three_parts(
-    name:str,      # "shapes16" (see `small_shapes`), a name that `load` knows, or the path of an .npz file
+    name:str,      # a name that `load` knows, or the path of an .npz file
     n_train=None,  # images that training and validation share; None: all (shapes: 20,000; shapes16: 4,000)
     n_test=None,   # test images; None: all
 )->tuple:          # (train, validation, test) of `ArrayData`
@@ -437,11 +439,7 @@ def three_parts(
 
 @functools.lru_cache(maxsize=2)
 def _three_parts(name, n_train, n_test, _=None):
-    train, test = (
-        small_shapes(n_train or 4000, n_test or 2000)
-        if name == "shapes16"
-        else load(name, n_train, n_test)
-    )
+    train, test = load(name, n_train, n_test)
     val = every_tenth(train.y)
     check(
         bool(val.any()),

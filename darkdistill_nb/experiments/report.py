@@ -18,13 +18,32 @@ import torch
 from ..core.checks import check, flag, number
 from ..core.plots import PALETTE, PLOT_CONFIG, class_look, figure, hatched, style
 from ..core.splits import client_histogram, effective_classes
-from ..federated.difficulty import DifficultyHistogram, measure_difficulty
+from ..federated.difficulty import DifficultyHistogram, bins_of, measure_difficulty
 from ..exits.inference import budget_curve
-from ..exits.thresholds import read_thresholds
 from ..core.records import Record, write_atomic
 from ..core.registry import CONTROL, METHODS
-from .settings import todays_names
+from .settings import LATER, todays_names
+from darkdistill_nb.experiments.story import (
+    at_half,
+    mean_budgets,
+    measure_unalignment,
+    receptive_fields,
+    findings,
+    story_figure,
+    story_text,
+    unit_of,
+)
 from ..core.training import accuracy, mean_std, plus_minus
+
+# %% ../../nbs/5_experiments/report.ipynb #cf492c34
+def _with_thresholds(run, held_out, logits, y, costs):
+    "What thresholds from validation images lead to on test images."
+    valid, right = run.logits(held_out), held_out.y.cpu()
+    return dict(
+        valid=accuracy(valid, right).tolist(),
+        budget=budget_curve(valid, logits, y, costs),
+        half=at_half(valid, right, logits, y, costs),
+    )
 
 # %% ../../nbs/5_experiments/report.ipynb #d937e367
 def measure_run(
@@ -34,8 +53,9 @@ def measure_run(
     clients:list,# of the run
     costs:list,  # MACs per exit
     device="cpu",
+    bin_width:float=1., # nats per bin of difficulty
 )->dict:         # JSON-able: method, seed, rounds, final
-    "The entry of a record for one finished run."
+    "The entry of a record for one finished run; raises `ValueError` for a width that is none."
     t, v = test.to(device), torch.cat([c.valid for c in clients])
     logits, log = run.logits(t), run.log
     acc = accuracy(logits, test.y.cpu()).tolist()
@@ -44,15 +64,13 @@ def measure_run(
         mean=sum(acc) / len(acc),
         valid=None,
         budget=None,
-        difficulty=_tier_difficulty(run, train, clients, device),
+        half=None,
+        bin_width=bin_width,
+        difficulty=_tier_difficulty(run, train, clients, device, bin_width),
     )
     if len(v):
-        held_out = train.subset(v).to(device)
-        lv = run.logits(held_out)
-        final.update(
-            valid=accuracy(lv, held_out.y.cpu()).tolist(),
-            budget=budget_curve(lv, logits, test.y.cpu(), costs),
-        )
+        final |= _with_thresholds(run, train.subset(v).to(device), logits, test.y.cpu(), costs)
+    final |= measure_unalignment(run, train.to(device), clients, t)
     total = lambda k: sum(r[k] for r in log)
     final.update(
         {
@@ -63,13 +81,14 @@ def measure_run(
     return dict(method=run.method.name, seed=run.seed, rounds=log, final=final)
 
 # %% ../../nbs/5_experiments/report.ipynb #7154e43d
-def _tier_difficulty(run, train, clients, device):
-    "{tier: counts of ten difficulty bins} of the tiers' training pictures under the final network."
+def _tier_difficulty(run, train, clients, device, width=1.0):
+    "{tier: counts of images by bin of difficulty} of the tiers' training images under the final network."
     net, out = run.net(), {}
     for m in sorted({c.tier for c in clients}):
         data = train.subset(torch.cat([c.train for c in clients if c.tier == m])).to(device)
         d = measure_difficulty(net, run.method.objective, data)
-        out[str(m)] = DifficultyHistogram.of(d, data.y.cpu(), net.n_classes).counts.sum(0).tolist()
+        found = DifficultyHistogram.of(d, data.y.cpu(), net.n_classes, bins_of(width), width)
+        out[str(m)] = found.counts.sum(0).tolist()
     return out
 
 # %% ../../nbs/5_experiments/report.ipynb #986da3fe
@@ -96,7 +115,15 @@ def describe(
         clients={
             str(s): dict(tier=[c.tier for c in cs], classes=hold(cs)) for s, cs in clients.items()
         },
+        receptive_fields=_fields_of(net),
     )
+
+def _fields_of(net):
+    "Windows of the exits' maps in pixels; None for networks that are not made of `ConvStage`s."
+    try:
+        return receptive_fields(net)
+    except ValueError:
+        return None
 
 # %% ../../nbs/5_experiments/report.ipynb #dbd722f5
 def _check_records(records, names=None):
@@ -123,7 +150,7 @@ PAIRED = (
     "tiers",
     "cover",
     "valid",
-)  # settings that decide who holds which pictures
+)  # settings that decide who holds which images
 
 # %% ../../nbs/5_experiments/report.ipynb #a18900e3
 def summary(
@@ -259,7 +286,7 @@ def alone_rows(
     )
 
 def summary_table(record: Record) -> str:
-    "What `darkdistill run` prints: the table, the clients alone, and what ± means."
+    "What `darkdistill run` prints: the table, the clients alone, what ± means, and what the run shows."
     rows, alone = summary(record), alone_rows(record)
     seeds = record.config.get("seeds", rows[0]["seeds"])
     lines = [text_table(*table_cells(rows))]
@@ -275,7 +302,7 @@ def summary_table(record: Record) -> str:
         if n > 1
         else f"one seed ({s}): no spread, so no conclusion"
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", story_text(record)])
 
 # %% ../../nbs/5_experiments/report.ipynb #4cc78504
 def _panels(titles, columns=2, **kwargs):
@@ -306,6 +333,11 @@ def _panels(titles, columns=2, **kwargs):
     return fig, [(i // columns + 1, i % columns + 1) for i in range(len(titles))]
 
 # %% ../../nbs/5_experiments/report.ipynb #d9efc35b
+def _x_title(fig, place, text):
+    "The title of the x axis below the last panel of each column."
+    for r, c in {c: (r, c) for r, c in place}.values():
+        fig.update_xaxes(title_text=text, row=r, col=c)
+
 _LEGEND = dict(
     orientation="h",
     traceorder="normal",
@@ -364,40 +396,15 @@ def accuracy_figure(record: Record):
             )
     fig.update_yaxes(range=[0, 101])
     fig.update_yaxes(title_text="test accuracy (%)", col=1)
-    for c in range(1, min(2, E) + 1):
-        fig.update_xaxes(
-            title_text="round", row=place[-1][0] if c <= place[-1][1] else place[-1][0] - 1, col=c
-        )
+    _x_title(fig, place, "round")
     return fig.update_xaxes(showticklabels=True)
 
 # %% ../../nbs/5_experiments/report.ipynb #94f7915b
-def _unit(macs):
-    "(divisor, words) for numbers of the size of `macs`."
-    for d, w in ((1e9, "billion "), (1e6, "million "), (1e3, "thousand ")):
-        if max(macs) >= d:
-            return d, w + "MACs"
-    return 1, "MACs"
-
 def _threshold(t, digits):
     "A threshold in words: infinite ones let nobody or everybody leave."
     if math.isnan(t):
         return "differs"  # none leaves with one seed, all leave with another
     return f"{t:.{digits}f}" if abs(t) < math.inf else "none leaves" if t > 0 else "all leave"
-
-def _budgets(row):
-    "Budget curve of a method, averaged over seeds: list of dict(P, cost, accuracy, thresholds)."
-    curves = [run["final"]["budget"] for run in row["runs"] if run["final"].get("budget")]
-    mean = lambda v: sum(v) / len(v)
-    read = lambda p: read_thresholds(p["thresholds"])[:-1]
-    return [
-        dict(
-            P=ps[0]["P"],
-            cost=mean([p["cost"] for p in ps]),
-            accuracy=mean([p["accuracy"] for p in ps]),
-            thresholds=[mean(t) for t in zip(*map(read, ps))],
-        )
-        for ps in zip(*curves)
-    ]
 
 # %% ../../nbs/5_experiments/report.ipynb #11c58baf
 def cost_figure(
@@ -408,9 +415,9 @@ def cost_figure(
     import plotly.graph_objects as go
 
     rows, traces = summary(*records, names=names), []
-    unit, words = _unit([c for r in records for c in r.info["macs"]])
+    unit, words = unit_of([c for r in records for c in r.info["macs"]])
     for w in rows:
-        look, P = _look(w, rows), _budgets(w)
+        look, P = _look(w, rows), mean_budgets(w["runs"])
         tip = [
             "P = {}<br>thresholds {}".format(
                 p["P"], ", ".join(_threshold(t, 2) for t in p["thresholds"])
@@ -441,7 +448,7 @@ def cost_figure(
             )
         )
     return (
-        figure(*traces, x=f"mean cost per picture ({words})", y="test accuracy (%)", height=420)
+        figure(*traces, x=f"mean cost per image ({words})", y="test accuracy (%)", height=420)
         .update_layout(legend=_LEGEND, margin=dict(t=70, r=15))
         .update_xaxes(title_font_size=13)
         .update_yaxes(title_font_size=13)
@@ -452,7 +459,7 @@ def clients_figure(
     record:Record,
     seed:int=None, # None: the first one
 ):
-    "Stacked bars: how many pictures of each class each client holds, sorted by tier, in the colours of `class_look`."
+    "Stacked bars: how many images of each class each client holds, sorted by tier, in the colours of `class_look`."
     import plotly.graph_objects as go
 
     seed = list(record.info["clients"])[0] if seed is None else str(seed)
@@ -478,7 +485,7 @@ def clients_figure(
     fig = figure(
         *bars,
         x="client",
-        y="pictures (training and validation)",
+        y="images (training and validation)",
         height=400,
         barmode="stack",
         bargap=0.15,
@@ -507,19 +514,47 @@ def mean_effective_classes(
     return len(shares) / sum(sum(p * p for p in s) for s in shares)
 
 # %% ../../nbs/5_experiments/report.ipynb #128a03fd
+def _bins(record):
+    "(nats per bin, how many bins) of a record's difficulties."
+    final = record.runs[0]["final"]
+    return final.get("bin_width", 1.0), len(next(iter(final["difficulty"].values())))
+
+def _bin_name(j, width, bins):
+    "What bin j holds."
+    low = f"{j * width:g}"
+    return f"{low} and more" if j == bins - 1 else f"{low}–{(j + 1) * width:g}"
+
+def _tier_counts(row, tier):
+    "Counts of a tier's images by bin, pooled over seeds."
+    return [sum(v) for v in zip(*(run["final"]["difficulty"][tier] for run in row["runs"]))]
+
+# %% ../../nbs/5_experiments/report.ipynb #380b68e5
+def _difficulty_axes(fig, place, width):
+    "Shares on a logarithmic axis; a vertical line for each bin, if they are not too many."
+    low = math.floor(math.log10(min(min(t.y) for t in fig.data))) - 0.15
+    marks = [0.001, 0.01, 0.1, 1, 10, 100]
+    fig.update_yaxes(type="log", range=[low, 2.15], tickvals=marks, ticktext=list(map(str, marks)))
+    fig.update_yaxes(title_text="training images (%)", col=1)
+    _x_title(fig, place, "difficulty (nats)")
+    most = max(max(t.x) for t in fig.data)
+    lines = dict(dtick=max(width, most / 40), showgrid=True, gridcolor="#eeeeee")
+    step = width if width >= 1 else 1 if most > 2 else 0.5
+    return fig.update_xaxes(range=[0, width * math.ceil(most / width)], dtick=step, minor=lines)
+
+# %% ../../nbs/5_experiments/report.ipynb #67c26c0f
 def difficulty_figure(record: Record):
-    "Share of each tier's training pictures per bin of difficulty, under each method's final network; pooled over seeds."
-    rows = summary(record)
-    T = len(rows[0]["runs"][0]["final"]["difficulty"])
+    "Share of each tier's training images per bin of difficulty, under each method's final network; pooled over seeds."
+    rows, (width, bins) = summary(record), _bins(record)
+    tiers = sorted(rows[0]["runs"][0]["final"]["difficulty"], key=int)
     fig, place = _panels([w["name"] for w in rows])
     for w, (r, c) in zip(rows, place):
-        for i, m in enumerate(sorted(w["runs"][0]["final"]["difficulty"], key=int)):
-            n = [sum(v) for v in zip(*(run["final"]["difficulty"][m] for run in w["runs"]))]
-            look, seen = style(int(m) + 1), [j for j in range(10) if n[j]]
+        for i, m in enumerate(tiers):
+            n = _tier_counts(w, m)
+            look, seen = style(int(m) + 1), [j for j in range(bins) if n[j]]
             fig.add_scatter(
-                x=[j + (i + 1) / (T + 1) for j in seen],
+                x=[width * (j + (i + 1) / (len(tiers) + 1)) for j in seen],
                 y=[100 * n[j] / sum(n) for j in seen],
-                customdata=[f"{j} to {j + 1}" if j < 9 else "9 and more" for j in seen],
+                customdata=[_bin_name(j, width, bins) for j in seen],
                 name=f"tier {m}",
                 legendgroup=m,
                 showlegend=(r, c) == (1, 1),
@@ -529,19 +564,11 @@ def difficulty_figure(record: Record):
                 row=r,
                 col=c,
             )
-    low = math.floor(math.log10(min(min(t.y) for t in fig.data))) - 0.15
-    fig.update_yaxes(
-        type="log",
-        range=[low, 2.15],
-        tickvals=[0.001, 0.01, 0.1, 1, 10, 100],
-        ticktext=["0.001", "0.01", "0.1", "1", "10", "100"],
-    )
-    fig.update_yaxes(title_text="training pictures (%)", col=1)
-    return fig.update_xaxes(title_text="difficulty (nats)", range=[0, 10], dtick=1)
+    return _difficulty_axes(fig, place, width)
 
 # %% ../../nbs/5_experiments/report.ipynb #b25376e7
 def reported_figure(record: Record):
-    "Share of pictures of at least one nat that DarkDistill's clients reported, per tier and round; mean over seeds."
+    "Share of images of at least one nat that DarkDistill's clients reported, per tier and round; mean over seeds."
     import plotly.graph_objects as go
 
     runs = [run for run in record.runs if all("difficulty" in row for row in run["rounds"])]
@@ -574,7 +601,7 @@ def reported_figure(record: Record):
             for m in tiers
         ),
         x="round",
-        y="pictures of 1 nat or more (%)",
+        y="images of 1 nat or more (%)",
         height=330,
     )
     return (
@@ -701,7 +728,7 @@ def _accuracy_data(record):
 # %% ../../nbs/5_experiments/report.ipynb #b5193604
 def _cost_data(*records, names=None):
     rows = summary(*records, names=names)
-    unit, words = _unit([c for r in records for c in r.info["macs"]])
+    unit, words = unit_of([c for r in records for c in r.info["macs"]])
     E = max(len(w["exits"]) for w in rows)
     head = [
         "method",
@@ -721,7 +748,7 @@ def _cost_data(*records, names=None):
             *[""] * (E - 1 - len(p["thresholds"])),
         ]
         for w in rows
-        for p in _budgets(w)
+        for p in mean_budgets(w["runs"])
         if p["P"] % 4 == 0 or p["P"] in (1, 39)
     ]
     exits = [
@@ -739,14 +766,12 @@ def _cost_data(*records, names=None):
 
 # %% ../../nbs/5_experiments/report.ipynb #d2649864
 def _difficulty_data(record):
-    rows = summary(record)
-    pooled = lambda w, m: [
-        sum(v) for v in zip(*(run["final"]["difficulty"][m] for run in w["runs"]))
-    ]
+    rows, (width, bins) = summary(record), _bins(record)
+    share = lambda n: [f"{100 * v / sum(n):.2f}" for v in n]
     return (
-        ["tier", "method", *(f"{j}–{j + 1}" for j in range(9)), "9 and more"],
+        ["tier", "method", *(_bin_name(j, width, bins) for j in range(bins))],
         [
-            [f"tier {m}", w["name"], *(f"{100 * v / sum(pooled(w, m)):.2f}" for v in pooled(w, m))]
+            [f"tier {m}", w["name"], *share(_tier_counts(w, m))]
             for m in sorted(rows[0]["runs"][0]["final"]["difficulty"], key=int)
             for w in rows
         ],
@@ -756,7 +781,7 @@ def _difficulty_data(record):
 def _clients_data(record):
     K = record.info["classes"]
     return (
-        ["seed, client", "tier", "pictures", *(map(str, K))],
+        ["seed, client", "tier", "images", *(map(str, K))],
         [
             [f"seed {s}, client {i}", str(t), str(sum(c)), *map(str, c)]
             for s, who in record.info["clients"].items()
@@ -803,6 +828,7 @@ def in_words(record: Record) -> str:
     _check_records([record])
     c, n = todays_names(record.config), len(record.config["seeds"])
     T, data = len(c["tiers"]), Path(str(c["data"])).stem
+    start = f" fine-tuned from {Path(c['start']).stem}" if c.get("start") else ""
     equal = max(c["tiers"]) - min(c["tiers"]) < 1e-9
     tiers = (
         f"{T} depth tiers of equal share"
@@ -810,7 +836,7 @@ def in_words(record: Record) -> str:
         else f"{T} depth tier{'s' * (T > 1)} ({', '.join(f'{s:.0%}' for s in c['tiers'])})"
     )
     return (
-        f"{data}: {c['clients']} clients in {tiers}, Dirichlet gamma {c['gamma']:g} (family {c['family']}), network {c['arch']}, "
+        f"{data}: {c['clients']} clients in {tiers}, Dirichlet gamma {c['gamma']:g} (family {c['family']}), network {c['arch']}{start}, "
         f"exits trained with {c['objective']}, {c['rounds']} rounds, {n} seed{'s' * (n > 1)}."
     )
 
@@ -842,7 +868,7 @@ _BUTTONS = [
     "zoomIn2d",
     "zoomOut2d",
     "autoScale2d",
-]  # left: save as picture, reset
+]  # left: save as image, reset
 
 def figure_html(
     fig,      # a plotly figure, or what a notebook stores of one: dict(data, layout, frames)
@@ -998,13 +1024,18 @@ _CSS = """
 :root{color-scheme:light dark;--ink:#1b1f24;--soft:#4a5560;--page:#fff;--line:#dfe3e8;--head:#f5f7f9;--link:#0b5fa5}
 *{box-sizing:border-box}
 body{font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;color:var(--ink);background:var(--page);
-margin:0 auto;max-width:940px;padding:28px 20px 60px}
+margin:0 auto;max-width:1120px;padding:20px 20px 60px}
 h1{font-size:1.65rem;line-height:1.25;margin:0 0 .3rem;overflow-wrap:anywhere}
 h2{font-size:1.2rem;margin:2.6rem 0 .4rem;padding-top:.9rem;border-top:1px solid var(--line)}
 p{margin:.4rem 0 .8rem}.sub{color:var(--soft);overflow-wrap:anywhere}a{color:var(--link)}
+.story{display:grid;grid-template-columns:minmax(0,1.05fr) minmax(0,1fr);gap:6px 26px;margin:.6rem 0 1.2rem}
+.story figure{margin:0;min-width:0}figcaption{color:var(--soft);font-size:.8rem;line-height:1.4}
+.story ul{list-style:none;margin:0;padding:0;font-size:.92rem;line-height:1.42}
+.story li{margin:0 0 .55rem;padding-left:11px;border-left:3px solid var(--line)}
+.story li.holds{border-color:#009E73}.story li.does{border-color:#D55E00}.story li.undecided{border-color:#999}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:1.3rem 0}
 .tile{border:1px solid var(--line);border-radius:8px;padding:11px 14px}
-.tile b{display:block;font-size:1.2rem;line-height:1.3;font-variant-numeric:tabular-nums}.tile span{color:var(--soft);font-size:.86rem}
+.tile b{display:block;font-size:1.05rem;line-height:1.3;font-variant-numeric:tabular-nums}.tile span{color:var(--soft);font-size:.86rem}
 table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;width:100%}
 th,td{padding:5px 8px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{font-weight:600;background:var(--head);vertical-align:bottom}th.l,td.l{text-align:left}
@@ -1014,7 +1045,8 @@ thead th{position:sticky;top:0;z-index:1}tbody th{font-weight:400}
 .facts th{vertical-align:top;font-weight:600}.facts td{white-space:normal;overflow-wrap:anywhere}
 details{margin:.2rem 0 .6rem}summary{cursor:pointer;color:var(--soft);font-size:.9rem}figure{margin:.6rem 0}
 code{font:.86rem/1.5 ui-monospace,Menlo,Consolas,monospace;background:var(--head);border-radius:4px;padding:2px 5px;overflow-wrap:anywhere}
-@media(max-width:600px){body{padding:18px 12px 40px;font-size:15px}h1{font-size:1.35rem}.facts th{white-space:normal}}
+.lead{display:none}@media(max-width:860px){.story{grid-template-columns:minmax(0,1fr)}.lead{display:block;margin:.5rem 0 0}}
+@media(max-width:600px){body{padding:14px 12px 40px;font-size:15px}.sub{font-size:.85rem;line-height:1.4}h1{font-size:1.35rem}.facts th{white-space:normal}}
 @media screen and (prefers-color-scheme:dark){
 :root{--ink:#e3e7eb;--soft:#a9b3bd;--page:#1a1a1a;--line:#3b4148;--head:#262a2e;--link:#7db8ee}
 .drawing:not(.pictures){filter:invert(.9) hue-rotate(180deg)}}
@@ -1047,19 +1079,47 @@ def _figure(name, fig, data, label):
         f"<details><summary>{label}: the numbers</summary>{html_table(*data)}</details>"
     )
 
+# %% ../../nbs/5_experiments/report.ipynb #96e1510c
+_TEXT = dict(
+    story="Marks: one exit for all images, mean and 95 % interval over seeds; dashed: exits chosen by chance. "
+    "Solid: thresholds for rising shares of early leavers; star: thresholds for half of the full cost. All are set on validation images.",
+    table="Accuracy on the test set. Each number is the mean over seeds, ± the spread over seeds (sample standard deviation), not over exits. "
+    "Differences are taken seed by seed, on the same clients, first weights and order of images.",
+    accuracy="One panel per exit of the global network. Thick lines are means over seeds, thin ones single seeds.",
+    cost="Solid: confidence thresholds for 39 budgets P, set on the clients' pooled validation images and applied to the test set. "
+    "Dashed: the exits themselves, joined; choosing exits by chance reaches this line, so only what lies above it is due to the confidences.",
+    clients="Images of each class at each client, sorted by tier, for seed {seed}; the other seeds are in the table. "
+    "Clients hold {real:.1f} effective classes on average; a Dirichlet({gamma:g}) mix has {ideal:.1f}.",
+    difficulty="Difficulty is the loss of exit 1. Shares of each tier's own training images, under the final network; "
+    "a mark is a bin of {width:g} nat, and a bin that holds nothing has none. Logarithmic axis.",
+    reported="What DarkDistill's clients tell the server in each round, before they train: the share of their images whose difficulty is 1 nat or more. "
+    "Mean over seeds.",
+    alone="Each grey dot is a client that trained alone for as many epochs as it would have taken part in. "
+    "Marks: the same exits of the global network, mean over seeds.",
+    traffic="Means over rounds and seeds. Seconds are those of the simulation, in which the clients of one job run one after the other.",
+)
+
+# %% ../../nbs/5_experiments/report.ipynb #7330f614
+def _story(record):
+    "The first screen: what the run shows, in sentences and in one figure."
+    text = "".join(
+        f'<li class="{f.verdict.split()[0]}"><b>{html.escape(f.headline)}</b> {html.escape(f.text)}</li>'
+        for f in findings(record)
+    )
+    drawn = figure_html(story_figure(record), "story")
+    heads = " ".join(f.headline for f in findings(record) if f.claim != "why")
+    lead = f"<p class=lead aria-hidden=true><b>{html.escape(heads)}</b></p>"  # narrow screens only
+    label = "Accuracy against cost: exits, and thresholds"
+    drawn = (
+        f'<figure aria-label="{label}">{drawn}<figcaption>{_TEXT["story"]}</figcaption></figure>'
+    )
+    return f"{lead}<div class=story>{drawn}<ul>{text}</ul></div>"
+
 # %% ../../nbs/5_experiments/report.ipynb #4d04ce9d
 def _tiles(record):
-    "The numbers to see first."
+    "The numbers to see next."
     rows, alone = summary(record), alone_rows(record)
     tiles = [(spread(w["mean"]) + " %", f"{w['name']}, mean of exits") for w in rows]
-    tiles += [
-        (
-            spread(w["versus"], True),
-            f"points: {w['name']} minus {w['base']['name']}, paired; {agreement(w['versus'])} seeds have this sign",
-        )
-        for w in rows
-        if w["versus"]
-    ]
     if alone:
         tiles.append((spread(alone["best"]) + " %", "best client alone"))
     return (
@@ -1072,56 +1132,46 @@ def _tiles(record):
     )
 
 # %% ../../nbs/5_experiments/report.ipynb #6c01994b
-def _made(record):
-    "Where the numbers come from."
-    h, v, c = record.hardware, record.versions, record.config
+def _machine(record):
+    "Processor, system and GPU, as far as the record knows them."
+    h = record.hardware
+    model = (h.get("processor") or {}).get("model")
+    what = f"{h.get('system', '')} {h.get('machine', '')}, {h.get('cpus', '?')} CPUs"
+    return ", ".join([what, *filter(None, (model, h.get("gpu")))])
+
+def _facts(record):
+    "Rows of (what, value) on where the numbers come from."
+    again = " since it was last resumed" if record.info.get("resumed") else ""
     rows = [
         ["command", record.command],
         ["started", record.created.replace("T", " ").replace("Z", " UTC")],
-        [
-            "wall-clock",
-            f"{record.seconds:.0f} s"
-            + (" since it was last resumed" if record.info.get("resumed") else ""),
-        ],
-        ["seeds", ", ".join(map(str, c["seeds"]))],
-        [
-            "machine",
-            f"{h.get('system', '')} {h.get('machine', '')}, {h.get('cpus', '?')} CPUs"
-            + (f", {h['gpu']}" if h.get("gpu") else ""),
-        ],
-        ["versions", ", ".join(f"{k} {n}" for k, n in v.items() if n)],
+        ["wall-clock", f"{record.seconds:.0f} s{again}"],
+    ]
+    if "cpu_seconds" in record.info:
+        rows.append(["processor time", f"{record.info['cpu_seconds']:.0f} s{again}"])
+    return rows + [
+        ["seeds", ", ".join(map(str, record.config["seeds"]))],
+        ["machine", _machine(record)],
+        ["versions", ", ".join(f"{k} {n}" for k, n in record.versions.items() if n)],
         ["parameters per tier", ", ".join(f"{n:,}" for n in record.info["parameters"])],
         ["MACs per exit", ", ".join(f"{n:,}" for n in record.info["macs"])],
     ]
-    settings = [[k, in_short(x)] for k, x in todays_names(c).items()]
+
+# %% ../../nbs/5_experiments/report.ipynb #45333271
+def _made(record):
+    "Where the numbers come from."
+    settings = [[k, in_short(x)] for k, x in todays_names(record.config).items()]
+    code = lambda k: "<code>" if k == "command" else ""
     return (
         "<table class=facts>"
         + "".join(
             f'<tr><th scope="row" class=l>{html.escape(k)}</th>'
-            f"<td class=l style='white-space:normal'>"
-            f"{'<code>' if k == 'command' else ''}{html.escape(x)}</td></tr>"
-            for k, x in rows
+            f"<td class=l style='white-space:normal'>{code(k)}{html.escape(x)}</td></tr>"
+            for k, x in _facts(record)
         )
-        + f"</table><details><summary>all settings</summary>{html_table(['setting', 'value'], settings)}</details>"
+        + "</table><details><summary>all settings</summary>"
+        + f"{html_table(['setting', 'value'], settings)}</details>"
     )
-
-# %% ../../nbs/5_experiments/report.ipynb #96e1510c
-_TEXT = dict(
-    table="Accuracy on the test set. Each number is the mean over seeds, ± the spread over seeds (sample standard deviation), not over exits. "
-    "Differences are taken seed by seed, on the same clients, first weights and order of pictures.",
-    accuracy="One panel per exit of the global network. Thick lines are means over seeds, thin ones single seeds.",
-    cost="Solid: confidence thresholds for 39 budgets P, set on the clients' pooled validation pictures and applied to the test set. "
-    "Dashed: the exits themselves, joined; choosing exits by chance reaches this line, so only what lies above it is due to the confidences.",
-    clients="Pictures of each class at each client, sorted by tier, for seed {seed}; the other seeds are in the table. "
-    "Clients hold {real:.1f} effective classes on average; a Dirichlet({gamma:g}) mix has {ideal:.1f}.",
-    difficulty="Difficulty is the loss of exit 1. Shares of each tier's own training pictures, under the final network; "
-    "the last bin takes everything from 9 nats. Between two vertical lines lies one bin; a bin that holds nothing has no mark. Logarithmic axis.",
-    reported="What DarkDistill's clients tell the server in each round, before they train: the share of their pictures whose difficulty is 1 nat or more. "
-    "Mean over seeds.",
-    alone="Each grey dot is a client that trained alone for as many epochs as it would have taken part in. "
-    "Marks: the same exits of the global network, mean over seeds.",
-    traffic="Means over rounds and seeds. Seconds are those of the simulation, in which the clients of one job run one after the other.",
-)
 
 # %% ../../nbs/5_experiments/report.ipynb #3df48526
 def _sections(record):
@@ -1169,15 +1219,12 @@ def _sections(record):
         "Who holds what",
         f"<p>{words}</p>"
         + _figure(
-            "clients",
-            clients_figure(record),
-            _clients_data(record),
-            "Pictures per client and class",
+            "clients", clients_figure(record), _clients_data(record), "Images per client and class"
         ),
     )
     yield (
         "Difficulty per tier",
-        f"<p>{_TEXT['difficulty']}</p>"
+        f"<p>{_TEXT['difficulty'].format(width=_bins(record)[0])}</p>"
         + _figure(
             "difficulty",
             difficulty_figure(record),
@@ -1200,7 +1247,7 @@ def _sections(record):
                         for i, x in enumerate(fig.data[0].x)
                     ],
                 ),
-                "Pictures of 1 nat or more, in percent",
+                "Images of 1 nat or more, in percent",
             ),
         )
     yield (
@@ -1224,6 +1271,7 @@ def write_report(
     title = f"{methods} on {Path(str(record.config['data'])).stem}"
     parts = [
         f"<h1>{html.escape(title)}</h1><p class=sub>{html.escape(in_words(record))}</p>",
+        _story(record),
         _tiles(record),
     ]
     parts += [
@@ -1243,8 +1291,8 @@ def differing(
     return [(k, values) for k, values in each if any(v != values[0] for v in values)]
 
 def _settings(record):
-    "The settings of a record by today's names, without empty tables."
-    return {k: v for k, v in todays_names(record.config).items() if v != {}}
+    "The settings of a record by today's names, with those that came later, without empty tables."
+    return {k: v for k, v in (LATER | todays_names(record.config)).items() if v != {}}
 
 def compare_table(
     *records,
@@ -1253,7 +1301,7 @@ def compare_table(
     "What `darkdistill compare` prints: one table over several runs, and the settings that differ."
     lines = [text_table(*table_cells(summary(*records, names=names)))]
     lines += [
-        "mean ± spread over seeds; differences are paired by seed and taken only where the same clients hold the same pictures"
+        "mean ± spread over seeds; differences are paired by seed and taken only where the same clients hold the same images"
     ]
     d = differing(*records)
     if d:

@@ -4,7 +4,7 @@ Modules:
 
 - `darkdistill_nb.app.cli`: One command for whole experiments: it reads arguments, says in one sentence what is wrong with them, and hands over. One command for runs, experiments, benchmarks, reports and labs.
 - `darkdistill_nb.app.explorer`: Two instruments to hold a question in the hand: what do exit thresholds buy, and who holds what after a Dirichlet split. Explorers for thresholds and for the Dirichlet split, with and without a kernel.
-- `darkdistill_nb.app.labs`: A student meets an exercise that may stay open, a message that helps and numbers of their own; an instructor meets marks. The same cell serves both. What labs import: exercises, answers in any form, predictions, numbers for each student.
+- `darkdistill_nb.app.labs`: A student meets an exercise that may stay open, a message that helps and numbers of their own; an instructor meets marks. The same cell serves both. What labs import: exercises that may stay open, answers in any form, predictions, numbers for each student.
 - `darkdistill_nb.core.cells`: Many trainings, cut into pieces that are stored one by one, and a statement on how sure we are of the difference between two of them. Trainings cut into cells that survive a kill, and paired differences with an interval.
 - `darkdistill_nb.core.checks`: The few functions with which every other notebook checks what it is given, before any work starts. One sentence for bad input, before any work starts.
 - `darkdistill_nb.core.compat`: Makes `import torchvision` and `import timm` work where torchvision's compiled library cannot be loaded, and does nothing where it can. What happens when torchvision meets another build of PyTorch, and the repair.

@@ -1,5 +1,5 @@
 """A student meets an exercise that may stay open, a message that helps and numbers of their own; an instructor meets marks. The same cell serves both.
-What labs import: exercises, answers in any form, predictions, numbers for each student.
+What labs import: exercises that may stay open, answers in any form, predictions, numbers for each student.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/6_app/labs.html.md"""
 
@@ -201,6 +201,7 @@ def _said(value):
         return "none"
     return value if isinstance(value, str) else f"{value:.4g}"
 
+# %% ../../nbs/6_app/labs.ipynb #f944b5be
 @patch
 def reveal(self:Lab,
     what:str, # what was predicted

@@ -9,7 +9,7 @@ Docs: https://darkdistill.github.io/darkdistill_nb/6_app/labs.html.md"""
 __all__ = ['NOT_DONE', 'as_numbers', 'agree', 'answer_of', 'is_grading', 'Lab']
 
 # %% ../../nbs/6_app/labs.ipynb #2dcbd8c1
-import copy, inspect, os, platform
+import inspect, os, platform
 from contextlib import contextmanager
 import torch
 from fastcore.basics import patch

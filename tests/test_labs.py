@@ -377,7 +377,8 @@ def test_hidden_tests_stop_what_knows_the_visible_ones_by_heart(lab, exercise, s
     right = names[function]
 
     def by_heart(*args, **kwargs):
-        key = repr((args, kwargs))
+        seed = [a.initial_seed() for a in args if isinstance(a, torch.Generator)]
+        key = repr([seed, *(a for a in args if not isinstance(a, torch.Generator)), kwargs])
         if learning:
             seen.add(key)
         return right(*args, **kwargs) if key in seen else None

@@ -60,6 +60,20 @@ def is_code(cell):
     return cell.cell_type == "code"
 
 
+@pytest.mark.slow
+@each_lab
+def test_solutions_pass_for_another_student(path):
+    "Tests check properties: with another student number the data differ, and nothing fails."
+    nb = nbformat.read(INSTRUCTOR / path.name, 4)
+    cell = next(c for c in nb.cells if "student" in c.metadata.get("tags", []))
+    cell.source = cell.source.replace('student("")', 'student("4711")')
+    NotebookClient(nb, timeout=LONG, kernel_name="python3").execute()
+    assert "student 4711 (seed " in cell.outputs[0].text
+    theirs = [o.get("text") for c in nb.cells for o in c.get("outputs", [])]
+    usual = [o.get("text") for c in cells(INSTRUCTOR / path.name) for o in c.get("outputs", [])]
+    assert set(theirs) - set(usual) - {cell.outputs[0].text}, "the number changed nothing"
+
+
 @each_lab
 def test_lab_passes_the_gates(path):
     assert lab_gates.faults(INSTRUCTOR / path.name) == []
@@ -221,16 +235,6 @@ def test_stub_says_what_the_library_waits_for():
 # ---------------------------------------------------------------- right and wrong answers
 
 
-def read_answers(path):
-    "(exercise, how, code, words of the message or None for a right one) of each answer in a file."
-    text = path.read_text(encoding="utf-8")
-    parts = re.split(r"^# (right|wrong) (\w+): (.*)\n", text, flags=re.M)[1:]
-    for kind, exercise, title, code in zip(*[iter(parts)] * 4):
-        how, _, words = title.partition(" -> ")
-        assert bool(words) == (kind == "wrong"), f"{title}: only a wrong answer has a message"
-        yield exercise, how, code, words or None
-
-
 def solutions(name):
     "The instructor's own answers, as {exercise: code}."
     return {
@@ -250,7 +254,7 @@ SOLVED = {(name, k): code for name in LABS for k, code in solutions(name).items(
 ANSWERS = {
     f"{name} {exercise}: {how}": (name, exercise, code, words)
     for name in LABS
-    for exercise, how, code, words in read_answers(FILES[name])
+    for exercise, how, code, words in make_labs.read_answers(FILES[name])
 } | {f"{name} {k}: the solution": (name, k, code, None) for (name, k), code in SOLVED.items()}
 
 

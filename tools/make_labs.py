@@ -4,7 +4,7 @@
 `tutorials/instructor/NAME.ipynb` is the one source of a lab: with its solutions and hidden tests, in nbgrader's format.
 
 1. Its cells get their tags and nbgrader's metadata (`mark`), and those with the tags `badges` and `setup` are written, from the
-   name, version and source in settings.ini. Outputs that only a live kernel can show are dropped.
+   name, version and source in settings.ini. Explorers are shown where a kernel is: their outputs are dropped.
 2. nbgrader's own preprocessors, with the settings of `nbgrader_config.py` there, strip solutions and hidden tests into
    `tutorials/NAME.ipynb`.
 3. The tables in `tutorials/README.md` and `tutorials/INSTRUCTOR.md` are written.
@@ -107,8 +107,7 @@ def instructor(path):
         for tag, make in (("badges", badges), ("setup", setup)):
             if tag in c["metadata"].get("tags", []):
                 c["source"] = make(path.stem, s).splitlines(keepends=True)
-        live = any("jupyter.widget" in k for o in c.get("outputs", []) for k in o.get("data", {}))
-        if live:
+        if c.get("outputs") and re.search(r"^\w*Explorer\b", "".join(c["source"]), re.M):
             c["outputs"] = []
     return as_text(nb)
 

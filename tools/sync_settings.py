@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Generate pyproject.toml and `__version__` from settings.ini.   sync_settings.py [--check]
+"""Generate pyproject.toml, `__version__` and the install line for Colab from settings.ini.   sync_settings.py [--check]
 
 nbdev 3 reads pyproject.toml only. `nbdev-migrate-config` turns settings.ini into one, but loses sub-packages,
 extras other than `dev`, package data and some `[tool.nbdev]` keys; this script puts them back.
@@ -75,11 +75,31 @@ def setuptools_blocks(s, root, lib):
     ]
 
 
-def pyproject(root):
-    "The complete text of pyproject.toml."
+def settings(root=ROOT):
+    "The keys of settings.ini."
     ini = configparser.ConfigParser(interpolation=None)
     ini.read(root / "settings.ini", encoding="utf-8")
-    s, lib = ini["DEFAULT"], ini["DEFAULT"]["lib_name"]
+    return ini["DEFAULT"]
+
+
+def install_source(s):
+    "What `pip install` is given where the package is missing; None where the settings do not say."
+    return s["install_source"].format(**s) if "install_source" in s else None
+
+
+def install_line(root):
+    "nbs/index.ipynb with today's source in its line `%pip install`, as {path: text}."
+    path, source = root / "nbs/index.ipynb", install_source(settings(root))
+    if not (source and path.exists()):
+        return {}
+    old = path.read_text(encoding="utf-8")
+    return {path: re.sub(r"(%pip install -q )[^\s\\]+", lambda m: m[1] + source, old)}
+
+
+def pyproject(root):
+    "The complete text of pyproject.toml."
+    s = settings(root)
+    lib = s["lib_name"]
     txt = migrate(root).replace(', email = ""', "")
     txt = re.sub(r"\n*\[tool\.setuptools\.packages\.find\]\n.*\n", "\n", txt)
     txt = re.sub(r"\n*\[project.optional-dependencies\]\ndev = .*\n", "\n", txt)
@@ -112,6 +132,7 @@ def wanted(root):
     return {
         root / "pyproject.toml": text,
         init: new if n else f'{old}\n__version__ = "{version}"\n'.lstrip(),
+        **install_line(root),
     }
 
 

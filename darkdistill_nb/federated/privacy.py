@@ -1,5 +1,5 @@
 """Images stay on the devices. What is sent instead, histograms and weights, says more about them than one would think, and we measure how much.
-What histograms and updates reveal, Laplace noise and its cost, and images recovered from gradients.
+What histograms and updates reveal, Laplace noise and its cost, images recovered from gradients.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/3_federated/privacy.html.md"""
 
@@ -32,7 +32,7 @@ from darkdistill_nb.core.records import (
 from ..core.datasets import load
 from ..core.scenes import small_shapes
 from ..exits.networks import cnn
-from .calibration import PriorCalibration, noisy_counts
+from .calibration import CalibratedEEFL, noisy_counts
 from .darkdistill import DarkDistill
 from .method import EEFL, make_clients, simulate
 
@@ -134,12 +134,13 @@ def aggregate(self: NoisyReports, state, updates, rnd, streams):
     return {**new, "server": {**new["server"], **spent}}, {**info, "epsilon_spent": most}
 
 # %% ../../nbs/3_federated/privacy.ipynb #61f73a73
+_EXACT = dict(calibration=1.0, votes="none")  # the label histogram is the only report
 VARIANTS = {  # name -> (class, options); all with the same clients, first weights and orders
     "EEFL": (EEFL, {}),
-    "calibrated": (PriorCalibration, dict(calibration=1.0)),
-    "calibrated, epsilon 1": (PriorCalibration, dict(calibration=1.0, epsilon=1.0)),
-    "calibrated, epsilon 0.1": (PriorCalibration, dict(calibration=1.0, epsilon=0.1)),
-    "calibrated, epsilon 0.01": (PriorCalibration, dict(calibration=1.0, epsilon=0.01)),
+    "calibrated": (CalibratedEEFL, dict(_EXACT)),
+    "calibrated, epsilon 1": (CalibratedEEFL, dict(_EXACT, epsilon=1.0)),
+    "calibrated, epsilon 0.1": (CalibratedEEFL, dict(_EXACT, epsilon=0.1)),
+    "calibrated, epsilon 0.01": (CalibratedEEFL, dict(_EXACT, epsilon=0.01)),
     "DarkDistill": (DarkDistill, {}),
     "DarkDistill, epsilon 1": (PrivateDarkDistill, dict(report_epsilon=1.0)),
     "DarkDistill, epsilon 0.1": (PrivateDarkDistill, dict(report_epsilon=0.1)),
@@ -181,9 +182,9 @@ def _setting(data):
 
 # %% ../../nbs/3_federated/privacy.ipynb #5796b6a9
 def train_private(
-    cell:dict, # of `privacy_cell`
-    folder,    # unused; jobs of `run_grid` take one
-)->dict:       # JSON values: accuracy of the exits, epsilon that the most burdened client has spent
+    cell: dict,  # of `privacy_cell`
+    folder,  # unused; jobs of `run_grid` take one
+) -> dict:  # JSON values: accuracy of the exits, epsilon (images exchanged) that the most burdened client has spent
     "One federated training of 20 clients in four tiers, half of them in a round."
     train, test, build = _setting(cell["data"])
     how = {k: cell[k] for k in ("lr", "decay", "batch_size")}
@@ -191,7 +192,9 @@ def train_private(
     clients = make_clients(train.y, 20, gamma=0.5, seed=cell["seed"])
     rounds, seed = cell["rounds"], cell["seed"]
     run = simulate(method, build, train, test, clients, rounds, seed, rounds, progress=False)
-    spent = run.log[-1].get("epsilon_spent", cell["options"].get("epsilon"))
+    told = run.log[-1].get("epsilon_spent")
+    once = cell["options"].get("epsilon")  # noise drawn once, for one image more or less
+    spent = told if once is None else once * SENSITIVITY["replace"] / SENSITIVITY["add"]
     return dict(accuracy=[round(a, 5) for a in run.log[-1]["accuracy"]], spent=spent)
 
 def run_privacy(
@@ -227,7 +230,7 @@ def privacy_table(
     mean = {(r["variant"], r["seed"]): 100 * sum(r["accuracy"]) / len(r["accuracy"]) for r in rows}
     seeds = record.config["seeds"]
     lines = [
-        "| | mean over exits | epsilon spent | noise changes it by | worse? |",
+        "| | mean over exits | epsilon spent | change by noise | worse? |",
         "|---|---|---|---|---|",
     ]
     for v in VARIANTS:

@@ -128,7 +128,8 @@ def aggregate(self: NoisyReports, state, updates, rnd, streams):
     spent = {k: v for k, v in state["server"].items() if k.startswith("spent.")}
     for u in updates:
         for name in {_FRESH, _FIXED} & set(u.extra):
-            key, one = f"spent.{name}.{u.client}", torch.tensor(self.report_epsilon)
+            key = f"spent.{name}.{u.client}"
+            one = torch.tensor(self.report_epsilon, dtype=torch.double)
             spent[key] = spent[key] + one if name == _FRESH and key in spent else one
     most = max((float(v) for v in spent.values()), default=0.0)
     return {**new, "server": {**new["server"], **spent}}, {**info, "epsilon_spent": most}

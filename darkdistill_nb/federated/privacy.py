@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from ..core.cells import key_values, run_command, run_grid, t_interval, verdict
-from ..core.checks import check, choice, finite, number, whole
+from ..core.checks import check, choice, finite, flag, number, whole
 from darkdistill_nb.core.records import (
     Record,
     asset,
@@ -296,7 +296,7 @@ def local_change(
     graph:bool=False,     # True: keep what is needed to differentiate the result
 )->list:                  # for each parameter: (before - after) / (lr * steps)
     "What a client's local epoch does to the weights, as the server sees it; for one step the gradient; raises `ValueError`."
-    n = len(x)
+    n, graph = len(x), flag(graph, "graph")
     check(len(y) == n > 0, "y", len(y), f"{n} labels, one per image")
     size = n if batch_size is None else whole(batch_size, "batch_size")
     lr, momentum = number(lr, "lr", above=0), number(momentum, "momentum", low=0, below=1)

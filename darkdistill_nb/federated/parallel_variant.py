@@ -123,7 +123,8 @@ def check_update(self: DarkDistillPL, update, sent, client):
     check(n is not None and tuple(n.shape) == (K,), "classes", n, f"counts of {K} classes")
     exact = not n.is_floating_point() and n.dtype != torch.bool and int(n.min()) >= 0
     check(exact, "classes", n, "whole numbers >= 0")
-    check(int(n.sum()) == update.samples, "classes", int(n.sum()), f"of {update.samples} samples")
+    total = int(n.double().sum())
+    check(total == update.samples, "classes", total, f"of {update.samples} samples")
     return update
 
 # %% ../../nbs/3_federated/parallel_variant.ipynb #4815e95a
@@ -265,6 +266,8 @@ def _teach(self: DarkDistillPL, net, nets, samples, gens, weights, rnd, g):
 @patch
 def server_step(self: DarkDistillPL, state, tiers, updates, rnd, streams):
     "Average the blocks, let all tiers teach the average; returns (tiers, server state, info)."
+    if not tiers:
+        return tiers, state["server"], dict(server_step="nothing: no tier took part")
     average = _tie(self.merge(state["net"], tiers, updates), self._shared)
     net, nets = self._student(average), self._working_nets(state, tiers)
     samples, heard = {m: n for m, (_, n) in tiers.items()}, _heard(state["server"], updates)

@@ -79,7 +79,9 @@ def left_out(name, spoil, words, healthy):
         assert any(f"round {n}: client 0 is left out, " in t and words in t for t in said)
         assert row["loss"] > 0
     assert same(run.state["net"], healthy(name).state["net"])
-    reports = lambda r: {k: v for k, v in r.state["server"].items() if not k.startswith(("tau", "vote_w"))}
+    reports = lambda r: {
+        k: v for k, v in r.state["server"].items() if not k.startswith(("tau", "vote_w"))
+    }
     assert same(reports(run), reports(healthy(name)))
     assert json.loads(json.dumps(run.log, allow_nan=False)) == run.log
 
@@ -195,7 +197,9 @@ def test_no_histogram_at_all(name, healthy):
     left_out(name, put(extra={}), "histogram" if name == "darkdistill" else WHERE[name], healthy)
 
 
-@pytest.mark.parametrize("lies", ["NaN", "infinite", "too many", "wrong shape", "empty", "sum runs over"])
+@pytest.mark.parametrize(
+    "lies", ["NaN", "infinite", "too many", "wrong shape", "empty", "sum runs over"]
+)
 def test_noise_is_no_excuse(lies, healthy):
     "Noisy labels may be fractions and negative, but not further off than noise can carry them."
     words = "not finite" if lies in ("NaN", "infinite") else "labels="
@@ -266,7 +270,9 @@ def test_a_tier_that_is_lost_keeps_its_block(name):
     for k, v in run.state["net"].items():
         if k.split(".")[1] == "3" and not k.startswith("stem"):
             assert torch.equal(v, start[k]), k
-    assert not torch.equal(run.state["net"]["stages.2.convs.0.weight"], start["stages.2.convs.0.weight"])
+    assert not torch.equal(
+        run.state["net"]["stages.2.convs.0.weight"], start["stages.2.convs.0.weight"]
+    )
     assert "4" not in run.log[0].get("server_step", "")
 
 
@@ -287,7 +293,9 @@ def test_workers_leave_out_the_same(healthy):
 
 
 def test_faults_can_be_errors():
-    with pytest.raises(ValueError, match="round 1: client 0, it answers round=-1, but this is round=0"):
+    with pytest.raises(
+        ValueError, match="round 1: client 0, it answers round=-1, but this is round=0"
+    ):
         go(method("eefl", put(round=-1)), faults="raise")
     with pytest.raises(ValueError, match="round 1: client 0, classes=.* must be of"):
         go(method("darkdistill_pl", lie("classes", LIES["too many"])), faults="raise")

@@ -44,7 +44,9 @@ def one_round(method, tiers=(1, 2, 3, 4)):
     with Streams(0).scope("init"):
         state = method.setup(build())
     s, who = Streams(0), [c for c in CLIENTS if c.tier in tiers]
-    parts = [method.local_update(method.send(state, c), TRAIN.subset(c.train), c, 0, s) for c in who]
+    parts = [
+        method.local_update(method.send(state, c), TRAIN.subset(c.train), c, 0, s) for c in who
+    ]
     seen = {}
 
     class Spy(EEFL):
@@ -84,7 +86,9 @@ def test_the_mean_of_networks_is_not_the_network_of_means():
     "What the server step is about: the average of weights does not see what the ensemble sees."
     nets = {m: build() for m in (1, 2)}
     mean = build()
-    mean.load_state_dict({k: sum(n.state_dict()[k] for n in nets.values()) / 2 for k in mean.state_dict()})
+    mean.load_state_dict(
+        {k: sum(n.state_dict()[k] for n in nets.values()) / 2 for k in mean.state_dict()}
+    )
     x = torch.randn(6, 4, 8, 8)
     with torch.no_grad():
         a = exit_ensemble({2: nets[1], 3: nets[2]}, {2: 1, 3: 1}, 2, x, Joint())[1]
@@ -93,7 +97,10 @@ def test_the_mean_of_networks_is_not_the_network_of_means():
 
 @pytest.mark.parametrize("kind, value", [("raw", 3.0), ("hinge", 1.0)])
 def test_the_gap_by_hand(kind, value):
-    d, before = torch.tensor([4.0, 6.0], requires_grad=True), torch.tensor([1.0, 3.0], requires_grad=True)
+    d, before = (
+        torch.tensor([4.0, 6.0], requires_grad=True),
+        torch.tensor([1.0, 3.0], requires_grad=True),
+    )
     gap = difficulty_gap(d, before, kind)
     assert gap.item() == value
     gap.backward()
@@ -152,7 +159,11 @@ def losses_of(**kw):
         net = copy.deepcopy(m.net)
         for p in net.parameters():
             p.mul_(1.1)  # else there is nothing to learn
-        return {t: v.item() for t, v in made.items()}, float(m._global_loss(net, nets, n, x, labels)), told
+        return (
+            {t: v.item() for t, v in made.items()},
+            float(m._global_loss(net, nets, n, x, labels)),
+            told,
+        )
 
 
 def test_switched_off_the_term_is_in_neither_loss():
@@ -169,7 +180,9 @@ def test_weights_of_the_losses():
     plain, told = losses_of(gap="none", lam_div=0)[0], losses_of(gap="none")[2]
     for t in (1, 2, 3, 4):
         assert plain[t] == pytest.approx(told[t]["ce"], abs=1e-5)
-        assert losses_of(gap="none", lam_div=0, lam_ce=3)[0][t] == pytest.approx(3 * plain[t], rel=1e-5)
+        assert losses_of(gap="none", lam_div=0, lam_ce=3)[0][t] == pytest.approx(
+            3 * plain[t], rel=1e-5
+        )
         assert 0 < losses_of(gap="none")[0][t] - plain[t] <= 1  # diversity lies in (0, 1]
 
 
@@ -241,10 +254,18 @@ def test_labels_follow_the_clients():
         assert torch.allclose(drawn[t] / drawn[t].sum(), want / want.sum())
     assert sum(k.startswith("classes.") for k in server) == len(CLIENTS)
     few = [u for u in updates if u.client == updates[0].client]
-    m.server_step({**state, "server": server}, {few[0].tier: (few[0].weights, few[0].samples)}, few, 1, Streams(0))
+    m.server_step(
+        {**state, "server": server},
+        {few[0].tier: (few[0].weights, few[0].samples)},
+        few,
+        1,
+        Streams(0),
+    )
     own = torch.cat([c.train for c in CLIENTS if c.tier == few[0].tier])
     want = torch.bincount(TRAIN.y[own], minlength=10).double()
-    assert torch.allclose(drawn[1] / drawn[1].sum(), want / want.sum())  # also of those who are absent
+    assert torch.allclose(
+        drawn[1] / drawn[1].sum(), want / want.sum()
+    )  # also of those who are absent
 
 
 def test_the_rate_of_distillation_falls_with_the_rounds(monkeypatch):
@@ -280,7 +301,9 @@ def test_switched_off_it_is_eefl_to_the_last_bit(off):
 
 
 def test_switched_on_it_is_not():
-    assert not same(go(EEFL(participation=1.0)).state["net"], go(DarkDistillPL(**SMALL)).state["net"])
+    assert not same(
+        go(EEFL(participation=1.0)).state["net"], go(DarkDistillPL(**SMALL)).state["net"]
+    )
 
 
 def test_nothing_else_of_a_run_depends_on_the_server_step():
@@ -371,7 +394,9 @@ def test_a_server_that_diverges_says_so():
 
 def test_the_command_runs_it_and_reports_it(tmp_path, capsys):
     out = tmp_path / "run"
-    words = "run --methods eefl,darkdistill_pl --rounds 2 --seeds 1 --clients 6 --tiers 2 --no-alone"
+    words = (
+        "run --methods eefl,darkdistill_pl --rounds 2 --seeds 1 --clients 6 --tiers 2 --no-alone"
+    )
     words += " --n-train 200 --n-test 60 --workers 1 --net width=4 stages=2"
     words += " --darkdistill_pl server_epochs=1 d_h=16 pairs=shifted"
     assert cli.main([*words.split(), "--out", str(out)]) == 0

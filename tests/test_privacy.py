@@ -93,7 +93,9 @@ def test_the_promise_is_kept():
     "Two histograms that differ by one exchanged image: no set of messages is e^epsilon times as likely (plus chance)."
     epsilon, n = 1.0, 20_000
     a, b = torch.tensor([3, 1, 0]), torch.tensor([2, 1, 1])
-    told = lambda h, seed: [tuple(noisy_histogram(h, epsilon, rng(seed + i)).tolist()) for i in range(n)]
+    told = lambda h, seed: [
+        tuple(noisy_histogram(h, epsilon, rng(seed + i)).tolist()) for i in range(n)
+    ]
     count = [{}, {}]
     for c, messages in zip(count, (told(a, 0), told(b, n))):
         for m in messages:
@@ -104,7 +106,9 @@ def test_the_promise_is_kept():
             assert k <= limit + 4 * math.sqrt(k), m
 
 
-@pytest.mark.parametrize("counts", [[[5, 0], [0, 2]], [[0, 0], [0, 0]], [[1, 0], [0, 0]], [[300, 7], [9, 80]]])
+@pytest.mark.parametrize(
+    "counts", [[[5, 0], [0, 2]], [[0, 0], [0, 0]], [[1, 0], [0, 0]], [[300, 7], [9, 80]]]
+)
 @pytest.mark.parametrize("epsilon", [0.01, 1.0, 100.0])
 def test_a_noisy_histogram_is_a_histogram(counts, epsilon):
     h = torch.tensor(counts)
@@ -155,7 +159,10 @@ def test_members_are_never_ruled_out_and_others_are():
 def test_the_last_bin_takes_the_hardest():
     h = torch.zeros(1, 10).int()
     h[0, 9] = 1
-    assert could_be_member(h, torch.tensor([0, 0]), torch.tensor([9.99, 8.5])).tolist() == [True, False]
+    assert could_be_member(h, torch.tensor([0, 0]), torch.tensor([9.99, 8.5])).tolist() == [
+        True,
+        False,
+    ]
 
 
 # ---------------------------------------------------------------- noisy reports of methods
@@ -265,7 +272,9 @@ def test_the_change_is_that_of_sgd(momentum):
 def test_the_change_can_be_differentiated_by_the_images():
     net, (x, y) = net_of().double(), images(3)
     x = x.double()
-    f = lambda q: sum(v.pow(2).sum() for v in local_change(net, q, y, batch_size=1, lr=0.1, graph=True))
+    f = lambda q: sum(
+        v.pow(2).sum() for v in local_change(net, q, y, batch_size=1, lr=0.1, graph=True)
+    )
     q = x.clone().requires_grad_()
     g = torch.autograd.grad(f(q), q)[0]
     step = torch.zeros_like(x)

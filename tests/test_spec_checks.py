@@ -117,7 +117,7 @@ CHECKS = """
 
 def table():
     "Check -> its tests, as file::function."
-    found = {}
+    found, number = {}, 0
     for line in CHECKS.strip().splitlines():
         if line.startswith("   "):
             found[number].append(line.strip())

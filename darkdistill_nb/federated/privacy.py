@@ -198,6 +198,7 @@ def train_private(
     spent = told if once is None else once * SENSITIVITY["replace"] / SENSITIVITY["add"]
     return dict(accuracy=[round(a, 5) for a in run.log[-1]["accuracy"]], spent=spent)
 
+# %% ../../nbs/3_federated/privacy.ipynb #3c912cca
 def run_privacy(
     folder,        # of the experiment; killed and started again, it goes on
     seeds=6,       # how many, at least 2

@@ -1,4 +1,6 @@
-"""What must hold for every federated method of the paper and ours: a client that answers with nonsense, late, or not at all is left out by name, and the round goes on."""
+"""What must hold for every federated method: a client that answers with nonsense, late, or not at all is left out by name.
+
+The round goes on with the others; a round without anybody keeps the network."""
 
 import json, warnings
 import numpy as np

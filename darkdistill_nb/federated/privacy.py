@@ -333,7 +333,7 @@ def invert_change(
     z = torch.randn(*shape, generator=generator).requires_grad_()
     image = lambda: low + (high - low) * torch.sigmoid(z)
     how = dict(tolerance_grad=1e-12, tolerance_change=1e-14, line_search_fn="strong_wolfe")
-    opt, kept, loss = torch.optim.LBFGS([z], 1.0, 1, **how), {0: image().detach()}, math.inf
+    kept, loss = {0: image().detach()}, math.inf
 
     def closure():
         gap = sum((a - b).pow(2).sum() for a, b in zip(reply(image()), seen))
@@ -341,6 +341,8 @@ def invert_change(
         return gap
 
     for i in range(1, iterations + 1):
+        if i % 20 == 1:  # forget old curvatures, on which the line search may be stuck
+            opt = torch.optim.LBFGS([z], 1.0, 1, **how)
         loss = float(opt.step(closure).detach())
         if i in keep:
             kept[i] = image().detach()

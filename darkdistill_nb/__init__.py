@@ -56,6 +56,8 @@ Modules:
 - `darkdistill_nb.federated.fedmd`: When devices run *different* networks there is nothing to average but what the networks say about common images. Sharing weights, answers or latents, and what each costs in bytes.
 - `darkdistill_nb.federated.generator`: A server has models but no images. A small generator makes latents on which those models can be compared, easy or hard on request. Training data of chosen class and difficulty without any data.
 - `darkdistill_nb.federated.method`: Clients keep their images, train the blocks they can afford, and a server averages block by block. Clients, depth tiers, a method as an object, the simulator.
+- `darkdistill_nb.federated.parallel_variant`: All tiers teach the averaged network at once, each exit from the exits of the same depth, on latents that become harder from exit to exit. All tiers teach the average at once, on latents that become harder from exit to exit.
+- `darkdistill_nb.federated.privacy`: Images stay on the devices. What is sent instead, histograms and weights, says more about them than one would think, and we measure how much. What histograms and updates reveal, Laplace noise and its cost, images recovered from gradients.
 - `darkdistill_nb.federated.reefl`: One exit for all depths, which reads what every block so far has said, and speaks back to the network. An exit module that all depths share, and the best exit as teacher.
 - `darkdistill_nb.federated.widths`: A weak device can also hold *all* layers, each of them narrower. HeteroFL and ScaleFL: cuts of one network, and averages element by element."""
 

@@ -17,6 +17,7 @@ from darkdistill_nb.exits import networks as early_exit
 from darkdistill_nb.exits import training as exit_training
 from darkdistill_nb.federated import method as federated
 from darkdistill_nb.federated import generator
+from darkdistill_nb.federated import privacy
 from darkdistill_nb.exits import control
 from darkdistill_nb.experiments import federated as federated_experiments
 from darkdistill_nb.exits import inference
@@ -79,6 +80,17 @@ def short_run():
     method = federated.EEFL(participation=1.0, batch_size=4)
     one = federated.simulate(method, lambda: net(2), pictures(48), pictures(), clients, 1)
     return dict(run=one, train=pictures(48), clients=clients, test=pictures(48))
+
+
+@once
+def privacy_runs():
+    how = dict(seeds=2, data=["digits"], workers=1, rounds=1)
+    return privacy.run_privacy(folder(), **how)
+
+
+@once
+def small_smooth_net():
+    return privacy.smooth_net((1, 4, 4), C, 2)
 
 
 def logits(e=E, n=N, seed=0):
@@ -809,6 +821,37 @@ CALIBRATED = {
     "ExitVotes": dict,
     "CalibratedEEFL": dict,
     "calibrated": lambda: dict(method=federated.EEFL),
+    "could_be_member": lambda: dict(
+        counts=torch.ones(C, 3), y=labels(), d=rand(N).abs(), width=1.0
+    ),
+    "noisy_histogram": lambda: dict(counts=torch.ones(C).long(), epsilon=1.0, generator=rng()),
+    "total_epsilon": lambda: dict(epsilon=1.0, messages=2),
+    "advantage_bound": lambda: dict(epsilon=1.0),
+    "NoisyReports": dict,
+    "PrivateDarkDistill": dict,
+    "privacy_cell": lambda: dict(data="digits", variant="EEFL"),
+    "train_private": lambda: dict(cell=privacy.privacy_cell("digits", "EEFL", rounds=1), folder=None),
+    "run_privacy": lambda: dict(folder=folder(), seeds=2, data=["digits"], workers=1, rounds=1),
+    "privacy_table": lambda: dict(record=privacy_runs(), data="digits"),
+    "privacy_record": dict,
+    "label_from_gradient": lambda: dict(bias=torch.tensor([0.5, -0.5])),
+    "smooth_net": dict,
+    "local_change": lambda: dict(net=small_smooth_net(), x=rand(2, 1, 4, 4), y=labels(2)),
+    "invert_change": lambda: dict(
+        reply=lambda x: [x], seen=[rand(1, 2)], shape=(1, 2), low=-1.0, high=1.0, iterations=2
+    ),
+    "matched_error": lambda: dict(found=rand(2, 3), true=rand(2, 3)),
+    "DarkDistillPL": dict,
+    "teacher_shares": lambda: dict(samples={1: 10, 2: 20}, t=2),
+    "exit_ensemble": lambda: dict(
+        nets={1: net(2).prefix(1), 2: net(2)},
+        samples={1: 10, 2: 20},
+        t=1,
+        x=rand(N, 4, 8, 8),
+        objective=objective(),
+    ),
+    "difficulty_gap": lambda: dict(d=rand(N), before=rand(N)),
+    "taught_exit": lambda: dict(t=1, exits=E),
     "class_bias": lambda: dict(total=torch.ones(C), seen=torch.ones(C)),
     "DifficultyFeedback": dict,
     "FeedbackEEFL": dict,

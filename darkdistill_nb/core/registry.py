@@ -261,6 +261,7 @@ METHODS = Registry(
     scalefl="darkdistill_nb.federated.widths:ScaleFL",
     heterofl="darkdistill_nb.federated.widths:HeteroFL",
     darkdistill="darkdistill_nb.federated.darkdistill:DarkDistill",
+    darkdistill_pl="darkdistill_nb.federated.parallel_variant:DarkDistillPL",
 )
 
 OBJECTIVES = Registry(

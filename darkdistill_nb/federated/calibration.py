@@ -179,7 +179,13 @@ def check_update(self: PriorCalibration, update, sent, client):
     if self.epsilon is None:
         exact = not n.is_floating_point() and n.dtype != torch.bool and int(n.min()) >= 0
         check(exact, "labels", n, "whole numbers >= 0")
-        check(int(n.sum()) == update.samples, "labels", int(n.sum()), f"{update.samples} images")
+        total = int(n.double().sum())
+        check(total == update.samples, "labels", total, f"{update.samples} images")
+    else:
+        reach = 30 / self.epsilon  # Laplace noise is this large with probability 1e-13
+        low, high = float(n.min()), float(n.max())
+        near = -reach <= low and high <= update.samples + reach
+        check(near, "labels", [low, high], f"{update.samples} images, give or take {reach:.3g}")
     return update
 
 # %% ../../nbs/3_federated/calibration.ipynb #810fce42

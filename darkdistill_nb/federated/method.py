@@ -232,6 +232,7 @@ class Update:
     weights:dict          # name -> tensor: what may have changed in its prefix, see `trained_state`
     loss:float            # mean training loss per image of its last local epoch (nats)
     extra:dict = field(default_factory=dict) # further tensors the method uploads
+    round:int = None      # the round that it answers, from 0; None: it does not say
 
 def nbytes(
     tensors:dict # name -> tensor
@@ -435,7 +436,8 @@ def local_update(self:EEFL,
             before=lambda x, y, optimizer: self.before_step(net, x, y, optimizer),
         )
     learned = {f"objective.{k}": v for k, v in p.state().items()}
-    return Update(client.id, client.tier, len(data), {**trained_state(net), **learned}, loss)
+    weights = {**trained_state(net), **learned}
+    return Update(client.id, client.tier, len(data), weights, loss, round=rnd)
 
 # %% ../../nbs/3_federated/method.ipynb #e215eef6
 ABSURD = 1e6
@@ -867,6 +869,12 @@ def _fault(method, answer, sent, client):
     except Exception as e:
         return e
 
+def _stale(answer, rnd):
+    "What is wrong with an answer to another round, which may arrive late, as an exception; None for one of this round."
+    said = scalar(answer.round)
+    if said is not None and not (isinstance(said, int) and said == rnd):
+        return ValueError(f"it answers round={str(said):.40}, but this is round={rnd}, counted from 0")
+
 def _reason(answer, fault):
     "A fault in one line."
     text = " ".join(str(fault).split())[:300]
@@ -892,7 +900,7 @@ def _sort_out(method, everyone, drawn, sent, answers, rnd, faults):
         client = drawn[i]
         if isinstance(answer, _FATAL):
             raise answer
-        fault = _fault(method, answer, sent[i], client)
+        fault = _fault(method, answer, sent[i], client) or _stale(answer, rnd)
         if fault is None:
             updates.add(answer)
             place[client.id] = i

@@ -31,11 +31,13 @@ from darkdistill_nb.core.records import (
 )
 from darkdistill_nb.core.checks import check, choice, number, whole
 from darkdistill_nb.core.datasets import load
+from darkdistill_nb.core.registry import METHODS
 from darkdistill_nb.core.seeds import Streams
 from darkdistill_nb.core.training import accuracy, predict
 
 # %% ../../nbs/5_experiments/federated.ipynb #bbb8aade
 from darkdistill_nb.exits.networks import cnn
+from darkdistill_nb.exits.training import BoostNet
 from darkdistill_nb.federated.calibration import (
     FeedbackEEFL,
     calibrated,
@@ -45,8 +47,7 @@ from darkdistill_nb.federated.calibration import (
     vote_sums,
     vote_weights,
 )
-from darkdistill_nb.federated.darkdistill import DarkDistill
-from darkdistill_nb.federated.method import EEFL, make_clients, simulate
+from darkdistill_nb.federated.method import make_clients, simulate
 
 # %% ../../nbs/5_experiments/federated.ipynb #aff03fcc
 _TWENTY = dict(clients=20, gamma=0.5, participation=0.5)  # clients, half of them in a round
@@ -63,7 +64,15 @@ SETTINGS = {
 SEEDS = dict.fromkeys(SETTINGS, (31, 32, 33, 34, 35)) | {"digits": (10, 11, 12, 13, 14, 15, 16, 17)}
 
 # %% ../../nbs/5_experiments/federated.ipynb #340ec90e
-COMPARED = {m.name: m for m in (EEFL, DarkDistill)}  # a new method is one more entry
+COMPARED = {  # name in the registry -> its options, given the rounds of a run
+    "eefl": lambda rounds: {},
+    "exclusivefl": lambda rounds: {},
+    "inclusivefl": lambda rounds: dict(exits="all"),
+    "depthfl": lambda rounds: dict(alpha=0.0, ramp_rounds=0),
+    "scalefl": lambda rounds: dict(wait=rounds // 4),
+    "heterofl": lambda rounds: {},
+    "darkdistill": lambda rounds: {},
+}
 
 def own_cell(
     name:str,   # one of `SETTINGS`
@@ -77,7 +86,8 @@ def own_cell(
     for k in changes:
         choice(k, "setting", setting)
     tau = tau if tau == "auto" else number(tau, "tau", low=0)
-    more = {} if choice(method, "method", COMPARED) == "eefl" else dict(method=method)
+    options = COMPARED[choice(method, "method", COMPARED)](changes.get("rounds", setting["rounds"]))
+    more = {} if method == "eefl" else dict(method=method, options=options)
     data, seed = name.removesuffix("_100"), whole(seed, "seed", 0)
     return dict(experiment="own", data=data, **{**setting, **changes}, tau=tau, seed=seed, **more)
 
@@ -96,12 +106,13 @@ def _feedback(run, train, clients):
 
 def _validation(run, train, clients):
     "Decisions (tier, n, K) of every client's exits on its own validation images, and their labels."
-    net, out = run.net(), {}
+    method, out = run.method, {}
     for c in clients:
         if len(c.valid):
             data = train.subset(c.valid)
-            raw = list(predict(net.prefix(c.tier), data))
-            out[f"valid.{c.id}"] = torch.stack(run.method.objective.predict(raw))
+            net = method.receive(method.send(run.state, c), c.tier)
+            raw = list(predict(net, data))
+            out[f"valid.{c.id}"] = torch.stack(method.objective.predict(raw))
             out[f"valid_y.{c.id}"] = data.y
     return out
 
@@ -114,8 +125,8 @@ def train_own(
     train, test = _images(cell)
     clients = make_clients(train.y, cell["clients"], cell["gamma"], seed=cell["seed"])
     how = {k: cell[k] for k in ("lr", "batch_size", "participation")}
-    kind = calibrated(COMPARED[cell.get("method", "eefl")])
-    method = kind(calibration=cell["tau"], votes="none", **how)
+    kind, options = calibrated(METHODS[cell.get("method", "eefl")]), cell.get("options", {})
+    method = kind(BoostNet(), calibration=cell["tau"], votes="none", **how, **options)
     build = lambda: cnn(train.shape, train.n_classes, width=cell["width"])
     rounds, seed = cell["rounds"], cell["seed"]
     run = simulate(method, build, train, test, clients, rounds, seed, rounds, progress=False)
@@ -128,9 +139,17 @@ def _logits(cell, folder):
 
 def _answers(run, train, test, clients):
     "The tensors that all decisions follow from."
-    samples = [sum(len(c.train) for c in clients if c.tier == m) for m in range(1, 5)]
-    own = dict(test=run.logits(test), y=test.y, samples=torch.tensor(samples))
+    own = dict(test=run.logits(test), y=test.y, samples=_samples(run, clients))
     return own | dict(bias=_feedback(run, train, clients)) | _validation(run, train, clients)
+
+def _samples(run, clients):
+    "Training images by the number of exits that their client trains; of clients that took part."
+    heard = {i for row in run.log for i in row["clients"]}
+    depth, samples = getattr(run.method, "depth", int), torch.zeros(len(run.method.net)).long()
+    for c in clients:
+        if c.id in heard:
+            samples[depth(c.tier) - 1] += len(c.train)
+    return samples
 
 # %% ../../nbs/5_experiments/federated.ipynb #6853c0d2
 def decide_own(

@@ -1,4 +1,4 @@
-"""What is gained by calibrated clients and by voting exits, apart and together, seed by seed, on four data sets.
+"""What is gained by calibrated clients and by voting exits, and what published methods still add once all are calibrated and vote.
 Calibration, votes and feedback against their control, in paired runs.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/5_experiments/federated.html.md"""
@@ -7,7 +7,7 @@ Docs: https://darkdistill.github.io/darkdistill_nb/5_experiments/federated.html.
 
 # %% auto #0
 __all__ = ['SETTINGS', 'SEEDS', 'COMPARED', 'VARIANTS', 'FAIR', 'own_cell', 'train_own', 'decide_own', 'run_own', 'own_gain',
-           'own_table', 'run_fair', 'fair_table', 'own_record', 'main']
+           'own_table', 'run_fair', 'fair_gain', 'fair_table', 'own_record', 'main']
 
 # %% ../../nbs/5_experiments/federated.ipynb #80345d2e
 import argparse, sys
@@ -38,6 +38,15 @@ from darkdistill_nb.core.training import accuracy, predict
 # %% ../../nbs/5_experiments/federated.ipynb #bbb8aade
 from darkdistill_nb.exits.networks import cnn
 from darkdistill_nb.exits.training import BoostNet
+from darkdistill_nb.experiments.published import (
+    GAMMAS,
+    PARTS,
+    SCALES,
+    cost_table,
+    paper_table,
+    run_paper,
+)
+from darkdistill_nb.experiments.stage import shapes_stage
 from darkdistill_nb.federated.calibration import (
     FeedbackEEFL,
     calibrated,
@@ -60,6 +69,7 @@ SETTINGS = {
     "fashion_mnist": dict(n_train=10000, n_test=4000, rounds=20) | _IMAGES | _TWENTY,
     "cifar10": dict(n_train=10000, n_test=4000, rounds=20) | _IMAGES | _TWENTY,
     "cifar10_100": dict(n_train=20000, n_test=4000, rounds=60) | _IMAGES | _HUNDRED,
+    "shapes16": dict(rounds=20, lr=0.1, decay=0.95, batch_size=32) | _TWENTY,
 }
 SEEDS = dict.fromkeys(SETTINGS, (31, 32, 33, 34, 35)) | {"digits": (10, 11, 12, 13, 14, 15, 16, 17)}
 
@@ -92,10 +102,14 @@ def own_cell(
     return dict(experiment="own", data=data, **{**setting, **changes}, tau=tau, seed=seed, **more)
 
 # %% ../../nbs/5_experiments/federated.ipynb #566d839d
-def _images(cell):
-    return load(
-        cell["data"], *(() if cell["n_train"] is None else (cell["n_train"], cell["n_test"]))
-    )
+def _federation(cell):
+    "(train, test, function that builds the network) of a cell."
+    if cell["data"] == "shapes16":
+        s = shapes_stage()
+        return s.train, s.test, s.build
+    some = () if cell["n_train"] is None else (cell["n_train"], cell["n_test"])
+    train, test = load(cell["data"], *some)
+    return train, test, lambda: cnn(train.shape, train.n_classes, width=cell["width"])
 
 def _feedback(run, train, clients):
     "The correction of class bias that the clients' difficulties of the final model lead to."
@@ -122,12 +136,11 @@ def train_own(
     folder,    # of the experiments; gets logits/KEY.safetensors
 )->dict:       # JSON values: accuracy of the exits without votes, tau of each round, loss
     "One training of a method with BoostNet (w = 0.2), calibrated by tau; its logits are stored."
-    train, test = _images(cell)
+    train, test, build = _federation(cell)
     clients = make_clients(train.y, cell["clients"], cell["gamma"], seed=cell["seed"])
-    how = {k: cell[k] for k in ("lr", "batch_size", "participation")}
+    how = {k: cell[k] for k in ("lr", "decay", "batch_size", "participation") if k in cell}
     kind, options = calibrated(METHODS[cell.get("method", "eefl")]), cell.get("options", {})
     method = kind(BoostNet(), calibration=cell["tau"], votes="none", **how, **options)
-    build = lambda: cnn(train.shape, train.n_classes, width=cell["width"])
     rounds, seed = cell["rounds"], cell["seed"]
     run = simulate(method, build, train, test, clients, rounds, seed, rounds, progress=False)
     save_tensors(_logits(cell, folder), _answers(run, train, test, clients), {})
@@ -294,22 +307,38 @@ def run_fair(
     return _stored(record, trained, Path(folder) / f"fair_{name}")
 
 # %% ../../nbs/5_experiments/federated.ipynb #58bbb5bf
+def fair_gain(
+    record:Record,  # of `run_fair`
+    method:str,     # one of the record's methods
+    column:str,     # one of `FAIR`
+    base=("eefl",), # (method, column) to compare with; without a column: the same one
+)->tuple:           # ((mean, low, high) in points, verdict of "is it better?")
+    "Paired difference of the mean over exits with its 95 % interval; raises `ValueError` for unknown names."
+    other, *where = base
+    for name, of in ((method, "methods"), (other, "methods")):
+        choice(name, of, record.config["methods"])
+    for name in (column, *where):
+        choice(name, "column", FAIR)
+    a, b = _fair_means(record, method, column), _fair_means(record, other, *where or [column])
+    interval = t_interval([a[s] - b[s] for s in record.config["seeds"]])
+    return interval, verdict(interval)
+
+def _fair_means(record, method, column):
+    "Seed -> mean over exits in per cent."
+    own = [r for r in record.runs if (r["method"], r["variant"]) == (method, column)]
+    return {r["seed"]: 100 * sum(r["accuracy"]) / len(r["accuracy"]) for r in own}
+
 def fair_table(
     record:Record, # of `run_fair`
 )->str:            # markdown
     "Mean over exits (%) of each method in each column, and its paired difference to EEFL there (95 %)."
     lines = ["| method | " + " | ".join(FAIR) + " |", "|---" * (len(FAIR) + 1) + "|"]
-    mean = {
-        (r["method"], r["variant"], r["seed"]): 100 * sum(r["accuracy"]) / len(r["accuracy"])
-        for r in record.runs
-    }
-    seeds = record.config["seeds"]
     for m in record.config["methods"]:
         cells = []
         for column in FAIR:
-            own = [mean[m, column, s] for s in seeds]
-            gain = t_interval([v - mean["eefl", column, s] for v, s in zip(own, seeds)])
-            told = "" if m == "eefl" else ": %+.2f [%+.2f, %+.2f], " % gain + verdict(gain)
+            own = _fair_means(record, m, column).values()
+            (mean, low, high), said = fair_gain(record, m, column)
+            told = "" if m == "eefl" else f": {mean:+.2f} [{low:+.2f}, {high:+.2f}], {said}"
             cells.append(f"{sum(own) / len(own):.2f}{told}")
         lines.append(f"| {m} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -327,18 +356,40 @@ def own_record(
 
 # %% ../../nbs/5_experiments/federated.ipynb #9179bb26
 def _experiment(a):
-    more = dict(seeds=a.seeds, workers=a.workers, on_cell=_tell, **key_values(a.set))
+    more = dict(workers=a.workers, **key_values(a.set))
+    more |= {} if a.seeds is None else dict(seeds=a.seeds)
+    if a.experiment in PARTS:
+        if a.methods:
+            more["methods"] = a.methods
+        return run_paper(a.experiment, a.out, a.scale, on_cell=_tell_paper, assets=a.assets, **more)
+    check(a.data is not None, "data", a.data, f"one of {', '.join(SETTINGS)}")
     if a.experiment == "own":
-        record = run_own(a.data, a.out, **more)
+        record = run_own(a.data, a.out, on_cell=_tell, **more)
     else:
-        record = run_fair(a.data, a.out, a.methods, **more)
+        record = run_fair(a.data, a.out, a.methods, on_cell=_tell, **more)
     publish(f"{a.experiment}_{a.data}", a.out, a.assets)
     return record
+
+def _table(a, record):
+    "What the command prints at its end."
+    tables = dict(own=own_table, fair=fair_table, cost=cost_table)
+    table = tables.get(a.experiment, paper_table)
+    if a.experiment in ("budget", "difficulty", "generator"):
+        return f"{len(record.runs)} runs in {a.out}/paper_{a.experiment}/record.json"
+    if a.experiment == "main":
+        return "\n\n".join(paper_table(record, g) for g in GAMMAS[a.scale])
+    return table(record)
+
+def _tell_paper(i, n, r):
+    cell, said = r["cell"], r.get("exits", r.get("diverged", "done"))
+    who = f"{cell['method']}, gamma {cell['gamma']:g}, seed {cell['seed']}"
+    print(f"{i}/{n} {who}: {said}, {r['seconds']} s", flush=True)
 
 def _tell(i, n, r):
     exits = [round(v, 3) for v in r["accuracy"]]
     print(
-        f"{i}/{n} tau {r['cell']['tau']} seed {r['cell']['seed']}: {exits}, {r['seconds']} s",
+        f"{i}/{n} {r['cell'].get('method', 'eefl')} tau {r['cell']['tau']} "
+        f"seed {r['cell']['seed']}: {exits}, {r['seconds']} s",
         flush=True,
     )
 
@@ -349,18 +400,25 @@ def main(
     "Run an experiment on federated methods from the command line."
     p = argparse.ArgumentParser(
         prog="darkdistill experiment federated",
-        description="Calibrated clients and voting exits. Killed or interrupted, the same command continues.",
+        description="The paper's experiments; calibrated clients and voting exits (own); every method\n"
+        "with them (fair). Killed or interrupted, the same command continues.",
     )
-    p.add_argument("experiment", choices=("own", "fair"))
-    p.add_argument("--data", required=True, choices=SETTINGS, help="which federation")
-    p.add_argument("--out", required=True, help="folder for results")
+    p.add_argument("experiment", choices=(*PARTS, "own", "fair"))
+    p.add_argument("--scale", choices=SCALES, default="mini", help="of the paper's experiments")
+    p.add_argument("--data", choices=SETTINGS, help="own, fair: which federation")
+    p.add_argument("--out", default="runs/federated", help="folder for results")
     p.add_argument("--seeds", type=int, nargs="+", help="one pair each")
-    p.add_argument("--methods", nargs="+", choices=COMPARED, help="fair: default all")
+    p.add_argument("--methods", nargs="+", choices=COMPARED, help="default all")
     p.add_argument("--workers", type=int, help="processes, default one per core")
     p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="e.g. rounds=10")
     p.add_argument("--assets", help="folder that also gets the record")
     a = p.parse_args(argv)
-    return run_command(lambda: f"done: {_experiment(a).seconds:.0f} s of training")
+
+    def work():
+        record = _experiment(a)
+        return f"{_table(a, record)}\ndone: {record.seconds:.0f} s of training"
+
+    return run_command(work)
 
 # %% ../../nbs/5_experiments/federated.ipynb #ebf69bba
 if __name__ == "__main__" and "__file__" in globals():

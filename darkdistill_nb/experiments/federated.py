@@ -7,7 +7,7 @@ Docs: https://darkdistill.github.io/darkdistill_nb/5_experiments/federated.html.
 
 # %% auto #0
 __all__ = ['SETTINGS', 'SEEDS', 'COMPARED', 'VARIANTS', 'FAIR', 'own_cell', 'train_own', 'decide_own', 'run_own', 'own_gain',
-           'own_table', 'run_fair', 'fair_gain', 'fair_table', 'own_record', 'main']
+           'own_table', 'run_fair', 'fair_values', 'fair_gain', 'fair_table', 'own_record', 'main']
 
 # %% ../../nbs/5_experiments/federated.ipynb #80345d2e
 import argparse, sys
@@ -307,6 +307,17 @@ def run_fair(
     return _stored(record, trained, Path(folder) / f"fair_{name}")
 
 # %% ../../nbs/5_experiments/federated.ipynb #58bbb5bf
+def fair_values(
+    record: Record,  # of `run_fair`
+    method: str,  # one of the record's methods
+    column: str,  # one of `FAIR`
+) -> dict:  # seed -> mean over exits in per cent
+    "Accuracy of each seed; raises `ValueError` for unknown names."
+    choice(method, "method", record.config["methods"])
+    choice(column, "column", FAIR)
+    own = [r for r in record.runs if (r["method"], r["variant"]) == (method, column)]
+    return {r["seed"]: 100 * sum(r["accuracy"]) / len(r["accuracy"]) for r in own}
+
 def fair_gain(
     record:Record,  # of `run_fair`
     method:str,     # one of the record's methods
@@ -315,18 +326,10 @@ def fair_gain(
 )->tuple:           # ((mean, low, high) in points, verdict of "is it better?")
     "Paired difference of the mean over exits with its 95 % interval; raises `ValueError` for unknown names."
     other, *where = base
-    for name, of in ((method, "methods"), (other, "methods")):
-        choice(name, of, record.config["methods"])
-    for name in (column, *where):
-        choice(name, "column", FAIR)
-    a, b = _fair_means(record, method, column), _fair_means(record, other, *where or [column])
+    a = fair_values(record, method, column)
+    b = fair_values(record, other, *where or [column])
     interval = t_interval([a[s] - b[s] for s in record.config["seeds"]])
     return interval, verdict(interval)
-
-def _fair_means(record, method, column):
-    "Seed -> mean over exits in per cent."
-    own = [r for r in record.runs if (r["method"], r["variant"]) == (method, column)]
-    return {r["seed"]: 100 * sum(r["accuracy"]) / len(r["accuracy"]) for r in own}
 
 def fair_table(
     record:Record, # of `run_fair`
@@ -336,7 +339,7 @@ def fair_table(
     for m in record.config["methods"]:
         cells = []
         for column in FAIR:
-            own = _fair_means(record, m, column).values()
+            own = fair_values(record, m, column).values()
             (mean, low, high), said = fair_gain(record, m, column)
             told = "" if m == "eefl" else f": {mean:+.2f} [{low:+.2f}, {high:+.2f}], {said}"
             cells.append(f"{sum(own) / len(own):.2f}{told}")

@@ -392,6 +392,9 @@ def paper_gain(
     measure="mean", # as in `paper_values`
 )->list:            # one difference per seed that both have
     "Paired differences of two rows; raises `ValueError` if fewer than two seeds pair up."
+    known = list(dict.fromkeys(r["row"] for r in record.runs))
+    for name, one in dict(row=row, base=base).items():
+        choice(one, name, known)
     a, b = (paper_values(record, r, gamma, measure) for r in (row, base))
     pairs = [a[s] - b[s] for s in sorted(a.keys() & b.keys())]
     check(len(pairs) > 1, "row", row, f"with at least two seeds that {base} has, too")
@@ -407,6 +410,7 @@ def paper_table(
     gamma = record.config["gamma"] if gamma is None else gamma
     rows = list(dict.fromkeys(r["row"] for r in record.runs if r["gamma"] == gamma))
     check(rows, "gamma", gamma, "one of the record")
+    choice(base, "base", rows)
     E = max(len(r.get("exits", ())) for r in record.runs)
     heads = [f"exit {e}" for e in range(1, E + 1)] + ["mean", f"difference to {base}", "better?"]
     lines = [f"| gamma = {gamma:g} | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]

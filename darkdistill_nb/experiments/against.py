@@ -11,7 +11,7 @@ __all__ = ['against_stored', 'against_table']
 # %% ../../nbs/5_experiments/against.ipynb #856c4c6a
 from pathlib import Path
 from ..core.cells import run_grid, t_interval, verdict
-from ..core.checks import check
+from ..core.checks import check, whole
 from ..core.records import Record, save_record
 from ..core.registry import METHODS
 from darkdistill_nb.experiments.published import (
@@ -27,6 +27,7 @@ def against_stored(
     method:str,    # your own as module:Class, or a name of the registry
     folder,        # of the trainings; killed and started again, it goes on
     gamma=None,    # class mix, one of the record's; None: the usual one
+    seeds=None,    # how many of the record's seeds, at least 2; None: all
     workers=None,  # processes, see `run_grid`
     on_cell=None,  # see `run_grid`
     stored=None,   # `Record` of the experiment main; None: the one of the package
@@ -38,10 +39,12 @@ def against_stored(
     gamma = stored.config["gamma"] if gamma is None else gamma
     known = sorted({r["gamma"] for r in stored.runs})
     check(gamma in known, "gamma", gamma, f"one of {', '.join(f'{g:g}' for g in known)}")
-    cells = [paper_cell(stored.config, method, s, gamma) for s in stored.config["seeds"]]
+    all_seeds = stored.config["seeds"]
+    use = all_seeds[: len(all_seeds) if seeds is None else whole(seeds, "seeds", 2, len(all_seeds))]
+    cells = [paper_cell(stored.config, method, s, gamma) for s in use]
     results = run_grid(train_paper, cells, folder, workers, on_cell)
-    runs = [r for r in stored.runs if r["gamma"] == gamma]
-    record = Record.begin(dict(stored.config, gamma=gamma, method=f"your {method}"))
+    runs = [r for r in stored.runs if r["gamma"] == gamma and r["seed"] in use]
+    record = Record.begin(dict(stored.config, seeds=use, gamma=gamma, method=f"your {method}"))
     record.runs = runs + [_paired(method, r, runs) for r in results]
     record.seconds = round(sum(r["seconds"] for r in results), 1)
     save_record(record, Path(folder) / "against")

@@ -8,16 +8,15 @@ Docs: https://darkdistill.github.io/darkdistill_nb/5_experiments/darkdistill_res
 # %% auto #0
 __all__ = ['CLAIMS', 'result_record', 'PaperClaim', 'claims_of_paper']
 
-# %% ../../nbs/5_experiments/darkdistill_results.ipynb #5b6e3dfc
+# %% ../../nbs/5_experiments/darkdistill_results.ipynb #ad2ee328
 from dataclasses import dataclass
 from ..core.checks import choice
-from ..core.records import Record
-from .federated import SETTINGS, fair_gain, fair_values, own_record
+from .federated import SETTINGS, fair_values, own_record
 from .latent_results import Claim, judge
 from .published import PARTS, paper_gain, paper_record, paper_values
 from .stage import stage_record, stage_values
 
-# %% ../../nbs/5_experiments/darkdistill_results.ipynb #10c2a856
+# %% ../../nbs/5_experiments/darkdistill_results.ipynb #d1227aa4
 def result_record(
     name:str # an experiment of the paper, "stage_shapes", or fair_NAME
 ):           # Record, or None if there is none
@@ -28,7 +27,7 @@ def result_record(
         return paper_record(name)
     return stage_record(name) if name == "stage_shapes" else own_record(name)
 
-# %% ../../nbs/5_experiments/darkdistill_results.ipynb #ff56ad74
+# %% ../../nbs/5_experiments/darkdistill_results.ipynb #c7d6689d
 @dataclass(frozen=True)
 class PaperClaim(Claim):
     "A claim of a paper: a `Claim` with the numbers that were published and their source."
@@ -36,7 +35,7 @@ class PaperClaim(Claim):
     published:str="" # numbers, as published
     source:str=""    # where
 
-# %% ../../nbs/5_experiments/darkdistill_results.ipynb #b0ee74ab
+# %% ../../nbs/5_experiments/darkdistill_results.ipynb #496c1b54
 _BASELINES = ("exclusivefl", "inclusivefl", "scalefl", "depthfl")
 _TABLE = "KDD 2025, full fine-tuning with BoostNet, CIFAR-100, mean of exits, gamma 0.1 / 1 / 1000"
 _LOGS = "authors' logs, github.com/lehaoqu/FL-EE, commit 4a88248"
@@ -60,7 +59,8 @@ def _difference(a, b="eefl", gamma=None, what=None):
 def _by_exit(a, b, exits):
     return lambda r: {f"exit {e}": paper_gain(r, a, b, measure=f"exit {e}") for e in exits}
 
-def _at_half(a, key="curve", b=None):
+# %% ../../nbs/5_experiments/darkdistill_results.ipynb #8fcbb977
+def _at_half(a, b=None):
     "Accuracy for half of the whole network's cost: of row a, less that of row b or another line of its own."
 
     def parts(r):
@@ -71,12 +71,17 @@ def _at_half(a, key="curve", b=None):
 
     return parts
 
+def _boosted(r):
+    both = ("eefl", "darkdistill")
+    return {m: paper_gain(r, m, f"{m}, joint exits") for m in both}
+
 def _mixes(r):
     return {
         f"{t} tiers": paper_gain(r, f"darkdistill, {t} tiers", f"eefl, {t} tiers")
         for t in ("small", "large")
     }
 
+# %% ../../nbs/5_experiments/darkdistill_results.ipynb #e3044f4c
 def _uneven(r):
     a, b = paper_values(r, "eefl", 1000.0), paper_values(r, "eefl", 0.1)
     return {"EEFL, gamma 1000 - 0.1": [a[s] - b[s] for s in sorted(a)]}
@@ -99,6 +104,7 @@ def _asked(steps):
 
     return parts
 
+# %% ../../nbs/5_experiments/darkdistill_results.ipynb #b628aedd
 def _remains(column):
     return lambda r: {"DarkDistill - EEFL": _fair_pairs(r, "darkdistill", column)}
 
@@ -108,119 +114,109 @@ def _fair_pairs(r, method, column):
 
 _nothing = lambda r: {}
 
-# %% ../../nbs/5_experiments/darkdistill_results.ipynb #e8df5e7e
-_MAIN = [
-    PaperClaim(
+# %% ../../nbs/5_experiments/darkdistill_results.ipynb #ccbcedb7
+def _claims(experiment, source, *rows):
+    "Claims on one record: (text, parts, published), perhaps with what must be exceeded."
+    return [
+        PaperClaim(text, experiment, parts, *limit, published=published, source=source)
+        for text, parts, published, *limit in rows
+    ]
+
+_MAIN = _claims(
+    "main",
+    _TABLE,
+    (
         "DarkDistill beats every baseline",
-        "main",
         _against_all("darkdistill"),
-        published="60.48 / 64.50 / 65.67 against at most 58.15 / 63.81 / 64.19",
-        source=_TABLE,
+        "60.48 / 64.50 / 65.67 against at most 58.15 / 63.81 / 64.19",
     ),
-    *(
-        PaperClaim(
-            f"DarkDistill beats EEFL at gamma = {g:g}",
-            "main",
-            _difference("darkdistill", gamma=g),
-            published=p,
-            source=_LOGS,
-        )
-        for g, p in ((0.1, "60.48 - 60.55"), (1.0, "64.50 - 64.35"), (1000.0, "65.67 - 64.85"))
+)
+
+# %% ../../nbs/5_experiments/darkdistill_results.ipynb #664a5097
+_CONTROL = _claims(
+    "main",
+    _LOGS,
+    (
+        "DarkDistill beats EEFL at gamma = 0.1",
+        _difference("darkdistill", gamma=0.1),
+        "60.48 - 60.55",
     ),
-    PaperClaim(
+    ("DarkDistill beats EEFL at gamma = 1", _difference("darkdistill", gamma=1), "64.50 - 64.35"),
+    (
+        "DarkDistill beats EEFL at gamma = 1000",
+        _difference("darkdistill", gamma=1000),
+        "65.67 - 64.85",
+    ),
+    (
         "EEFL with BoostNet already beats every baseline",
-        "main",
         _against_all("eefl"),
-        published="60.55 / 64.35 / 64.85 against at most 58.15 / 63.81 / 64.19",
-        source=_LOGS,
+        "60.55 / 64.35 / 64.85 against at most 58.15 / 63.81 / 64.19",
     ),
-    PaperClaim(
-        "Uneven classes cost accuracy", "main", _uneven, published="64.85 - 60.55", source=_LOGS
-    ),
-    PaperClaim(
+    ("Uneven classes cost accuracy", _uneven, "64.85 - 60.55"),
+)
+
+# %% ../../nbs/5_experiments/darkdistill_results.ipynb #fbec753d
+_ABLATED = _claims(
+    "ablation",
+    "KDD 2025, ablations; numbers of the " + _LOGS,
+    (
         "Difficulty-aware training of the exits helps",
-        "ablation",
-        lambda r: (
-            _difference("eefl", "eefl, joint exits")(r)
-            | _difference("darkdistill", "darkdistill, joint exits")(r)
-        ),
-        published="DepthFL 40.70 to 58.15, but ScaleFL 54.99 to 52.74, gamma 0.1",
-        source=_TABLE,
+        _boosted,
+        "gamma 0.1: DepthFL 40.70 to 58.15, but ScaleFL 54.99 to 52.74",
     ),
-]
-
-# %% ../../nbs/5_experiments/darkdistill_results.ipynb #86639f68
-_PARTS = [
-    PaperClaim(
+    (
         "Reverse distillation helps every exit",
-        "ablation",
         _by_exit("darkdistill", "eefl", (1, 2, 3, 4)),
-        published="53.67 64.89 70.54 70.30 to 55.10 65.67 71.26 70.64",
-        source="KDD 2025, ablation, gamma 1000",
+        "gamma 1000: 53.67 64.89 70.54 70.30 to 55.10 65.67 71.26 70.64",
     ),
-    PaperClaim(
+    (
         "Conditioning on difficulty helps",
-        "ablation",
         _difference("darkdistill", "unconditional"),
-        published="60.16 to 60.48 / 64.39 to 64.50 / 64.98 to 65.67",
-        source=_LOGS,
+        "60.16 to 60.48 / 64.39 to 64.50 / 64.98 to 65.67",
     ),
-    PaperClaim(
+    (
         "Weighing exits by difficulty helps",
-        "ablation",
         _difference("darkdistill", "darkdistill, uniform weights"),
-        published="no number of its own",
-        source="KDD 2025, method",
+        "no number of its own",
     ),
-    PaperClaim(
+    (
         "It beats EEFL at tier mixes small and large",
-        "ablation",
         _mixes,
-        published="62.32 - 62.10, 67.02 - 66.41, gamma 1000",
-        source=_LOGS,
+        "gamma 1000: 62.32 - 62.10, 67.02 - 66.41",
     ),
-    PaperClaim(
-        "It beats EEFL at half of the cost",
+)
+
+# %% ../../nbs/5_experiments/darkdistill_results.ipynb #49b9a2da
+_FIGURES = [
+    *_claims(
         "budget",
-        _at_half("darkdistill", b="eefl"),
-        published="67.59 - 66.37 at mean exit 2.0, gamma 1000",
-        source=_LOGS,
+        "KDD 2025, budgeted inference; numbers of the " + _LOGS,
+        (
+            "It beats EEFL at half of the cost",
+            _at_half("darkdistill", "eefl"),
+            "gamma 1000: 67.59 - 66.37 at mean exit 2.0",
+        ),
+        ("Thresholds beat exits chosen by chance", _at_half("darkdistill"), "figure only"),
     ),
-    PaperClaim(
-        "Thresholds beat exits chosen by chance",
-        "budget",
-        _at_half("darkdistill"),
-        published="figure only",
-        source="KDD 2025, budgeted inference",
-    ),
-    PaperClaim(
-        "Exits of shallow tiers meet harder images",
+    *_claims(
         "stage_shapes",
-        _unaligned,
-        published="figure only",
-        source="KDD 2025, figure 1",
+        "KDD 2025, figure 1",
+        ("Exits of shallow tiers meet harder images", _unaligned, "figure only"),
     ),
-    PaperClaim(
-        "The loss of an exit tells the difficulty",
+    *_claims(
         "difficulty",
-        _ranks,
-        published="figure only",
-        source="KDD 2025, difficulty assessment",
+        "KDD 2025, difficulty assessment",
+        ("The loss of an exit tells the difficulty", _ranks, "figure only"),
     ),
-    *(
-        PaperClaim(
-            f"Latents are as hard as asked, {n} steps (rank above 0.5)",
-            "generator",
-            _asked(n),
-            0.5,
-            published="figure only",
-            source="KDD 2025, generator",
-        )
-        for n in (20, 400)
+    *_claims(
+        "generator",
+        "KDD 2025, generator",
+        ("Latents are as hard as asked, as in a run (rank > 0.5)", _asked(20), "figure only", 0.5),
+        ("Latents are as hard as asked, 400 steps (rank > 0.5)", _asked(400), "figure only", 0.5),
     ),
 ]
 
-# %% ../../nbs/5_experiments/darkdistill_results.ipynb #0cb68afb
+# %% ../../nbs/5_experiments/darkdistill_results.ipynb #69c1a737
 _FAIR = [
     PaperClaim(
         f"DarkDistill beats EEFL when both are calibrated and vote, {n}",
@@ -233,7 +229,7 @@ _FAIR = [
     if n != "cifar10_100"
 ]
 
-# %% ../../nbs/5_experiments/darkdistill_results.ipynb #9a39d9d7
+# %% ../../nbs/5_experiments/darkdistill_results.ipynb #39038497
 _UNMEASURED = [
     PaperClaim(text, "main", _nothing, published=published, source=source)
     for text, published, source in (
@@ -267,10 +263,10 @@ _UNMEASURED = [
     )
 ]
 
-# %% ../../nbs/5_experiments/darkdistill_results.ipynb #e2c58256
-CLAIMS = [*_MAIN, *_PARTS, *_FAIR, *_UNMEASURED]
+# %% ../../nbs/5_experiments/darkdistill_results.ipynb #23c8a396
+CLAIMS = [*_MAIN, *_CONTROL, *_ABLATED, *_FIGURES, *_FAIR, *_UNMEASURED]
 
-# %% ../../nbs/5_experiments/darkdistill_results.ipynb #eea66040
+# %% ../../nbs/5_experiments/darkdistill_results.ipynb #d66338c9
 def claims_of_paper(
     records:dict=None, # name -> Record or None; None: those stored with the package
 )->str:                # markdown

@@ -318,6 +318,7 @@ def fair_values(
     own = [r for r in record.runs if (r["method"], r["variant"]) == (method, column)]
     return {r["seed"]: 100 * sum(r["accuracy"]) / len(r["accuracy"]) for r in own}
 
+# %% ../../nbs/5_experiments/federated.ipynb #a0e4abe0
 def fair_gain(
     record:Record,  # of `run_fair`
     method:str,     # one of the record's methods
@@ -331,6 +332,7 @@ def fair_gain(
     interval = t_interval([a[s] - b[s] for s in record.config["seeds"]])
     return interval, verdict(interval)
 
+# %% ../../nbs/5_experiments/federated.ipynb #e8226f9a
 def fair_table(
     record:Record, # of `run_fair`
 )->str:            # markdown

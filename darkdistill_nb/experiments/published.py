@@ -15,7 +15,6 @@ __all__ = ['SCALES', 'GAMMAS', 'ASKED', 'PARTS', 'SMALL', 'LARGE', 'KD_LR', 'sca
 import math
 from pathlib import Path
 import torch
-import torch.nn.functional as F
 from ..core.cells import cell_key, run_grid, t_interval, verdict
 from ..core.checks import check, choice, number, whole
 from ..core.plots import figure, style
@@ -82,6 +81,7 @@ def _federation(cell):
     e = Experiment(dict(own, seeds=[cell["seed"]], alone=False))
     return e.train, e.test, e.clients[cell["seed"]], e.build
 
+# %% ../../nbs/5_experiments/published.ipynb #f91f48fe
 def _method(cell):
     "The method of a cell, ready to train."
     kind = Unconditional if cell["method"] == "unconditional" else METHODS[cell["method"]]
@@ -177,6 +177,7 @@ def _rounded(**values):
     )
     return short(values)
 
+# %% ../../nbs/5_experiments/published.ipynb #5b154233
 def _assessed(logits, right, data):
     "Rank correlation of every exit's loss with the true difficulty, and accuracy by fifths of it."
     from scipy.stats import spearmanr
@@ -189,6 +190,7 @@ def _assessed(logits, right, data):
     fifths = [[float(r[i].double().mean()) for i in fifth] for r in right]
     return dict(rank=[rank(f) for f in logits], fifths=fifths)
 
+# %% ../../nbs/5_experiments/published.ipynb #f222208d
 def _per_round(log):
     "Means over the rounds of a log."
     mean = lambda k: sum(float(row[k]) for row in log) / len(log)
@@ -236,6 +238,7 @@ def _pool(run, train, clients, tier):
     d = measure_difficulty(run.net(), run.method.objective, own)
     return DifficultyHistogram.of(d, own.y.cpu(), train.n_classes)
 
+# %% ../../nbs/5_experiments/published.ipynb #e574cb25
 def _ask_generators(run, pools, d_eps, d_h, conditional, steps):
     "Mean difficulty got for each that is asked, rank correlation of the two, class rate; means over tiers."
     from scipy.stats import spearmanr
@@ -295,6 +298,7 @@ def _server_rows(config, scale):
     rates = [dict(kd_lr=KD_LR * f, kd_steps=n) for f, n in grid if (f, n) != (1, steps)]
     return [("eefl", g, {}), ("darkdistill", g, {}), *(("darkdistill", g, how) for how in rates)]
 
+# %% ../../nbs/5_experiments/published.ipynb #12e98d6e
 _ROWS = dict(
     main=_main_rows,
     budget=_few_rows,
@@ -303,7 +307,9 @@ _ROWS = dict(
     ablation=_ablation_rows,
     server=_server_rows,
 )
-_GRID = dict(
+
+# %% ../../nbs/5_experiments/published.ipynb #7c1b7e4d
+_GRID = dict(  # of generators
     mini=[[8, 32, True, 60], [8, 32, False, 60]],
     cpu=[[64, 128, True, 20], [64, 128, False, 400]]
     + [[e, h, True, 400] for e in (2, 16, 64) for h in (64, 128, 256)],
@@ -320,6 +326,7 @@ def _named(method, gamma, how):
     value_ = lambda k, v: v / KD_LR if k == "kd_lr" else value(k, v)
     return ", ".join([method, *(told[k].format(value_(k, v)) for k, v in how.items())])
 
+# %% ../../nbs/5_experiments/published.ipynb #fc4164e4
 def _rows(experiment, scale, config):
     "[(name of the row, gamma, seed, cell)]"
     if experiment == "generator":

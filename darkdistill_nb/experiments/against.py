@@ -22,6 +22,20 @@ from darkdistill_nb.experiments.published import (
     train_paper,
 )
 
+# %% ../../nbs/5_experiments/against.ipynb #8915aaec
+def _paired(method, result, runs):
+    "A run of the new method, if the stored runs of its seed had the same clients."
+    cell = result["cell"]
+    pairs = {r["pair"] for r in runs if r["seed"] == cell["seed"]}
+    check(
+        pairs == {result["pair"]},
+        "stored",
+        pairs,
+        "of runs in which the same clients hold the same images",
+    )
+    kept = {k: result[k] for k in ("exits", "pair", "diverged") if k in result}
+    return dict(row=f"your {method}", gamma=cell["gamma"], seed=cell["seed"], **kept)
+
 # %% ../../nbs/5_experiments/against.ipynb #ae77df8e
 def against_stored(
     method:str,    # your own as module:Class, or a name of the registry
@@ -49,19 +63,6 @@ def against_stored(
     record.seconds = round(sum(r["seconds"] for r in results), 1)
     save_record(record, Path(folder) / "against")
     return record
-
-def _paired(method, result, runs):
-    "A run of the new method, if the stored runs of its seed had the same clients."
-    cell = result["cell"]
-    pairs = {r["pair"] for r in runs if r["seed"] == cell["seed"]}
-    check(
-        pairs == {result["pair"]},
-        "stored",
-        pairs,
-        "of runs in which the same clients hold the same images",
-    )
-    kept = {k: result[k] for k in ("exits", "pair", "diverged") if k in result}
-    return dict(row=f"your {method}", gamma=cell["gamma"], seed=cell["seed"], **kept)
 
 # %% ../../nbs/5_experiments/against.ipynb #5fb5622c
 def against_table(

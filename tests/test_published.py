@@ -378,3 +378,12 @@ def test_one_command_for_each_experiment(tmp_path, capsys):
     assert experiment(["main", "--set", "luck=1", "--out", str(tmp_path)]) == 2
     assert experiment(["fair", "--out", str(tmp_path)]) == 2
     assert "data=None must be one of" in capsys.readouterr().err
+
+
+def test_a_method_that_runs_votes_as_the_experiment_does(folder):
+    "HeteroFL's own coverage, from the clients that it has heard of, is that of stored trainings: all exits alike."
+    cell = page.paper_cell(config(), "eefl", 0)
+    train, test, clients, build = page._federation(cell)
+    m = calibrated(METHODS["heterofl"])(BoostNet(), calibration=0, votes="coverage", participation=1.0)
+    run = simulate(m, build, train, test, clients, 1, progress=False)
+    assert m._coverage(run.state["server"]).tolist() == [1, 1, 1, 1]

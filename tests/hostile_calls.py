@@ -175,7 +175,7 @@ CALLS = {
     ),
     "dirichlet_draw": lambda: dict(y=labels(40), n=5, gamma=1.0),
     "resample_test": lambda: dict(y=labels(40), p=torch.full((C,), 1 / C), n=10),
-    "show_pictures": lambda: dict(data=pictures(), columns=4),
+    "show_images": lambda: dict(data=pictures(), columns=4),
     "sample_difficulty": lambda: dict(logits=rand(N, C), y=labels()),
     "measure_difficulty": lambda: dict(net=net(), objective=objective(), data=pictures()),
     "bins_of": lambda: dict(width=1.0),
@@ -282,7 +282,7 @@ CALLS = {
     "FedAvg": dict,
     "FedMD": dict,
     "digest_loss": lambda: dict(kind="mae"),
-    "score_bytes": lambda: dict(pictures=4, width=4),
+    "score_bytes": lambda: dict(images=4, width=4),
     "Generator": lambda: dict(latent_shape=(4, 4, 4), n_classes=C, d_eps=4, d_h=8),
     "found_difficulty": lambda: dict(logits=rand(N, C), y=labels()),
     "log_wealth": lambda: dict(x=np.full((5, 2), 0.1), R=0.5, delta=0.1),
@@ -337,7 +337,7 @@ CALLS = {
     "plot_depth": lambda: dict(
         exit=labels() % E, difficulty=torch.linspace(0, 1, N), n_exits=E
     ),
-    "picture_grid": lambda: dict(
+    "image_grid": lambda: dict(
         data=pictures(), exit=labels() % E, scores=scores(), each=2
     ),
     "conv_group": lambda: dict(in_shape=(1, 8, 8), widths=[4], pool=2),

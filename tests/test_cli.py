@@ -179,7 +179,7 @@ BAD = {  # arguments of `run` -> words that the sentence must contain
     "label gap": ("--data {files}/labels.npz", "labels.npz", "0..K-1"),
     "negative label": ("--data {files}/negative.npz", "negative.npz", "0..K-1"),
     "label out of range": ("--data {files}/unseen.npz", "unseen.npz", "label 3"),
-    "labels missing": ("--data {files}/short.npz", "short.npz", "59 labels for 60 pictures"),
+    "labels missing": ("--data {files}/short.npz", "short.npz", "59 labels for 60 images"),
     "nan pixels": ("--data {files}/nan.npz", "nan.npz", "NaN"),
     "folder exists": ("--out {files}/old", "old'", "exists already"),
     "folder is a file": ("--out {files}/file", "file'", "exists already"),

@@ -397,7 +397,7 @@ def test_looked_up_answers_belong_to_the_crop_that_the_student_sees(data):
         convnet(), teacher, data, kd, 4, lr=0.01, generator=Streams(0).generator("order")
     )
     assert abs(plain[0]["loss"] - cached[0]["loss"]) > 1e-4 * plain[0]["loss"], (
-        "the crops differ from the pictures"
+        "the crops differ from the images"
     )
     a, b = views(torch.arange(96), 0)[0], views(torch.arange(96), 1)[0]
     assert not torch.equal(a, b) and teacher_table(teacher, views)["logits"].shape == (3, 96, 10)

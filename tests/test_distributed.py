@@ -158,7 +158,7 @@ def test_check_22_aggregation(world):
         atol=1e-5,
     )
     half = present.clone()
-    half[1, ::2] = True  # a student may be missing for some pictures only
+    half[1, ::2] = True  # a student may be missing for some images only
     z = answers.logits(full, half, answers.means())
     assert torch.allclose(z[::2], joint[::2], atol=1e-5)
     assert not torch.allclose(z[1::2], joint[1::2], atol=1e-3)
@@ -655,7 +655,7 @@ def test_communities_come_largest_first():
 def test_the_lightest_student_gets_the_next_group():
     "By importance, not by number; and a heavy group is halved alternately."
     I = torch.tensor([4.0, 1, 1, 1, 1])
-    assert distributed._deal([[i] for i in range(5)], I, 2) == [[0], [1, 2, 3, 4]]
+    assert distributed._spread([[i] for i in range(5)], I, 2) == [[0], [1, 2, 3, 4]]
     assert distributed._split([[0, 1, 2, 3], [4]], torch.tensor([4.0, 3, 2, 1, 9])) == [
         [4],
         [0, 2],

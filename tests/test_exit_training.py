@@ -960,7 +960,7 @@ def test_experiment_on_shapes():
     assert list(r) == ["Joint", "Joint, equilibrium", "BoostNet", "L2W"]
     assert all(len(v) == 2 and len(v[0]["accuracy"]) == 4 for v in r.values())
     assert test.mean == train.mean and float((train.difficulty < 0.125).float().mean()) > 0.3, (
-        "most pictures are easy"
+        "most images are easy"
     )
 
 

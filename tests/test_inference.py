@@ -585,10 +585,10 @@ def test_figures_take_plain_arrays(data):
     depth = inf.plot_depth(np.array([0, 0, 1, 1]), np.array([0.1, 0.2, 0.8, 0.9]), 2, bins=2)
     assert list(depth.data[0].y) == [1, 0] and list(depth.data[1].y) == [0, 1]
     pics = ArrayData(torch.randint(0, 255, (40, 1, 8, 8), dtype=torch.uint8), torch.arange(40) % 2)
-    grid = inf.picture_grid(pics, torch.arange(40) % 3, torch.rand(4, 40), each=3)
+    grid = inf.image_grid(pics, torch.arange(40) % 3, torch.rand(4, 40), each=3)
     assert list(grid.layout.yaxis.ticktext) == ["exit 1", "exit 2", "exit 3", "exit 4"]
     with pytest.raises(ValueError, match="equally many"):
-        inf.picture_grid(pics, torch.zeros(3), torch.rand(4, 40))
+        inf.image_grid(pics, torch.zeros(3), torch.rand(4, 40))
 
 
 def test_the_gate_is_trained_along_a_cosine(monkeypatch):

@@ -40,7 +40,7 @@ from darkdistill_nb.experiments.latent import (
     latent_space,
     main,
     latent_cell,
-    pictures,
+    images,
     run_cells,
     setup,
     sweep_n,
@@ -62,7 +62,7 @@ from darkdistill_nb.core.training import accuracy, predict
 
 
 def blank(per_class, size=4, classes=10):
-    "Empty pictures with `per_class` labels of each class."
+    "Empty images with `per_class` labels of each class."
     y = torch.arange(classes).repeat(per_class)
     return ArrayData(torch.zeros(len(y), 1, size, size, dtype=torch.uint8), y)
 
@@ -100,7 +100,7 @@ def test_private_test_set_has_the_mix_of_the_training_set():
 
 
 def test_even_client_scores_alike_on_both_tests():
-    "With gamma = 5000 the two tests ask the same question: 1000 against 10,000 pictures agree within two standard errors."
+    "With gamma = 5000 the two tests ask the same question: 1000 against 10,000 images agree within two standard errors."
     pool, test = small_shapes(2000, 10_000)
     task = client_task(pool, test, 500, 5000, seed=0)
     assert len(task.priv) in range(995, 1006)
@@ -245,7 +245,7 @@ def test_unequal_l_is_an_error_wherever_it_appears():
 
 
 def test_match_shape_keeps_grey_levels():
-    "A constant grey picture stays the same constant, in colour, in grey and at any size; floats in [0, 1] become bytes."
+    "A constant grey image stays the same constant, in colour, in grey and at any size; floats in [0, 1] become bytes."
     like_rgb, like_grey = small_shapes(10, 10)[0], blank(1, 28)
     grey = ArrayData(torch.full((2, 1, 8, 8), 77, dtype=torch.uint8), torch.tensor([0, 1]))
     assert (match_shape(grey, like_rgb).x == 77).all()
@@ -266,7 +266,7 @@ UNITS = {
 @pytest.mark.parametrize("a", UNITS)
 @pytest.mark.parametrize("b", UNITS)
 def test_match_shape_in_all_units(a, b):
-    "The unit of the transfer set and that of the private data change nothing; the normalised pictures have the private data's scale"
+    "The unit of the transfer set and that of the private data change nothing; the normalised images have the private data's scale"
     pool, other = small_shapes(40, 40)
     want = match_shape(other, pool)[:][0]
     got = match_shape(ArrayData(UNITS[a](other.x), other.y), ArrayData(UNITS[b](pool.x), pool.y))
@@ -403,8 +403,8 @@ def test_cells_of_all_methods_are_paired(tmp_path):
 
 
 def test_validation_pictures_are_nobody_elses():
-    pool, val = pictures("shapes16", "val")
-    assert pictures("shapes16")[0].x.shape == pool.x.shape
+    pool, val = images("shapes16", "val")
+    assert images("shapes16")[0].x.shape == pool.x.shape
     assert not {v.numpy().tobytes() for v in val.x} & {v.numpy().tobytes() for v in pool.x}
 
 
@@ -764,7 +764,7 @@ def test_protocol_on_real_pictures(name, real_data):
     "The pool keeps nine tenths of each class; the most one-sided client of many seeds still gets its private test."
     if not (real_data / f"{name}.npz").is_file():
         pytest.skip(f"needs {name}.npz in DARKDISTILL_DATA")
-    pool, test = pictures(name)
+    pool, test = images(name)
     assert torch.bincount(pool.y).tolist() == [len(pool) // 10] * 10
     least = int(torch.bincount(test.y).min())
     for seed in range(20):

@@ -18,7 +18,7 @@ from darkdistill_nb.core import (
     pixel_unit,
     read_npz,
     resample_test,
-    show_pictures,
+    show_images,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -420,7 +420,7 @@ def sheet(x, columns):
     from PIL import Image
 
     data = ArrayData(x, torch.arange(len(x)) % 2)
-    png = show_pictures(data, columns=columns).data[0].source.partition("base64,")[2]
+    png = show_images(data, columns=columns).data[0].source.partition("base64,")[2]
     return torch.from_numpy(np.array(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")))
 
 

@@ -934,10 +934,10 @@ def test_the_best_draw_stands_where_no_tier_can_see_everything(monkeypatch):
         return real(*args, **kw)
 
     monkeypatch.setattr(torch, "randperm", count)
-    tier = method._deal_tiers(hist, [2, 2], rng(), True)
+    tier = method._draw_tiers(hist, [2, 2], rng(), True)
     assert len(drawn) == 1000
     assert min(int((hist[tier == t].sum(0) > 0).sum()) for t in (1, 2)) == 2
-    method._deal_tiers(hist, [2, 2], rng(), False)
+    method._draw_tiers(hist, [2, 2], rng(), False)
     assert len(drawn) == 1001
 
 

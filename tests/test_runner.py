@@ -1,4 +1,4 @@
-"The runner: its answers against the loop over single pictures, for all families, scores, policies, kernels and sizes; streams; ONNX; clear errors."
+"The runner: its answers against the loop over single images, for all families, scores, policies, kernels and sizes; streams; ONNX; clear errors."
 
 import builtins, copy, functools, json, math
 import numpy as np
@@ -91,7 +91,7 @@ def build(name, seed=0):
         return noisy(NETS[name](), seed)
 
 
-def pictures(n, seed=1, side=16):
+def images(n, seed=1, side=16):
     return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
@@ -104,8 +104,8 @@ class Ranks(Score):
 
 @functools.cache
 def raw(name, n=20):
-    "A network by name, pictures, and its raw logits and features at all exits, one picture at a time, in float64."
-    net, x = build(name), pictures(n)
+    "A network by name, images, and its raw logits and features at all exits, one image at a time, in float64."
+    net, x = build(name), images(n)
     wide, f, a = copy.deepcopy(net).double(), [], []
     with torch.inference_mode():
         for v in x.double():
@@ -120,7 +120,7 @@ def raw(name, n=20):
 
 
 def reference(name, score=None, objective=None, n=20):
-    "Network, pictures, deciding logits (E, N, K) and scores (E, N)."
+    "Network, images, deciding logits (E, N, K) and scores (E, N)."
     net, x, f, a = raw(name, n)
     F = torch.stack((objective or Joint()).predict(f))
     score = score or Confidence()
@@ -193,7 +193,7 @@ def test_which_networks_are_fused(name):
 
 
 def test_ties_are_decided_alike_at_every_size():
-    "A score equal to its threshold leaves; so do all pictures at threshold -inf; none does at +inf or just above."
+    "A score equal to its threshold leaves; so do all images at threshold -inf; none does at +inf or just above."
     net, x, F, S = reference("vit", Ranks())
     for t in range(7):
         for micro in (1, 7, 64):
@@ -273,11 +273,11 @@ def test_blocks_that_are_not_understood_are_left_alone():
     r = ExitRunner(net, [2.0] * 3)
     assert r.fused == [False, True, True]
     with torch.inference_mode():
-        assert torch.allclose(r.all_exits(pictures(5)), torch.stack(net(pictures(5))), atol=1e-5)
+        assert torch.allclose(r.all_exits(images(5)), torch.stack(net(images(5))), atol=1e-5)
 
 
 def test_without_onednn_the_answers_are_the_same(monkeypatch):
-    net, x = build("vit"), pictures(9)
+    net, x = build("vit"), images(9)
     here = ExitRunner(net, [2.0] * 3).all_exits(x)
     monkeypatch.setattr(R, "_packs", lambda dtype: False)
     monkeypatch.setattr(R, "route_is_exact", lambda: False)
@@ -297,10 +297,10 @@ def test_the_route_is_probed_and_never_left_on(monkeypatch):
             raise KeyError
     assert m.fp32_precision == was
     net = build("vit")
-    ExitRunner(net, [2.0] * 3)(pictures(3))
+    ExitRunner(net, [2.0] * 3)(images(3))
     assert m.fp32_precision == was
     with pytest.raises(ValueError, match="NaN"):
-        ExitRunner(net, [2.0] * 3)(pictures(3) * math.nan)
+        ExitRunner(net, [2.0] * 3)(images(3) * math.nan)
     assert m.fp32_precision == was
     rough = torch.bmm  # a machine that uses the permission: bf16 inside
     monkeypatch.setattr(
@@ -347,7 +347,7 @@ def test_packed_linear_on_odd_shapes():
 
 
 def test_a_runner_is_a_snapshot_in_eval_mode():
-    net, x = build("wrn"), pictures(6)
+    net, x = build("wrn"), images(6)
     r = ExitRunner(net, [2.0] * 3)
     before, stats = r.all_exits(x), net.stages[0][0].bn1.running_mean.clone()
     net.train()
@@ -362,7 +362,7 @@ def test_a_runner_is_a_snapshot_in_eval_mode():
 
 
 def test_errors_are_clear():
-    net, x = build("cnn"), pictures(4)
+    net, x = build("cnn"), images(4)
     for T in ([0.5] * 3, [0.5] * 5, []):
         with pytest.raises(ValueError, match=f"{len(T)} thresholds for 4 exits: give one per exit"):
             ExitRunner(net, T)
@@ -376,7 +376,7 @@ def test_errors_are_clear():
         with pytest.raises(ValueError, match=f"micro={m} must be a whole number of at least 1"):
             ExitRunner(net, [0.5] * 4, micro=m)
     r = ExitRunner(net, [0.9, 0.9, 0.9, 0])
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         r(x[:0])
     with pytest.raises(
         ValueError, match=r"shape \(4, 3, 8, 8\); this network takes \(n, 3, 16, 16\)"
@@ -388,16 +388,16 @@ def test_errors_are_clear():
             s, _ = super().step(F)
             return (s if state is None else s * math.nan), {"seen": s}
 
-    with pytest.raises(ValueError, match="Late is NaN for 4 of 4 pictures at exit 2"):
+    with pytest.raises(ValueError, match="Late is NaN for 4 of 4 images at exit 2"):
         ExitRunner(net, [2.0] * 4, Late())(x)
     one = x.clone()
     one[2] = math.nan
-    with pytest.raises(ValueError, match="Confidence is NaN for 1 of 4 pictures at exit 1"):
+    with pytest.raises(ValueError, match="Confidence is NaN for 1 of 4 images at exit 1"):
         r(one)
     s = r.stream()
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         s.push(x[:0])
-    with pytest.raises(ValueError, match="ids has 3 entries for 4 pictures"):
+    with pytest.raises(ValueError, match="ids has 3 entries for 4 images"):
         s.push(x, [1, 2, 3])
     with pytest.raises(ValueError, match="batch=0"):
         r.stream(0)
@@ -406,7 +406,7 @@ def test_errors_are_clear():
 
 
 def test_latency_reports_what_was_run():
-    net, x = build("cnn"), pictures(8)
+    net, x = build("cnn"), images(8)
     m = ExitRunner(net, [-math.inf] * 4).latency(x, 2)
     assert m["macs"] == net.macs()[0] and m["shares"] == [1, 0, 0, 0] and 0 < m["best"] <= m["us"]
 
@@ -415,7 +415,7 @@ def test_compiled_stages_are_the_same_loop(monkeypatch):
     "kernels='compile' hands every stage, and the stem, to torch.compile with a free batch axis."
     calls = []
     monkeypatch.setattr(torch, "compile", lambda m, dynamic: calls.append(dynamic) or m)
-    net, x = build("cnn"), pictures(4)
+    net, x = build("cnn"), images(4)
     r = ExitRunner(net, [2.0] * 4, kernels="compile")
     assert calls == [True] * 5 and r.fused == [False] * 4
     with torch.inference_mode():
@@ -444,7 +444,7 @@ def test_a_stream_gives_every_picture_its_answer(name):
     got, i = {}, 0
     while i < 70:
         n = int(rng.integers(1, 12))
-        o = s.push(x[i : i + n], ids=[("picture", j) for j in range(i, min(i + n, 70))])
+        o = s.push(x[i : i + n], ids=[("image", j) for j in range(i, min(i + n, 70))])
         i += n
         assert max(s.waiting()) < 8
         got.update(
@@ -469,12 +469,12 @@ def test_a_stream_gives_every_picture_its_answer(name):
             for k, e, p, l in zip(o.ids, o.exit.tolist(), o.prediction.tolist(), o.logits)
         }
     )
-    assert set(got) == {("picture", j) for j in range(70)}
+    assert set(got) == {("image", j) for j in range(70)}
     assert sum(s.waiting()) == 0
     assert len(s.flush()) == 0
     ok = clear_cases(F, S, T)
     for j in range(70):
-        e, p, l = got["picture", j]
+        e, p, l = got["image", j]
         if ok[j]:
             assert e == want[j]
             assert p == F[e, j].argmax()
@@ -581,10 +581,10 @@ def test_a_manifest_holds_both_infinities(tmp_path):
         (lambda n: ExitRunner(n, [0.5] * 4, objective="boost"), "objective='boost'"),
         (lambda n: ExitRunner(n, [0.5] * 4).stream(2.5), "batch=2.5"),
         (lambda n: ExitRunner(n, [0.5] * 4).stream(4, "yes"), "logits='yes'"),
-        (lambda n: ExitRunner(n, [0.5] * 4).latency(pictures(2), 1.5), "repeats=1.5"),
+        (lambda n: ExitRunner(n, [0.5] * 4).latency(images(2), 1.5), "repeats=1.5"),
         (lambda n: ExitRunner(n, [0.5] * 4)([1, 2]), "x='list'"),
-        (lambda n: loop_exits(n, pictures(2), [0.5] * 3), "3 thresholds for 4 exits"),
-        (lambda n: loop_exits(n, pictures(2)[:0], [0.5] * 4), "at least 1"),
+        (lambda n: loop_exits(n, images(2), [0.5] * 3), "3 thresholds for 4 exits"),
+        (lambda n: loop_exits(n, images(2)[:0], [0.5] * 4), "at least 1"),
     ],
 )
 def test_hostile_settings_get_one_sentence(call, words):
@@ -599,7 +599,7 @@ def test_numpy_numbers_and_arrays():
     r = ExitRunner(
         build("cnn"), np.array([0.5, math.inf, 0.5, -math.inf], np.float32), micro=np.int64(3)
     )
-    assert r.thresholds == [0.5, math.inf, 0.5, -math.inf] and len(r(pictures(5))) == 5
+    assert r.thresholds == [0.5, math.inf, 0.5, -math.inf] and len(r(images(5))) == 5
 
 
 # ---------------------------------------------------------------- the benchmark
@@ -630,7 +630,7 @@ def test_bench_exits_command(tmp_path, monkeypatch, capsys):
 def test_prescribed_exits_and_the_arithmetic_of_the_table():
     who = bench.exit_list(256)
     assert torch.bincount(who).tolist() == [128, 51, 38, 39]
-    net, x = build("cnn"), pictures(20)
+    net, x = build("cnn"), images(20)
     o = ExitRunner(net, [0.0] * 4, bench.Replay(who[:20]), micro=3)(x)
     assert torch.equal(o.exit, who[:20])
     named = {

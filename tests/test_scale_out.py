@@ -40,7 +40,7 @@ N, E, K, S, LONG = 2, 3, 10, 24, 60.0  # LONG: a deadline that no machine misses
 
 @pytest.fixture(scope="module")
 def world():
-    "An untrained system of two students with three exits, and the table of its answers to 24 pictures."
+    "An untrained system of two students with three exits, and the table of its answers to 24 images."
     torch.manual_seed(0)
     system = DistrEE(
         [student_net("wrn", (1, 8, 8), K, m, depth=10, widen=1, exits=(1, 2, 3)) for m in (6, 7)],
@@ -145,7 +145,7 @@ def test_student_obeys_words_and_deadlines(world):
     next(reports)
     threading.Timer(0.5, s.put, (6, x)).start()
     assert (
-        next(reports)[:2] == (6, 0) and s.words == {}
+        next(reports)[:2] == (6, 0) and s.signals == {}
     )  # nothing is kept about requests that are over
 
 

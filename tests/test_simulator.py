@@ -533,8 +533,8 @@ def test_simpy_is_asked_for_in_one_sentence(monkeypatch):
             "below the deadline",
         ),
         (
-            lambda: simulate_devices(A, Policy(), unit(2), [0.0], payload="picture"),
-            "payload='picture'",
+            lambda: simulate_devices(A, Policy(), unit(2), [0.0], payload="image"),
+            "payload='image'",
         ),
         (lambda: simulate_devices(A, Policy(points=(2,)), unit(2), [0.0]), "before the last"),
         (lambda: simulate_devices(A, Policy(patience=math.inf), unit(2), [0.0]), "patience=inf"),

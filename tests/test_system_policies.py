@@ -50,7 +50,7 @@ def both():
 
 
 def features(*rows):
-    "Answers of one student with one picture and these features at its exits."
+    "Answers of one student with one image and these features at its exits."
     f = torch.tensor(rows).double()[:, None]
     E = len(f)
     none = torch.zeros(1, E, 1, 3)
@@ -257,9 +257,9 @@ def test_questions_against_a_timeline(kind, speculative, rtt):
         assert float(got_wait) * 10 == pytest.approx(wait) and float(
             got_waste
         ) * 19.5 == pytest.approx(waste), d
-        bill = p.bill(a, depth, header=28)
-        assert float(bill["bytes"]) == up + down + 28 * messages
-        assert float(bill["latency"]) == pytest.approx((slowest + wait) / 10)
+        cost = p.costs(a, depth, header=28)
+        assert float(cost["bytes"]) == up + down + 28 * messages
+        assert float(cost["latency"]) == pytest.approx((slowest + wait) / 10)
 
 
 # ---------------------------------------------------------------- check 22: aggregation
@@ -332,7 +332,7 @@ def test_aligned_exits_add_up():
 def test_budget_is_met_within_one_percent(name, kwargs, measure, both):
     p = policy_by_name(name, **kwargs)
     for budget, scheme in ((0.6, "lagrange"), (0.75, "lagrange"), (0.6, "path"), (0.6, "msdnet")):
-        r = p.bill(
+        r = p.costs(
             both[0], p.depth(both[0], system_thresholds(p, both[0], budget, scheme, measure))
         )
         assert budget * 0.99 <= float(r[measure].mean()) <= budget * (1 + 1e-6), (scheme, budget)
@@ -479,7 +479,7 @@ def test_bad_input_is_one_clear_sentence(call, words):
 
 
 def test_small_systems():
-    "One student, one or two exits, one picture: nothing breaks."
+    "One student, one or two exits, one image: nothing breaks."
     assert [decision_points(E) for E in (1, 2, 3, 7)] == [(), (0,), (0, 1), (2, 4, 5)]
     assert SYSTEM_SCHEMES[0] == "lagrange"
     for N, E in ((1, 1), (1, 2), (3, 2), (2, 3)):

@@ -76,7 +76,7 @@ def _check_arrays(x, y, n_classes=None, name=""):
         )
     if y.ndim != 1 or len(y) != len(x):
         raise ValueError(
-            f"y{name} must have shape ({len(x)},), one label per picture, not {tuple(y.shape)}"
+            f"y{name} must have shape ({len(x)},), one label per image, not {tuple(y.shape)}"
         )
     lo, hi = int(y.min()), int(y.max())
     if lo < 0:
@@ -236,7 +236,7 @@ class ArrayData:
 
     def __repr__(self):
         kind = (
-            f"{len(self)} pictures {self.shape} {str(self.x.dtype)[6:]}, {self.n_classes} classes"
+            f"{len(self)} images {self.shape} {str(self.x.dtype)[6:]}, {self.n_classes} classes"
         )
         return f"ArrayData({kind}{', difficulty known' if self.difficulty is not None else ''})"
 

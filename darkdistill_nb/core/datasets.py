@@ -26,13 +26,13 @@ from .scenes import SHAPES, shapes, small_shapes
 
 # %% ../../nbs/0_core/datasets.ipynb #6b821283
 def _digits():
-    "scikit-learn's digits as (train, test): 1438 and 359 pictures (1, 8, 8)"
+    "scikit-learn's digits as (train, test): 1438 and 359 images (1, 8, 8)"
     from sklearn.datasets import load_digits
 
     raw = load_digits()
     x = torch.from_numpy(np.rint(raw.images * (255 / 16)).astype(np.uint8))[:, None]
     y = torch.from_numpy(raw.target.astype(np.int64))
-    rank = torch.empty_like(y)  # the how-manieth picture of its class
+    rank = torch.empty_like(y)  # the place of an image within its class
     for c in range(10):
         rank[y == c] = torch.arange(int((y == c).sum()))
     test = rank % 5 == 2
@@ -112,8 +112,8 @@ def _npz_arrays(path):
         raise ValueError(f"{path} cannot be read: {why}") from e
 
 # %% ../../nbs/0_core/datasets.ipynb #f4a20cec
-def _as_pictures(a, name):
-    "A picture array in one of the allowed layouts as a contiguous (N, C, H, W) uint8 or float32 tensor"
+def _as_images(a, name):
+    "An image array in one of the allowed layouts as a contiguous (N, C, H, W) uint8 or float32 tensor"
     if a.dtype != np.uint8 and a.dtype.kind != "f":
         raise ValueError(f"{name} must be uint8 or float, not {a.dtype}")
     if a.ndim == 3:
@@ -123,7 +123,7 @@ def _as_pictures(a, name):
         if first and last and a.shape[1:] != (1, 1, 1):
             raise ValueError(
                 f"{name} of shape {a.shape} could have its channels first or last; "
-                "pictures must be larger than 4 pixels, or given as (N, H, W)"
+                "images must be larger than 4 pixels, or given as (N, H, W)"
             )
         if not first and not last:
             raise ValueError(
@@ -141,14 +141,14 @@ def _as_pictures(a, name):
 
 # %% ../../nbs/0_core/datasets.ipynb #f301b0d4
 def _labels_of(got, split):
-    "Labels of one split as an int64 vector; `ValueError` unless one integer per picture"
+    "Labels of one split as an int64 vector; `ValueError` unless one integer per image"
     a, n = got[f"y_{split}"], len(got[f"x_{split}"])
     if a.ndim != 1 or a.dtype.kind not in "iu":
         raise ValueError(
             f"y_{split} must be a vector of integers, not {a.dtype} of shape {a.shape}"
         )
     if len(a) != n:
-        raise ValueError(f"y_{split} has {len(a)} labels for {n} pictures")
+        raise ValueError(f"y_{split} has {len(a)} labels for {n} images")
     if n == 0:
         raise ValueError(f"the {split} split is empty")
     return a.astype(np.int64)
@@ -195,7 +195,7 @@ def _check_same_unit(train, test):
         [[float(x.min()), float(x.max())] for x in (train, test)], dtype=torch.float64
     ).T
     if (low == high).any():
-        return  # one grey in all pictures: nothing to tell
+        return  # one grey in all images: nothing to tell
     if None not in units and units[0] != units[1]:
         a, b = (f"{u[0]}..{u[1]}" for u in units)
         raise ValueError(
@@ -221,7 +221,7 @@ def read_npz(
     "Read one's own data; `FileNotFoundError`, or `ValueError` that names the file and its fault"
     got = _npz_arrays(path)
     try:
-        x = {s: _as_pictures(got[f"x_{s}"], f"x_{s}") for s in ("train", "test")}
+        x = {s: _as_images(got[f"x_{s}"], f"x_{s}") for s in ("train", "test")}
         y_train, y_test, names = _as_labels(got)
         kinds = [f"{tuple(x[s].shape[1:])} {x[s].dtype}" for s in ("train", "test")]
         if kinds[0] != kinds[1]:

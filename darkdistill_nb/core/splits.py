@@ -86,7 +86,7 @@ def _mix(clients, n_classes, gamma, seed):
     return rng.dirichlet(np.full(n_classes, gamma), size=clients)
 
 # %% ../../nbs/0_core/splits.ipynb #df5fc6e5
-def _deal_by_client(y, clients, gamma, seed):
+def _partition_by_client(y, clients, gamma, seed):
     "One list of indices per client, sizes equal up to one (Hsu et al. 2019, arXiv 1909.06335)"
     rng, K = np.random.default_rng([1, seed]), y.max() + 1
     mix = _mix(clients, K, gamma, seed)
@@ -107,7 +107,7 @@ def _deal_by_client(y, clients, gamma, seed):
     return parts
 
 # %% ../../nbs/0_core/splits.ipynb #e99ccb02
-def _deal_by_class(y, clients, gamma, seed, attempt=0):
+def _partition_by_class(y, clients, gamma, seed, attempt=0):
     "One list of indices per client, sizes vary (Yurochkin et al. 2019, arXiv 1905.12022)"
     rng, parts = np.random.default_rng([2, attempt, seed]), [[] for _ in range(clients)]
     size, full = np.zeros(clients, int), len(y) / clients
@@ -132,7 +132,7 @@ def dirichlet_indices(
     family="client", # "client": equal sizes (Hsu et al.); "class": they vary (Yurochkin et al.)
     seed: int = 0, # same seed, same split
     min_size=None, # fewest samples of a client, >= 0; default 1, or for "class" up to 10
-    tries: int = 20, # how often "class" deals before it gives up, >= 1
+    tries: int = 20, # how often "class" draws before it gives up, >= 1
 ) -> list: # of arrays, one per client; together every index exactly once
     "Split samples over clients with label skew, as arrays; `ValueError` when `min_size` cannot be kept"
     y, gamma, seed = _check_labels(y), _check_gamma(gamma), whole(seed, "seed", 0)
@@ -147,8 +147,8 @@ def dirichlet_indices(
         )
     smallest = 0
     for attempt in range(tries if by_class else 1):
-        deal = _deal_by_class if by_class else _deal_by_client
-        parts = deal(y, clients, gamma, seed, *[attempt] * by_class)
+        partition = _partition_by_class if by_class else _partition_by_client
+        parts = partition(y, clients, gamma, seed, *[attempt] * by_class)
         smallest = max(smallest, min(map(len, parts)))
         if min(map(len, parts)) >= min_size:
             break
@@ -168,7 +168,7 @@ def dirichlet_split(
     family="client", # "client": equal sizes (Hsu et al.); "class": they vary (Yurochkin et al.)
     seed: int = 0, # same seed, same split
     min_size=None, # fewest samples of a client, see `dirichlet_indices`
-    tries: int = 20, # how often "class" deals before it gives up, >= 1
+    tries: int = 20, # how often "class" draws before it gives up, >= 1
 ) -> list: # of LongTensor, one per client; together every index exactly once
     "`dirichlet_indices` as tensors; `ValueError` when `min_size` cannot be kept"
     parts = dirichlet_indices(y, clients, gamma, family, seed, min_size, tries)

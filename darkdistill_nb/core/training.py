@@ -117,13 +117,13 @@ def fit(
     lr:float=0.03,            # learning rate of SGD
     momentum:float=0.9,       # momentum of SGD
     weight_decay:float=1e-4,  # L2 penalty of SGD
-    batch_size:int=32,        # pictures a step
+    batch_size:int=32,        # images a step
     loss=F.cross_entropy,     # loss(output, labels) -> scalar
     generator:torch.Generator=None, # draws the order; None: the order of `data`
     params=None,              # parameters to train; None: all that require a gradient
-    forward=None,             # called on the pictures in place of `net`
+    forward=None,             # called on the images in place of `net`
     before=None,              # called as before(x, y, optimizer) ahead of each step
-)->float:                     # mean loss per picture over the last epoch (nats)
+)->float:                     # mean loss per image over the last epoch (nats)
     "Train with SGD; raises `ValueError` for bad settings, `FloatingPointError` for a loss of NaN."
     epochs, batch_size = whole(epochs, "epochs", 0), whole(batch_size, "batch_size")
     named = dict(lr=lr, momentum=momentum, weight_decay=weight_decay)
@@ -154,7 +154,7 @@ def fit(
 def predict(
     net:nn.Module,       # put into evaluation mode and back
     data,                # `ArrayData`
-    batch_size:int=512,  # pictures a forward pass
+    batch_size:int=512,  # images a forward pass
 )->torch.Tensor:         # logits (N, K), or (E, N, K) for a network with E exits; on the CPU
     "Logits of `net` on all of `data`, in its order; raises `ValueError` for empty data."
     whole(batch_size, "batch_size")

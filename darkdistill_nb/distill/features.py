@@ -147,7 +147,7 @@ class CRD(nn.Module):
         negatives:int=None,  # N, drawn with replacement; None: 16384 as in the paper, but at most 4n
         tau:float=.07,       # temperature, > 0
         momentum:float=.5,   # share of the old row in an updated bank, in [0, 1]
-        mode:str="exact",    # the positive is exact: the same picture; relax: any of its class
+        mode:str="exact",    # the positive is exact: the same image; relax: any of its class
         generator:torch.Generator=None, # draws the negatives; None: torch's global one
     ):
         super().__init__()

@@ -84,7 +84,7 @@ class LatentNet(nn.Module):
         pools,                 # pooling of each group, see `conv_group`
         l:int,                 # size of the latent
         n_classes:int=10,      # K
-        in_shape=(3, 32, 32),  # (C, H, W) of one picture
+        in_shape=(3, 32, 32),  # (C, H, W) of one image
         order="conv-bn-relu",  # one of `ORDERS`
         relu_between=False,    # see `conv_group`
         dropout:float=.2,      # see `conv_group`
@@ -131,7 +131,7 @@ def latent_net(
     name:str,              # one of `NETS`
     l:int,                 # size of the latent
     n_classes:int=10,      # K
-    in_shape=(3, 32, 32),  # (C, H, W) of one picture
+    in_shape=(3, 32, 32),  # (C, H, W) of one image
     **options              # order, relu_between, dropout of `LatentNet`
 )->LatentNet:
     "The network called `name` with freshly drawn weights; raises `ValueError` for an unknown name."
@@ -186,10 +186,10 @@ def lkd_loss(
 def latents(
     net:LatentNet,       # every part of it keeps its mode
     data:ArrayData,
-    batch_size:int=512,  # pictures a forward pass
+    batch_size:int=512,  # images a forward pass
 )->torch.Tensor:         # (N, l)
     "Latents of all of `data`, in its order; raises `ValueError` if there are none."
-    check(len(data), "data", data, "at least one picture")
+    check(len(data), "data", data, "at least one image")
     with evaluating(net):
         return torch.cat([net.latent(x) for x, _ in data.batches(batch_size)])
 
@@ -201,7 +201,7 @@ def latent_variance(
     check(z.ndim == 2 and len(z) > 0, "z", tuple(z.shape), "of shape (N, l)")
     v = float(finite(z, "z").double().var(0, correction=0).mean())
     if not v > 0:
-        raise ValueError("the latents have no variance: give those of several different pictures")
+        raise ValueError("the latents have no variance: give those of several different images")
     return v
 
 # %% ../../nbs/1_distill/latent.ipynb #18504559
@@ -221,15 +221,15 @@ def lkd(
 class ClientTask:
     "What one client holds, its class mix, and the two sets it is tested on."
 
-    data:ArrayData  # n pictures
+    data:ArrayData  # n images
     p:torch.Tensor  # (K,) class mix
-    priv:ArrayData  # T_priv: test pictures in the mix p
-    uni:ArrayData   # T_uni: all test pictures
+    priv:ArrayData  # T_priv: test images in the mix p
+    uni:ArrayData   # T_uni: all test images
 
 def client_task(
-    pool:ArrayData,    # where the client's pictures come from
+    pool:ArrayData,    # where the client's images come from
     test:ArrayData,
-    n:int,             # pictures of the client
+    n:int,             # images of the client
     gamma:float,       # concentration of its class mix, > 0
     seed:int=0,        # same seed, same client
     n_priv:int=None,   # size of T_priv; default: 1000, or the smallest class of `test` if less
@@ -237,45 +237,45 @@ def client_task(
     "Draw a client; `ValueError` when `n` exceeds the pool, or a class is missing or runs out."
     n, seed = whole(n, "n"), whole(seed, "seed", 0)
     if n > len(pool):
-        raise ValueError(f"n={n} exceeds the {len(pool)} pictures of the pool")
+        raise ValueError(f"n={n} exceeds the {len(pool)} images of the pool")
     if (pool.shape, pool.n_classes) != (test.shape, test.n_classes):
         raise ValueError(
-            f"test has {test.n_classes} classes of pictures {test.shape}, "
+            f"test has {test.n_classes} classes of images {test.shape}, "
             f"but the pool {pool.n_classes} of {pool.shape}"
         )
     for name, data in (("pool", pool), ("test set", test)):
         have = torch.bincount(data.y.cpu(), minlength=pool.n_classes)
         if (have == 0).any():
-            raise ValueError(f"the {name} holds no picture of class {int(have.argmin())}")
+            raise ValueError(f"the {name} holds no image of class {int(have.argmin())}")
     (idx,), p = dirichlet_draw(pool.y, n, gamma, seed=seed)
     largest = min(1000, int(have.min()))  # `have` of the test set
     n_priv = largest if n_priv is None else whole(n_priv, "n_priv")
     priv = resample_test(test.y, p[0], n_priv, seed)
-    check(len(priv), "n_priv", n_priv, "enough for one picture")
+    check(len(priv), "n_priv", n_priv, "enough for one image")
     return ClientTask(pool.subset(idx), p[0], test.subset(priv), test)
 
 # %% ../../nbs/1_distill/latent.ipynb #ad4f5916
 def _known_unit(data, name):
-    "(black, white) of the pictures; raises `ValueError` where it cannot be told."
+    "(black, white) of the images; raises `ValueError` where it cannot be told."
     unit = pixel_unit(data.x)
     if unit is None:
         low, high = float(data.x.min()), float(data.x.max())
         raise ValueError(
             f"{name} holds floats from {low:.3g} to {high:.3g}, a unit that is not known here; "
-            "give pictures as uint8 or as floats in 0..1, 0..255 or -1..1"
+            "give images as uint8 or as floats in 0..1, 0..255 or -1..1"
         )
     return unit
 
 # %% ../../nbs/1_distill/latent.ipynb #1896fab2
 def match_shape(
-    data: ArrayData,  # pictures of any size; 1 or 3 channels
+    data: ArrayData,  # images of any size; 1 or 3 channels
     like: ArrayData,  # the private data
-) -> ArrayData:  # uint8 pictures, normalised as those of `like`; labels of `data`
-    "Pictures in size, channels and normalisation of others; `ValueError` for unknown units."
+) -> ArrayData:  # uint8 images, normalised as those of `like`; labels of `data`
+    "Images in size, channels and normalisation of others; `ValueError` for unknown units."
     (c, h, w), have = like.shape, data.shape
     if {c, have[0]} - {1, 3}:
         raise ValueError(
-            f"pictures with {have[0]} channels cannot become pictures with {c}; "
+            f"images with {have[0]} channels cannot become images with {c}; "
             "only 1 and 3 are understood"
         )
     (black, white), (low, high) = _known_unit(data, "data"), _known_unit(like, "like")
@@ -301,7 +301,7 @@ def match_transfer(
     scale=None,             # squared gaps are divided by it, > 0
     generator=None,         # torch.Generator of the order
 )->list:                    # one dict per epoch, from `distill`
-    "Let the student follow the teacher on unlabelled pictures; `ValueError` for unequal l."
+    "Let the student follow the teacher on unlabelled images; `ValueError` for unequal l."
     target, epochs = choice(target, "target", ("latent", "logits")), whole(epochs, "epochs", 0)
     lr, batch_size = number(lr, "lr", 0), whole(batch_size, "batch_size")
     scale = 1.0 if scale is None else number(scale, "scale", above=0)
@@ -323,7 +323,7 @@ def _stacked(spaces):
     shapes = {tuple(z.shape) for z in spaces.values()}
     if len(shapes) != 1:
         raise ValueError(
-            f"spaces have the shapes {sorted(shapes)}; all need the same pictures and the same l"
+            f"spaces have the shapes {sorted(shapes)}; all need the same images and the same l"
         )
     (shape,) = shapes
     check(

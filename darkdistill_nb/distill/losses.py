@@ -213,11 +213,11 @@ class Taps:
 
 # %% ../../nbs/1_distill/losses.ipynb #25977b3e
 class CropFlip:
-    "Random crop after padding, and a horizontal flip with probability 1/2: the usual augmentation of 32x32 pictures; raises `ValueError` for other settings."
+    "Random crop after padding, and a horizontal flip with probability 1/2: the usual augmentation of 32x32 images; raises `ValueError` for other settings."
 
     def __init__(self,
-        pad:int=4,      # pixels of zeros (the mean colour of normalised pictures) on each side
-        flip:bool=True, # mirror half of the pictures
+        pad:int=4,      # pixels of zeros (the mean colour of normalised images) on each side
+        flip:bool=True, # mirror half of the images
     ):
         self.pad, self.flip = whole(pad, "pad", 0), flag(flip, "flip")
 
@@ -239,12 +239,12 @@ class CropFlip:
 
 # %% ../../nbs/1_distill/losses.ipynb #72ea74b7
 class Views:
-    "V augmented versions of each picture of a data set that can be made again at any time (FKD, arXiv 2112.01528)."
+    "V augmented versions of each image of a data set that can be made again at any time (FKD, arXiv 2112.01528)."
 
     def __init__(
         self,
         data,  # `ArrayData`
-        augment=None,  # augment(x, generator) -> x, or an object with `draw` and `apply` like `CropFlip`; None: the pictures themselves
+        augment=None,  # augment(x, generator) -> x, or an object with `draw` and `apply` like `CropFlip`; None: the images themselves
         views: int = 4,  # V
         generator: torch.Generator = None,  # draws the stored numbers; None: seed 0
     ):
@@ -302,7 +302,7 @@ def teacher_table(
     teacher:nn.Module,   # asked in evaluation mode
     data,                # `ArrayData`, or `Views` of one
     layers:dict=None,    # taps, as in `Taps`
-    batch_size:int=256,  # pictures a forward pass
+    batch_size:int=256,  # images a forward pass
     limit:float=4.,      # GiB the table may take
 )->dict:                 # "logits" and each tap -> (V, N, ...) tensor, 16 bit (32 where 16 would overflow)
     "All outputs of a teacher, computed once; raises `ValueError` for NaN, and if they would not fit into `limit` GiB."
@@ -409,7 +409,7 @@ def _prepare(teacher, data, layers, augment, cache, views, generator):
 # %% ../../nbs/1_distill/losses.ipynb #d47d31a7
 @contextmanager
 def _answers(teacher, layers, table):
-    "The teacher as a function (pictures, indices, view) -> dict: a look-up, nothing at all, or a forward pass."
+    "The teacher as a function (images, indices, view) -> dict: a look-up, nothing at all, or a forward pass."
     if table is not None:
         yield lambda x, idx, view: {k: v[view][idx].float() for k, v in table.items()}
     elif teacher is None:
@@ -442,7 +442,7 @@ def _step(opt, value):
     opt.step()
 
 def _epoch(batches, view, source, fresh, inside, answers, loss, opt):
-    "One pass; returns the loss summed over pictures."
+    "One pass; returns the loss summed over images."
     total = 0.0
     for idx in batches:
         x, y = source(idx, view)
@@ -464,7 +464,7 @@ def distill(
     loss,  # loss(s, t, y, idx) -> scalar; s, t: dicts with "logits" and the taps; an nn.Module's parameters are trained too
     epochs: int = 1,  # passes over `data`
     lr=0.05,  # learning rate, or a function of the epoch 0, 1, ...
-    batch_size: int = 64,  # pictures a step
+    batch_size: int = 64,  # images a step
     optimizer: str = "sgd",  # sgd | adam
     momentum: float = 0.9,  # of SGD
     weight_decay: float = 5e-4,  # L2 penalty
@@ -474,8 +474,8 @@ def distill(
     augment=None,  # augment(x, generator) -> x, or `Views`
     cache=True,  # ask the teacher once per view; False: in each step; a dict: a ready `teacher_table`
     on_epoch=None,  # called as on_epoch(row, student) after each epoch; may add to the row
-    views: int = 4,  # stored crops per picture, with `augment` and `cache`
-) -> list:  # a dict per epoch: epoch, loss (mean per picture), seconds (without building the table)
+    views: int = 4,  # stored crops per image, with `augment` and `cache`
+) -> list:  # a dict per epoch: epoch, loss (mean per image), seconds (without building the table)
     "Train a student with a finished teacher; raises `ValueError` for bad settings and `FloatingPointError` if the loss stops being finite."
     epochs, batch_size = _check_run([student], data, epochs, batch_size)
     rate, rows = lr if callable(lr) else lambda e: lr, []

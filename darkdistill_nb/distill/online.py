@@ -93,7 +93,7 @@ def train_together(
     loss,  # loss(m, z, y) -> scalar, as in `DML`
     epochs: int = 1,  # passes over `data`
     lr: float = 0.05,  # learning rate
-    batch_size: int = 64,  # pictures a step
+    batch_size: int = 64,  # images a step
     optimizer: str = "sgd",  # sgd | adam
     momentum: float = 0.9,  # of SGD
     weight_decay: float = 5e-4,  # L2 penalty

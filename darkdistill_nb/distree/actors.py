@@ -71,21 +71,21 @@ def ray_cluster(
 # %% ../../nbs/4_distree/actors.ipynb #9cd066d9
 @dataclass
 class Seen:
-    "What one student knows about one picture so far; used as an index, it is the number of the picture."
+    "What one student knows about one image so far; used as an index, it is the number of the image."
 
-    sample:int=None                              # number of the picture, for policies that look it up
+    sample:int=None                              # number of the image, for policies that look it up
     features:list=field(default_factory=list)    # (1, m) of each exit so far
     logits:list=field(default_factory=list)      # (1, K) of the local head at each exit so far
 
     def __index__(self):
         if self.sample is None:
             raise ValueError(
-                "sample=None, but this policy looks pictures up in a table: say which one it is"
+                "sample=None, but this policy looks images up in a table: say which one it is"
             )
         return self.sample
 
     def answers(self):
-        "A table of one student, one picture and the exits so far."
+        "A table of one student, one image and the exits so far."
         z, f = torch.stack(self.logits), torch.stack(self.features)
         costs = torch.arange(1.0, len(z) + 1, dtype=torch.float64)[None]
         return SystemAnswers(
@@ -160,7 +160,7 @@ def live_policy(
 
 # %% ../../nbs/4_distree/actors.ipynb #d907f5df
 class Student:
-    "One device: computes stage by stage on the thread that runs `serve`, takes pictures and words on another."
+    "One device: computes stage by stage on the thread that runs `serve`, takes images and signals on another."
 
     def __init__(
         self,
@@ -184,7 +184,7 @@ class Student:
         self.macs = np.diff(np.asarray(net.macs(), dtype=float), prepend=0.0)
         self.inbox = queue.SimpleQueue()
         self.change = threading.Condition()
-        self.words = {}
+        self.signals = {}
         self.done = -1
         self.use(policy or Policy(), fallback, speed)
 
@@ -202,15 +202,15 @@ class Student:
     def tell(self, key, exit):
         with self.change:
             if key > self.done:
-                self.words[key] = max(exit, self.words.get(key, -1))
+                self.signals[key] = max(exit, self.signals.get(key, -1))
                 self.change.notify_all()
 
-    def over(self, key, until): return self.words.get(key) == math.inf or time.monotonic() >= until
+    def over(self, key, until): return self.signals.get(key) == math.inf or time.monotonic() >= until
 
     def wait(self, key, exit, until):
         with self.change:
             self.change.wait_for(
-                lambda: self.words.get(key, -1) >= exit,
+                lambda: self.signals.get(key, -1) >= exit,
                 max(0.0, min(self.policy.patience, until - time.monotonic())),
             )
 
@@ -219,7 +219,7 @@ class Student:
 @torch.inference_mode()
 def stage(self:Student,
     e:int,     # counted from 0
-    z,         # picture (1, C, H, W) for the first stage, then latents
+    z,         # image (1, C, H, W) for the first stage, then latents
     seen:Seen, # grows by this exit
 )->tuple:      # latents, partial logits (K,)
     "Compute a stage and its exit."
@@ -236,12 +236,12 @@ def stage(self:Student,
 @patch
 def work(self:Student,
     key:int,   # number of the request
-    x,         # picture (1, C, H, W)
+    x,         # image (1, C, H, W)
     seen:Seen, # empty
     lam,       # what the request carries, or None
     until,     # when its deadline comes, in s of this student's clock
 ):             # generator of (key, exit, partial logits (K,), final)
-    "Reports about one picture."
+    "Reports about one image."
     p, z, E = self.policy, x, len(self.net)
     for e in range(E):
         if self.over(key, until):
@@ -256,12 +256,12 @@ def work(self:Student,
         if asks and not p.speculative:
             self.wait(key, e, until)
     with self.change:
-        self.words.pop(key, None)
+        self.signals.pop(key, None)
         self.done = max(self.done, key)
 
 @patch
 def serve(self: Student):
-    "Reports about all pictures, for ever; this is the thread that computes."
+    "Reports about all images, for ever; this is the thread that computes."
     torch.set_num_threads(1)
     while True:
         yield from self.work(*self.inbox.get())
@@ -439,7 +439,7 @@ def use(
     policy: Policy = None,  # of distree.simulator, or from `live_policy`; None: all students to the last exit
     deadline: float = 1.0,  # s after arrival; inf: wait for all students, if need be for ever
     fallback: str = None,  # None | "every": students report every exit, so that the deadline finds something
-    mean=None,  # (N, K) contribution of a missing student, e.g. `answers.means()` of other pictures; None: zeros
+    mean=None,  # (N, K) contribution of a missing student, e.g. `answers.means()` of other images; None: zeros
     suspect: float = math.inf,  # silent requests after which a student is no longer waited for
     knob=None,  # has `.lam` and `.update(latency, gain=confidence)`, e.g. `LatencyController`
     speed=None,  # MACs/s that students pretend to have: a number, or one per student; None: as fast as they can
@@ -499,10 +499,10 @@ def use(
 # %% ../../nbs/4_distree/actors.ipynb #d9aed0b6
 @patch
 def submit(self:RaySystem,
-    x,               # picture (C, H, W)
+    x,               # image (C, H, W)
     sample:int=None, # its number, for policies that look it up in a table
 )->int:              # number of the request
-    "Send a picture to all students that are alive; raises `ValueError` for a picture of another shape, `RuntimeError` if the system is closed or broken."
+    "Send an image to all students that are alive; raises `ValueError` for an image of another shape, `RuntimeError` if the system is closed or broken."
     x = np.asarray(x, dtype=np.float32)
     check(x.shape == self.shape, "x.shape", x.shape, f"{self.shape}, one image")
     finite(x, "x")
@@ -542,13 +542,13 @@ def answer(self:RaySystem,
 # %% ../../nbs/4_distree/actors.ipynb #a8cd2db9
 @patch
 def run(self:RaySystem,
-    x,             # (R, C, H, W) pictures
+    x,             # (R, C, H, W) images
     y=None,        # (R,) labels; None: unknown, -1
     arrival=None,  # (R,) s, rising: when they are sent; None: each after the answer to the one before
-    sample=None,   # (R,) numbers of the pictures, for policies that look them up; None: 0..R-1
-    before=None,   # called as before(r) before picture r is sent, e.g. to kill a student
+    sample=None,   # (R,) numbers of the images, for policies that look them up; None: 0..R-1
+    before=None,   # called as before(r) before image r is sent, e.g. to kill a student
 )->Outcomes:       # measured; NaN: not measured
-    "Answer a stream of pictures; raises `ValueError` for times that do not fit."
+    "Answer a stream of images; raises `ValueError` for times that do not fit."
     R, nan = len(x), math.nan
     rising = arrival is None or (
         len(arrival) == R

@@ -131,7 +131,7 @@ def depth(
     T=None,  # (E,) thresholds for all students, or (N, E); the last entry plays no role; None: the policy's own
     scores=None,  # of the same answers, if they are there already
 ) -> torch.Tensor:  # (N, S) exit of each student, counted from 0
-    "First exit whose score reaches its threshold, for every student and picture."
+    "First exit whose score reaches its threshold, for every student and image."
     s = self.scores(answers) if scores is None else scores
     T = self.default(answers.n_exits) if T is None else T
     rows = (
@@ -341,7 +341,7 @@ def traffic(self:SystemPolicy,
     answers:SystemAnswers,
     depth:torch.Tensor, # (N, S)
 )->tuple:               # payload bytes (S,) and messages (S,) of all students, both ways
-    "What travels for one picture: here one message per student."
+    "What travels for one image: here one message per student."
     K, S = len(answers.bias), depth.shape[1]
     size = sum(4 * m if self.sends == "features" else 4 * min(K, m) for m in answers.sizes)
     return torch.full((S,), float(size)).double(), torch.full(
@@ -412,7 +412,7 @@ def delays(self:Together,
 
 # %% ../../nbs/4_distree/policies.ipynb #662646fc
 @patch
-def bill(self:SystemPolicy,
+def costs(self:SystemPolicy,
     answers:SystemAnswers,
     depth:torch.Tensor, # (N, S)
     header:int=0,       # bytes added to every message
@@ -446,7 +446,7 @@ SYSTEM_SCHEMES = ("lagrange", "msdnet", "path")
 def _limits(policy, answers, scores, measure):
     "Mean cost of thresholds, and the lowest and highest that the policy can have."
     cost_of = lambda T: float(
-        policy.bill(answers, policy.depth(answers, T, scores))[measure].mean()
+        policy.costs(answers, policy.depth(answers, T, scores))[measure].mean()
     )
     E = answers.n_exits
     return cost_of, cost_of([-math.inf] * E), cost_of([math.inf] * E)
@@ -467,7 +467,7 @@ def _path_thresholds(policy, scores, E, budget, cost_of):
 def system_thresholds(
     policy,                  # a `SystemPolicy` or its name
     valid:SystemAnswers,     # validation answers
-    budget:float,            # mean cost per picture, as a share of a full pass
+    budget:float,            # mean cost per image, as a share of a full pass
     scheme:str="lagrange",   # lagrange | msdnet | path
     measure:str="latency",   # what the budget is about: latency | energy
 )->list:                     # E thresholds for all students; the last is -inf
@@ -507,22 +507,22 @@ def system_thresholds(
 # %% ../../nbs/4_distree/policies.ipynb #e10c50c6
 def evaluate_system(
     policy,  # a `SystemPolicy` or its name
-    answers: SystemAnswers,  # e.g. of test pictures
+    answers: SystemAnswers,  # e.g. of test images
     T=None,  # thresholds, as for `depth`; None: the policy's own
     header: int = 0,  # bytes added to every message
-) -> dict:  # accuracy, cost (mean latency), energy, bytes, shares (E) of students and pictures, depth (N, S)
+) -> dict:  # accuracy, cost (mean latency), energy, bytes, shares (E) of students and images, depth (N, S)
     "Accuracy of the joint answer and mean costs when students stop by a policy; raises `ValueError` without images."
     check(len(_check_table(answers)), "len(answers)", len(answers), "at least 1 image")
     policy = policy_by_name(policy)
     d = policy.depth(answers, T)
-    bill = {k: float(v.mean()) for k, v in policy.bill(answers, d, header).items()}
+    mean = {k: float(v.mean()) for k, v in policy.costs(answers, d, header).items()}
     right = (answers.logits(d).argmax(-1) == answers.y).double().mean()
     shares = torch.bincount(d.flatten(), minlength=answers.n_exits).double() / d.numel()
     return dict(
         accuracy=float(right),
-        cost=bill["latency"],
-        energy=bill["energy"],
-        bytes=bill["bytes"],
+        cost=mean["latency"],
+        energy=mean["energy"],
+        bytes=mean["bytes"],
         shares=shares.tolist(),
         depth=d,
     )
@@ -621,7 +621,7 @@ def align_exits(
 # %% ../../nbs/4_distree/policies.ipynb #9018bb99
 def lambda_grid(
     policy,                # a `SystemPolicy` or its name
-    answers:SystemAnswers, # other pictures than those that calibrate
+    answers:SystemAnswers, # other images than those that calibrate
     size:int=40,           # values
 )->np.ndarray:             # (<= size,) falling: later exits first
     "Values of lambda for `control_system`, spread evenly over the policy's scores; raises `ValueError` without scores."
@@ -648,7 +648,7 @@ def system_losses(
     for lam in lams:
         d = policy.depth(answers, policy.path(float(lam), answers.n_exits), s)
         L.append(sample_losses(torch.stack([answers.logits(d), last]), kind, answers.y)[0])
-        cost.append(float(policy.bill(answers, d)["latency"].mean()))
+        cost.append(float(policy.costs(answers, d)["latency"].mean()))
     return np.array(L), np.array(cost)
 
 # %% ../../nbs/4_distree/policies.ipynb #e75919fe
@@ -658,10 +658,10 @@ def control_system(
     epsilon:float,         # promised risk
     delta:float=.1,        # allowed error probability of "ucb" and "ltt"
     method="ltt",          # naive | crc | ucb | ltt
-    lams=None,             # (G,) falling, fixed beforehand, e.g. by `lambda_grid` on other pictures
+    lams=None,             # (G,) falling, fixed beforehand, e.g. by `lambda_grid` on other images
     kind="consistency",    # loss of the aggregated answer, see `sample_losses`
     bound:float=1.,        # largest possible loss
-    seed:int=0,            # "ucb" needs the pictures in random order: of the shuffle
+    seed:int=0,            # "ucb" needs the images in random order: of the shuffle
 )->RiskControl:
     "The most aggressive lambda whose risk on the answer of the whole system is at most `epsilon`, by the prefix rule (arXiv 2405.20915)."
     if lams is None:

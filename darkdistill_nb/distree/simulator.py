@@ -468,7 +468,7 @@ class Outcomes:
     "What happened to each of R simulated requests."
 
     arrival:np.ndarray  # (R,) s
-    sample:np.ndarray   # (R,) which picture
+    sample:np.ndarray   # (R,) which image
     y:np.ndarray        # (R,) label
     logits:np.ndarray   # (R, K); NaN where no answer came
     exits:np.ndarray    # (R, N) exits used, counted from 0; -1: nothing came
@@ -621,7 +621,7 @@ class _Waits:
 
 # %% ../../nbs/4_distree/simulator.ipynb #a27e9da1
 class _NetworkSide:
-    "Messages up, words down; mixed into `_Run`."
+    "Messages up, signals down; mixed into `_Run`."
 
     def send(self, way, n, r, e, nbytes, then):
         link, k = self.cluster.links[n], self.packets[way][n].get(r, 0)
@@ -653,10 +653,10 @@ class _NetworkSide:
             return
         self.sent[n][r] = e, final
         self.send(
-            "up", n, r, e, self.message_bytes[n], ("up", lambda n, r, e: self.hear(n, r, e, final))
+            "up", n, r, e, self.message_bytes[n], ("up", lambda n, r, e: self.receive(n, r, e, final))
         )
 
-    def hear(self, n, r, e, final):
+    def receive(self, n, r, e, final):
         answer, word, to = self.aggregator.receive(
             r, n, e, self.partial[n, e, self.sample[r]], final, self.env.now
         )
@@ -821,15 +821,15 @@ def _requests(arrival, sample, S):
 
 # %% ../../nbs/4_distree/simulator.ipynb #02a212c0
 def simulate_devices(
-    answers,  # `SystemAnswers` of S pictures
+    answers,  # `SystemAnswers` of S images
     policy: Policy,  # when students leave
     cluster: Cluster,  # as many devices as students
     arrival,  # (R,) s, rising: when requests come
-    sample=None,  # (R,) which picture each is; None: 0..S-1, again and again
+    sample=None,  # (R,) which image each is; None: 0..S-1, again and again
     deadline: float = math.inf,  # s after arrival; inf: wait for all students, if need be for ever
     fallback: str = None,  # None | "every" | "last": what students send so that the deadline finds something
     margin: float = None,  # s before the deadline at which "last" sends; None: twice the mean time of a message
-    mean=None,  # (N, K) contribution of a missing student, e.g. `answers.means()` of other pictures; None: zeros
+    mean=None,  # (N, K) contribution of a missing student, e.g. `answers.means()` of other images; None: zeros
     suspect: float = math.inf,  # silent requests after which a student is no longer waited for
     knob=None,  # has `.lam` and `.update(latency, gain=confidence)`, e.g. `LatencyController`
     payload: str = "partial",  # a message holds K "partial" logits or m_n "features", 4 bytes each

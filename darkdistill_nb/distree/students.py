@@ -83,9 +83,9 @@ def _graph(W, links=False, both_ways=True):
 # %% ../../nbs/4_distree/students.ipynb #551a15b5
 @torch.no_grad()
 def filter_graph(
-    activity:torch.Tensor, # (S, C) activity of each filter in each picture; negative values count as 0
-    top:int=50,            # most active filters of a picture that are linked
-    scale:bool=True,       # divide by the largest activity of the picture
+    activity:torch.Tensor, # (S, C) activity of each filter in each image; negative values count as 0
+    top:int=50,            # most active filters of an image that are linked
+    scale:bool=True,       # divide by the largest activity of the image
 )->torch.Tensor:           # (C, C) float64, symmetric, zero diagonal
     "Weights of NoNN's filter activation graph, summed over images (arXiv 1907.11804); raises `ValueError` for NaN."
     a, top = (
@@ -160,7 +160,7 @@ def communities(
     return sorted((sorted(g) for g in found), key=lambda g: (-len(g), g))
 
 # %% ../../nbs/4_distree/students.ipynb #58064960
-def _deal(groups, I, n):
+def _spread(groups, I, n):
     "The heaviest group to the lightest part; returns the parts."
     parts, load = [[] for _ in range(n)], [0.0] * n
     for g in sorted(groups, key=lambda g: (-float(I[g].sum()), g)):
@@ -216,12 +216,12 @@ def _balanced_parts(W, I, n, cover, resolution, seed):
         groups = [core[g].tolist() for g in communities(W[core][:, core], gamma, seed)]
         if len(groups) >= n:
             break
-    parts = _deal(groups, I, n)
+    parts = _spread(groups, I, n)
     while (not all(parts) or _imbalance(parts, I) > 0.25) and any(len(g) > 1 for g in groups):
         groups = _split(groups, I)
-        parts = _deal(groups, I, n)
+        parts = _spread(groups, I, n)
     alone = [[i] for i in weak.nonzero()[:, 0].tolist()]
-    return _deal([sorted(p) for p in parts] + alone, I, n) if cover else parts
+    return _spread([sorted(p) for p in parts] + alone, I, n) if cover else parts
 
 # %% ../../nbs/4_distree/students.ipynb #c5f5128a
 def partition_filters(
@@ -437,7 +437,7 @@ class DistrEELoss:
         alpha:float=.9,        # share of the teacher's answers
         tau:float=4.,          # temperature
         beta:float=5.,         # weight of activation transfer
-        drop:float=0.,         # probability that a student is missing for a picture
+        drop:float=0.,         # probability that a student is missing for an image
         local:bool=True,       # train the local heads too
         generator=None,        # draws the missing students
     ):
@@ -529,7 +529,7 @@ def __call__(self:DistrEELoss,
 
 # %% ../../nbs/4_distree/students.ipynb #52e4f115
 def _pass(system, loss, views, v, table, opt, rate, order, amp):
-    "One pass over view v of the data; returns the mean loss per picture."
+    "One pass over view v of the data; returns the mean loss per image."
     total = 0.0
     for i, idx in enumerate(order):
         for group in opt.param_groups:
@@ -643,7 +643,7 @@ def train_distree(
     table: dict,  # of `teacher_table` for the same views, with "logits" and "features"
     epochs: int = 10,  # passes
     lr: float = 0.03,  # of the first step; falls to 0 along half a cosine
-    batch_size: int = 32,  # pictures a step
+    batch_size: int = 32,  # images a step
     weight_decay: float = 5e-4,  # of SGD
     generator=None,  # draws the order; None: the stored order
     optimizer=None,  # optimizer(parameters) -> torch optimiser; None: SGD with momentum .9
@@ -815,7 +815,7 @@ def system_answers(
     system:DistrEE,     # put into evaluation mode and back
     data,               # `ArrayData`
     features:bool=True, # keep the features too
-    batch_size:int=256, # pictures a forward pass
+    batch_size:int=256, # images a forward pass
 )->SystemAnswers:       # on the CPU
     "Ask every student at every exit for a whole data set; raises `ValueError` for an empty one."
     check(isinstance(system, DistrEE), "system", type(system).__name__, "a DistrEE")
@@ -850,7 +850,7 @@ def system_answers(
 def make_answers(
     n_students:int=2,  # N
     n_exits:int=7,     # E
-    n:int=500,         # S pictures
+    n:int=500,         # S images
     n_classes:int=10,  # K
     seed:int=0,
     length:int=16,     # m, the same for all students
@@ -872,7 +872,7 @@ def make_answers(
         0.8 * shared + 0.6 * torch.randn(N, E, S, K, generator=g)
     )
     first, goal = (torch.rand(N, S, length, generator=g).relu() for _ in range(2))
-    way = torch.linspace(0, 1, E)[None, :, None] ** (0.5 + hard)  # hard pictures move later
+    way = torch.linspace(0, 1, E)[None, :, None] ** (0.5 + hard)  # hard images move later
     features = list(first[:, None] * (1 - way[..., None]) + goal[:, None] * way[..., None])
     costs = torch.linspace(1 / E, 1, E, dtype=torch.float64)[None] * torch.full(
         (N, 1), 2.7e7, dtype=torch.float64

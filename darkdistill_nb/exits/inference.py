@@ -11,7 +11,7 @@ __all__ = ['SCORES', 'SCHEMES', 'confidence', 'Score', 'Confidence', 'Margin', '
            'evaluate_thresholds', 'budget_thresholds', 'budget_curve', 'shares_for_budget', 'quantile_thresholds',
            'stopping_thresholds', 'thresholds_for_budget', 'fit_gate', 'static_mixture', 'oracle', 'failure_auroc',
            'aurc', 'policy_table', 'policy_curve', 'plot_policies', 'plot_auroc', 'reliability', 'ece', 'temperature',
-           'plot_reliability', 'plot_depth', 'picture_grid']
+           'plot_reliability', 'plot_depth', 'image_grid']
 
 # %% ../../nbs/2_exits/inference.ipynb #dda3e664
 import math
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from ..core.checks import check, choice, finite, flag, number, scalar, whole
 from ..core.data import ArrayData
-from ..core.scenes import show_pictures
+from ..core.scenes import show_images
 from ..distill.losses import _certain, _labels, _up
 from .training import exit_shares
 from ..core.seeds import Streams
@@ -257,7 +257,7 @@ def exit_outputs(
     net,  # `EarlyExitNet`; put into evaluation mode and back
     data,  # `ArrayData`
     objective=None,  # how the exits were trained, e.g. `BoostNet()`: turns raw logits into deciding ones; None: raw logits decide
-    batch_size: int = 512,  # pictures a forward pass
+    batch_size: int = 512,  # images a forward pass
 ) -> tuple:  # logits (E, N, K) and a list of E tensors (N, h) of features, on the CPU
     "Deciding logits and features of all exits for a whole data set; raises `ValueError` for an empty one."
     if len(data) == 0:
@@ -785,7 +785,7 @@ def plot_policies(
     exits:tuple=None,   # (costs, accuracies) of the exits: draws them and their static mixture
     right=None,         # (E, N) bool on the same data: draws the oracle; needs `exits`
     title:str="",
-    unit:str="million MACs per picture",
+    unit:str="million MACs per image",
 ):                      # plotly Figure
     "Accuracy against mean cost for policies, with the static mixture of the exits and the oracle."
     check(isinstance(unit, str), "unit", unit, "a text")
@@ -1006,25 +1006,25 @@ def plot_depth(
         ),
         title=title,
         x="true difficulty",
-        y="share of pictures",
+        y="share of images",
         height=340,
     )
 
 # %% ../../nbs/2_exits/inference.ipynb #b60146b7
-def picture_grid(
-    data,           # `ArrayData` with N pictures
+def image_grid(
+    data,           # `ArrayData` with N images
     exit,           # (N,) index of the exit taken
-    scores,         # (E, N) scores: pictures are sorted by the score at the exit they took
-    each:int=5,     # pictures on either side of a row
+    scores,         # (E, N) scores: images are sorted by the score at the exit they took
+    each:int=5,     # images on either side of a row
     title:str="",
 ):                  # plotly Figure
-    "One row of pictures per exit: on the left the highest scores among those that leave there, on the right the lowest."
+    "One row of images per exit: on the left the highest scores among those that leave there, on the right the lowest."
     check(isinstance(title, str), "title", title, "a text")
     exit, scores, each = torch.as_tensor(exit), _check_scores(scores).cpu(), whole(each, "each")
     n = len(data), len(exit), scores.shape[1]
     if len(set(n)) > 1:
         raise ValueError(
-            f"{n[0]} pictures, {n[1]} exits taken and scores for {n[2]} samples: all must be equally many"
+            f"{n[0]} images, {n[1]} exits taken and scores for {n[2]} samples: all must be equally many"
         )
     idx, rows = [], []
     for e in range(len(scores)):
@@ -1039,4 +1039,4 @@ def picture_grid(
         255 if x.dtype == torch.uint8 else x.max()
     )  # blank between the halves, and where there are too few
     chosen = ArrayData(x, torch.zeros(len(x), dtype=torch.long))
-    return show_pictures(chosen, slice(None), columns=2 * each + 1, rows=rows, title=title)
+    return show_images(chosen, slice(None), columns=2 * each + 1, rows=rows, title=title)

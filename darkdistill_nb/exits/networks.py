@@ -100,10 +100,10 @@ class EarlyExitNet(nn.Module):
     "A stem, stages, and one exit after each stage."
 
     def __init__(self,
-        stem:nn.Module,    # picture (B, C, H, W) -> latents that enter the first stage
+        stem:nn.Module,    # image (B, C, H, W) -> latents that enter the first stage
         stages:list,       # modules; the output of one enters the next
         exits:list,        # one `Exit` per stage
-        input_shape:tuple, # (C, H, W) of a picture
+        input_shape:tuple, # (C, H, W) of an image
         n_classes:int,     # K
     ):
         super().__init__()
@@ -185,8 +185,8 @@ def _blank(net):
 @patch
 def macs(self:EarlyExitNet,
     heads:bool=True # False: stem and stages only, without the exits on the way
-)->list:            # one int per exit: MACs of a picture that leaves there
-    "Multiply-accumulates of one picture up to and including each exit, counted on a forward pass (convolutions and matrix products)."
+)->list:            # one int per exit: MACs of an image that leaves there
+    "Multiply-accumulates of one image up to and including each exit, counted on a forward pass (convolutions and matrix products)."
     with evaluating(self):
         total, z = _count(self.stem, _blank(self))
         out = []

@@ -34,7 +34,7 @@ def loop_exits(
     score=None,        # a `Score`; None: `Confidence()`
     objective=None,       # what decides, see exits.training; None: `Joint()`
 )->tuple:              # exit taken (n,), its deciding logits (n, K), all scores asked for: n lists
-    "The definition of early exit: one picture after the other, one stage after the other."
+    "The definition of early exit: one image after the other, one stage after the other."
     score, objective, exits, out, asked = score or Confidence(), objective or Joint(), [], [], []
     thresholds = read_thresholds(thresholds, len(net), "thresholds")
     check(len(x) > 0, "number of images in x", 0, "at least 1")
@@ -222,7 +222,7 @@ class FusedStem:
 
     def __init__(self,
         stem:TokenStem,
-        dtype=torch.float32, # of pictures and tokens
+        dtype=torch.float32, # of images and tokens
     ):
         conv, to = stem.patch_embed.proj, lambda p: p.detach().to(dtype)
         self.patch = conv.kernel_size
@@ -318,7 +318,7 @@ def fuse(
 # %% ../../nbs/2_exits/runner.ipynb #e9ed3fa4
 @dataclass
 class Group:
-    "Pictures that stand before the same stage."
+    "Images that stand before the same stage."
 
     rows:list                  # their ids
     z:object                   # latents: a tensor, or a tuple of tensors, first axis n
@@ -378,9 +378,9 @@ def split_group(
 # %% ../../nbs/2_exits/runner.ipynb #b80e3fa9
 @dataclass
 class Outcome:
-    "What became of each picture."
+    "What became of each image."
 
-    ids:list                   # names of the pictures, in this order
+    ids:list                   # names of the images, in this order
     prediction:torch.Tensor    # (n,) class
     exit:torch.Tensor          # (n,) exit taken, 0..E-1
     score:torch.Tensor         # (n,) score at that exit
@@ -433,7 +433,7 @@ def _set_rule(r, costs, thresholds, score, objective):
 
 @torch.inference_mode()
 def _cache_size(stem, r):
-    "Pictures whose latents fill 0.8 MB with fused blocks, 1.6 MB with modules: measured optima of small ViTs and CNNs."
+    "Images whose latents fill 0.8 MB with fused blocks, 1.6 MB with modules: measured optima of small ViTs and CNNs."
     if r.device.type != "cpu":
         return sys.maxsize
     z = stem(torch.zeros(1, *r.input_shape, dtype=r.dtype))
@@ -513,7 +513,7 @@ def body(self: ExitRunner, e, z):
 @patch
 def stage(self:ExitRunner,
     e:int, # stage, from 0
-    z,     # what enters it: pictures for stage 0, latents otherwise
+    z,     # what enters it: images for stage 0, latents otherwise
 )->tuple:  # features (n, h) and raw logits (n, K) of the exit, latents for the next stage
     "Run one stage and read its exit."
     z = self.body(e, z)
@@ -535,7 +535,7 @@ def advance(self:ExitRunner,
     values = s.tolist()
     if bad := sum(v != v for v in values):
         raise ValueError(
-            f"{type(self.score).__name__} is NaN for {bad} of {len(values)} pictures at exit {e + 1}"
+            f"{type(self.score).__name__} is NaN for {bad} of {len(values)} images at exit {e + 1}"
         )
     if e == len(self) - 1:
         return (g.rows, F_, e, values), None
@@ -580,13 +580,13 @@ def __call__(self:ExitRunner,
 
 @patch
 def _check(self: ExitRunner, x):
-    "Pictures on the runner's device and in its precision."
+    "Images on the runner's device and in its precision."
     want = ", ".join(map(str, self.input_shape))
     check(isinstance(x, torch.Tensor), "x", type(x).__name__, f"a tensor (n, {want})")
     if tuple(x.shape[1:]) != tuple(self.input_shape):
         raise ValueError(f"x has shape {tuple(x.shape)}; this network takes (n, {want})")
     if not len(x):
-        raise ValueError("x has no pictures: a batch needs at least one")
+        raise ValueError("x has no images: a batch needs at least one")
     return x.to(self.device, self.dtype)
 
 # %% ../../nbs/2_exits/runner.ipynb #5f75f67d
@@ -595,7 +595,7 @@ def _check(self: ExitRunner, x):
 def always_last(self:ExitRunner,
     x:torch.Tensor # (n, C, H, W)
 )->torch.Tensor:   # (n, K) raw logits of the last exit
-    "All pictures to the last exit, with the same kernels and no other exit asked."
+    "All images to the last exit, with the same kernels and no other exit asked."
     out = []
     for g in split_group(Group(range(len(x)), self._check(x)), self.micro):
         z = g.z
@@ -609,7 +609,7 @@ def always_last(self:ExitRunner,
 def all_exits(self:ExitRunner,
     x:torch.Tensor # (n, C, H, W)
 )->torch.Tensor:   # (E, n, K) deciding logits
-    "The answers of all exits for all pictures."
+    "The answers of all exits for all images."
     out = []
     for g in split_group(Group(range(len(x)), self._check(x)), self.micro):
         z, F_ = g.z, []
@@ -623,10 +623,10 @@ def all_exits(self:ExitRunner,
 @patch
 def latency(
     self: ExitRunner,
-    x: torch.Tensor,  # (n, C, H, W) pictures, run as one batch
+    x: torch.Tensor,  # (n, C, H, W) images, run as one batch
     repeats: int = 5,  # timed runs, after one that is not
-) -> dict:  # us: median microseconds per picture, best: the fastest, macs: mean per picture, shares: of pictures per exit
-    "Time per picture beside the operations per picture; raises `ValueError` for no repeats."
+) -> dict:  # us: median microseconds per image, best: the fastest, macs: mean per image, shares: of images per exit
+    "Time per image beside the operations per image; raises `ValueError` for no repeats."
     repeats = whole(repeats, "repeats")
     o, times = self(x), []
     for _ in range(repeats):
@@ -645,11 +645,11 @@ def latency(
 
 # %% ../../nbs/2_exits/runner.ipynb #70127e7a
 class ExitStream:
-    "A queue before each stage; a stage runs when `batch` pictures wait for it. Raises `ValueError` for a batch below 1."
+    "A queue before each stage; a stage runs when `batch` images wait for it. Raises `ValueError` for a batch below 1."
 
     def __init__(self,
         runner:ExitRunner,
-        batch:int=16,      # pictures per run of a stage
+        batch:int=16,      # images per run of a stage
         logits:bool=False, # return the deciding logits too
     ):
         self.runner, self.batch, self.logits = runner, whole(batch, "batch"), flag(logits, "logits")
@@ -672,7 +672,7 @@ class ExitStream:
 
 @patch
 def stream(self:ExitRunner,
-    batch:int=16,      # pictures per run of a stage
+    batch:int=16,      # images per run of a stage
     logits:bool=False, # return the deciding logits too
 )->ExitStream:
     "A stream through this runner."
@@ -682,14 +682,14 @@ def stream(self:ExitRunner,
 @patch
 @torch.inference_mode()
 def push(self:ExitStream,
-    x:torch.Tensor, # (n, C, H, W) pictures that arrive together
+    x:torch.Tensor, # (n, C, H, W) images that arrive together
     ids=None,       # n names, returned with the answers; None: running numbers
-)->Outcome:         # of the pictures that finished now, maybe none, in the order in which they left
-    "Take in pictures, and run every stage that has a full batch, the deepest first."
+)->Outcome:         # of the images that finished now, maybe none, in the order in which they left
+    "Take in images, and run every stage that has a full batch, the deepest first."
     x = self.runner._check(x)
     ids = list(range(self.count, self.count + len(x))) if ids is None else list(ids)
     if len(ids) != len(x):
-        raise ValueError(f"ids has {len(ids)} entries for {len(x)} pictures")
+        raise ValueError(f"ids has {len(ids)} entries for {len(x)} images")
     self.count += len(x)
     self.queues[0].append(Group(ids, x))
     done = []

@@ -348,8 +348,8 @@ def _make(self: L2W, E, device):
 @patch
 def meta_loss(self:L2W,
     net:nn.Module,  # an early-exit network, left as it is
-    learn:tuple,    # (pictures, labels) of the virtual step
-    judge:tuple,    # (pictures, labels) that it is judged by
+    learn:tuple,    # (images, labels) of the virtual step
+    judge:tuple,    # (images, labels) that it is judged by
     optimizer,      # the `torch.optim.SGD` of `net`, left as it is
 )->torch.Tensor:    # scalar (nats), differentiable in the weight net
     "Loss of the samples each exit would answer for, after a virtual SGD step on the weighted losses of others."
@@ -378,7 +378,7 @@ def meta_loss(self:L2W,
 @patch
 def meta_step(self:L2W,
     net:nn.Module,    # an early-exit network
-    x:torch.Tensor,   # (B, C, H, W) pictures of the batch that is about to be learned
+    x:torch.Tensor,   # (B, C, H, W) images of the batch that is about to be learned
     y:torch.Tensor,   # (B,) labels
     optimizer,        # the `torch.optim.SGD` of `net`
 )->torch.Tensor:      # mean meta loss of both halves (nats); None when it was not the turn
@@ -620,7 +620,7 @@ def fit_exits(
     epochs:int=1,             # passes over `data`
     lr:float=.05,             # learning rate in the first step
     momentum:float=.9, weight_decay:float=1e-4, # of SGD
-    batch_size:int=64,        # pictures a step
+    batch_size:int=64,        # images a step
     cosine:bool=True,         # let the learning rate fall to 0 along half a cosine
     augment=None,             # augment(x, generator) -> x
     generator:torch.Generator=None, # draws the order; None: the order of `data`
@@ -628,7 +628,7 @@ def fit_exits(
     on_epoch=None,            # called as on_epoch(row, net) after each epoch
     optimizer=None,           # optimizer(parameters) -> torch optimiser, e.g. AdamW for a ViT; None: SGD
     checkpoint=None,          # file that is written after each epoch, and read first if it is there
-)->list:                      # a dict per epoch: epoch, loss (nats, mean per picture), seconds
+)->list:                      # a dict per epoch: epoch, loss (nats, mean per image), seconds
     "Train all exits; raises `ValueError` for another training's checkpoint, `FloatingPointError` for a loss of NaN."
     epochs, batch_size, cosine, amp = _passes(epochs, batch_size, cosine, amp)
     _check_exits(net, data, objective, batch_size)
@@ -729,15 +729,15 @@ def paired_gain(
 # %% ../../nbs/2_exits/training.ipynb #8f9de348
 def difficulty_experiment(
     name: str = "shapes",  # "shapes", or another data set that `load` knows, e.g. "cifar10"
-    n_train: int = 2000,  # pictures to train on
-    n_test: int = 2000,  # pictures to test on
+    n_train: int = 2000,  # images to train on
+    n_test: int = 2000,  # images to test on
     ways: dict = None,  # as in `compare_exits`; None: Joint with and without equilibrium, BoostNet, and L2W with a meta step in every fifth step
     seeds=(0, 1, 2),  # each is one pair
     width: int = 8,  # channels of the small CNN with four exits
     power: float = 3.0,  # shapes: difficulty is u**power with uniform u
     **kwargs,  # passed to `fit_exits`; preset: epochs=8, lr=.01, batch_size=32
 ) -> tuple:  # (results of `compare_exits`, train, test)
-    "Train the same network on the same pictures with several objectives, for the same number of epochs."
+    "Train the same network on the same images with several objectives, for the same number of epochs."
     n_train, n_test, power = (
         whole(n_train, "n_train"),
         whole(n_test, "n_test"),

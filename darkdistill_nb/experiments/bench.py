@@ -60,7 +60,7 @@ def plain_wrn(
     widen:int=2,       # k
     n_classes:int=100, # K
 )->nn.Sequential:      # layer 0: stem, 1..3n: blocks, then norm, ReLU, pooling, classifier
-    "WideResNet-`depth`-`widen` for 32x32 colour pictures, with one exit (arXiv 1605.07146)."
+    "WideResNet-`depth`-`widen` for 32x32 colour images, with one exit (arXiv 1605.07146)."
     depth, widen = whole(depth, "depth"), whole(widen, "widen")
     n_classes = whole(n_classes, "n_classes")
     n = (depth - 4) // 6
@@ -93,7 +93,7 @@ def torchdistill_job(
     student:nn.Module,
     teacher:nn.Module,
     data,          # `ArrayData`
-    batch:int=32,  # pictures a step
+    batch:int=32,  # images a step
 ):                 # function that returns seconds per step; None: torchdistill is not installed
     "A job that makes the same Hinton step with torchdistill."
     from darkdistill_nb.core.compat import ensure_torchvision
@@ -146,7 +146,7 @@ def torchdistill_job(
 
 # %% ../../nbs/5_experiments/bench.ipynb #4763cf4d
 def distill_jobs(
-    batch:int=32,  # pictures a step
+    batch:int=32,  # images a step
     steps:int=1,   # steps per measurement
     device="cpu",
 )->dict:           # name -> function that returns seconds per step
@@ -160,7 +160,7 @@ def distill_jobs(
     student, teacher = plain_wrn(16, 2).to(device), plain_wrn(40, 2).to(device)
     for m in teacher.modules():
         if isinstance(m, nn.BatchNorm2d):
-            m.momentum = None  # untrained weights: take the statistics of these pictures, or maps of 40 layers overflow
+            m.momentum = None  # untrained weights: take the statistics of these images, or maps of 40 layers overflow
     with torch.no_grad():
         teacher.train()(data[:][0])
     layers, teacher_layers = {"maps": "4"}, {"maps": "12"}  # where group 2 ends
@@ -191,7 +191,7 @@ GOALS = {"kd, table": 1.02, "hint, table": 1.07}
 
 def bench_distill(
     rounds:int=32,  # measured rounds
-    batch:int=32,   # pictures a step
+    batch:int=32,   # images a step
     steps:int=1,    # steps per measurement
     device="cpu",
 )->str:             # the table as text
@@ -218,10 +218,10 @@ def bench_distill(
 
 # %% ../../nbs/5_experiments/bench.ipynb #664fa4dd
 class Replay(Score):
-    "Computes a real score, then lets each picture leave where a list says; pictures must come in the order of the list."
+    "Computes a real score, then lets each image leave where a list says; images must come in the order of the list."
 
     def __init__(self,
-        exits:torch.Tensor, # (N,) exit of each picture, from 0
+        exits:torch.Tensor, # (N,) exit of each image, from 0
         score=None,         # the score that is computed; None: `Confidence()`
     ):
         self.exits, self.score, self.at = exits, score or Confidence(), 0
@@ -239,10 +239,10 @@ class Replay(Score):
 SHARES = (0.5, 0.2, 0.15, 0.15)
 
 def exit_list(
-    n:int=256,     # pictures
+    n:int=256,     # images
     shares=SHARES, # per exit
     first:int=80,  # so many at the front have these shares too
-)->torch.Tensor:   # (n,) exit of each picture, from 0
+)->torch.Tensor:   # (n,) exit of each image, from 0
     "Who leaves where: the shares, rounded, in random order."
     g = torch.Generator().manual_seed(0)
 
@@ -264,11 +264,11 @@ def exit_list(
 def stream_job(
     runner:ExitRunner,
     x:torch.Tensor, # (N, C, H, W)
-    b:int,          # pictures that arrive together
+    b:int,          # images that arrive together
     score:Replay,
     device="cpu",
 ):                  # function that returns seconds per arrival, the last with the flush
-    "Pictures arrive b at a time."
+    "Images arrive b at a time."
 
     def run():
         score.at, s, out = 0, runner.stream(), []
@@ -284,11 +284,11 @@ def stream_job(
 def exit_jobs(
     net,               # an `EarlyExitNet`
     x:torch.Tensor,    # (N, C, H, W)
-    exits:torch.Tensor,# (N,) exit of each picture
+    exits:torch.Tensor,# (N,) exit of each image
     dtypes=(torch.float32, torch.bfloat16),
     batches=(1, 8, 32, 256),
     device="cpu",
-    ones:int=80,       # pictures of the rows with batch 1
+    ones:int=80,       # images of the rows with batch 1
 )->dict:               # (precision, row, batch) -> function that returns seconds per call, one per batch
     "The jobs of `bench exits`."
 
@@ -326,11 +326,11 @@ END_TO_END = {"float32": 6, "bfloat16": 10}
 
 def exit_rows(
     times:dict,      # (precision, row, batch) -> list of rounds, each a list of seconds per call, or None
-    saving,          # factor of saved operations of the first n pictures: function n -> float
-    n:int=256,       # pictures per job
-    ones:int=80,     # pictures of the rows with batch 1
+    saving,          # factor of saved operations of the first n images: function n -> float
+    n:int=256,       # images per job
+    ones:int=80,     # images of the rows with batch 1
 )->list:             # one dict per row
-    "Fastest time per picture, speed-ups, and the share of the saved operations that the clock shows."
+    "Fastest time per image, speed-ups, and the share of the saved operations that the clock shows."
     us = {
         k: sum(map(min, zip(*filter(None, t)))) / (ones if k[2] == 1 else n) * 1e6
         for k, t in times.items()
@@ -360,7 +360,7 @@ def exit_table(
     check(isinstance(title, str), "title", title, "a text")
     lines = [
         title,
-        f"{'precision':9s} {'row':27s} {'batch':>5s} {'us/picture':>10s} {'x plain':>8s} {'x always':>8s} {'realised':>8s}   goal",
+        f"{'precision':9s} {'row':27s} {'batch':>5s} {'us/image':>10s} {'x plain':>8s} {'x always':>8s} {'realised':>8s}   goal",
     ]
     for r in rows:
         d, runner, goals = r["precision"], r["row"] == "runner", []
@@ -397,7 +397,7 @@ def bench_exits(
     rows = exit_rows(interleave(jobs, rounds, rare=[next(iter(jobs))]), saving, n, ones)
     table = exit_table(
         rows,
-        f"{len(net)} exits, {n} pictures, exits taken {torch.bincount(exits).tolist()}: {saving(n):.3f} times fewer operations; "
+        f"{len(net)} exits, {n} images, exits taken {torch.bincount(exits).tolist()}: {saving(n):.3f} times fewer operations; "
         f"{device}, {torch.get_num_threads()} thread(s), fastest of {rounds} rounds",
     )
     return table, Record.begin(
@@ -422,7 +422,7 @@ def main(
     counts = dict(
         rounds="measured rounds",
         threads="threads of PyTorch",
-        batch="pictures a step",
+        batch="images a step",
         steps="steps per measurement",
     )
     for q, names in (

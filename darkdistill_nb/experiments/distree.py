@@ -10,7 +10,7 @@ __all__ = ['RULES', 'BUDGETS', 'VARIANTS', 'CHANCE', 'distree_cell', 'image_part
            'image_digests', 'teacher_answers', 'split_filters', 'new_system', 'train_system', 'save_answers',
            'load_answers', 'joint_accuracy', 'answers_file', 'run_system', 'keep_system', 'load_system', 'centred',
            'rule_pairs', 'measure_policies', 'measure_failures', 'rounded', 'run_distree', 'value_of', 'way_gain',
-           'over_mixture', 'compare_rules', 'rule_table', 'check_goals', 'plot_branches', 'plot_systems', 'bill_table',
+           'over_mixture', 'compare_rules', 'rule_table', 'check_goals', 'plot_branches', 'plot_systems', 'cost_table',
            'plot_sensitivity', 'plot_failures', 'distree_record', 'made_on', 'failure_cost', 'main']
 
 # %% ../../nbs/5_experiments/distree.ipynb #5a0f0d5f
@@ -136,7 +136,7 @@ SEVEN = dict(arch="wrn", depth=16, widen=1, exits=(0, 1, 2, 3, 4, 5, 6))
 VIT = "vit_tiny_patch16_224"
 
 # %% ../../nbs/5_experiments/distree.ipynb #5f94fd11
-SETUPS = {  # teacher and student: arguments of `build_net`; crops: stored augmented views per picture (0: the pictures themselves)
+SETUPS = {  # teacher and student: arguments of `build_net`; crops: stored augmented views per image (0: the images themselves)
     "digits": dict(
         teacher=dict(arch="wrn", depth=10, widen=2),
         teacher_epochs=8,
@@ -388,8 +388,8 @@ def _table(folder, text):
 def teacher_answers(
     cell:dict,   # from `distree_cell`
     folder,      # of the experiments
-)->tuple:        # (`Views` of the training pictures, the teacher's table for them)
-    "The students' training pictures and what the teacher says of them."
+)->tuple:        # (`Views` of the training images, the teacher's table for them)
+    "The students' training images and what the teacher says of them."
     part = {
         k: cell[k]
         for k in ("data", "n_train", "n_test", "crops", "teacher", "teacher_epochs", "amp")
@@ -416,7 +416,7 @@ def split_filters(
 def new_system(
     cell:dict,      # from `distree_cell`
     parts:list,     # the teacher's filters of each student
-    shape:tuple,    # (C, H, W) of a picture
+    shape:tuple,    # (C, H, W) of an image
     n_classes:int,  # K
 )->DistrEE:
     "The untrained students of a cell; their weights come from torch's global generator."
@@ -1108,7 +1108,7 @@ def plot_systems(
     )
 
 # %% ../../nbs/5_experiments/distree.ipynb #a5c86f92
-def bill_table(
+def cost_table(
     record:Record,  # of "systems"
     way="2 students",
     budget=.4,      # of `BUDGETS`

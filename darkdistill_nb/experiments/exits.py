@@ -53,7 +53,7 @@ def exit_cell(
     net:str="cnn",     # one of `NETS`
     objective:str="joint",# a name that `objective_by_name` knows
     seed:int=0,        # of first weights, order and augmentation
-    epochs:int=20,     # passes over the training pictures
+    epochs:int=20,     # passes over the training images
     lr=None,           # of the first step; None: 0.1 for wrn, 0.001 for vit (AdamW), 0.02 for cnn
     batch_size:int=128,
     options=None,      # of the objective
@@ -140,7 +140,7 @@ def answers(
     objective,  # its objective
     cell:dict,
 )->dict:     # valid, test: logits (E, N, K); valid_y, test_y: labels
-    "Deciding logits of all exits on validation and test pictures."
+    "Deciding logits of all exits on validation and test images."
     _, valid, test = three_parts(cell["data"], cell["n_train"], cell["n_test"])
     return dict(
         valid=exit_outputs(net, valid, objective)[0],
@@ -339,7 +339,7 @@ def plot_pays(
     return figure(
         *traces,
         title=title,
-        x="mean cost (million MACs per picture)",
+        x="mean cost (million MACs per image)",
         y="test accuracy (mean and spread over seeds)",
         height=380,
     )

@@ -155,14 +155,14 @@ def _size(metric):
     return Claim(text, "sweep_l", parts)
 
 def _few(metric, method):
-    "With 512 pictures, distilling gains less than two points."
+    "With 512 images, distilling gains less than two points."
 
     def parts(r):
         tried = any(x["n"] == 512 for x in r.runs)
         gain = lambda: differences(r, method, "CE", metric, n=512)
         return {f"{method} - CE at n = 512": gain()} if tried else {}
 
-    text = f"T_{metric}: 512 pictures are too few for {method}"
+    text = f"T_{metric}: 512 images are too few for {method}"
     return Claim(text, "sweep_n", parts, -math.inf, 0.02)
 
 def _rescue(metric, method, what):

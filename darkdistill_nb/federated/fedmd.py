@@ -33,7 +33,7 @@ class _Plain(Exit):
     def classify(self, a): return self.head(a)
 
 def single_exit(
-    body:nn.Module,    # picture -> features
+    body:nn.Module,    # image -> features
     head:nn.Module,    # features -> logits
     input_shape:tuple, # (C, H, W)
     n_classes:int,     # K
@@ -83,7 +83,7 @@ class Party:
 
     id:int
     net:nn.Module
-    train:ArrayData # private pictures
+    train:ArrayData # private images
     test:ArrayData  # what its accuracy is measured on
 
 def digest_loss(
@@ -100,7 +100,7 @@ class FedMD:
 
     what:str="logits"        # what is shared: logits | latent
     mode:str="average"       # average | teacher (a fixed teacher gives the targets)
-    n_align:int=500          # public pictures a round
+    n_align:int=500          # public images a round
     public_epochs:int=5      # at the start, on the public labels
     private_epochs:int=5     # at the start, on the party's own data
     digest_epochs:int=1
@@ -133,7 +133,7 @@ from fastcore.basics import patch
 @patch
 def digest(self:FedMD,
     net:nn.Module,
-    data:ArrayData,            # public pictures
+    data:ArrayData,            # public images
     targets:torch.Tensor,      # (N, C) what the party should say about them
     epochs:int,
     generator:torch.Generator,
@@ -176,7 +176,7 @@ def prepare(self:FedMD,
     streams:Streams,
     teacher:nn.Module=None,    # needed for what="latent"
 )->None:
-    "First training of a party: public labels, or the teacher's latents on the public pictures; then its own data."
+    "First training of a party: public labels, or the teacher's latents on the public images; then its own data."
     with streams.scope("prepare", party.id):
         if self.what == "latent":
             if teacher is None:
@@ -215,11 +215,11 @@ def prepare(self:FedMD,
 
 # %% ../../nbs/3_federated/fedmd.ipynb #8b9c566c
 def score_bytes(
-    pictures:int, # N_align
+    images:int, # N_align
     width:int,    # K logits, or l numbers of a latent
 )->int:
     "Bytes of one party's scores in one direction, 32 bit a number; raises `ValueError` for fractions."
-    return whole(pictures, "pictures", 0) * whole(width, "width", 0) * 4
+    return whole(images, "images", 0) * whole(width, "width", 0) * 4
 
 # %% ../../nbs/3_federated/fedmd.ipynb #2ac1c1f6
 def _accuracies(parties):

@@ -64,7 +64,7 @@ def tier_sizes(
     return n
 
 # %% ../../nbs/3_federated/method.ipynb #da2a2512
-def _deal_tiers(hist, sizes, generator, cover):
+def _draw_tiers(hist, sizes, generator, cover):
     "Tier of each client; the first random draw in which each tier sees all classes, or the best of 1000."
     base = torch.repeat_interleave(torch.arange(len(sizes)) + 1, torch.tensor(sizes))
     best, found = None, -1
@@ -97,7 +97,7 @@ def make_clients(
         y, clients, gamma, family=family, seed=streams.seed_of("partition") % 2**31
     )
     hist = client_histogram(y, parts, int(y.max()) + 1)
-    tier, out = _deal_tiers(hist, sizes, streams.generator("tiers"), cover), []
+    tier, out = _draw_tiers(hist, sizes, streams.generator("tiers"), cover), []
     for i, idx in enumerate(parts):
         idx = idx[torch.randperm(len(idx), generator=streams.generator("valid", i))]
         n = min(int(valid * len(idx)), len(idx) - 1)

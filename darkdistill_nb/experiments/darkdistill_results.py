@@ -34,11 +34,12 @@ class PaperClaim(Claim):
 
     published:str="" # numbers, as published
     source:str=""    # where
+    unit:str="points" # of our number
 
 # %% ../../nbs/5_experiments/darkdistill_results.ipynb #496c1b54
 _BASELINES = ("exclusivefl", "inclusivefl", "scalefl", "depthfl")
-_TABLE = "KDD 2025, full fine-tuning with BoostNet, CIFAR-100, mean of exits, gamma 0.1 / 1 / 1000"
-_LOGS = "authors' logs, github.com/lehaoqu/FL-EE, commit 4a88248"
+_TABLE = "KDD 2025, main table"
+_LOGS = "authors' logs"
 
 def _against_all(row):
     "The row against each baseline, at each gamma of the record."
@@ -89,7 +90,7 @@ def _uneven(r):
 def _unaligned(r):
     runs = [x for x in r.runs if x["method"] == "control"]
     name = "exit 2 unaligned, beyond the null"
-    return {"exit 2, nats": [stage_values(x, x)[name] for x in runs]}
+    return {"exit 2": [stage_values(x, x)[name] for x in runs]}
 
 def _ranks(r):
     runs = [x["rank"] for x in r.runs if x["row"] == "darkdistill"]
@@ -115,10 +116,10 @@ def _fair_pairs(r, method, column):
 _nothing = lambda r: {}
 
 # %% ../../nbs/5_experiments/darkdistill_results.ipynb #ccbcedb7
-def _claims(experiment, source, *rows):
+def _claims(experiment, source, *rows, unit="points"):
     "Claims on one record: (text, parts, published), perhaps with what must be exceeded."
     return [
-        PaperClaim(text, experiment, parts, *limit, published=published, source=source)
+        PaperClaim(text, experiment, parts, *limit, published=published, source=source, unit=unit)
         for text, parts, published, *limit in rows
     ]
 
@@ -158,7 +159,7 @@ _CONTROL = _claims(
 # %% ../../nbs/5_experiments/darkdistill_results.ipynb #fbec753d
 _ABLATED = _claims(
     "ablation",
-    "KDD 2025, ablations; numbers of the " + _LOGS,
+    "KDD 2025, ablations; " + _LOGS,
     (
         "Difficulty-aware training of the exits helps",
         _boosted,
@@ -190,7 +191,7 @@ _ABLATED = _claims(
 _FIGURES = [
     *_claims(
         "budget",
-        "KDD 2025, budgeted inference; numbers of the " + _LOGS,
+        "KDD 2025, budgets; " + _LOGS,
         (
             "It beats EEFL at half of the cost",
             _at_half("darkdistill", "eefl"),
@@ -202,17 +203,20 @@ _FIGURES = [
         "stage_shapes",
         "KDD 2025, figure 1",
         ("Exits of shallow tiers meet harder images", _unaligned, "figure only"),
+        unit="nats",
     ),
     *_claims(
         "difficulty",
         "KDD 2025, difficulty assessment",
         ("The loss of an exit tells the difficulty", _ranks, "figure only"),
+        unit="rank correlation",
     ),
     *_claims(
         "generator",
         "KDD 2025, generator",
         ("Latents are as hard as asked, as in a run (rank > 0.5)", _asked(20), "figure only", 0.5),
         ("Latents are as hard as asked, 400 steps (rank > 0.5)", _asked(400), "figure only", 0.5),
+        unit="rank correlation",
     ),
 ]
 
@@ -287,7 +291,7 @@ def _line(claim, record):
         return claim.text, claim.published, claim.source, "", "", "**not measured**"
     p = min(deciding, key=lambda p: p["mean"])
     name = f"{p['what']}: " if len(said["parts"]) > 1 else ""
-    ours = f"{name}{p['mean']:+.2f} [{p['low']:+.2f}, {p['high']:+.2f}]"
+    ours = f"{name}{p['mean']:+.2f} [{p['low']:+.2f}, {p['high']:+.2f}] {claim.unit}"
     of = claim.experiment
     record = of if of.startswith(("fair", "stage")) else f"paper_{of}"
     return claim.text, claim.published, claim.source, ours, record, f"**{said['verdict']}**"

@@ -146,7 +146,8 @@ def measure_paper(
 )->dict:           # JSON values
     "What the experiments of this page report of one run."
     valid = train.subset(torch.cat([c.valid for c in clients]))
-    costs, logits = run.net().macs(), {"valid": run.logits(valid), "test": run.logits(test)}
+    costs, device = run.net().macs(), next(run.net().parameters()).device
+    logits = {k: run.logits(d.to(device)) for k, d in dict(valid=valid, test=test).items()}
     right = {k: v.argmax(-1) == d.y for (k, v), d in zip(logits.items(), (valid, test))}
     score = {k: Confidence().score(v) for k, v in logits.items()}
     exits = right["test"].double().mean(1).tolist()
@@ -235,7 +236,8 @@ def train_generators(
 def _pool(run, train, clients, tier):
     "Histogram of labels and difficulties of a tier's clients."
     own = train.subset(torch.cat([c.train for c in clients if c.tier == tier]))
-    d = measure_difficulty(run.net(), run.method.objective, own)
+    device = next(run.net().parameters()).device
+    d = measure_difficulty(run.net(), run.method.objective, own.to(device))
     return DifficultyHistogram.of(d, own.y.cpu(), train.n_classes)
 
 # %% ../../nbs/5_experiments/published.ipynb #e574cb25
@@ -248,12 +250,14 @@ def _ask_generators(run, pools, d_eps, d_h, conditional, steps):
         streams = Streams(run.seed)
         with streams.scope("generator", m):
             G = Generator(net.latent_shape(), net.n_classes, d_eps, d_h, conditional)
+        G = G.to(next(net.parameters()).device)
         g, lam = streams.generator("ask", m), 1.0 if conditional else 0.0
         train_generator(G, net.prefix(m), net, objective, pool, steps, g, lam_dif=lam)
         y = pool.sample(len(ASKED) * 100, g)[0]
         d = torch.tensor(ASKED).repeat(100)
         with torch.no_grad():
             F_ = objective.predict(net.prefix(m).from_latents(G.draw(y, d, g)))
+        F_ = [f.cpu() for f in F_]
         got = sample_difficulty(F_[0], y)
         rank = spearmanr(got.numpy(), d.numpy())[0]
         hit = float((F_[-1].argmax(-1) == y).double()[d <= 0.5].mean())

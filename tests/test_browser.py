@@ -13,13 +13,13 @@ PROGRAM = os.environ.get("CHROMIUM") or next(
 )
 
 EXITS = """import numpy as np
-from darkdistill_nb.app.explorer import ExitExplorer
+from darkdistill_nb.app import ExitExplorer
 rng = np.random.default_rng(0)
 skill = rng.random(4000) - np.array([[.55], [.4], [.25], [.15]])
 pictures = (np.clip(skill[3] + .15, 0, 1)[:, None, None, None] * rng.integers(100, 256, (4000, 3, 12, 12))).astype("uint8")
 ExitExplorer(skill + .1*rng.normal(size=skill.shape), skill > 0, [100e3, 200e3, 300e3, 400e3], pictures=pictures, mode="live")"""
 SPLIT = """import numpy as np
-from darkdistill_nb.app.explorer import DirichletExplorer
+from darkdistill_nb.app import DirichletExplorer
 DirichletExplorer(np.repeat(np.arange(10), 300), mode="live")"""
 SLOW = """import plotly.graph_objects as go
 go.FigureWidget._esm = "await new Promise(() => {})"       # a script that never gets ready

@@ -4,7 +4,8 @@ import subprocess, sys, textwrap
 import pytest
 
 MODULES = """core.checks core.registry core.plots core.parallel core.seeds core.splits core.fronts
-exits.thresholds exits.guarantees exits.control distree.simulator app.explorer""".split()
+exits.thresholds exits.guarantees exits.control distree.simulator app.explorer
+app.exit_explorer app.split_explorer""".split()
 
 BLOCKED = """
 import sys

@@ -10,15 +10,9 @@ from darkdistill_nb.exits.networks import cnn
 from darkdistill_nb.exits.training import BoostNet, exit_shares
 from darkdistill_nb.exits.inference import budget_thresholds, take_exit
 from darkdistill_nb.core.training import predict
-from darkdistill_nb.app.explorer import (
-    DirichletExplorer,
-    ExitExplorer,
-    ExitModel,
-    SplitModel,
-    State,
-    Table,
-    live_missing,
-)
+from darkdistill_nb.app.explorer import State, Table, live_missing
+from darkdistill_nb.app.exit_explorer import ExitExplorer, ExitModel
+from darkdistill_nb.app.split_explorer import DirichletExplorer, SplitModel
 
 COSTS = [1e5, 2e5, 3e5, 4e5]
 INF = math.inf
@@ -599,7 +593,7 @@ def test_bad_settings():
 
 
 def test_module_brings_no_plotly_and_no_widgets():
-    code = """import sys, darkdistill_nb.app.explorer as w, numpy as np
+    code = """import sys, darkdistill_nb.app.exit_explorer as w, numpy as np
 w.ExitModel(np.eye(3), np.eye(3), [1, 2, 3]).at([.5, .5, -np.inf])
 print(sorted({'plotly', 'ipywidgets', 'anywidget', 'PIL', 'IPython'} & set(sys.modules)))"""
     assert (

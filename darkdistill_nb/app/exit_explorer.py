@@ -9,22 +9,13 @@ Docs: https://darkdistill.github.io/darkdistill_nb/6_app/exit_explorer.html.md""
 __all__ = ['ExitModel', 'as_cells', 'strip', 'picture_uri', 'ExitExplorer']
 
 # %% ../../nbs/6_app/exit_explorer.ipynb #6b51cf3b
-import base64, functools, math
+import base64, math
 import numpy as np
 from fastcore.basics import patch
-from ..core.checks import check, finite, number, whole
+from ..core.checks import check, choice, finite, number, whole
 from ..core.plots import PALETTE, hatched, style
-from darkdistill_nb.app.explorer import (
-    Control,
-    Explorer,
-    Table,
-    _array,
-    _axis_title,
-    _live_figure,
-    _look,
-    _nice_step,
-    frames_figure,
-)
+from .explorer import Explorer, _array, _axis_title, _look, _nice_step
+from .pages import Table, pack
 
 # %% ../../nbs/6_app/exit_explorer.ipynb #88f01dba
 def _score_array(name, a, exits=None):
@@ -241,6 +232,8 @@ def _score_range(*scores):
 class ExitExplorer(Explorer):
     "Thresholds or a budget on one side; accuracy, cost and who leaves where on the other."
 
+    kind = "exits"
+
     def __init__(self,
         scores,              # (E, N), larger: more ready to leave
         right,               # (E, N) bool
@@ -319,26 +312,19 @@ def says(self:ExitExplorer,
 
 @patch
 def to_table(self:ExitExplorer,
-    what:str="now", # now: one row per exit | frames: one row per budget of `to_frames`
-    steps:int=9,    # budgets
-    r:dict=None,    # a result; None: of the current thresholds
+    what:str="now", # now: one row per exit | budgets: one row per budget
+    steps:int=9,    # budgets, from the cost of the first exit to that of the last
 )->Table:
     "The numbers behind the figure."
-    if what not in ("now", "frames"):
-        raise ValueError(f"what={what!r} must be now or frames")
-    p, c, E, r = (
-        (lambda v: f"{100 * v:.1f}"),
-        (lambda v: f"{v / self.scale:.4g}"),
-        len(self.model),
-        r or self.result(),
-    )
-    steps = whole(steps, "steps", 2)
+    choice(what, "what", ("now", "budgets"))
+    steps, E, r = whole(steps, "steps", 2), len(self.model), self.result()
+    p, c = (lambda v: f"{100 * v:.1f}"), (lambda v: f"{v / self.scale:.4g}")
     short = lambda t: (
         f"{t:.4g}"
         if abs(t) >= self.step
         else f"{round(t, 3 - math.floor(math.log10(self.step))) + 0.0:g}"
     )
-    if what == "frames":
+    if what == "budgets":
         heads = [
             f"budget ({self.unit})",
             "mean cost",
@@ -536,73 +522,54 @@ def _layout(self: ExitExplorer, E, u, rows):
         )
     return out
 
-# %% ../../nbs/6_app/exit_explorer.ipynb #fb746775
-@patch
-def to_frames(self:ExitExplorer,
-    steps:int=9 # budgets, from the cost of the first exit to that of the last
-):              # plotly Figure
-    'A figure with a slider over budgets; no kernel needed. `to_table("frames")` has its numbers.'
-    import plotly.graph_objects as go
+# %% ../../nbs/6_app/exit_explorer.ipynb #3a57d53e
+_IMAGES = 240  # on a page, of the first samples reported
 
-    steps = whole(steps, "steps", 2)
-    points, state = self._points(steps), self.state["budget"] or self.defaults["budget"]
-    title = lambda r: (
-        f"accuracy {100 * r['accuracy']:.1f} %, mean cost {r['cost'] / self.scale:.4g} {self.unit}, static mixture {100 * r['mixture']:.1f} %"
-    )
-    active = int(np.argmin([abs(b - state) for b, _ in points]))
-    fig = self.draw(go.Figure)
-    for i, new in self.changes(points[active][1]).items():
-        fig.data[i].update(new)
-    return frames_figure(
-        fig,
-        [(f"{b / self.scale:.4g}", self.changes(r), title(r)) for b, r in points],
-        active,
-        "budget: ",
-        f" {self.unit}",
-    )
-
-# %% ../../nbs/6_app/exit_explorer.ipynb #1f78020e
 @patch
-def _build(self: ExitExplorer):
-    "Controls and figure."
-    c, s = self.model.costs, self.scale
-    budget = lambda v: self.set_budget(float(np.clip(v * s, c[0], c[-1])))
-    self.control = {
-        "budget": Control(
-            f"mean cost budget ({self.unit})",
-            c[0] / s,
-            c[-1] / s,
-            _nice_step((c[-1] - c[0]) / s),
-            budget,
-        )
-    }
-    for e in range(1, len(c)):
-        self.control[e] = Control(
-            f"threshold of exit {e} ({self.score})",
-            self.low,
-            self.high,
-            self.step,
-            functools.partial(self.set_threshold, e),
-        )
-    return self._assemble([k.row for k in self.control.values()], self.draw(_live_figure))
+def _sprite(self: ExitExplorer):
+    "The first images side by side in one sheet, twenty a row, or None."
+    if self.cells is None:
+        return None
+    n, h, w, c = self.cells[:_IMAGES].shape
+    rows, columns = -(-n // 20), min(n, 20)
+    sheet = np.full((rows * columns, h, w, c), 255, np.uint8)
+    sheet[:n] = self.cells[:n]
+    sheet = sheet.reshape(rows, columns, h, w, c).transpose(0, 2, 1, 3, 4)
+    source = picture_uri(sheet.reshape(rows * h, columns * w, c))
+    return dict(source=source, images=n, columns=columns, height=h, width=w, m=self.m)
 
-# %% ../../nbs/6_app/exit_explorer.ipynb #5b398067
+# %% ../../nbs/6_app/exit_explorer.ipynb #0a793a92
 @patch
-def _show(self: ExitExplorer):
-    "Bring controls, sentence, figure and table up to date."
-    r, b = self.result(), self.state["budget"]
-    if b is not None:
-        self.control["budget"].show(b / self.scale)
-    for e, t in enumerate(r["thresholds"][:-1], 1):
-        c = self.control[e]
-        c.show(c.high if t == math.inf else c.low if t == -math.inf else t)
-    with self.figure.batch_update():
-        for i, new in self.changes(r).items():
-            for k, v in new.items():
-                self.figure.data[i][k] = v
-    self._draw_otherwise()
-    self._say(self.says(r))
-    self.numbers.value = self.to_table(r=r)._repr_html_()
+def controls(self:ExitExplorer)->list: # see `Page`
+    "The budget, then one threshold for every exit but the last."
+    c = (self.model.costs / self.scale).tolist()
+    step, name = _nice_step(c[-1] - c[0]), f"mean cost budget ({self.unit})"
+    budget = dict(name="budget", label=name, low=c[0], high=c[-1], step=step)
+    bounds = dict(low=self.low, high=self.high, step=self.step)
+    label = lambda e: f"threshold of exit {e} ({self.score})"
+    return [budget] + [dict(name=e, label=label(e), **bounds) for e in range(1, len(c))]
+
+@patch
+def page_data(self:ExitExplorer)->dict: # JSON-able, for the `ExitModel` of exits.js
+    "What the model of the page is made from."
+    m, names = self.model, ("scale", "unit", "score", "low", "high", "step")
+    sizes = dict(samples=m.scores.shape[1], validation=m.valid.shape[1], costs=m.costs.tolist())
+    arrays = dict(scores=pack(m.scores[:-1]), valid=pack(m.valid[:-1]))
+    bits = pack(np.packbits(m.right, axis=1))
+    own = {k: getattr(self, k) for k in names}
+    return dict(**sizes, **arrays, right=bits, sprite=self._sprite(), **own)
+
+@patch
+def narrow(self:ExitExplorer)->dict: # see `Page`
+    "On a narrow page the shares get more room, and fewer images are shown."
+    E, wide = len(self.model), self.cells is not None
+    titles = self._layout(E, 1, [0] * E)["annotations"]
+    out = {"xaxis2.domain": [0, 0.64 if wide else 1], "font.size": 11, "legend.font.size": 11}
+    out |= {"margin.l": 52, "margin.r": 8, "margin.t": 110, "height": 44 * E + 440}
+    if wide:
+        titles[1]["x"], five = 0.68, 5 * (self.cells.shape[2] + 1) - 0.5
+        out |= {"xaxis3.domain": [0.68, 1], "xaxis3.range": [-0.5, five]}
+    return {**out, "annotations": titles}
 
 # %% ../../nbs/6_app/exit_explorer.ipynb #1d4a6989
 def _own_logits(name, logits, y):

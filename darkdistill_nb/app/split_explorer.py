@@ -9,22 +9,13 @@ Docs: https://darkdistill.github.io/darkdistill_nb/6_app/split_explorer.html.md"
 __all__ = ['SplitModel', 'DirichletExplorer']
 
 # %% ../../nbs/6_app/split_explorer.ipynb #5cd9dad0
-import functools, math
 import numpy as np
 from fastcore.basics import patch
-from ..core.checks import check, number, whole
+from ..core.checks import check, choice, number, whole
 from ..core.plots import PALETTE, class_look
 from ..core.splits import dirichlet_indices, effective_classes
-from darkdistill_nb.app.explorer import (
-    Control,
-    Explorer,
-    Table,
-    _array,
-    _axis_title,
-    _live_figure,
-    _look,
-    frames_figure,
-)
+from .explorer import Explorer, _array, _axis_title, _look
+from .pages import Table
 
 # %% ../../nbs/6_app/split_explorer.ipynb #4d061d68
 class SplitModel:
@@ -89,6 +80,8 @@ class SplitModel:
 class DirichletExplorer(Explorer):
     "gamma, clients, family and seed on one side; who holds what on the other, against theory."
 
+    kind = "splits"
+
     def __init__(self,
         y,                   # (N,) labels of the reader's data: integers, or names
         classes=None,        # K names
@@ -99,8 +92,15 @@ class DirichletExplorer(Explorer):
         mode:str="auto",     # as in `Explorer`
     ):
         self.model = SplitModel(y, classes)
-        self.now = self.model.at(gamma, clients, family, seed)
         super().__init__(mode, gamma=gamma, clients=clients, family=family, seed=seed)
+        self._kept = (dict(self.state.values), self.model.at(gamma, clients, family, seed))
+
+    @property
+    def now(self):
+        "What the model says about the present state, see `SplitModel.at`."
+        if self._kept[0] != self.state.values:
+            self._kept = (dict(self.state.values), self.model.at(**self.state.values))
+        return self._kept[1]
 
     def set(self,
         **values # gamma, clients, family, seed
@@ -111,7 +111,7 @@ class DirichletExplorer(Explorer):
                 f"{sorted(unknown)} are not controls; there are {', '.join(self.defaults)}"
             )
         wanted = {**self.state.values, **values}
-        self.now = self.model.at(**wanted)
+        self._kept = (wanted, self.model.at(**wanted))
         self.state.update(**wanted)
 
     def reset(self): self.set(**self.defaults)
@@ -138,13 +138,11 @@ def _gammas(gammas):
 # %% ../../nbs/6_app/split_explorer.ipynb #91ff398c
 @patch
 def to_table(self:DirichletExplorer,
-    what:str="now",    # now: one row per client | frames: one row per gamma of `to_frames`
+    what:str="now",    # now: one row per client | gammas: one row per gamma
     gammas=GAMMAS,
 )->Table:
     "The numbers behind the figure."
-    if what not in ("now", "frames"):
-        raise ValueError(f"what={what!r} must be now or frames")
-    if what == "now":
+    if choice(what, "what", ("now", "gammas")) == "now":
         largest = lambda n: f"{self.model.classes[n.argmax()]} ({100 * n.max() / n.sum():.0f} %)"
         counts, effective = self.now["counts"], self.now["effective"]
         rows = [
@@ -304,76 +302,30 @@ def _layout(self: DirichletExplorer, K):
     )
     return out
 
-# %% ../../nbs/6_app/split_explorer.ipynb #462c0cc8
+# %% ../../nbs/6_app/split_explorer.ipynb #d513bc54
 @patch
-def to_frames(self:DirichletExplorer,
-    gammas=GAMMAS # positions of the slider
-):                # plotly Figure
-    'A figure with a slider over gamma; no kernel needed. `to_table("frames")` has its numbers.'
-    import plotly.graph_objects as go
-
-    gammas = _gammas(gammas)
-    results = [self.model.at(**{**self.state.values, "gamma": g}) for g in gammas]
-    active = int(np.argmin([abs(math.log(g / self.state["gamma"])) for g in gammas]))
-    fig = self.draw(go.Figure)
-    for i, new in self.changes(results[active]).items():
-        fig.data[i].update(new)
-    title = lambda r: f"{r['measured']:.1f} effective classes per client, theory {r['theory']:.1f}"
-    return frames_figure(
-        fig,
-        [(f"{g:g}", self.changes(r), title(r)) for g, r in zip(gammas, results)],
-        active,
-        "gamma: ",
-    )
-
-# %% ../../nbs/6_app/split_explorer.ipynb #435c8ea3
-@patch
-def _build(self: DirichletExplorer):
-    "Controls and figure."
-    import ipywidgets as W
-
-    def send(name, value):
-        try:
-            self.set(**{name: value})
-        except ValueError as e:
-            self._show()
-            self._say(f"No such split: {e}")
-
-    make = lambda name, label, *a, **k: Control(
-        label, *a, functools.partial(send, name), live=False, **k
-    )
-    n = min(100, len(self.model.y))
-    self.control = dict(
-        gamma=make("gamma", "gamma (concentration)", 0.01, 10_000, 0.05, log=True),
-        clients=make("clients", "clients (number)", 1, n, 1, whole=True),
-        seed=make("seed", "seed", 0, 99, 1, whole=True),
-    )  # a state beyond these widens them
+def controls(self:DirichletExplorer)->list: # see `Page`
+    "gamma, clients, family and seed; a state beyond the usual bounds widens them."
+    v, n = self.state.values, min(100, len(self.model.y))
+    gamma = dict(low=min(0.01, v["gamma"]), high=max(10_000, v["gamma"]), step=0.05, log=True)
+    most = dict(low=1, step=1, whole=True)
     families = [("client-wise, equal sizes", "client"), ("class-wise, sizes vary", "class")]
-    self.family = W.Dropdown(
-        options=families,
-        description="family",
-        style=dict(description_width="225px"),
-        layout=dict(width="460px"),
-    )
-    self.family.observe(
-        lambda c: c["new"] == self.state["family"] or send("family", c["new"]), "value"
-    )
-    c = self.control
-    return self._assemble(
-        [c["gamma"].row, c["clients"].row, self.family, c["seed"].row], self.draw(_live_figure)
-    )
+    return [
+        dict(name="gamma", label="gamma (concentration)", **gamma),
+        dict(name="clients", label="clients (number)", high=max(n, int(v["clients"])), **most),
+        dict(name="family", label="family", options=families),
+        dict(name="seed", label="seed", high=max(99, int(v["seed"])), **{**most, "low": 0}),
+    ]
 
-# %% ../../nbs/6_app/split_explorer.ipynb #b54e2852
 @patch
-def _show(self: DirichletExplorer):
-    "Bring controls, sentence, figure and table up to date."
-    for k, c in self.control.items():
-        c.show(self.state[k])
-    self.family.value = self.state["family"]
-    with self.figure.batch_update():
-        for i, new in self.changes(self.now).items():
-            for k, v in new.items():
-                self.figure.data[i][k] = v
-    self._draw_otherwise()
-    self._say(self.says())
-    self.numbers.value = self.to_table()._repr_html_()
+def page_data(self:DirichletExplorer)->dict: # JSON-able, for the `SplitModel` of splits.js
+    "Counts of the classes are all that a split's counts depend on, besides the seed."
+    return dict(stock=np.bincount(self.model.y).tolist(), classes=self.model.classes)
+
+@patch
+def narrow(self:DirichletExplorer)->dict: # see `Page`
+    "On a narrow page the theory stands below the clients."
+    out = {"xaxis.domain": [0, 1], "xaxis2.domain": [0, 1], "yaxis3.domain": [0, 0.26]}
+    out |= {"yaxis.domain": [0.68, 1], "yaxis2.domain": [0.36, 0.65], "height": 760}
+    out |= {"font.size": 11, "legend.font.size": 11, "margin.l": 56, "margin.r": 8}
+    return {**out, "margin.t": 110, "annotations": []}

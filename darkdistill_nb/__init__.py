@@ -3,6 +3,7 @@
 Modules:
 
 - `darkdistill_nb.app.cli`: One command for whole experiments: it reads arguments, says in one sentence what is wrong with them, and hands over. One command for runs, experiments, benchmarks, reports and labs.
+- `darkdistill_nb.app.distillation_explorer`: Temperature, mixture and direction of a distillation loss, one image at a time: what the teacher says, and where it pulls the student. An explorer for temperature, alpha and the direction of the divergence.
 - `darkdistill_nb.app.exit_explorer`: What do exit thresholds buy? An instrument that answers while the slider still moves. An explorer for exit thresholds and budgets, on your own scores, logits or network.
 - `darkdistill_nb.app.explorer`: An explorer holds a question in the hand: a slider, a figure that follows it, and a table that says the same in numbers. States and the faces of an explorer: a widget, a page, a table.
 - `darkdistill_nb.app.pages`: A page that answers by itself: the same model once more in a hundred lines of JavaScript, no server, no network. An explorer as a page that moves by itself, the tables under it, and the script that draws numpy's random numbers.

@@ -485,7 +485,7 @@ def _layout(self: ExitExplorer, E, u, rows):
     )
     out = _look(
         H,
-        56,
+        34,
         annotations=[head("share of samples that leave here", 0)]
         + [head("the first of them (✕ wrong)", left)] * bool(wide),
     )
@@ -564,11 +564,13 @@ def narrow(self:ExitExplorer)->dict: # see `Page`
     "On a narrow page the shares get more room, and fewer images are shown."
     E, wide = len(self.model), self.cells is not None
     titles = self._layout(E, 1, [0] * E)["annotations"]
-    out = {"xaxis2.domain": [0, 0.64 if wide else 1], "font.size": 11, "legend.font.size": 11}
-    out |= {"margin.l": 52, "margin.r": 8, "margin.t": 110, "height": 44 * E + 440}
+    out = {"xaxis2.domain": [0, 0.6 if wide else 1], "font.size": 11, "legend.font.size": 11}
+    out |= {"margin.l": 52, "margin.r": 8, "margin.t": 74, "height": 44 * E + 420}
     if wide:
-        titles[1]["x"], five = 0.68, 5 * (self.cells.shape[2] + 1) - 0.5
-        out |= {"xaxis3.domain": [0.68, 1], "xaxis3.range": [-0.5, five]}
+        titles[1].update(x=0.62, text="the first (✕ wrong)")
+        out |= {"xaxis3.domain": [0.62, 1], "xaxis3.range": [-0.5, 3 * self.cells.shape[2] + 2.5]}
+    for t in titles:
+        t["font"] = dict(size=11)
     return {**out, "annotations": titles}
 
 # %% ../../nbs/6_app/exit_explorer.ipynb #1d4a6989

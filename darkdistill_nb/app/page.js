@@ -45,14 +45,16 @@ function cells(columns, body) {       // of a table whose headings are said when
   return [make("thead", {}, line(head[0], head.slice(1))), make("tbody", {}, ...rows)];
 }
 
-function layoutFor(spec, width) {     // below NARROW pixels panels stand one above the other
+function layoutFor(spec, width, margin) {   // below NARROW pixels panels stand one above the other
   const layout = structuredClone(spec.figure.layout);
   Object.assign(layout, {autosize: false, width});
-  if (width >= NARROW) return layout;
-  for (const [path, value] of Object.entries(spec.narrow)) {
+  for (const [path, value] of Object.entries(width < NARROW ? spec.narrow : {})) {
     const keys = path.split("."), last = keys.pop();
     keys.reduce((node, key) => node[key] ??= {}, layout)[last] = value;
   }
+  if (!margin) return layout;                // plotly finds margins once a width: to look for them takes half of a drawing's time
+  for (const key of Object.keys(layout)) if (/^[xy]axis/.test(key)) layout[key].automargin = false;
+  layout.margin = {...layout.margin, ...margin};
   return layout;
 }
 
@@ -72,21 +74,22 @@ async function start(root, tell = () => {}) {   // tell(state): what the reader 
   const part = name => root.querySelector(`.explorer-${name}`), figure = part("figure");
   const spec = JSON.parse(root.querySelector("script").textContent), view = new VIEWS[spec.kind](spec.data);
   const traces = spec.figure.data, table = part("table");
-  let width = Math.max(280, root.clientWidth), waiting = false, pending = null;
+  let width = Math.max(280, root.clientWidth), margin = null, waiting = false, pending = null;
   const numbers = () => {
     if (!part("fold").open || !pending) return;
     table.replaceChildren(make("caption", {}, pending.says), ...cells(pending.table.columns, pending.table.rows));
     pending = null;
   };
-  const draw = () => {
+  const draw = async () => {
     waiting = false;
     const r = pending = view.look();
-    for (const [name, control] of Object.entries(controls)) if (name in r.values) control.show(r.values[name]);
+    for (const [name, control] of controls) if (name in r.values) control.show(r.values[name]);
     part("says").textContent = r.says;
     numbers();
     for (const [i, change] of Object.entries(r.changes)) Object.assign(traces[i], change);
-    root.dataset.moved = performance.now();
-    return Plotly.react(figure, traces, layoutFor(spec, width), spec.config);
+    await Plotly.react(figure, traces, layoutFor(spec, width, margin), spec.config);
+    const {l, r: right, t, b} = figure._fullLayout._size;
+    margin ??= {l, r: right, t, b};
   };
   const send = name => value => {
     try {
@@ -99,8 +102,8 @@ async function start(root, tell = () => {}) {   // tell(state): what the reader 
       part("says").textContent = e.message;
     }
   };
-  const controls = Object.fromEntries(spec.controls.map(c => [c.name, (c.options ? choice : slider)(c, send(c.name))]));
-  part("controls").replaceChildren(...Object.values(controls).map(c => c.row));
+  const controls = spec.controls.map(c => [c.name, (c.options ? choice : slider)(c, send(c.name))]);
+  part("controls").replaceChildren(...controls.map(([, c]) => c.row));
   const put = state => {
     if (JSON.stringify(state) === JSON.stringify(view.state)) return;
     view.put(state);
@@ -117,7 +120,7 @@ async function start(root, tell = () => {}) {   // tell(state): what the reader 
   if (view.sprite) await view.sprite.decode().then(draw);
   new ResizeObserver(() => {
     if (!root.clientWidth || root.clientWidth === width) return;
-    width = Math.max(280, root.clientWidth);
+    [width, margin] = [Math.max(280, root.clientWidth), null];
     draw();
   }).observe(root);
   root.dataset.ready = "yes";

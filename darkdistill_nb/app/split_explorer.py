@@ -264,7 +264,7 @@ def _layout(self: DirichletExplorer, K):
         showarrow=False,
         font=dict(size=12),
     )
-    out = _look(500, 62, bargap=0.12, annotations=[key])
+    out = _look(470, 34, bargap=0.12, annotations=[key])
     out.update(
         xaxis=dict(
             domain=[0, 0.6],
@@ -326,6 +326,6 @@ def page_data(self:DirichletExplorer)->dict: # JSON-able, for the `SplitModel` o
 def narrow(self:DirichletExplorer)->dict: # see `Page`
     "On a narrow page the theory stands below the clients."
     out = {"xaxis.domain": [0, 1], "xaxis2.domain": [0, 1], "yaxis3.domain": [0, 0.26]}
-    out |= {"yaxis.domain": [0.68, 1], "yaxis2.domain": [0.36, 0.65], "height": 760}
+    out |= {"yaxis.domain": [0.68, 1], "yaxis2.domain": [0.36, 0.65], "height": 720}
     out |= {"font.size": 11, "legend.font.size": 11, "margin.l": 56, "margin.r": 8}
-    return {**out, "margin.t": 110, "annotations": []}
+    return {**out, "margin.t": 60, "annotations": []}

@@ -8,7 +8,7 @@ Docs: https://darkdistill.github.io/darkdistill_nb/6_app/distillation_explorer.h
 # %% auto #0
 __all__ = ['DistillationModel', 'DistillationExplorer']
 
-# %% ../../nbs/6_app/distillation_explorer.ipynb #98a3fab3
+# %% ../../nbs/6_app/distillation_explorer.ipynb #765438f6
 import numpy as np
 from fastcore.basics import patch
 from ..core.checks import check, choice, finite, number, whole
@@ -16,7 +16,7 @@ from ..core.plots import PALETTE, hatched
 from .explorer import Explorer, _array, _axis_title, _look
 from .pages import Table, pack
 
-# %% ../../nbs/6_app/distillation_explorer.ipynb #0c274b45
+# %% ../../nbs/6_app/distillation_explorer.ipynb #2f93e455
 def _log_softmax(logits, T):
     "Logarithms of the probabilities at temperature T."
     z = logits / T
@@ -31,7 +31,7 @@ def _logit_rows(name, a, shape=None):
     check(ok, name, a.shape, f"numbers of shape {form}")
     return np.asarray(finite(a, name), float)
 
-# %% ../../nbs/6_app/distillation_explorer.ipynb #315b8561
+# %% ../../nbs/6_app/distillation_explorer.ipynb #452657a2
 class DistillationModel:
     "Soft labels, divergences, loss and gradients of single images, from logits alone."
 
@@ -81,7 +81,7 @@ class DistillationModel:
             gradient=from_teacher + from_label,
         )
 
-# %% ../../nbs/6_app/distillation_explorer.ipynb #8a9dd09b
+# %% ../../nbs/6_app/distillation_explorer.ipynb #ed6fd874
 class DistillationExplorer(Explorer):
     "Sample, temperature, mixture and direction on one side; soft labels and gradients on the other."
 
@@ -116,7 +116,7 @@ class DistillationExplorer(Explorer):
         "What the model says about the present setting, see `DistillationModel.at`."
         return self.model.at(**self.state.values)
 
-# %% ../../nbs/6_app/distillation_explorer.ipynb #14b213a7
+# %% ../../nbs/6_app/distillation_explorer.ipynb #3bae5e2b
 @patch
 def says(self:DistillationExplorer)->str:
     "Soft labels and loss in one sentence."
@@ -142,7 +142,7 @@ def to_table(self:DistillationExplorer)->Table: # one row per class
     ]
     return Table(self.says(), heads, rows)
 
-# %% ../../nbs/6_app/distillation_explorer.ipynb #fb2512eb
+# %% ../../nbs/6_app/distillation_explorer.ipynb #abe518a6
 @patch
 def draw(self:DistillationExplorer,
     Figure # makes a figure of traces and a layout
@@ -164,7 +164,7 @@ def draw(self:DistillationExplorer,
     ]
     return Figure(traces, self._layout())
 
-# %% ../../nbs/6_app/distillation_explorer.ipynb #6c2e332e
+# %% ../../nbs/6_app/distillation_explorer.ipynb #03313f8b
 @patch
 def _layout(self: DistillationExplorer):
     "Soft labels on the left, the gradient on the right."
@@ -179,7 +179,7 @@ def _layout(self: DistillationExplorer):
     )
     return out
 
-# %% ../../nbs/6_app/distillation_explorer.ipynb #4c7ea614
+# %% ../../nbs/6_app/distillation_explorer.ipynb #a7d01ede
 @patch
 def controls(self:DistillationExplorer)->list: # see `Page`
     "Sample, temperature, alpha and direction."

@@ -564,7 +564,8 @@ def narrow(self:ExitExplorer)->dict: # see `Page`
     "On a narrow page the shares get more room, and fewer images are shown."
     E, wide = len(self.model), self.cells is not None
     titles = self._layout(E, 1, [0] * E)["annotations"]
-    out = {"xaxis2.domain": [0, 0.6 if wide else 1], "font.size": 11, "legend.font.size": 11}
+    out = {"xaxis2.domain": [0, 0.6 if wide else 1], "xaxis2.range": [0, 240]}
+    out |= {"font.size": 11, "legend.font.size": 11}
     out |= {"margin.l": 52, "margin.r": 8, "margin.t": 74, "height": 44 * E + 420}
     if wide:
         titles[1].update(x=0.62, text="the first (✕ wrong)")

@@ -65,11 +65,12 @@ class SplitModel:
                 for p in dirichlet_indices(self.y, clients, gamma, family, seed)
             ]
         )
-        square = ((counts / counts.sum(1, keepdims=True)) ** 2).sum(1)
+        sizes, squares = counts.sum(1), (counts**2).sum(1)  # whole numbers: exact
+        square = squares / sizes**2
         return dict(
             counts=counts,
-            sizes=counts.sum(1),
-            effective=1 / square,
+            sizes=sizes,
+            effective=sizes**2 / squares,
             mean_square=float(square.mean()),
             measured=float(1 / square.mean()),
             theory=effective_classes(gamma, K),

@@ -11,9 +11,9 @@ class SplitModel {
     const dealt = family === "client" ? this.byClient(gamma, clients, seed) : this.byClass(gamma, clients, seed);
     const K = this.classes.length, order = new Random(3, seed).shuffle([...Array(clients).keys()]);
     const counts = order.map(k => Array.from({length: K}, (_, c) => dealt[k][c] || 0)), sizes = counts.map(sum);
-    const square = counts.map((n, k) => sum(n.map(v => (v / sizes[k]) ** 2))), mean = sum(square) / clients;
+    const squares = counts.map(n => sum(n.map(v => v * v))), mean = sum(squares.map((v, k) => v / sizes[k] ** 2)) / clients;
     const theory = (K * gamma + 1) / (gamma + 1);
-    return {counts, sizes, effective: square.map(v => 1 / v), mean_square: mean, measured: 1 / mean, theory, gamma};
+    return {counts, sizes, effective: squares.map((v, k) => sizes[k] ** 2 / v), mean_square: mean, measured: 1 / mean, theory, gamma};
   }
 
   shuffled(seed) {                           // the stream after each class has been shuffled; kept, as it needs only the seed

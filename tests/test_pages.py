@@ -276,7 +276,7 @@ def all_explorers():
 
 def test_saved_page_is_one_file_with_plotly_once(tmp_path):
     pages = [e.to_page() for e in all_explorers()]
-    text = save_page(tmp_path / "all.html", *pages, title="a < b").read_text(encoding="utf-8")
+    text = save_page(tmp_path / "all.html", pages, title="a < b").read_text(encoding="utf-8")
     assert text.count("window.Plotly = Plotly") == 1 and "<title>a &lt; b</title>" in text
     own = text.split("<script>if (!window.Plotly)")[0] + page_script()
     assert not re.search(r"https?://|//cdn|src=\"(?!data:)", own)
@@ -357,4 +357,4 @@ def test_models_are_readable():
     for name in MODELS + ["page", "live"]:
         lines = (APP / f"{name}.js").read_text(encoding="utf-8").splitlines()
         assert len(lines) < (280 if name == "random" else 180), name
-        assert max(map(len, lines)) <= 160, name
+        assert max(map(len, lines)) <= 140, name

@@ -48,9 +48,10 @@ class DistillationView {
   }
 
   says(r) {
-    const {sample, T, alpha, direction} = this.state, divergence = direction === "forward" ? r.forward : r.reverse;
-    return `Sample ${sample}, class ${this.model.classes[this.model.y[sample]]}: at T = ${general(T, 4)} the teacher spreads over ${fixed(Math.exp(r.entropy), 2)} classes; `
-      + `${direction} KL ${general(divergence, 4)}, cross-entropy ${general(r.cross_entropy, 4)}, loss ${general(r.loss, 4)} with alpha ${general(alpha, 4)}`;
+    const {sample, T, alpha, direction} = this.state, short = v => general(v, 4), name = this.model.classes[this.model.y[sample]];
+    return `Sample ${sample}, class ${name}: at T = ${short(T)} the teacher spreads over `
+      + `${fixed(Math.exp(r.entropy), 2)} classes; ${direction} KL ${short(r[direction])}, `
+      + `cross-entropy ${short(r.cross_entropy)}, loss ${short(r.loss)} with alpha ${short(alpha)}`;
   }
 
   table(r) {

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from ..core.checks import check, choice, finite, number, whole
 from ..core.plots import PALETTE, hatched
 from .explorer import Explorer, _array, _axis_title, _look
-from .pages import Table, pack
+from .pages import Table, pack_array
 
 # %% ../../nbs/6_app/distillation_explorer.ipynb #2f93e455
 def _log_softmax(logits, T):
@@ -200,7 +200,7 @@ def page_data(self:DistillationExplorer)->dict: # JSON-able, for the model of di
     "What the model of the page is made from."
     m = self.model
     return dict(
-        teacher=pack(m.teacher), student=pack(m.student), y=m.y.tolist(), classes=m.classes
+        teacher=pack_array(m.teacher), student=pack_array(m.student), y=m.y.tolist(), classes=m.classes
     )
 
 @patch

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from ..core.checks import check, choice, finite, number, whole
 from ..core.plots import PALETTE, hatched, style
 from .explorer import Explorer, _array, _axis_title, _look, _nice_step
-from .pages import Table, pack
+from .pages import Table, pack_array
 
 # %% ../../nbs/6_app/exit_explorer.ipynb #88f01dba
 def _score_array(name, a, exits=None):
@@ -523,14 +523,15 @@ def _layout(self: ExitExplorer, E, u, rows):
     return out
 
 # %% ../../nbs/6_app/exit_explorer.ipynb #3a57d53e
-_IMAGES = 240  # on a page, of the first samples reported
+_IMAGES, _BYTES = 240, 400_000  # most images on a page, of the first samples reported
 
 @patch
 def _sprite(self: ExitExplorer):
     "The first images side by side in one sheet, twenty a row, or None."
     if self.cells is None:
         return None
-    n, h, w, c = self.cells[:_IMAGES].shape
+    most = max(20, _BYTES // (2 * self.cells[0].size))
+    n, h, w, c = self.cells[: min(_IMAGES, most)].shape
     rows, columns = -(-n // 20), min(n, 20)
     sheet = np.full((rows * columns, h, w, c), 255, np.uint8)
     sheet[:n] = self.cells[:n]
@@ -554,8 +555,8 @@ def page_data(self:ExitExplorer)->dict: # JSON-able, for the `ExitModel` of exit
     "What the model of the page is made from."
     m, names = self.model, ("scale", "unit", "score", "low", "high", "step")
     sizes = dict(samples=m.scores.shape[1], validation=m.valid.shape[1], costs=m.costs.tolist())
-    arrays = dict(scores=pack(m.scores[:-1]), valid=pack(m.valid[:-1]))
-    bits = pack(np.packbits(m.right, axis=1))
+    arrays = dict(scores=pack_array(m.scores[:-1]), valid=pack_array(m.valid[:-1]))
+    bits = pack_array(np.packbits(m.right, axis=1))
     own = {k: getattr(self, k) for k in names}
     return dict(**sizes, **arrays, right=bits, sprite=self._sprite(), **own)
 

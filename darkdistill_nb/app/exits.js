@@ -95,7 +95,8 @@ class ExitView {
   says(r) {
     const {scale, unit} = this.data, gain = 100 * (r.accuracy - r.mixture), part = 100 * r.cost / this.model.costs.at(-1);
     const how = this.budget === null ? "thresholds set by hand" : `thresholds for a budget of ${general(this.budget / scale, 4)} ${unit}`;
-    return `Accuracy ${fixed(100 * r.accuracy, 1)} % at a mean cost of ${general(r.cost / scale, 4)} ${unit} (${fixed(part, 0)} % of the last exit), `
+    return `Accuracy ${fixed(100 * r.accuracy, 1)} % at a mean cost of ${general(r.cost / scale, 4)} ${unit} `
+      + `(${fixed(part, 0)} % of the last exit), `
       + `${fixed(Math.abs(gain), 1)} points ${gain >= 0 ? "above" : "below"} the static mixture; ${how}`;
   }
 
@@ -103,7 +104,8 @@ class ExitView {
     const {scale, unit, step, score} = this.data, pct = v => fixed(100 * v, 1), cost = v => general(v / scale, 4);
     const small = t => general(Number(fixed(t, 3 - Math.floor(Math.log10(step)))) + 0);
     const short = t => t === Infinity ? "nobody leaves" : Math.abs(t) >= step ? general(t, 4) : small(t);
-    const rows = this.model.costs.map((c, e) => [`exit ${e + 1}`, cost(c), e < this.model.costs.length - 1 ? short(r.thresholds[e]) : "none",
+    const T = [...r.thresholds.slice(0, -1).map(short), "none"];
+    const rows = this.model.costs.map((c, e) => [`exit ${e + 1}`, cost(c), T[e],
       pct(r.shares[e]), r.shares[e] ? pct(r.hits[e] / r.shares[e]) : "-", pct(this.model.each[e])]);
     const columns = ["exit", `cost (${unit})`, `threshold (${score})`, "leave here (%)", "right of these (%)", "this exit on all (%)"];
     return {columns, rows: [...rows, ["all", cost(r.cost), "", "100.0", pct(r.accuracy), ""]]};

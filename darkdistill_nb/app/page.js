@@ -65,7 +65,8 @@ function followTheme(root) {          // a figure is drawn for light pages; wher
   };
   look();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", look);
-  const again = new MutationObserver(look), filter = {attributes: true, attributeFilter: ["class", "data-theme", "theme", "style", "data-jp-theme-light"]};
+  const names = ["class", "data-theme", "theme", "style", "data-jp-theme-light"];
+  const again = new MutationObserver(look), filter = {attributes: true, attributeFilter: names};
   for (const element of [document.documentElement, document.body]) again.observe(element, filter);
 }
 

@@ -111,7 +111,8 @@ class SplitView {
       const most = Math.max(...n);
       return `${this.model.classes[n.indexOf(most)]} (${fixed(100 * most / r.sizes[k], 0)} %)`;
     };
-    const line = (n, k) => [`client ${k}`, thousands(r.sizes[k]), String(n.filter(v => v > 0).length), fixed(r.effective[k], 2), largest(n, k)];
+    const held = n => String(n.filter(v => v > 0).length);
+    const line = (n, k) => [`client ${k}`, thousands(r.sizes[k]), held(n), fixed(r.effective[k], 2), largest(n, k)];
     return {columns: ["client", "samples", "classes held", "effective classes", "largest class"], rows: r.counts.map(line)};
   }
 

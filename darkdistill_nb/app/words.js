@@ -23,7 +23,8 @@ function general(v, n = 6) {          // f"{v:.{n}g}"
   if (!Number.isFinite(v)) return fixed(v, 0);
   if (v === 0) return Object.is(v, -0) ? "-0" : "0";
   const sign = v < 0 ? "-" : "", [digits, e] = decimal(Math.abs(v), n), bare = digits.replace(/0+$/, "");
-  if (e < -4 || e >= n) return sign + bare[0] + (bare.length > 1 ? "." + bare.slice(1) : "") + (e < 0 ? "e-" : "e+") + String(Math.abs(e)).padStart(2, "0");
+  const exponent = (e < 0 ? "e-" : "e+") + String(Math.abs(e)).padStart(2, "0");
+  if (e < -4 || e >= n) return sign + bare[0] + (bare.length > 1 ? "." + bare.slice(1) : "") + exponent;
   if (e < 0) return sign + "0." + "0".repeat(-e - 1) + bare;
   const whole = digits.slice(0, e + 1), part = digits.slice(e + 1).replace(/0+$/, "");
   return sign + whole + (part ? "." + part : "");

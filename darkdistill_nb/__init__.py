@@ -3,8 +3,13 @@
 Modules:
 
 - `darkdistill_nb.app.cli`: One command for whole experiments: it reads arguments, says in one sentence what is wrong with them, and hands over. One command for runs, experiments, benchmarks, reports and labs.
-- `darkdistill_nb.app.explorer`: Two instruments to hold a question in the hand: what do exit thresholds buy, and who holds what after a Dirichlet split. Explorers for thresholds and for the Dirichlet split, with and without a kernel.
+- `darkdistill_nb.app.distillation_explorer`: Temperature, mixture and direction of a distillation loss, one image at a time: what the teacher says, and where it pulls the student. An explorer for temperature, alpha and the direction of the divergence.
+- `darkdistill_nb.app.exit_explorer`: What do exit thresholds buy? An instrument that answers while the slider still moves. An explorer for exit thresholds and budgets, on your own scores, logits or network.
+- `darkdistill_nb.app.explorer`: An explorer holds a question in the hand: a slider, a figure that follows it, and a table that says the same in numbers. States and the faces of an explorer: a widget, a page, a table.
 - `darkdistill_nb.app.labs`: A student meets an exercise that may stay open, a message that helps and numbers of their own; an instructor meets marks. The same cell serves both. What labs import: exercises that may stay open, answers in any form, predictions, numbers for each student.
+- `darkdistill_nb.app.pages`: A page that answers by itself: the same model once more in a hundred lines of JavaScript, no server, no network. An explorer as a page that moves by itself, the tables under it, and the script that draws numpy's random numbers.
+- `darkdistill_nb.app.speed`: A figure that follows the hand is a promise in milliseconds; here it is measured, in Python and in a browser. What a move of a slider costs the kernel and the browser, measured.
+- `darkdistill_nb.app.split_explorer`: Who holds what after a Dirichlet split, and how far a single split lies from the theory. An explorer for the Dirichlet split of your own labels.
 - `darkdistill_nb.core.cells`: Many trainings, cut into pieces that are stored one by one, and a statement on how sure we are of the difference between two of them. Trainings cut into cells that survive a kill, and paired differences with an interval.
 - `darkdistill_nb.core.checks`: The few functions with which every other notebook checks what it is given, before any work starts. One sentence for bad input, before any work starts.
 - `darkdistill_nb.core.compat`: Makes `import torchvision` and `import timm` work where torchvision's compiled library cannot be loaded, and does nothing where it can. What happens when torchvision meets another build of PyTorch, and the repair.

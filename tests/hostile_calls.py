@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 from darkdistill_nb.experiments import settings
+from darkdistill_nb.app import pages
 from darkdistill_nb.core import data, parallel, plots, records
 from darkdistill_nb.federated import baselines
 from darkdistill_nb.federated import difficulty
@@ -139,6 +140,18 @@ def latent_net():
 @once
 def gen():
     return generator.Generator((4, 4, 4), C, 4, 8)
+
+
+@once
+def page_parts():
+    table = pages.Table("a", ["b"], [["1"]])
+    rest = dict(figure=plots.figure(), table=table, narrow={})
+    return dict(kind="splits", data=dict(stock=[1]), controls=[], **rest)
+
+
+@once
+def a_page():
+    return pages.Page(**page_parts())
 
 
 @once
@@ -573,7 +586,13 @@ MORE = {
     "todays_names": lambda: dict(config=dict(policy="joint")),
     "job_name": lambda: dict(kind="eefl", seed=0),
     "Table": lambda: dict(caption="a", columns=["b"], rows=[["1"]]),
-    "Control": lambda: dict(label="a", low=0.0, high=1.0, step=0.1, send=print),
+    "pack_array": lambda: dict(a=np.eye(2)),
+    "Page": lambda: dict(page_parts()),
+    "StoredPage": lambda: dict(page=a_page()),
+    "page_fragment": lambda: dict(spec={**a_page().spec, "figure": a_page().figure}),
+    "save_page": lambda: dict(path=folder() / "page.html", pages=[a_page()]),
+    "DistillationModel": lambda: dict(teacher=np.eye(3), student=np.eye(3), y=np.arange(3)),
+    "DistillationExplorer": lambda: dict(teacher=np.eye(3), student=np.eye(3), y=np.arange(3)),
     "Explorer": dict,
     "ExitExplorer": lambda: scored(),
     # no parameter of a plain type; the valid call is tried
@@ -757,7 +776,6 @@ LAST = {
     "Record": lambda: dict(config={}),
     "shipped": lambda: dict(what="assets"),
     "asset": lambda: dict(name="digits_default.json"),
-    "frames_figure": lambda: dict(fig=plots.figure(), steps=[("a", {}, "b")]),
     "pixel_unit": lambda: dict(x=rand(2, 1, 8, 8)),
     "average": lambda: dict(weights=[dict(a=torch.ones(2))], n=[1]),
     "nbytes": lambda: dict(tensors=dict(a=torch.ones(2))),

@@ -13,18 +13,30 @@ PROGRAM = os.environ.get("CHROMIUM") or next(
 )
 
 EXITS = """import numpy as np
-from darkdistill_nb.app.explorer import ExitExplorer
+from darkdistill_nb.app import ExitExplorer
 rng = np.random.default_rng(0)
 skill = rng.random(4000) - np.array([[.55], [.4], [.25], [.15]])
-pictures = (np.clip(skill[3] + .15, 0, 1)[:, None, None, None] * rng.integers(100, 256, (4000, 3, 12, 12))).astype("uint8")
-ExitExplorer(skill + .1*rng.normal(size=skill.shape), skill > 0, [100e3, 200e3, 300e3, 400e3], pictures=pictures, mode="live")"""
+light = np.clip(skill[3] + .15, 0, 1)[:, None, None, None]
+pictures = (light * rng.integers(100, 256, (4000, 3, 12, 12))).astype("uint8")
+scores = skill + .1*rng.normal(size=skill.shape)
+explorer = ExitExplorer(scores, skill > 0, [100e3, 200e3, 300e3, 400e3], pictures=pictures, mode="live")
+"""
 SPLIT = """import numpy as np
-from darkdistill_nb.app.explorer import DirichletExplorer
-DirichletExplorer(np.repeat(np.arange(10), 300), mode="live")"""
-SLOW = """import plotly.graph_objects as go
-go.FigureWidget._esm = "await new Promise(() => {})"       # a script that never gets ready
-""" + SPLIT.replace('mode="live")', 'clients=150, seed=1234, gamma=.001, mode="live")')
-FRAMES = EXITS.replace('mode="live")', 'mode="frames").to_frames(5)')
+from darkdistill_nb.app import DirichletExplorer
+explorer = DirichletExplorer(np.repeat(np.arange(10), 300), mode="live")
+"""
+DISTILL = """import numpy as np
+from darkdistill_nb.app import DistillationExplorer
+rng = np.random.default_rng(0)
+y = np.arange(20) % 4
+explorer = DistillationExplorer(4 * np.eye(4)[y], rng.normal(size=(20, 4)), y, list("abcd"), mode="live")
+"""
+EXPLORERS = dict(exits=EXITS, split=SPLIT, distill=DISTILL)
+SHOWN = {
+    **{name: code + "explorer" for name, code in EXPLORERS.items()},
+    "page": EXITS + "explorer.to_page()",
+    "stored": EXITS + "explorer.to_page().stored()",
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +58,7 @@ def lab(tmp_path_factory):
     import nbformat
 
     home = tmp_path_factory.mktemp("lab")
-    for name, code in dict(exits=EXITS, split=SPLIT, slow=SLOW, frames=FRAMES).items():
+    for name, code in SHOWN.items():
         spec = dict(name="python3", display_name="python3", language="python")
         nb = nbformat.v4.new_notebook(
             cells=[nbformat.v4.new_code_cell(code)], metadata=dict(kernelspec=spec)
@@ -149,7 +161,7 @@ def field(page, label):
 
 
 def says(page):
-    return page.locator("[role=status]").inner_text()
+    return page.locator(".explorer-says").inner_text()
 
 
 def bars(page):
@@ -159,9 +171,7 @@ def bars(page):
 
 
 def handle(page, label):
-    return page.locator(".widget-hbox", has=page.get_by_label(label, exact=True)).last.get_by_role(
-        "slider"
-    )
+    return page.get_by_role("slider", name=f"{label}, slider", exact=True)
 
 
 def press(page, target, key, times, changed):
@@ -178,115 +188,174 @@ def press(page, target, key, times, changed):
     return before, changed()
 
 
-def test_keyboard_moves_thresholds(page, lab):
-    "Arrow keys on a slider change bars, pictures, sentence and number field; Reset puts all back; the table is there; nothing leaves the machine."
-    run_notebook(page, lab, "exits")
+def python(page, code):
+    "Run a line in a new cell below, and return what it prints."
+    page.keyboard.press("Escape")
+    page.locator(".jp-CodeCell .jp-InputPrompt").last.click()
+    page.keyboard.press("b")
+    page.locator(".jp-CodeCell .cm-content").last.click()
+    page.keyboard.insert_text(code)
+    page.keyboard.press("Control+Enter")
+    out = page.locator(".jp-CodeCell").last.locator(".jp-OutputArea-output")
+    out.first.wait_for(timeout=60_000)
+    return out.first.inner_text().strip()
+
+
+def walk_exits(page):
+    "Sliders, fields, Reset and table of the explorer of exits by keyboard."
     first, bars_first = says(page), bars(page)
     assert "budget of 250 k MACs" in first and len(bars_first) == 8
-    picture = lambda: page.eval_on_selector(
-        ".main-svg .imagelayer image", "e => e.getAttribute('href') || e.getAttribute('xlink:href')"
-    )
+    href = "e => e.getAttribute('href') || e.getAttribute('xlink:href')"
+    picture = lambda: page.eval_on_selector(".main-svg .imagelayer image", href)
     image_first = picture()
     label = "mean cost budget (k MACs)"
     value = float(field(page, label).input_value())
     before, after = press(page, handle(page, label), "ArrowLeft", 10, lambda: bars(page))
     assert before == bars_first and after != before and len(after) == 8
-    assert float(field(page, label).input_value()) == pytest.approx(value - 10 * 5), (
-        "ten steps of 5 k MACs"
-    )
+    now = float(field(page, label).input_value())
+    assert now == pytest.approx(value - 10 * 5), "ten steps of 5 k MACs"
     assert "budget of 200 k MACs" in says(page) and picture() != image_first
-
-    slider = handle(page, label)
-    assert slider.get_attribute("aria-label") == f"{label}, slider"
-    assert slider.get_attribute("aria-valuetext") == "200"
+    assert handle(page, label).get_attribute("aria-valuetext") == "200"
     for e in (1, 2, 3):
         number = field(page, f"threshold of exit {e} (score)")
         slider = handle(page, f"threshold of exit {e} (score)")
         assert float(number.input_value()) == float(slider.get_attribute("aria-valuetext"))
         for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "PageUp"):
             slider.press(key)
+            page.wait_for_timeout(100)
             assert len(slider.get_attribute("aria-valuetext")) <= 8, "no long tail of digits"
-    assert (
-        page.locator("[role=note]").count() == 0 or not page.locator("[role=note]").is_visible()
-    ), "the figure has reported"
-
     field(page, "threshold of exit 1 (score)").fill("5")
     page.keyboard.press("Enter")  # above every score: clamped to the top of the range
-    page.wait_for_function(
-        "() => document.querySelector('[role=status]').innerText.includes('by hand')"
-    )
-    assert page.locator(".main-svg text", has_text="nobody").count() == 1
-    page.get_by_role("button", name="Reset", exact=True).press("Enter")
-    page.wait_for_function(
-        "t => document.querySelector('[role=status]').innerText === t", arg=first
-    )
+    page.wait_for_function("document.querySelector('.explorer-says').innerText.includes('by hand')")
     page.wait_for_timeout(600)
-    assert bars(page) == bars_first
-    page.get_by_text("The numbers as a table").click()
-    table = page.locator(".jp-OutputArea-output table")
+    assert page.locator(".main-svg text", has_text="nobody").count() == 1
+    page.get_by_text("The numbers as a table", exact=True).click()
+    table = page.locator(".explorer-table")
+    page.wait_for_function("document.querySelector('.explorer-table').innerText.includes('nobody')")
     assert table.locator("th[scope=col]").count() == 6
     assert table.locator("th[scope=row]").first.inner_text() == "exit 1"
-    assert "above the static mixture" in table.locator("caption").inner_text()
-
-    titles = page.eval_on_selector_all(
-        ".modebar-btn",
-        "e => e.map(b => b.getAttribute('data-title') || b.getAttribute('aria-label') || '')",
-    )
-    assert titles and not any(re.search(r"cloud|share|plotly|edit in", t, re.I) for t in titles), (
-        titles
-    )
+    page.get_by_role("button", name="Reset", exact=True).press("Enter")
+    page.wait_for_function("t => document.querySelector('.explorer-says').innerText === t", arg=first)
+    page.wait_for_timeout(600)
+    assert bars(page) == bars_first
+    assert table.locator("caption").inner_text() == first
+    names = "e => e.map(b => b.getAttribute('data-title') || b.getAttribute('aria-label') || '')"
+    titles = page.eval_on_selector_all(".modebar-btn", names)
+    assert titles and not any(re.search(r"cloud|share|plotly|edit in", t, re.I) for t in titles)
     assert page.outside == []
 
 
-def test_keyboard_moves_gamma(page, lab):
-    "The end of the gamma slider deals nearly equal clients; what the number field says is what the slider says."
-    run_notebook(page, lab, "split")
+def walk_split(page):
     assert "gamma 0.5" in says(page)
-    before, after = press(page, handle(page, "gamma (concentration)"), "End", 1, lambda: bars(page))
+    label = "gamma (concentration)"
+    before, after = press(page, handle(page, label), "End", 1, lambda: bars(page))
     assert before != after and len(after) == 100
-    assert field(page, "gamma (concentration)").input_value() == "10000"
-    assert "gamma 10000" in says(page)
+    assert field(page, label).input_value() == "10000" and "gamma 10000" in says(page)
+    field(page, "family").select_option("class")
+    page.wait_for_function("document.querySelector('.explorer-says').innerText.includes('class-wise')")
+    field(page, "clients (number)").fill("100")
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(600)
+    press(page, handle(page, label), "Home", 1, lambda: says(page))
+    assert "No such split" in says(page) and field(page, label).input_value() == "10000"
     assert page.outside == []
 
 
-def test_slow_script_is_said_and_the_figure_is_drawn_without_it(page, lab):
-    "The live figure's script never starts: a sentence stands there, the figure comes another way and follows the controls."
-    run_notebook(page, lab, "slow", "[role=note]")
-    assert ".to_frames()" in page.locator("[role=note]").inner_text()
-    page.wait_for_selector(
-        f".jp-RenderedPlotly {BARS}, .jp-OutputArea-output .js-plotly-plot {BARS}",
-        state="attached",
-        timeout=60_000,
-    )
-    assert "has not answered" in page.locator("[role=note]").inner_text()
-    assert ".to_frames()" in page.locator("[role=note]").inner_text()
-    shown = [
-        field(page, label).input_value()
-        for label in ("gamma (concentration)", "clients (number)", "seed")
-    ]
-    assert shown == ["0.001", "150", "1234"], (
-        "controls show the state, also beyond their usual bounds"
-    )
-    before, after = press(page, handle(page, "clients (number)"), "Home", 1, lambda: bars(page))
-    assert before != after and "1 clients" in says(page) and page.outside == []
+def walk_distillation(page):
+    first = says(page)
+    assert "at T = 1 the teacher" in first
+    before, after = press(page, handle(page, "temperature T"), "ArrowRight", 20, lambda: bars(page))
+    assert before != after and len(after) == 16
+    value = float(field(page, "temperature T").input_value())
+    assert value == pytest.approx(10**0.4, rel=0.05)
+    field(page, "direction").select_option("reverse")
+    page.wait_for_function("document.querySelector('.explorer-says').innerText.includes('reverse')")
+    assert page.outside == []
 
 
-def test_frames_work_in_lab_and_without_a_kernel(page, lab, tmp_path):
-    "The stored figure moves when its slider is clicked, in JupyterLab and in a file."
-    run_notebook(page, lab, "frames")
-    in_lab = bars(page)
+WALKS = dict(exits=walk_exits, split=walk_split, distill=walk_distillation)
+
+
+@pytest.mark.parametrize("name", WALKS)
+def test_live_explorers_by_keyboard(page, lab, name):
+    run_notebook(page, lab, name)
+    WALKS[name](page)
+
+
+def test_python_and_the_reader_see_each_other(page, lab):
+    "A slider moved by keyboard is known to the kernel; what the kernel sets is drawn."
+    run_notebook(page, lab, "split")
+    press(page, handle(page, "clients (number)"), "ArrowRight", 3, lambda: bars(page))
+    assert python(page, "explorer.state['clients'], explorer.now['counts'].shape") == "(13, (13, 10))"
+    python(page, "explorer.set(clients=4, seed=7); explorer.says()")
+    page.wait_for_function("document.querySelector('.explorer-says').innerText.includes('4 clients')")
+    page.wait_for_timeout(600)
+    assert len(bars(page)) == 40 and field(page, "seed").input_value() == "7"
+
+
+def test_page_in_a_notebook(page, lab):
+    "What Colab and VS Code show: one output that holds all scripts."
+    run_notebook(page, lab, "page")
+    walk_exits(page)
+
+
+def test_stored_page_is_a_plain_figure_in_a_notebook(page, lab):
+    run_notebook(page, lab, "stored")
+    assert len(bars(page)) == 8 and page.outside == []
+
+
+@pytest.mark.parametrize("name", WALKS)
+def test_saved_pages_without_a_kernel(page, tmp_path, name):
     scope = {}
-    exec(FRAMES.replace("\nExitExplorer(", "\nfigure = ExitExplorer("), scope)
-    scope["figure"].write_html(
-        tmp_path / "frames.html", include_plotlyjs=True, default_width="880px"
-    )
-    page.goto((tmp_path / "frames.html").as_uri())
-    page.wait_for_selector(".main-svg .barlayer .point path")
-    before = bars(page)
-    assert len(before) == len(in_lab) == 8
-    box = page.locator(".slider-rail-touch-rect").bounding_box()
-    page.mouse.click(box["x"] + 4, box["y"] + box["height"] / 2)
-    page.wait_for_timeout(1000)
-    assert bars(page) != before
-    assert page.locator(".main-svg text", has_text="budget: 100").count() == 1
-    assert page.outside == []
+    exec(EXPLORERS[name], scope)
+    path = scope["explorer"].save_html(tmp_path / f"{name}.html")
+    page.goto(path.as_uri())
+    page.wait_for_selector(".explorer[data-ready=yes]")
+    WALKS[name](page)
+
+
+LOOKS = [(w, scheme) for w in (1280, 400) for scheme in ("light", "dark")]
+
+
+@pytest.mark.parametrize("name", WALKS)
+def test_saved_pages_wide_and_narrow_light_and_dark(browser, tmp_path, name):
+    "Nothing is wider than the window; letters and figure follow the reader's theme; panels stand below each other when it is narrow."
+    scope = {}
+    exec(EXPLORERS[name], scope)
+    path = scope["explorer"].save_html(tmp_path / f"{name}.html")
+    heights = {}
+    for width, scheme in LOOKS:
+        context = browser.new_context(viewport=dict(width=width, height=900), color_scheme=scheme)
+        page = context.new_page()
+        errors = []
+        page.on("pageerror", lambda e: errors.append(str(e)))
+        page.goto(path.as_uri())
+        page.wait_for_selector(".explorer[data-ready=yes]")
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        figure = page.locator(".explorer-figure")
+        dark = figure.evaluate("e => getComputedStyle(e).filter !== 'none'")
+        svg = page.locator(".explorer-figure .main-svg").first.bounding_box()
+        assert wide <= width and svg["width"] <= width and not errors
+        assert dark == (scheme == "dark")
+        heights[width] = svg["height"]
+        if folder := os.environ.get("BROWSER_SHOTS"):
+            shot = Path(folder) / f"{name}_{width}_{scheme}.png"
+            page.screenshot(path=str(shot), full_page=True)
+        page.emulate_media(color_scheme="dark" if scheme == "light" else "light")
+        page.wait_for_timeout(200)
+        turned = figure.evaluate("e => getComputedStyle(e).filter !== 'none'")
+        assert turned != dark, "the theme may change while the page is open"
+        context.close()
+    assert heights[400] > heights[1280]
+
+
+def test_page_follows_the_window(page, tmp_path):
+    scope = {}
+    exec(SPLIT, scope)
+    page.goto(scope["explorer"].save_html(tmp_path / "a.html").as_uri())
+    page.wait_for_selector(".explorer[data-ready=yes]")
+    page.set_viewport_size(dict(width=420, height=900))
+    narrow = "document.querySelector('.explorer-figure .main-svg').getBoundingClientRect().width < 420"
+    page.wait_for_function(narrow)
+    press(page, handle(page, "seed"), "ArrowRight", 1, lambda: says(page))
+    assert page.evaluate(narrow) and "seed 1" in says(page)

@@ -118,8 +118,6 @@ ALLOWED = {
     "distree_record.name": (text, "a file that is not there is made by the command"),
     "distree_record.data": (text, "a file that is not there is made by the command"),
     "figure_html.name": (text, "free text"),
-    "frames_figure.prefix": (text, "free text"),
-    "frames_figure.suffix": (text, "free text"),
     "Party.id": (anything, "a record"),
     "json_or_text.text": (text, "free text"),
     "near.word": (anything, "a word for the message"),

@@ -687,7 +687,7 @@ def test_every_reader_takes_thresholds_as_they_are_written():
     "take_exit, evaluate_thresholds, ExitRunner, loop_exits, streams, risk control, system rules and the explorer's model: the same exits and the same cost."
     from darkdistill_nb.exits.guarantees import grid_losses
     from darkdistill_nb.exits.runner import ExitRunner, loop_exits
-    from darkdistill_nb.app.explorer import ExitModel
+    from darkdistill_nb.app.exit_explorer import ExitModel
 
     torch.manual_seed(0)
     net = cnn((1, 8, 8), 4, stages=3, width=8).eval()

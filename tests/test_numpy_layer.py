@@ -4,7 +4,8 @@ import subprocess, sys, textwrap
 import pytest
 
 MODULES = """core.checks core.registry core.plots core.parallel core.seeds core.splits core.fronts
-exits.thresholds exits.guarantees exits.control distree.simulator app.explorer""".split()
+exits.thresholds exits.guarantees exits.control distree.simulator app.explorer
+app.pages app.exit_explorer app.split_explorer app.distillation_explorer""".split()
 
 BLOCKED = """
 import sys
@@ -48,9 +49,9 @@ def test_exit_explorer():
         scores = rng.random((4, 200))
         right = rng.random((4, 200)) < scores
         e = ExitExplorer(scores, right, [1, 2, 3, 4])
-        print(len(e.to_table("frames", 5)), len(e.to_frames(5).frames))
+        print(len(e.to_table("budgets", 5)), len(e.to_page().spec["controls"]))
     """)
-    assert out == "5 5\n"
+    assert out == "5 4\n"
 
 
 def test_dirichlet_explorer():
@@ -58,9 +59,9 @@ def test_dirichlet_explorer():
         import numpy as np
         from darkdistill_nb.app import DirichletExplorer
         e = DirichletExplorer(np.arange(300) % 3, ["a", "b", "c"])
-        print(len(e.to_table()), len(e.to_frames((0.1, 1.0)).frames))
+        print(len(e.to_table()), len(e.to_page().spec["controls"]))
     """)
-    assert out == "10 2\n"
+    assert out == "10 4\n"
 
 
 def test_a_promise():

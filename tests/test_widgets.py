@@ -3,6 +3,7 @@
 import json, math, os, subprocess, sys
 from unittest import mock
 import numpy as np
+import plotly.graph_objects as go
 import pytest, torch
 from darkdistill_nb.core.data import ArrayData
 from darkdistill_nb.core.splits import class_mix, dirichlet_split, effective_classes
@@ -10,15 +11,10 @@ from darkdistill_nb.exits.networks import cnn
 from darkdistill_nb.exits.training import BoostNet, exit_shares
 from darkdistill_nb.exits.inference import budget_thresholds, take_exit
 from darkdistill_nb.core.training import predict
-from darkdistill_nb.app.explorer import (
-    DirichletExplorer,
-    ExitExplorer,
-    ExitModel,
-    SplitModel,
-    State,
-    Table,
-    live_missing,
-)
+from darkdistill_nb.app.explorer import State, live_missing
+from darkdistill_nb.app.pages import Table
+from darkdistill_nb.app.exit_explorer import ExitExplorer, ExitModel
+from darkdistill_nb.app.split_explorer import DirichletExplorer, SplitModel
 
 COSTS = [1e5, 2e5, 3e5, 4e5]
 INF = math.inf
@@ -115,7 +111,7 @@ def test_static_mixture_is_what_chance_reaches():
         (dict(scores=np.array([["a"] * 10] * 4)), "must be numbers"),
         (dict(pictures=np.zeros((9, 1, 4, 4))), "one per sample"),
         (dict(pictures=np.zeros((10, 2, 4, 4))), "1 or 3"),
-        (dict(mode="film"), "auto, live or frames"),
+        (dict(mode="film"), "auto, live, page"),
     ],
 )
 def test_bad_arrays(change, message):
@@ -153,75 +149,88 @@ def test_bad_budget(explorer, budget):
 # ---------------------------------------------------------------- controls and figure
 
 
-@needs_live
-def test_every_control_has_a_name_a_unit_and_a_twin(explorer):
-    import ipywidgets as W
+def test_observers_hear_of_changes_once():
+    s, calls = State(a=1, b=2), []
+    s.observe(lambda: calls.append((s["a"], s["b"])))
+    s.update(a=3, b=4)
+    s.update(a=3)
+    assert calls == [(3, 4)]
 
-    explorer.live()
-    names = [c.field.description for c in explorer.control.values()]
+
+def reader(explorer, **values):
+    "What the browser sends when the reader moves a control: the state that it now has."
+    explorer.widget.state = {**explorer.widget.state, **values}
+
+
+@needs_live
+def test_every_control_has_a_name_and_a_unit(explorer):
+    split = DirichletExplorer(np.arange(2000) % 10)
+    names = [c["label"] for c in explorer.controls()]
     assert names == ["mean cost budget (k MACs)"] + [
         f"threshold of exit {e} (score)" for e in (1, 2, 3)
     ]
-    for c in explorer.control.values():
-        assert isinstance(c.field, W.BoundedFloatText)
-        assert list(c.row.children) == [c.field, c.slider]
-    assert explorer.live() is explorer.live(), "one widget per explorer"
-    assert sum(isinstance(w, type(explorer.figure)) for w in explorer.live().children) == 1
-
-
-@needs_live
-def test_slider_moves_figure_sentence_table_and_twins(explorer):
-    explorer.live()
-    data, old = explorer.figure.data, [t.to_plotly_json() for t in explorer.figure.data]
-    explorer.control["budget"].slider.value = 150.0
-    moved = [
-        json.dumps(a, default=str) != json.dumps(t.to_plotly_json(), default=str)
-        for a, t in zip(old, data)
+    assert [c["label"] for c in split.controls()] == [
+        "gamma (concentration)",
+        "clients (number)",
+        "family",
+        "seed",
     ]
-    assert moved == [False, False, True, True, True, True, True, True]
-    r = explorer.result()
-    assert data[2].x[0] * 1e3 == pytest.approx(r["cost"])
-    assert sum(data[3].x) == pytest.approx(100 * r["accuracy"], abs=0.03)
-    assert "150 k MACs" in explorer.line.value
-    assert 'role="status"' in explorer.line.value
-    assert "150 k MACs" in explorer.numbers.value
-    assert [explorer.control[e].field.value for e in (1, 2, 3)] == pytest.approx(
-        explorer.state["thresholds"][:3], rel=1e-4
-    )
+    assert explorer.live() is explorer.live(), "one widget per explorer"
 
 
 @needs_live
-def test_browser_that_rounds_a_handle_changes_nothing(explorer):
-    "A browser moves a slider's handle to the nearest step and sends that back; this is no reader's wish."
+def test_what_the_reader_does_is_known_to_python(explorer):
     explorer.live()
-    T, b = explorer.state["thresholds"], explorer.state["budget"]
-    for e in (1, 2, 3):
-        explorer.control[e].slider.value = T[e - 1] + 0.4 * explorer.step
-    assert (explorer.state["thresholds"], explorer.state["budget"]) == (T, b)
-    explorer.control[1].slider.value = explorer.control[1].slider.value + 1.2 * explorer.step
-    assert explorer.state["budget"] is None and explorer.state["thresholds"][1:] == T[1:]
+    seen = []
+    explorer.state.observe(lambda: seen.append(explorer.says()))
+    reader(explorer, budget=None, thresholds=["inf", 0.2, 0.1, "-inf"])
+    assert explorer.state["thresholds"] == (INF, 0.2, 0.1, -INF)
+    assert explorer.result()["shares"][0] == 0 and len(seen) == 1 and "by hand" in seen[0]
+    assert "nobody leaves" in explorer.to_table()["threshold (score)"]
+    reader(explorer)
+    assert len(seen) == 1, "what has not changed is not told"
 
 
 @needs_live
-def test_ends_of_a_threshold(explorer):
+def test_what_python_does_is_seen_by_the_reader(explorer):
     explorer.live()
-    explorer.control[1].slider.value = explorer.high
-    assert explorer.state["thresholds"][0] == INF and explorer.result()["shares"][0] == 0
-    explorer.control[2].field.value = explorer.low
-    assert explorer.result()["shares"][1:].tolist() == [1, 0, 0]
+    explorer.set_budget(150_000)
+    assert explorer.widget.state["budget"] == 150_000
+    explorer.set_threshold(1, explorer.high)
+    assert explorer.widget.state["thresholds"][0] == "inf"
+    assert explorer.widget.state["thresholds"][-1] == "-inf"
+    json.dumps(explorer.widget.state, allow_nan=False)
+    explorer.reset()
+    assert explorer.widget.state["budget"] == explorer.defaults["budget"]
 
 
 @needs_live
-def test_reset(explorer):
-    explorer.live()
-    says = explorer.line.value
-    explorer.control[3].field.value = 0.2
-    explorer.control["budget"].slider.value = 300.0
-    assert explorer.line.value != says
-    button = explorer.widget.children[-3].children[0]
-    assert button.description == "Reset"
-    button.click()
-    assert explorer.line.value == says
+def test_split_follows_the_reader():
+    e = DirichletExplorer(np.arange(2000) % 10, mode="live")
+    e.live()
+    reader(e, gamma=2.0, clients=4, family="class", seed=5)
+    want = SplitModel(np.arange(2000) % 10).at(2.0, 4, "class", 5)["counts"]
+    assert e.now["counts"].tolist() == want.tolist() and "4 clients" in e.says()
+    e.set(gamma=0.5)
+    assert e.widget.state["gamma"] == 0.5
+    with pytest.raises(ValueError):
+        e.set(clients=1000, family="class", gamma=0.01)
+    assert e.widget.state == e.state.values
+    e.reset()
+    assert e.widget.state["clients"] == 10
+
+
+@needs_live
+def test_the_widget_is_small_and_plotly_comes_when_it_is_asked_for(explorer):
+    "Its own script starts at once; five megabytes are sent only to a page that has none."
+    w = explorer.live()
+    assert len(w._esm) < 100_000 and "export default" in w._esm
+    with mock.patch.object(type(w), "send") as send:
+        w.answer("anything else", [])
+        assert not send.called
+        w.answer("plotly", [])
+    kind, (script,) = send.call_args.args
+    assert kind == "plotly" and b"window.Plotly = Plotly" in script
 
 
 @needs_live
@@ -248,9 +257,9 @@ def test_no_torch_in_callbacks(explorer):
     with Poison():
         sys.setprofile(watch)
         try:
-            explorer.control["budget"].slider.value = 180.0
-            for e in (1, 2, 3):
-                explorer.control[e].slider.value = explorer.low + 20 * explorer.step
+            reader(explorer, budget=None, thresholds=[0.3, 0.2, 0.1, "-inf"])
+            explorer.set_budget(180_000)
+            explorer.to_table()
             explorer.reset()
         finally:
             sys.setprofile(None)
@@ -259,86 +268,81 @@ def test_no_torch_in_callbacks(explorer):
         torch.zeros(1) + 1  # the poison works
 
 
-def test_observers_hear_of_changes_once():
-    s, calls = State(a=1, b=2), []
-    s.observe(lambda: calls.append((s["a"], s["b"])))
-    s.update(a=3, b=4)
-    s.update(a=3)
-    assert calls == [(3, 4)]
-
-
-# ---------------------------------------------------------------- stored forms
-
-
-def test_frames(explorer):
-    explorer.set_budget(2e5)
-    f, t = explorer.to_frames(7), explorer.to_table("frames", 7)
-    assert (
-        [fr.name for fr in f.frames]
-        == t["budget (k MACs)"]
-        == [s.label for s in f.layout.sliders[0].steps]
-    )
-    assert f.layout.sliders[0].active == 2 and f.data[2].x[0] == pytest.approx(200, abs=10)
-    for fr, cost, acc in zip(f.frames, t["mean cost"], t["accuracy (%)"]):
-        point = dict(zip(fr.traces, fr.data))[2]
-        assert point.x[0] == pytest.approx(float(cost), abs=0.06)
-        assert point.y[0] == pytest.approx(float(acc), abs=0.06)
-        assert set(fr.traces) == {2, 3, 4, 5, 6, 7} and acc in fr.layout.title.text
-    with pytest.raises(ValueError, match="at least 2"):
-        explorer.to_frames(1)
-
-
-def test_frames_carry_the_configuration_everywhere(explorer, tmp_path):
-    import plotly.io as pio
-
-    f = explorer.to_frames(3)
-    f.write_html(tmp_path / "f.html", include_plotlyjs=False)
-    page = (tmp_path / "f.html").read_text()
-    was = pio.renderers.default
-    pio.renderers.default = "plotly_mimetype"
-    try:
-        shown = json.dumps(f._repr_mimebundle_())
-    finally:
-        pio.renderers.default = was
-    with mock.patch.object(pio, "show") as show:
-        f.show()
-    for text in (page, f.to_html(include_plotlyjs=False), shown, json.dumps(show.call_args.kwargs)):
-        assert '"showSendToCloud": false' in text
-        assert '"displaylogo": false' in text
-        assert "chart-studio" not in text
-    assert "Plotly.addFrames" in page and "Plotly.animate(" not in page
-
-
-@needs_live
-def test_live_figure_is_complete_when_it_is_made(explorer):
-    "No message follows it: a figure that is changed while the browser still draws it may stay blank."
-    explorer.live()
-    split = DirichletExplorer(np.arange(2000) % 10)
-    split.live()
-    for f in (explorer.figure, split.figure):
-        assert f._last_layout_edit_id == f._last_trace_edit_id == 0 and f.layout.width == 820
-    assert (
-        explorer.figure._config.items()
-        >= dict(showSendToCloud=False, displaylogo=False, plotlyServerURL="").items()
-    )
-
-
 @needs_live
 def test_what_a_notebook_shows(explorer):
-    "Live: one widget. Frames: the figure, then the table with its numbers."
+    "Live: one widget. On Colab, or asked for: a page."
+    import types
     import IPython.display as D
+    from darkdistill_nb.app.pages import Page
 
     with mock.patch.object(D, "display") as display:
         explorer._ipython_display_()
     assert display.call_args.args == (explorer.widget,)
     explorer.mode = "auto"
-    import types
-
     colab = mock.patch.dict(sys.modules, {"google.colab": types.ModuleType("google.colab")})
-    with colab, mock.patch.object(D, "display") as display, mock.patch("plotly.io.show") as show:
+    with colab, mock.patch.object(D, "display") as display:
         explorer._ipython_display_()
-    assert len(show.call_args.args[0].frames) == 9
-    assert repr(display.call_args.args[0]) == repr(explorer.to_table("frames"))
+    assert isinstance(display.call_args.args[0], Page)
+
+
+def test_figure_says_what_the_model_says(explorer):
+    fig, r = explorer.draw(go.Figure), explorer.result()
+    assert fig.data[2].x[0] * 1e3 == pytest.approx(r["cost"])
+    assert sum(fig.data[3].x) == pytest.approx(100 * r["accuracy"], abs=0.03)
+    explorer.set_threshold(1, explorer.high)
+    assert explorer.draw(go.Figure).data[5].text[0] == "nobody"
+    split = DirichletExplorer(np.arange(2000) % 10)
+    heat = split.draw(go.Figure).data[10]
+    assert np.array(heat.z).T.tolist() == split.now["counts"].tolist()
+
+
+def test_tables_of_many_positions(explorer):
+    t = explorer.to_table("budgets", 7)
+    assert t["budget (k MACs)"] == ["100", "150", "200", "250", "300", "350", "400"]
+    explorer.set_budget(200_000)
+    assert t["accuracy (%)"][2] == f"{100 * explorer.result()['accuracy']:.1f}"
+    with pytest.raises(ValueError, match="steps"):
+        explorer.to_table("budgets", 1)
+    split = DirichletExplorer(np.arange(2000) % 10)
+    t = split.to_table("gammas")
+    assert t["gamma"] == [f"{g:g}" for g in GAMMAS]
+    assert t["sum p² in theory"] == [f"{v:.4f}" for v in GAMMAS.values()]
+
+
+def test_explorers_of_one_exit_and_of_many():
+    for E in (1, 7):
+        s = np.random.default_rng(0).random((E, 40))
+        e = ExitExplorer(s, s > 0.5, np.arange(1, E + 1) * 1e9, unit="MACs", mode="page")
+        assert e.unit == "G MACs" and len(e.controls()) == E and len(e.to_table()) == E + 1
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        dict(gamma=0.001, clients=150, seed=1234),
+        dict(gamma=np.float64(2e5), clients=np.int64(1), seed=0),
+        dict(gamma=0.5),
+    ],
+)
+def test_bounds_hold_the_state(start):
+    e = DirichletExplorer(np.arange(3000) % 10, **start)
+    for change in ({}, dict(gamma=0.0001, clients=2000), dict(seed=10**9)):
+        e.set(**change)
+        for c in e.controls():
+            assert "options" in c or c["low"] <= e.state[c["name"]] <= c["high"]
+        json.dumps(e.to_page().spec, allow_nan=False)
+
+
+def test_images_of_a_page_are_few_enough_to_store():
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (2000, 3, 40, 40)).astype(np.uint8)
+    s, right = scores(2000)
+    sprite = ExitExplorer(s, right, COSTS, pictures=noise).page_data()["sprite"]
+    assert 60 <= sprite["images"] <= 240 and len(sprite["source"]) < 200_000
+    assert ExitExplorer(s[:, :6], right[:, :6], COSTS, pictures=noise[:6]).page_data()["sprite"]["images"] == 3
+
+
+# ---------------------------------------------------------------- stored forms
 
 
 @pytest.mark.parametrize(
@@ -352,7 +356,7 @@ def test_live_says_what_is_missing(missing, message):
 
     find = u.find_spec
     without = mock.patch.object(u, "find_spec", lambda n: None if n == missing else find(n))
-    with without, pytest.raises(ImportError, match=message + ".*to_frames"):
+    with without, pytest.raises(ImportError, match=message + ".*to_page"):
         e.live()
 
 
@@ -366,15 +370,6 @@ def test_table_is_accessible_and_escaped():
     assert "y &amp; z" in h
     assert "A &lt;b&gt;" in h
     assert repr(t).splitlines() == ["A <b>", "x    y & z", "<1>      2"] and t["y & z"] == ["2"]
-
-
-def test_stored_figure_is_small():
-    "Six frames of a figure with pictures of 32 pixels fit into a notebook."
-    rng = np.random.default_rng(0)
-    ramp = rng.integers(0, 256, (500, 3, 1, 1)) + np.linspace(-60, 60, 32)[None, None, None]
-    smooth = np.clip(ramp + rng.integers(-9, 9, (500, 3, 32, 32)), 0, 255).astype(np.uint8)
-    s, right = scores(500)
-    assert len(ExitExplorer(s, right, COSTS, pictures=smooth, m=8).to_frames(6).to_json()) < 250_000
 
 
 # ---------------------------------------------------------------- from a network
@@ -392,7 +387,7 @@ def test_from_net_is_the_library_in_steps(score):
     policy = BoostNet()
     test = split(120)
     valid = split(90)
-    e = ExitExplorer.from_net(net, test, valid, policy, score, mode="frames")
+    e = ExitExplorer.from_net(net, test, valid, policy, score, mode="page")
     assert net.training, "the network is left as it was"
     F, V = (torch.stack(policy.predict(list(predict(net, d)))) for d in (test, valid))
     s = score_by_name(score)
@@ -400,11 +395,11 @@ def test_from_net_is_the_library_in_steps(score):
         assert torch.allclose(torch.from_numpy(have), s.score(want).float(), atol=1e-5)
     assert e.model.right.tolist() == (F.argmax(-1) == test.y).tolist()
     assert e.model.costs.tolist() == net.macs() and e.score == score
-    half = ExitExplorer.from_net(net, test, objective=policy, mode="frames")
+    half = ExitExplorer.from_net(net, test, objective=policy, mode="page")
     assert half.model.scores.shape == half.model.valid.shape == (4, 60)
     assert half.cells.shape == (60, 8, 8, 1)
     own = ExitExplorer.from_logits(
-        F, test.y, net.macs(), V, score=score, pictures=test.x.numpy(), mode="frames"
+        F, test.y, net.macs(), V, score=score, pictures=test.x.numpy(), mode="page"
     )
     assert np.allclose(own.model.scores, e.model.scores, atol=1e-5)
     assert (own.model.right == e.model.right).all()
@@ -430,7 +425,7 @@ def own_logits(n=300, K=5, seed=0):
 def test_logits_of_any_kind(kind):
     F, y = own_logits()
     e = ExitExplorer.from_logits(
-        kind(F), y.tolist(), [1, 2, 3], kind(F), y, m=3, unit="ms", mode="frames"
+        kind(F), y.tolist(), [1, 2, 3], kind(F), y, m=3, unit="ms", mode="page"
     )
     p = np.exp(F) / np.exp(F).sum(-1, keepdims=True)
     assert np.allclose(e.model.scores, p.max(-1), atol=1e-5)
@@ -443,13 +438,13 @@ def test_scores_that_need_more_than_logits():
     F, y = own_logits()
     a = [torch.randn(300, 7) for _ in range(3)]
     e = ExitExplorer.from_logits(
-        F, y, [1, 2, 3], F, score="saturation", features=a, valid_features=a, mode="frames"
+        F, y, [1, 2, 3], F, score="saturation", features=a, valid_features=a, mode="page"
     )
     assert (e.model.scores[0] == -INF).all()
     assert np.allclose(e.model.scores[2], torch.cosine_similarity(a[1], a[2]), atol=1e-6)
     assert (
         ExitExplorer.from_logits(
-            F, y, [1, 2, 3], F, y, score="gate", mode="frames"
+            F, y, [1, 2, 3], F, y, score="gate", mode="page"
         ).model.scores.max()
         <= 1
     )
@@ -481,15 +476,6 @@ def test_bad_logits(change, message):
         ExitExplorer.from_logits(**{**dict(logits=F, y=y, costs=[1, 2, 3]), **change})
 
 
-@needs_live
-def test_cnn_of_one_exit_and_of_many():
-    for E in (1, 7):
-        s = np.random.default_rng(0).random((E, 40))
-        e = ExitExplorer(s, s > 0.5, np.arange(1, E + 1) * 1e9, unit="MACs", mode="live")
-        e.live()
-        assert e.unit == "G MACs" and len(e.control) == E and len(e.to_table()) == E + 1
-
-
 # ---------------------------------------------------------------- splits
 
 GAMMAS = {0.25: 0.3571, 0.5: 0.25, 1: 0.1818, 2.5: 0.1346, 5: 0.1176, 5000: 0.1}
@@ -503,7 +489,7 @@ def test_mean_square_of_a_mix(gamma, square):
     assert float((class_mix(20_000, 10, gamma, 1).numpy() ** 2).sum(1).mean()) == pytest.approx(
         square, rel=0.02
     )
-    line = DirichletExplorer(model.y).to_frames().data[11]
+    line = DirichletExplorer(model.y).draw(go.Figure).data[11]
     assert np.interp(math.log(gamma), np.log(line.x), line.y) == pytest.approx(1 / square, rel=0.02)
 
 
@@ -516,43 +502,6 @@ def test_split_is_the_one_that_a_run_gets(family):
     p = r["counts"] / r["sizes"][:, None]
     assert r["effective"].tolist() == pytest.approx((1 / (p**2).sum(1)).tolist())
     assert r["theory"] == effective_classes(0.7, 7)
-
-
-@needs_live
-def test_controls_of_the_split():
-    e = DirichletExplorer(np.arange(2000) % 10, mode="live")
-    e.live()
-    assert [c.field.description for c in e.control.values()] == [
-        "gamma (concentration)",
-        "clients (number)",
-        "seed",
-    ]
-    e.control["seed"].slider.value = 5
-    e.control["clients"].field.value = 4
-    want = SplitModel(np.arange(2000) % 10).at(0.5, 4, "client", 5)["counts"]
-    assert np.array([b.y for b in e.figure.data[:10]]).T.tolist() == want.tolist()
-    assert np.array(e.figure.data[10].z).T.tolist() == want.tolist()
-    e.control["clients"].slider.value = 60
-    e.family.value = "class"
-    e.control["gamma"].field.value = 0.01
-    assert "No such split" in e.line.value
-    assert e.state["gamma"] == 0.5
-    assert e.control["gamma"].field.value == 0.5
-    e.reset()
-    assert (e.state.values, e.family.value) == (e.defaults, "client")
-
-
-def test_frames_of_the_split():
-    e = DirichletExplorer(
-        np.arange(2000) % 10, "zero one two three four five six seven eight nine".split()
-    )
-    f, t = e.to_frames(), e.to_table("frames")
-    assert t["gamma"] == [fr.name for fr in f.frames] == [f"{g:g}" for g in GAMMAS]
-    assert t["sum p² in theory"] == [f"{v:.4f}" for v in GAMMAS.values()]
-    for fr, g in zip(f.frames, GAMMAS):
-        heat = dict(zip(fr.traces, fr.data))[10]
-        assert np.array(heat.z).T.tolist() == e.model.at(g, 10)["counts"].tolist()
-    assert f.data[0].name == "zero" and len(json.dumps(f.to_plotly_json(), default=str)) < 100_000
 
 
 def test_many_classes_have_different_looks():
@@ -599,7 +548,7 @@ def test_bad_settings():
 
 
 def test_module_brings_no_plotly_and_no_widgets():
-    code = """import sys, darkdistill_nb.app.explorer as w, numpy as np
+    code = """import sys, darkdistill_nb.app.exit_explorer as w, numpy as np
 w.ExitModel(np.eye(3), np.eye(3), [1, 2, 3]).at([.5, .5, -np.inf])
 print(sorted({'plotly', 'ipywidgets', 'anywidget', 'PIL', 'IPython'} & set(sys.modules)))"""
     assert (
@@ -613,89 +562,13 @@ print(sorted({'plotly', 'ipywidgets', 'anywidget', 'PIL', 'IPython'} & set(sys.m
 # ---------------------------------------------------------------- what is shown is what is
 
 
-@needs_live
-@pytest.mark.parametrize(
-    "start",
-    [
-        dict(gamma=0.001, clients=150, seed=1234),
-        dict(gamma=np.float64(2e5), clients=np.int64(1), seed=0),
-        dict(gamma=0.5),
-    ],
-)
-def test_controls_show_the_state_beyond_their_bounds(start):
-    e = DirichletExplorer(np.arange(3000) % 10, mode="live", **start)
-    e.live()
-    for change in ({}, dict(gamma=0.0001, clients=2000), dict(seed=10**9)):
-        e.set(**change)
-        for k, c in e.control.items():
-            assert c.field.value == pytest.approx(e.state[k], rel=1e-4)
-            assert c.field.min <= c.field.value <= c.field.max
-            assert c.slider.min <= c.slider.value <= c.slider.max
-            assert float(c.slider.text) == c.field.value
-
-
-@needs_live
-def test_thresholds_from_code_move_the_bounds(explorer):
-    explorer.live()
-    explorer.set_threshold(2, -7.123456789)
-    c = explorer.control[2]
-    assert (c.field.value, c.slider.text) == (-7.12346, "-7.12346") and c.field.min <= -7.12346
-    explorer.set_threshold(2, -INF)
-    assert c.field.value == c.shown(c.low) and explorer.result()["shares"][1:].tolist() != [0, 0, 0]
-
-
-@needs_live
-def test_values_have_no_long_tail(explorer):
-    explorer.live()
-    for b in np.linspace(1e5, 4e5, 41):
-        explorer.set_budget(b)
-        for c in explorer.control.values():
-            assert len(str(c.field.value)) <= 9 and len(c.slider.text) <= 9, (
-                c.field.value,
-                c.slider.text,
-            )
-    explorer.set_threshold(3, -0.00090632)
-    assert explorer.control[3].slider.text == "-0.00091"
-    assert explorer.to_table()["threshold (score)"][2] == "-0.00091"
-
-
-@needs_live
-def test_a_script_that_is_too_slow_is_said_and_done_without(explorer):
-    "While the figure has not reported, a sentence names `.to_frames()`; then it is drawn another way, which follows the controls, until it reports."
-    import asyncio
-    from darkdistill_nb.app import explorer as widgets
-
-    explorer.live()
-    assert ".to_frames()" in explorer.note.value and explorer.other.outputs == ()
-    explorer._await()  # no running loop: nothing to wait for
-    assert explorer.waiting is None
-
-    async def shown():
-        explorer.widget._repr_mimebundle_()
-        await explorer.waiting
-
-    with mock.patch.object(widgets, "PATIENCE", 0):
-        asyncio.run(shown())
-    drawn = lambda: explorer.other.outputs[0]["data"]["application/vnd.plotly.v1+json"]
-    assert ".to_frames()" in explorer.note.value and "has not answered" in explorer.note.value
-    before = drawn()["data"][2]
-    explorer.control["budget"].slider.value = 150.0
-    assert drawn()["data"][2] != before and drawn()["config"]["showSendToCloud"] is False
-    explorer._reported(dict(new={}))
-    assert explorer.other.outputs == ()
-    assert explorer.note.value == ""
-    assert explorer.note.layout.display == "none"
-    explorer.reset()
-    assert explorer.other.outputs == ()
-
-
 HOSTILE = [math.nan, INF, -INF, -1, 0, 0.5, "a", None, True, [1], 10**30]
 
 
 def test_explorers_refuse_nonsense_when_they_are_made():
     "Every number, tried with hostile values, is either refused by one sentence or gives an explorer that works."
     s, right = scores(40)
-    good = dict(y=np.arange(100) % 5, gamma=0.5, clients=5, family="client", seed=0, mode="frames")
+    good = dict(y=np.arange(100) % 5, gamma=0.5, clients=5, family="client", seed=0, mode="page")
     allowed = dict(gamma=[0.5, 10**30], clients=[], family=[], seed=[0], mode=[])
     for name in allowed:
         for v in HOSTILE:
@@ -709,8 +582,8 @@ def test_explorers_refuse_nonsense_when_they_are_made():
         if name in ("unit", "score") and v == "a":
             continue
         with pytest.raises(ValueError):
-            ExitExplorer(**{**dict(scores=s, right=right, costs=COSTS, mode="frames"), name: v})
-    e = ExitExplorer(s, right, COSTS, mode="frames")
+            ExitExplorer(**{**dict(scores=s, right=right, costs=COSTS, mode="page"), name: v})
+    e = ExitExplorer(s, right, COSTS, mode="page")
     for v in HOSTILE[:2] + ["a", None, True, [1], 10**30]:
         with pytest.raises(ValueError):
             e.set_budget(v)
@@ -721,19 +594,11 @@ def test_explorers_refuse_nonsense_when_they_are_made():
         if v == 10**30:
             continue
         with pytest.raises(ValueError):
-            e.to_frames(v)
+            e.to_table("budgets", v)
     d = DirichletExplorer(**good)
     for gammas in ([1], [1, 1], [1, -1], [1, math.nan], [1, "a"], 1, []):
         with pytest.raises(ValueError, match="gammas"):
-            d.to_frames(gammas)
-        with pytest.raises(ValueError, match="gammas"):
-            d.to_table("frames", gammas)
-
-
-def test_frames_of_nearly_equal_budgets_have_different_names():
-    s, right = scores(40)
-    f = ExitExplorer(s, right, [1000, 1000.1, 1000.2, 1000.3], mode="frames").to_frames(5)
-    assert len({fr.name for fr in f.frames}) == 5
+            d.to_table("gammas", gammas)
 
 
 # ---------------------------------------------------------------- the look of classes, and the report's own checks

@@ -14,6 +14,7 @@ from make_readme import ROOT, visible
 from order import chapters, lessons
 
 sys.path.insert(0, str(ROOT))
+from darkdistill_nb.app.pages import MIME, page_fragment, page_script
 from darkdistill_nb.experiments.report import DRAW_JS, figure_html
 
 DOCS, SRC, LIB = ROOT / "docs", ROOT / "docs/_src", ROOT / "darkdistill_nb"
@@ -36,7 +37,7 @@ def page(path):
     nb = visible(nbformat.read(path, 4))
     scripts = "".join(
         f'<script defer src="{to_top(path)}_static/{name}"></script>'
-        for name in ("plotly.min.js", "figures.js")
+        for name in ("plotly.min.js", "figures.js", "explorers.js")
     )
     drawn = 0
     for c in nb.cells:
@@ -47,7 +48,13 @@ def page(path):
             if spec is None:
                 continue
             drawn += 1
-            o["data"] = {"text/html": scripts * (drawn == 1) + figure_html(spec, f"figure-{drawn}")}
+            explorer = o["data"].get(MIME)
+            text = (
+                page_fragment({**explorer, "figure": spec})
+                if explorer
+                else figure_html(spec, f"figure-{drawn}")
+            )
+            o["data"] = {"text/html": scripts * (drawn == 1) + text}
     nb.metadata["kernelspec"] = {
         "display_name": "Python 3",
         "language": "python",
@@ -144,6 +151,7 @@ def prepare():
     }
     shutil.copy(site["plotly"] / "package_data/plotly.min.js", SRC / "_static")
     (SRC / "_static/figures.js").write_text(DRAW_JS, encoding="utf-8")
+    (SRC / "_static/explorers.js").write_text(page_script(), encoding="utf-8")
     shutil.copy(site["sphinxcontrib.katex"] / "katex.min.js", SRC / "_static")
     for name in ("LICENSE", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff"):
         shutil.copy(ROOT / name, SRC / name)

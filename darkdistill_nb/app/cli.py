@@ -225,7 +225,7 @@ def _parse_experiment(sub):
     e.add_argument("name", nargs="?", metavar="NAME", help=argparse.SUPPRESS)
 
 def _parse_bench(sub):
-    b = sub.add_parser("bench", help="measure costs on this machine: distill, exits")
+    b = sub.add_parser("bench", help="measure costs on this machine: distill, exits, widgets")
     b.add_argument("name", nargs="*", metavar="NAME")
 
 def _parse_lab(sub):
@@ -456,6 +456,8 @@ def _hand_over(argv):
     "`experiment NAME ...` and `bench ...`: the module reads its own arguments; returns the exit code."
     from importlib import import_module
 
+    if argv[:2] == ["bench", "widgets"]:
+        return import_module("darkdistill_nb.app.speed").main(argv[2:])
     if argv[0] == "bench":
         return import_module("darkdistill_nb.experiments.bench").main(argv[1:])
     return import_module(EXPERIMENTS[argv[1]]).main(argv[2:])

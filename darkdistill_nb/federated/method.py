@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
-from ..core.checks import check, choice, flag, number, same_shape, scalar, whole
+from ..core.checks import check, choice, flag, number, scalar, whole
 from ..core.data import ArrayData
 from ..core.splits import client_histogram, dirichlet_split
 from ..exits.networks import EarlyExitNet, block_of

@@ -61,7 +61,7 @@ WORDS = {
     "latent_net.name": "net",
     "pick_device.name": "device",
     "difficulty_experiment.name": "data set",
-    "pictures.name": "data set|name",
+    "images.name": "data set|name",
     "asset.name": "stored results|name",
     "shipped.what": "what|installation",
 }
@@ -257,7 +257,7 @@ teacher_answers split_filters new_system train_system save_answers
 load_answers joint_accuracy answers_file run_system keep_system
 load_system centred rule_pairs measure_policies measure_failures
 rounded run_distree value_of way_gain over_mixture compare_rules
-rule_table check_goals plot_branches plot_systems cost_table
+rule_table check_goals plot_branches plot_systems system_cost_table
 plot_sensitivity plot_failures made_on failure_cost main
 Teacher partition_report SystemAnswers
 ClassToken take_rows pack unpack ScaleStage TokenStem token_features

@@ -10,8 +10,9 @@ __all__ = ['RULES', 'BUDGETS', 'VARIANTS', 'CHANCE', 'distree_cell', 'image_part
            'image_digests', 'teacher_answers', 'split_filters', 'new_system', 'train_system', 'save_answers',
            'load_answers', 'joint_accuracy', 'answers_file', 'run_system', 'keep_system', 'load_system', 'centred',
            'rule_pairs', 'measure_policies', 'measure_failures', 'rounded', 'run_distree', 'value_of', 'way_gain',
-           'over_mixture', 'compare_rules', 'rule_table', 'check_goals', 'plot_branches', 'plot_systems', 'cost_table',
-           'plot_sensitivity', 'plot_failures', 'distree_record', 'made_on', 'failure_cost', 'main']
+           'over_mixture', 'compare_rules', 'rule_table', 'check_goals', 'plot_branches', 'plot_systems',
+           'system_cost_table', 'plot_sensitivity', 'plot_failures', 'distree_record', 'made_on', 'failure_cost',
+           'main']
 
 # %% ../../nbs/5_experiments/distree.ipynb #5a0f0d5f
 import argparse, dataclasses, functools, json, math, sys
@@ -1108,7 +1109,7 @@ def plot_systems(
     )
 
 # %% ../../nbs/5_experiments/distree.ipynb #a5c86f92
-def cost_table(
+def system_cost_table(
     record:Record,  # of "systems"
     way="2 students",
     budget=.4,      # of `BUDGETS`

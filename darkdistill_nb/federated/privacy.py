@@ -201,7 +201,7 @@ def train_private(
 # %% ../../nbs/3_federated/privacy.ipynb #3c912cca
 def run_privacy(
     folder,        # of the experiment; killed and started again, it goes on
-    seeds=6,       # how many, at least 2
+    seeds=3,       # how many, at least 2
     data=None,     # names of `SETTINGS`; None: all
     workers=None,  # processes, see `run_grid`
     on_cell=None,  # see `run_grid`
@@ -373,7 +373,7 @@ def main(
     )
     p.add_argument("--out", required=True, help="folder for results")
     p.add_argument("--data", nargs="+", choices=SETTINGS, help="default: all")
-    p.add_argument("--seeds", type=int, default=6, help="how many pairs")
+    p.add_argument("--seeds", type=int, default=3, help="how many pairs")
     p.add_argument("--workers", type=int, help="processes, default one per core")
     p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="e.g. rounds=10")
     p.add_argument("--assets", help="folder that also gets the record")

@@ -133,13 +133,6 @@ class Explorer:
         table = self.to_table()
         return Page(self.kind, data, self.controls(), self.draw(go.Figure), table, self.narrow())
 
-    def save_html(self,
-        path,                 # of the file
-        title:str="Explorer",
-    ):
-        "Write `to_page` as one file that moves in any browser, without a kernel or a network."
-        return self.to_page().save(path, title)
-
 # %% ../../nbs/6_app/explorer.ipynb #66e3c72b
 def _to_json_state(values):
     "A state as JSON has it."
@@ -168,6 +161,14 @@ def hear(self: Explorer, message):
         self.state.update(**{name: _from_json(v) for name, v in message["state"].items()})
     finally:
         self.hearing = False
+
+@patch
+def save_html(self: Explorer,
+    path,                 # of the file
+    title:str="Explorer",
+):
+    "Write `to_page` as one file that moves in any browser, without a kernel or a network."
+    return self.to_page().save(path, title)
 
 @patch
 def _ipython_display_(self: Explorer):

@@ -16,7 +16,6 @@ export default {
   async render({model, el}) {
     el.innerHTML = model.get("fragment");
     const root = el.querySelector(".explorer");
-    root.dataset.lmSuppressShortcuts = "true";   // or JupyterLab takes the arrow keys for itself
     await needPlotly(model);
     const put = await start(root, state => model.send({state}));
     put(model.get("state"));

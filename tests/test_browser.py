@@ -192,7 +192,9 @@ def python(page, code):
     "Run a line in a new cell below, and return what it prints."
     page.keyboard.press("Escape")
     page.locator(".jp-CodeCell .jp-InputPrompt").last.click()
+    there = page.locator(".jp-CodeCell").count()
     page.keyboard.press("b")
+    page.locator(".jp-CodeCell").nth(there).wait_for(timeout=60_000)
     page.locator(".jp-CodeCell .cm-content").last.click()
     page.keyboard.insert_text(code)
     page.keyboard.press("Control+Enter")
@@ -227,8 +229,7 @@ def walk_exits(page):
     field(page, "threshold of exit 1 (score)").fill("5")
     page.keyboard.press("Enter")  # above every score: clamped to the top of the range
     page.wait_for_function("document.querySelector('.explorer-says').innerText.includes('by hand')")
-    page.wait_for_timeout(600)
-    assert page.locator(".main-svg text", has_text="nobody").count() == 1
+    page.locator(".main-svg text", has_text="nobody").wait_for(state="attached", timeout=30_000)
     page.get_by_text("The numbers as a table", exact=True).click()
     table = page.locator(".explorer-table")
     page.wait_for_function("document.querySelector('.explorer-table').innerText.includes('nobody')")

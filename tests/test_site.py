@@ -120,7 +120,10 @@ def reports(tmp_path_factory):
     return folder
 
 
-DRAWN = "[...document.querySelectorAll('.drawing')].every(d => d.dataset.drawn) && [...document.querySelectorAll('.explorer')].every(d => d.dataset.ready === 'yes')"
+DRAWN = (
+    "[...document.querySelectorAll('.drawing')].every(d => d.dataset.drawn) &&"
+    "[...document.querySelectorAll('.explorer')].every(d => d.dataset.ready === 'yes')"
+)
 
 
 def wait_until(page, js):

@@ -159,7 +159,7 @@ def test_observers_hear_of_changes_once():
 
 def reader(explorer, **values):
     "What the browser sends when the reader moves a control: the state that it now has."
-    explorer.widget.state = {**explorer.widget.state, **values}
+    explorer.hear(dict(state={**explorer.widget.state, **values}))
 
 
 @needs_live
@@ -226,9 +226,11 @@ def test_the_widget_is_small_and_plotly_comes_when_it_is_asked_for(explorer):
     w = explorer.live()
     assert len(w._esm) < 100_000 and "export default" in w._esm
     with mock.patch.object(type(w), "send") as send:
-        w.answer("anything else", [])
-        assert not send.called
-        w.answer("plotly", [])
+        reader(explorer, budget=2e5)
+        assert not send.called, "what the browser knows is not sent back to it"
+        explorer.set_budget(3e5)
+        assert send.call_args.args[0]["state"]["budget"] == 3e5
+        explorer.hear("plotly")
     kind, (script,) = send.call_args.args
     assert kind == "plotly" and b"window.Plotly = Plotly" in script
 

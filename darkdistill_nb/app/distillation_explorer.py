@@ -50,36 +50,38 @@ class DistillationModel:
         self.classes = [str(c) for c in (range(K) if classes is None else classes)]
         check(len(self.classes) == K, "classes", len(self.classes), f"{K} names")
 
-    def at(self,
-        sample:int,               # its number, from 0
-        T:float=1.0,              # temperature, > 0
-        alpha:float=0.5,          # share of the teacher, 0..1
-        direction:str="forward",  # forward: KL(teacher | student) | reverse
-    )->dict: # soft_labels, answer (student), from_teacher, from_label, gradient (K,); forward, reverse, entropy, cross_entropy, loss
-        "All numbers of one image in nats; raises `ValueError` for a sample that is not there."
-        sample = whole(sample, "sample", 0, len(self.y) - 1)
-        T, alpha = number(T, "T", above=0), number(alpha, "alpha", 0, 1)
-        choice(direction, "direction", ("forward", "reverse"))
-        t, s, y = self.teacher[sample], self.student[sample], self.y[sample]
-        log_p, log_q, log_u = _log_softmax(t, T), _log_softmax(s, T), _log_softmax(s, 1)
-        p, q, u = np.exp(log_p), np.exp(log_q), np.exp(log_u)
-        forward, reverse = float(p @ (log_p - log_q)), float(q @ (log_q - log_p))
-        pull = T * (q - p) if direction == "forward" else T * q * (log_q - log_p - reverse)
-        from_teacher = alpha * pull
-        from_label = (1 - alpha) * (u - (np.arange(len(u)) == y))
-        divergence = forward if direction == "forward" else reverse
-        return dict(
-            soft_labels=p,
-            answer=q,
-            forward=forward,
-            reverse=reverse,
-            entropy=float(-p @ log_p),
-            cross_entropy=float(-log_u[y]),
-            loss=float(alpha * T**2 * divergence - (1 - alpha) * log_u[y]),
-            from_teacher=from_teacher,
-            from_label=from_label,
-            gradient=from_teacher + from_label,
-        )
+# %% ../../nbs/6_app/distillation_explorer.ipynb #42731603
+@patch
+def at(self:DistillationModel,
+    sample:int,               # its number, from 0
+    T:float=1.0,              # temperature, > 0
+    alpha:float=0.5,          # share of the teacher, 0..1
+    direction:str="forward",  # forward: KL(teacher | student) | reverse
+)->dict: # soft_labels, answer (student), from_teacher, from_label, gradient (K,); forward, reverse, entropy, cross_entropy, loss
+    "All numbers of one image in nats; raises `ValueError` for a sample that is not there."
+    sample = whole(sample, "sample", 0, len(self.y) - 1)
+    T, alpha = number(T, "T", above=0), number(alpha, "alpha", 0, 1)
+    choice(direction, "direction", ("forward", "reverse"))
+    t, s, y = self.teacher[sample], self.student[sample], self.y[sample]
+    log_p, log_q, log_u = _log_softmax(t, T), _log_softmax(s, T), _log_softmax(s, 1)
+    p, q, u = np.exp(log_p), np.exp(log_q), np.exp(log_u)
+    forward, reverse = float(p @ (log_p - log_q)), float(q @ (log_q - log_p))
+    pull = T * (q - p) if direction == "forward" else T * q * (log_q - log_p - reverse)
+    from_teacher = alpha * pull
+    from_label = (1 - alpha) * (u - (np.arange(len(u)) == y))
+    divergence = forward if direction == "forward" else reverse
+    return dict(
+        soft_labels=p,
+        answer=q,
+        forward=forward,
+        reverse=reverse,
+        entropy=float(-p @ log_p),
+        cross_entropy=float(-log_u[y]),
+        loss=float(alpha * T**2 * divergence - (1 - alpha) * log_u[y]),
+        from_teacher=from_teacher,
+        from_label=from_label,
+        gradient=from_teacher + from_label,
+    )
 
 # %% ../../nbs/6_app/distillation_explorer.ipynb #ed6fd874
 class DistillationExplorer(Explorer):

@@ -254,18 +254,16 @@ class ExitExplorer(Explorer):
         self.cells = None if pictures is None else as_cells(pictures)[self.model.index]
         self.score, self.m, (self.scale, self.unit) = score, m, _unit(self.model.costs, unit)
         self.low, self.high, self.step = _score_range(self.model.scores[:-1], self.model.valid[:-1])
-        budget = float(self.model.costs.mean())
-        super().__init__(mode, budget=budget, thresholds=self._for(budget))
+        b = float(self.model.costs.mean())
+        super().__init__(mode, budget=b, thresholds=self._for(b))
         self.budgets = self._points(33)
 
     def _for(self, budget):
         return tuple(self.model.thresholds(self.model.budget_shares(budget)).tolist())
 
     def _points(self, n):
-        return [
-            (float(b), self.model.at(self._for(b)))
-            for b in np.linspace(*self.model.costs[[0, -1]], n)
-        ]
+        budgets = np.linspace(*self.model.costs[[0, -1]], n)
+        return [(float(b), self.model.at(self._for(b))) for b in budgets]
 
     def result(self) -> dict:
         "What the model says about the current thresholds, see `ExitModel.at`."

@@ -72,12 +72,11 @@ def _live_class():
         fragment = traitlets.Unicode("").tag(sync=True)
         state = traitlets.Dict().tag(sync=True)
 
-        def answer(self, message, buffers):
-            "The browser asks for plotly.js."
+        def send_plotly(self):
+            "What the browser asks for where a page has no plotly.js."
             from plotly.offline import get_plotlyjs
 
-            if message == "plotly":
-                self.send("plotly", [get_plotlyjs().encode()])
+            self.send("plotly", [get_plotlyjs().encode()])
 
     return LiveExplorer
 
@@ -105,13 +104,17 @@ class Explorer:
         **state          # names and starting values
     ):
         choice(mode, "mode", ("auto", "live", "page"))
-        self.mode, self.state, self.defaults, self.widget = mode, State(**state), dict(state), None
+        self.mode, self.state, self.defaults = mode, State(**state), dict(state)
+        self.widget, self.hearing = None, False
         self.state.observe(self.refresh)
 
     def refresh(self):
         "Tell the live view, if there is one, what the state is."
-        if self.widget is not None:
-            self.widget.state = _to_json_state(self.state.values)
+        if self.widget is None:
+            return
+        self.widget.state = _to_json_state(self.state.values)
+        if not self.hearing:
+            self.widget.send(dict(state=self.widget.state))
 
     def reset(self):
         "Back to the first values."
@@ -130,13 +133,6 @@ class Explorer:
         table = self.to_table()
         return Page(self.kind, data, self.controls(), self.draw(go.Figure), table, self.narrow())
 
-    def save_html(self,
-        path,                 # of the file
-        title:str="Explorer",
-    ):
-        "Write `to_page` as one file that moves in any browser, without a kernel or a network."
-        return self.to_page().save(path, title)
-
 # %% ../../nbs/6_app/explorer.ipynb #66e3c72b
 def _to_json_state(values):
     "A state as JSON has it."
@@ -152,14 +148,27 @@ def live(self: Explorer):
     page = self.to_page()
     text = page_fragment({**page.spec, "figure": page.figure})
     self.widget = _live_class()(fragment=text, state=_to_json_state(self.state.values))
-    self.widget.observe(self._heard, "state")
-    self.widget.on_msg(lambda widget, message, buffers: widget.answer(message, buffers))
+    self.widget.on_msg(lambda widget, message, buffers: self.hear(message))
     return self.widget
 
 @patch
-def _heard(self: Explorer, change):
-    "The reader moved a control."
-    self.state.update(**{name: _from_json(v) for name, v in change["new"].items()})
+def hear(self: Explorer, message):
+    "What the browser says: that it needs plotly.js, or the state after the reader has moved a control."
+    if message == "plotly":
+        return self.widget.send_plotly()
+    self.hearing = True
+    try:
+        self.state.update(**{name: _from_json(v) for name, v in message["state"].items()})
+    finally:
+        self.hearing = False
+
+@patch
+def save_html(self: Explorer,
+    path,                 # of the file
+    title:str="Explorer",
+):
+    "Write `to_page` as one file that moves in any browser, without a kernel or a network."
+    return self.to_page().save(path, title)
 
 @patch
 def _ipython_display_(self: Explorer):

@@ -16,13 +16,9 @@ export default {
   async render({model, el}) {
     el.innerHTML = model.get("fragment");
     const root = el.querySelector(".explorer");
-    root.dataset.lmSuppressShortcuts = "true";   // or JupyterLab takes the arrow keys for itself
     await needPlotly(model);
-    const put = await start(root, state => {
-      model.set("state", state);
-      model.save_changes();
-    });
+    const put = await start(root, state => model.send({state}));
     put(model.get("state"));
-    model.on("change:state", () => put(model.get("state")));
+    model.on("msg:custom", message => { if (message.state) put(message.state); });
   },
 };

@@ -2,6 +2,7 @@
 
 const VIEWS = {exits: ExitView, splits: SplitView, distillation: DistillationView};
 const NARROW = 560;                   // pixels
+const KEYS = {"data-lm-suppress-shortcuts": "true"};   // or JupyterLab takes the arrow keys for itself
 let rows = 0;                         // controls made so far, for their ids
 
 function make(tag, attributes = {}, ...children) {
@@ -13,7 +14,7 @@ function make(tag, attributes = {}, ...children) {
 
 function choice({label, options}, send) {   // a list to choose from
   const id = `explorer-control-${++rows}`;
-  const list = make("select", {id}, ...options.map(([text, value]) => make("option", {value}, text)));
+  const list = make("select", {id, ...KEYS}, ...options.map(([text, value]) => make("option", {value}, text)));
   list.addEventListener("change", () => send(list.value));
   return {row: make("div", {class: "explorer-row"}, make("label", {for: id}, label), list), show: value => list.value = value};
 }
@@ -23,8 +24,9 @@ function slider({label, low, high, step, log, whole}, send) {   // a number fiel
   const steps = v => log ? Math.log10(v / low) / step : (v - low) / step;
   const there = n => Math.min(high, log ? low * 10 ** (n * step) : low + n * step);
   const shown = v => whole ? Math.round(v) : log ? Number(v.toPrecision(5)) : Number(v.toFixed(digits)) + 0;
-  const field = make("input", {id, type: "number", min: shown(low), max: shown(high), step: log ? "any" : step});
-  const range = make("input", {type: "range", min: 0, max: Math.ceil(steps(high) - 1e-6), step: 1, "aria-label": `${label}, slider`});
+  const field = make("input", {id, type: "number", min: shown(low), max: shown(high), step: log ? "any" : step, ...KEYS});
+  const most = Math.ceil(steps(high) - 1e-6), name = {"aria-label": `${label}, slider`};
+  const range = make("input", {type: "range", min: 0, max: most, step: 1, ...name, ...KEYS});
   field.addEventListener("change", () => {
     const v = field.valueAsNumber;
     send(Number.isNaN(v) ? null : Math.min(high, Math.max(low, whole ? Math.round(v) : v)));
@@ -117,6 +119,7 @@ async function start(root, tell = () => {}) {   // tell(state): what the reader 
   part("fold").addEventListener("toggle", numbers);
   followTheme(root);
   figure.textContent = "";
+  figure.classList.add("plotly-graph-div");
   await draw();
   if (view.sprite) await view.sprite.decode().then(draw);
   new ResizeObserver(() => {

@@ -141,7 +141,7 @@ def page_fragment(
 <div class="explorer-controls"></div>
 <div class="explorer-line"><button type="button" class="explorer-reset">Reset</button>
 <p class="explorer-says" role="status">{html.escape(spec["says"])}</p></div>
-<div class="explorer-figure plotly-graph-div" role="figure" aria-label="Figure of the explorer"
+<div class="explorer-figure" role="figure" aria-label="Figure of the explorer"
  style="min-height:{height}px">The figure appears here when its script has run.</div>
 <details class="explorer-fold"><summary>The numbers as a table</summary>
 <div class="explorer-wide" tabindex="0" role="region" aria-label="The numbers as a table">{table}</div>

@@ -58,10 +58,10 @@ def bench_explorers(
         raise ImportError(f"nothing to measure: {reason}")
     rows = []
     for name, explorer, states in _serious():
-        widget, start = explorer.live(), dict(explorer.live().state)
+        start = dict(explorer.live().state)
 
         def move(i):
-            widget.state = {**start, **states[i % 2]}
+            explorer.hear(dict(state={**start, **states[i % 2]}))
 
         callback = _p95(move, rounds)
         model = _p95(lambda i: (move(i), explorer.says()), rounds)

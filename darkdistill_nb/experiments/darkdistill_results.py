@@ -202,7 +202,11 @@ _FIGURES = [
     *_claims(
         "stage_shapes",
         "KDD 2025, figure 1",
-        ("Exits of shallow tiers meet harder images", _unaligned, "figure only"),
+        (
+            "Exits of shallow tiers meet harder images than the rule explains",
+            _unaligned,
+            "figure only",
+        ),
         unit="nats",
     ),
     *_claims(
@@ -215,7 +219,7 @@ _FIGURES = [
         "generator",
         "KDD 2025, generator",
         ("Latents are as hard as asked, as in a run (rank > 0.5)", _asked(20), "figure only", 0.5),
-        ("Latents are as hard as asked, 400 steps (rank > 0.5)", _asked(400), "figure only", 0.5),
+        ("Latents are as hard as asked, 200 steps (rank > 0.5)", _asked(200), "figure only", 0.5),
         unit="rank correlation",
     ),
 ]

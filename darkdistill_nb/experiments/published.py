@@ -314,8 +314,8 @@ _ROWS = dict(
 # %% ../../nbs/5_experiments/published.ipynb #7c1b7e4d
 _GRID = dict(  # of generators
     mini=[[8, 32, True, 60], [8, 32, False, 60]],
-    cpu=[[64, 128, True, 20], [64, 128, False, 400]]
-    + [[e, h, True, 400] for e in (2, 64) for h in (64, 128, 256)],
+    cpu=[[64, 128, True, 20], [64, 128, True, 200], [64, 128, False, 200]]
+    + [[e, h, True, 200] for e, h in ((2, 64), (2, 256), (64, 256))],
     gpu=[[64, 128, True, 1000], [64, 128, False, 1000]]
     + [[e, h, True, 1000] for e in (2, 16, 32, 64) for h in (64, 128, 256, 512)],
 )

@@ -321,7 +321,7 @@ def test_virtual_step_is_the_optimisers_step(kind):
         opt.step()
         for n, p in net.named_parameters():
             assert torch.allclose(after[n], p, atol=1e-6), n
-    with pytest.raises(ValueError, match="optimizer=Adam is not supported"):
+    with pytest.raises(ValueError, match="optimizer='Adam' must be an SGD"):
         sgd_step(net, {}, torch.optim.Adam(net.parameters()))
 
 

@@ -989,7 +989,7 @@ def test_averages_by_hand():
         ([a, b], [1], "2 numbers, one for each set"),
         ([a, b], [1, 0], "n=0"),
         ([a, dict(w=b["w"])], [1, 1], "the same names"),
-        ([a, b | dict(w=torch.zeros(3))], [1, 1], "w, set"),
+        ([a, b | dict(w=torch.zeros(3))], [1, 1], "w=.3,. must be of shape .2,. in all sets"),
     ]:
         with pytest.raises(ValueError, match=words):
             average(weights, n)

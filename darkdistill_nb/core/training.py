@@ -111,6 +111,19 @@ def shared_names(
         names.setdefault(id(v), []).append(name)
     return [group for group in names.values() if len(group) > 1]
 
+# %% ../../nbs/0_core/training.ipynb #7faeb1b2
+def _velocities(state, momentum, moved, g):
+    "Momentum: the first gradient, and from then on mu v + g."
+    old = [i for i, p in enumerate(moved) if p in state]
+    v = [state[moved[i]]["momentum_buffer"] for i in old]
+    if v:
+        torch._foreach_mul_(v, momentum)
+        torch._foreach_add_(v, [g[i] for i in old])
+    for p, first in zip(moved, g):
+        if p not in state:
+            state[p] = dict(momentum_buffer=first.clone())
+    return [state[p]["momentum_buffer"] for p in moved]
+
 # %% ../../nbs/0_core/training.ipynb #4b8ba621
 class SGD:
     "The steps of `torch.optim.SGD` with momentum and weight decay, bit for bit, without what surrounds them; raises `ValueError`."
@@ -146,20 +159,8 @@ class SGD:
         if self.own["weight_decay"]:
             g = torch._foreach_add(g, moved, alpha=self.own["weight_decay"])
         if self.own["momentum"]:
-            g = self._velocities(moved, g)
+            g = _velocities(self.state, self.own["momentum"], moved, g)
         torch._foreach_add_(moved, g, alpha=-self.own["lr"])
-
-    def _velocities(self, moved, g):
-        "Momentum: the first gradient, and from then on mu v + g."
-        old = [i for i, p in enumerate(moved) if p in self.state]
-        v = [self.state[moved[i]]["momentum_buffer"] for i in old]
-        if v:
-            torch._foreach_mul_(v, self.own["momentum"])
-            torch._foreach_add_(v, [g[i] for i in old])
-        for p, first in zip(moved, g):
-            if p not in self.state:
-                self.state[p] = dict(momentum_buffer=first.clone())
-        return [self.state[p]["momentum_buffer"] for p in moved]
 
 # %% ../../nbs/0_core/training.ipynb #d85d319f
 def fit(

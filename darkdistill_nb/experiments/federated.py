@@ -42,7 +42,7 @@ from darkdistill_nb.experiments.published import (
     GAMMAS,
     PARTS,
     SCALES,
-    cost_table,
+    round_table,
     paper_table,
     run_paper,
 )
@@ -377,7 +377,7 @@ def _experiment(a):
 
 def _table(a, record):
     "What the command prints at its end."
-    tables = dict(own=own_table, fair=fair_table, cost=cost_table)
+    tables = dict(own=own_table, fair=fair_table, cost=round_table)
     table = tables.get(a.experiment, paper_table)
     if a.experiment in ("budget", "difficulty", "generator"):
         return f"{len(record.runs)} runs in {a.out}/paper_{a.experiment}/record.json"

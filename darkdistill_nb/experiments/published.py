@@ -8,7 +8,7 @@ Docs: https://darkdistill.github.io/darkdistill_nb/5_experiments/published.html.
 # %% auto #0
 __all__ = ['SCALES', 'GAMMAS', 'ASKED', 'PARTS', 'SMALL', 'LARGE', 'KD_LR', 'scale_settings', 'paper_cell', 'pair_mark',
            'Unconditional', 'moved', 'measure_paper', 'train_paper', 'train_generators', 'run_paper', 'paper_values',
-           'paper_gain', 'paper_table', 'plot_budget', 'plot_difficulty', 'plot_generator', 'cost_table',
+           'paper_gain', 'paper_table', 'plot_budget', 'plot_difficulty', 'plot_generator', 'round_table',
            'paper_record']
 
 # %% ../../nbs/5_experiments/published.ipynb #1630da2d
@@ -503,7 +503,7 @@ def plot_generator(
     return figure(*traces, title="Generators, d_eps x d_h", **how)
 
 # %% ../../nbs/5_experiments/published.ipynb #ed84aae0
-def cost_table(
+def round_table(
     record:Record, # of the experiment cost
     gamma=None,    # None: the record's own
 )->str:            # markdown

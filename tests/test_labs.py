@@ -72,6 +72,13 @@ def test_lab_passes_the_gates(path):
     assert lab_gates.faults(INSTRUCTOR / path.name) == []
 
 
+def test_measured_times_keep_the_promise():
+    "A first figure within 5 s and at most 3 minutes of processor, by the last measurement of each lab."
+    for name, t in make_labs.read_times().items():
+        assert (INSTRUCTOR / f"{name}.ipynb").exists(), f"{name} is gone: measure again"
+        assert t["figure"] <= 5 and t["cpu"] <= 180, (name, t)
+
+
 @each_lab
 def test_nothing_of_the_instructors_is_in_the_students_version(path):
     "Solutions and hidden tests are in the instructor's version, one for each exercise."

@@ -158,9 +158,7 @@ def result_seen_before_it_was_guessed(nb):
             yield f"{what}: lab.predict, and in a later cell lab.reveal"
 
 
-NO_EXPLORER = {  # lab -> why the library has no explorer for it
-    "lab02_dark_knowledge": "the explorer of temperature and alpha is being written",
-}
+NO_EXPLORER = {}  # lab -> why the library has no explorer for it
 
 
 @gate

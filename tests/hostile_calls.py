@@ -687,7 +687,7 @@ LAST = {
         table=taught()[1],
         epochs=1,
     ),
-    "pictures": lambda: dict(name="digits"),
+    "images": lambda: dict(name="digits"),
     "Claim": lambda: dict(text="a", experiment="compare", parts=dict),
     "RiskControl": lambda: dict(
         method="ltt",

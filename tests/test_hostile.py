@@ -61,7 +61,7 @@ WORDS = {
     "latent_net.name": "net",
     "pick_device.name": "device",
     "difficulty_experiment.name": "data set",
-    "pictures.name": "data set|name",
+    "images.name": "data set|name",
     "asset.name": "stored results|name",
     "shipped.what": "what|installation",
 }

@@ -81,8 +81,7 @@ def count_cells(d, y, K, bins, width):
 def rank_agreement(a, b):
     from scipy.stats import rankdata
 
-    ranks = torch.tensor([rankdata(a), rankdata(b)])
-    return torch.corrcoef(ranks)[0, 1]
+    return torch.corrcoef(torch.stack([torch.from_numpy(rankdata(v)) for v in (a, b)]))[0, 1]
 
 
 # wrong rank_agreement: the correlation of the values -> whatever the scale

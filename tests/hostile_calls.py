@@ -18,6 +18,7 @@ from darkdistill_nb.exits import training as exit_training
 from darkdistill_nb.federated import method as federated
 from darkdistill_nb.federated import generator
 from darkdistill_nb.exits import control
+from darkdistill_nb.experiments import against, published
 from darkdistill_nb.experiments import federated as federated_experiments
 from darkdistill_nb.exits import inference
 from darkdistill_nb.distill import latent
@@ -794,3 +795,77 @@ CALIBRATED = {
     "fair_table": fair_runs,
 }
 CALLS |= CALIBRATED
+
+
+QUICK = dict(data="digits", rounds=1, clients=8, participation=1.0, net=dict(width=4), workers=1)
+
+
+@once
+def paper_runs():
+    "Records of the paper's experiments on digits, and the folder that their trainings lie in."
+    out, how = folder(), dict(QUICK, methods=["eefl", "darkdistill"])
+    names = ("main", "budget", "cost", "generator")
+    return {n: published.run_paper(n, out, **how) for n in names}, out
+
+
+def paper_main():
+    return paper_runs()[0]["main"]
+
+
+def paper_one(method="eefl"):
+    return published.paper_cell(paper_main().config, method, 0)
+
+
+@once
+def paper_run():
+    train, test, clients, build = published._federation(paper_one())
+    method = published._method(paper_one())
+    run = published.simulate(method, build, train, test, clients, 1, progress=False)
+    return dict(run=run, train=train, test=test, clients=clients)
+
+
+def by_fifths():
+    runs = [dict(row="eefl", gamma=1.0, seed=0, fifths=[[0.9, 0.8, 0.7, 0.6, 0.5]] * E)]
+    return records.Record(dict(gamma=1.0), runs=runs)
+
+
+@once
+def against_runs():
+    return against.against_stored(**PAPER["against_stored"]())
+
+
+def some_of(d, *keys):
+    return {k: v for k, v in d.items() if k in keys}
+
+
+PAPER = {
+    "scale_settings": dict,
+    "paper_cell": lambda: dict(config=paper_main().config, method="eefl", seed=0),
+    "Unconditional": dict,
+    "pair_mark": lambda: some_of(paper_run(), "train", "clients"),
+    "moved": lambda: dict(old={}, tiers={}, after={}),
+    "measure_paper": paper_run,
+    "train_paper": lambda: dict(cell=paper_one(), folder=folder()),
+    "train_generators": lambda: dict(
+        cell=dict(paper_one(), grid=[[4, 8, True, 2]]), folder=folder()
+    ),
+    "run_paper": lambda: dict(QUICK, experiment="main", folder=paper_runs()[1], methods=["eefl"]),
+    "paper_values": lambda: dict(record=paper_main(), row="eefl"),
+    "paper_gain": lambda: dict(record=paper_main(), row="darkdistill"),
+    "paper_table": lambda: dict(record=paper_main()),
+    "plot_budget": lambda: dict(record=paper_runs()[0]["budget"]),
+    "plot_difficulty": lambda: dict(record=by_fifths()),
+    "plot_generator": lambda: dict(record=paper_runs()[0]["generator"]),
+    "cost_table": lambda: dict(record=paper_runs()[0]["cost"]),
+    "paper_record": lambda: dict(experiment="main"),
+    "fair_values": lambda: dict(record=fair_record(), method="eefl", column="plain"),
+    "fair_gain": lambda: dict(record=fair_record(), method="eefl", column="plain"),
+    "against_stored": lambda: dict(
+        method="eefl", folder=paper_runs()[1], workers=1, stored=paper_main()
+    ),
+    "against_table": lambda: dict(record=against_runs()),
+    "result_record": lambda: dict(name="main"),
+    "PaperClaim": lambda: dict(text="x", experiment="main", parts=dict),
+    "claims_of_paper": lambda: dict(records={}),
+}
+CALLS |= PAPER

@@ -101,6 +101,7 @@ ALLOWED = {
     "Update": (anything, "a record: the server judges what comes"),
     "RiskControl": (anything, "a record that control_risk writes"),
     "Claim": (anything, "a record: `verdict` judges its limits"),
+    "PaperClaim": (anything, "a record: `verdict` judges its limits"),
     "Answer": (anything, "a record that the aggregator writes"),
     "Stage": (anything, "a record that shapes_stage makes"),
     "Record": (anything, "a record: load_record judges what was stored"),

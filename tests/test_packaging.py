@@ -105,7 +105,7 @@ def site_packages(folder):
 
 
 STUDENTS = sorted(p.name for p in (ROOT / "tutorials").glob("*.ipynb"))
-ASSETS = sorted(p.name for p in (ROOT / "assets").iterdir() if p.is_file())
+ASSETS = sorted(p.name for p in (ROOT / "assets").rglob("*") if p.is_file())
 
 
 def members(path):

@@ -182,6 +182,9 @@ def _parse_compare(sub):
     c.add_argument("runs", nargs="+", metavar="RUN", help=text)
     text = "also write a page with the accuracy-cost curves of all runs"
     c.add_argument("--html", metavar="FILE", help=text)
+    text = "RUN is a method instead, by name or your own as module:Class; it is trained on the\n"
+    text += "seeds, clients and draws of the runs that are stored with the package"
+    c.add_argument("--against", metavar="stored", help=text)
 
 def _parse_report(sub):
     d = sub.add_parser(
@@ -362,6 +365,20 @@ def _names(folders):
         else [f"{i + 1}: {p[-1]}" for i, p in enumerate(parts)]
     )
 
+# %% ../../nbs/6_app/cli.ipynb #96ad6559
+def _against(args, say):
+    "`compare METHOD ... --against stored`: a table for each method; trainings are kept in runs/against."
+    from darkdistill_nb.experiments.against import against_stored, against_table
+
+    check(args.against == "stored", "against", args.against, "stored")
+    check(args.html is None, "html", args.html, "left out: only finished runs have a page")
+    for method in args.runs:
+        METHODS.find(method)
+    told = lambda i, n, r: say(f"{i}/{n} {r['cell']['method']}: {r['seconds']:.0f} s")
+    for method in args.runs:
+        say(against_table(against_stored(method, Path("runs") / "against", on_cell=told)))
+    return 0
+
 # %% ../../nbs/6_app/cli.ipynb #d9be702a
 def _ours(path):
     "May this HTML file be replaced? Only if it is not there, or was written by this package."
@@ -380,6 +397,8 @@ def _ours(path):
 def _compare(args, say, command):
     from darkdistill_nb.experiments.report import compare_table, write_compare
 
+    if args.against is not None:
+        return _against(args, say)
     path = None if args.html is None else _ours(args.html)
     records, names = [_load(f) for f in args.runs], _names(args.runs)
     with _shown_from(", ".join(args.runs)):

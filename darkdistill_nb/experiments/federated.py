@@ -1,4 +1,4 @@
-"""What is gained by calibrated clients and by voting exits, apart and together, seed by seed, on four data sets.
+"""What is gained by calibrated clients and by voting exits, and what published methods still add once all are calibrated and vote.
 Calibration, votes and feedback against their control, in paired runs.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/5_experiments/federated.html.md"""
@@ -7,7 +7,7 @@ Docs: https://darkdistill.github.io/darkdistill_nb/5_experiments/federated.html.
 
 # %% auto #0
 __all__ = ['SETTINGS', 'SEEDS', 'COMPARED', 'VARIANTS', 'FAIR', 'own_cell', 'train_own', 'decide_own', 'run_own', 'own_gain',
-           'own_table', 'run_fair', 'fair_table', 'own_record', 'main']
+           'own_table', 'run_fair', 'fair_values', 'fair_gain', 'fair_table', 'own_record', 'main']
 
 # %% ../../nbs/5_experiments/federated.ipynb #80345d2e
 import argparse, sys
@@ -31,11 +31,22 @@ from darkdistill_nb.core.records import (
 )
 from darkdistill_nb.core.checks import check, choice, number, whole
 from darkdistill_nb.core.datasets import load
+from darkdistill_nb.core.registry import METHODS
 from darkdistill_nb.core.seeds import Streams
 from darkdistill_nb.core.training import accuracy, predict
 
 # %% ../../nbs/5_experiments/federated.ipynb #bbb8aade
 from darkdistill_nb.exits.networks import cnn
+from darkdistill_nb.exits.training import BoostNet
+from darkdistill_nb.experiments.published import (
+    GAMMAS,
+    PARTS,
+    SCALES,
+    cost_table,
+    paper_table,
+    run_paper,
+)
+from darkdistill_nb.experiments.stage import shapes_stage
 from darkdistill_nb.federated.calibration import (
     FeedbackEEFL,
     calibrated,
@@ -45,8 +56,7 @@ from darkdistill_nb.federated.calibration import (
     vote_sums,
     vote_weights,
 )
-from darkdistill_nb.federated.darkdistill import DarkDistill
-from darkdistill_nb.federated.method import EEFL, make_clients, simulate
+from darkdistill_nb.federated.method import make_clients, simulate
 
 # %% ../../nbs/5_experiments/federated.ipynb #aff03fcc
 _TWENTY = dict(clients=20, gamma=0.5, participation=0.5)  # clients, half of them in a round
@@ -59,11 +69,20 @@ SETTINGS = {
     "fashion_mnist": dict(n_train=10000, n_test=4000, rounds=20) | _IMAGES | _TWENTY,
     "cifar10": dict(n_train=10000, n_test=4000, rounds=20) | _IMAGES | _TWENTY,
     "cifar10_100": dict(n_train=20000, n_test=4000, rounds=60) | _IMAGES | _HUNDRED,
+    "shapes16": dict(rounds=20, lr=0.1, decay=0.95, batch_size=32) | _TWENTY,
 }
 SEEDS = dict.fromkeys(SETTINGS, (31, 32, 33, 34, 35)) | {"digits": (10, 11, 12, 13, 14, 15, 16, 17)}
 
 # %% ../../nbs/5_experiments/federated.ipynb #340ec90e
-COMPARED = {m.name: m for m in (EEFL, DarkDistill)}  # a new method is one more entry
+COMPARED = {  # name in the registry -> its options, given the rounds of a run
+    "eefl": lambda rounds: {},
+    "exclusivefl": lambda rounds: {},
+    "inclusivefl": lambda rounds: dict(exits="all"),
+    "depthfl": lambda rounds: dict(alpha=0.0, ramp_rounds=0),
+    "scalefl": lambda rounds: dict(wait=rounds // 4),
+    "heterofl": lambda rounds: {},
+    "darkdistill": lambda rounds: {},
+}
 
 def own_cell(
     name:str,   # one of `SETTINGS`
@@ -77,15 +96,20 @@ def own_cell(
     for k in changes:
         choice(k, "setting", setting)
     tau = tau if tau == "auto" else number(tau, "tau", low=0)
-    more = {} if choice(method, "method", COMPARED) == "eefl" else dict(method=method)
+    options = COMPARED[choice(method, "method", COMPARED)](changes.get("rounds", setting["rounds"]))
+    more = {} if method == "eefl" else dict(method=method, options=options)
     data, seed = name.removesuffix("_100"), whole(seed, "seed", 0)
     return dict(experiment="own", data=data, **{**setting, **changes}, tau=tau, seed=seed, **more)
 
 # %% ../../nbs/5_experiments/federated.ipynb #566d839d
-def _images(cell):
-    return load(
-        cell["data"], *(() if cell["n_train"] is None else (cell["n_train"], cell["n_test"]))
-    )
+def _federation(cell):
+    "(train, test, function that builds the network) of a cell."
+    if cell["data"] == "shapes16":
+        s = shapes_stage()
+        return s.train, s.test, s.build
+    some = () if cell["n_train"] is None else (cell["n_train"], cell["n_test"])
+    train, test = load(cell["data"], *some)
+    return train, test, lambda: cnn(train.shape, train.n_classes, width=cell["width"])
 
 def _feedback(run, train, clients):
     "The correction of class bias that the clients' difficulties of the final model lead to."
@@ -96,12 +120,13 @@ def _feedback(run, train, clients):
 
 def _validation(run, train, clients):
     "Decisions (tier, n, K) of every client's exits on its own validation images, and their labels."
-    net, out = run.net(), {}
+    method, out = run.method, {}
     for c in clients:
         if len(c.valid):
             data = train.subset(c.valid)
-            raw = list(predict(net.prefix(c.tier), data))
-            out[f"valid.{c.id}"] = torch.stack(run.method.objective.predict(raw))
+            net = method.receive(method.send(run.state, c), c.tier)
+            raw = list(predict(net, data))
+            out[f"valid.{c.id}"] = torch.stack(method.objective.predict(raw))
             out[f"valid_y.{c.id}"] = data.y
     return out
 
@@ -111,12 +136,11 @@ def train_own(
     folder,    # of the experiments; gets logits/KEY.safetensors
 )->dict:       # JSON values: accuracy of the exits without votes, tau of each round, loss
     "One training of a method with BoostNet (w = 0.2), calibrated by tau; its logits are stored."
-    train, test = _images(cell)
+    train, test, build = _federation(cell)
     clients = make_clients(train.y, cell["clients"], cell["gamma"], seed=cell["seed"])
-    how = {k: cell[k] for k in ("lr", "batch_size", "participation")}
-    kind = calibrated(COMPARED[cell.get("method", "eefl")])
-    method = kind(calibration=cell["tau"], votes="none", **how)
-    build = lambda: cnn(train.shape, train.n_classes, width=cell["width"])
+    how = {k: cell[k] for k in ("lr", "decay", "batch_size", "participation") if k in cell}
+    kind, options = calibrated(METHODS[cell.get("method", "eefl")]), cell.get("options", {})
+    method = kind(BoostNet(), calibration=cell["tau"], votes="none", **how, **options)
     rounds, seed = cell["rounds"], cell["seed"]
     run = simulate(method, build, train, test, clients, rounds, seed, rounds, progress=False)
     save_tensors(_logits(cell, folder), _answers(run, train, test, clients), {})
@@ -128,9 +152,17 @@ def _logits(cell, folder):
 
 def _answers(run, train, test, clients):
     "The tensors that all decisions follow from."
-    samples = [sum(len(c.train) for c in clients if c.tier == m) for m in range(1, 5)]
-    own = dict(test=run.logits(test), y=test.y, samples=torch.tensor(samples))
+    own = dict(test=run.logits(test), y=test.y, samples=_samples(run, clients))
     return own | dict(bias=_feedback(run, train, clients)) | _validation(run, train, clients)
+
+def _samples(run, clients):
+    "Training images by the number of exits that their client trains; of clients that took part."
+    heard = {i for row in run.log for i in row["clients"]}
+    depth, samples = getattr(run.method, "depth", int), torch.zeros(len(run.method.net)).long()
+    for c in clients:
+        if c.id in heard:
+            samples[depth(c.tier) - 1] += len(c.train)
+    return samples
 
 # %% ../../nbs/5_experiments/federated.ipynb #6853c0d2
 def decide_own(
@@ -275,22 +307,43 @@ def run_fair(
     return _stored(record, trained, Path(folder) / f"fair_{name}")
 
 # %% ../../nbs/5_experiments/federated.ipynb #58bbb5bf
+def fair_values(
+    record: Record,  # of `run_fair`
+    method: str,  # one of the record's methods
+    column: str,  # one of `FAIR`
+) -> dict:  # seed -> mean over exits in per cent
+    "Accuracy of each seed; raises `ValueError` for unknown names."
+    choice(method, "method", record.config["methods"])
+    choice(column, "column", FAIR)
+    own = [r for r in record.runs if (r["method"], r["variant"]) == (method, column)]
+    return {r["seed"]: 100 * sum(r["accuracy"]) / len(r["accuracy"]) for r in own}
+
+# %% ../../nbs/5_experiments/federated.ipynb #a0e4abe0
+def fair_gain(
+    record:Record,  # of `run_fair`
+    method:str,     # one of the record's methods
+    column:str,     # one of `FAIR`
+    base=("eefl",), # (method, column) to compare with; without a column: the same one
+)->tuple:           # ((mean, low, high) in points, verdict of "is it better?")
+    "Paired difference of the mean over exits with its 95 % interval; raises `ValueError` for unknown names."
+    other, *where = base
+    a = fair_values(record, method, column)
+    b = fair_values(record, other, *where or [column])
+    interval = t_interval([a[s] - b[s] for s in record.config["seeds"]])
+    return interval, verdict(interval)
+
+# %% ../../nbs/5_experiments/federated.ipynb #e8226f9a
 def fair_table(
     record:Record, # of `run_fair`
 )->str:            # markdown
     "Mean over exits (%) of each method in each column, and its paired difference to EEFL there (95 %)."
     lines = ["| method | " + " | ".join(FAIR) + " |", "|---" * (len(FAIR) + 1) + "|"]
-    mean = {
-        (r["method"], r["variant"], r["seed"]): 100 * sum(r["accuracy"]) / len(r["accuracy"])
-        for r in record.runs
-    }
-    seeds = record.config["seeds"]
     for m in record.config["methods"]:
         cells = []
         for column in FAIR:
-            own = [mean[m, column, s] for s in seeds]
-            gain = t_interval([v - mean["eefl", column, s] for v, s in zip(own, seeds)])
-            told = "" if m == "eefl" else ": %+.2f [%+.2f, %+.2f], " % gain + verdict(gain)
+            own = fair_values(record, m, column).values()
+            (mean, low, high), said = fair_gain(record, m, column)
+            told = "" if m == "eefl" else f": {mean:+.2f} [{low:+.2f}, {high:+.2f}], {said}"
             cells.append(f"{sum(own) / len(own):.2f}{told}")
         lines.append(f"| {m} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -308,18 +361,40 @@ def own_record(
 
 # %% ../../nbs/5_experiments/federated.ipynb #9179bb26
 def _experiment(a):
-    more = dict(seeds=a.seeds, workers=a.workers, on_cell=_tell, **key_values(a.set))
+    more = dict(workers=a.workers, **key_values(a.set))
+    more |= {} if a.seeds is None else dict(seeds=a.seeds)
+    if a.experiment in PARTS:
+        if a.methods:
+            more["methods"] = a.methods
+        return run_paper(a.experiment, a.out, a.scale, on_cell=_tell_paper, assets=a.assets, **more)
+    check(a.data is not None, "data", a.data, f"one of {', '.join(SETTINGS)}")
     if a.experiment == "own":
-        record = run_own(a.data, a.out, **more)
+        record = run_own(a.data, a.out, on_cell=_tell, **more)
     else:
-        record = run_fair(a.data, a.out, a.methods, **more)
+        record = run_fair(a.data, a.out, a.methods, on_cell=_tell, **more)
     publish(f"{a.experiment}_{a.data}", a.out, a.assets)
     return record
+
+def _table(a, record):
+    "What the command prints at its end."
+    tables = dict(own=own_table, fair=fair_table, cost=cost_table)
+    table = tables.get(a.experiment, paper_table)
+    if a.experiment in ("budget", "difficulty", "generator"):
+        return f"{len(record.runs)} runs in {a.out}/paper_{a.experiment}/record.json"
+    if a.experiment == "main":
+        return "\n\n".join(paper_table(record, g) for g in GAMMAS[a.scale])
+    return table(record)
+
+def _tell_paper(i, n, r):
+    cell, said = r["cell"], r.get("exits", r.get("diverged", "done"))
+    who = f"{cell['method']}, gamma {cell['gamma']:g}, seed {cell['seed']}"
+    print(f"{i}/{n} {who}: {said}, {r['seconds']} s", flush=True)
 
 def _tell(i, n, r):
     exits = [round(v, 3) for v in r["accuracy"]]
     print(
-        f"{i}/{n} tau {r['cell']['tau']} seed {r['cell']['seed']}: {exits}, {r['seconds']} s",
+        f"{i}/{n} {r['cell'].get('method', 'eefl')} tau {r['cell']['tau']} "
+        f"seed {r['cell']['seed']}: {exits}, {r['seconds']} s",
         flush=True,
     )
 
@@ -330,18 +405,25 @@ def main(
     "Run an experiment on federated methods from the command line."
     p = argparse.ArgumentParser(
         prog="darkdistill experiment federated",
-        description="Calibrated clients and voting exits. Killed or interrupted, the same command continues.",
+        description="The paper's experiments; calibrated clients and voting exits (own); every method\n"
+        "with them (fair). Killed or interrupted, the same command continues.",
     )
-    p.add_argument("experiment", choices=("own", "fair"))
-    p.add_argument("--data", required=True, choices=SETTINGS, help="which federation")
-    p.add_argument("--out", required=True, help="folder for results")
+    p.add_argument("experiment", choices=(*PARTS, "own", "fair"))
+    p.add_argument("--scale", choices=SCALES, default="mini", help="of the paper's experiments")
+    p.add_argument("--data", choices=SETTINGS, help="own, fair: which federation")
+    p.add_argument("--out", default="runs/federated", help="folder for results")
     p.add_argument("--seeds", type=int, nargs="+", help="one pair each")
-    p.add_argument("--methods", nargs="+", choices=COMPARED, help="fair: default all")
+    p.add_argument("--methods", nargs="+", choices=COMPARED, help="default all")
     p.add_argument("--workers", type=int, help="processes, default one per core")
     p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="e.g. rounds=10")
     p.add_argument("--assets", help="folder that also gets the record")
     a = p.parse_args(argv)
-    return run_command(lambda: f"done: {_experiment(a).seconds:.0f} s of training")
+
+    def work():
+        record = _experiment(a)
+        return f"{_table(a, record)}\ndone: {record.seconds:.0f} s of training"
+
+    return run_command(work)
 
 # %% ../../nbs/5_experiments/federated.ipynb #ebf69bba
 if __name__ == "__main__" and "__file__" in globals():

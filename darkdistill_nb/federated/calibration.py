@@ -327,12 +327,13 @@ class ExitVotes(EEFL):
 # %% ../../nbs/3_federated/calibration.ipynb #88c9e119
 @patch
 def aggregate(self: ExitVotes, state, updates, rnd, streams):
-    "The method's aggregation; who has how many images in which tier is remembered."
+    "The method's aggregation; who has how many images for how many exits is remembered."
     new, info = super(ExitVotes, self).aggregate(state, updates, rnd, streams)
     if self.votes == "none":
         return new, info
     kept = _entries(state["server"], "votes.")
-    said = {f"votes.{u.tier}.{u.client}": torch.tensor(u.samples) for u in updates}
+    depth = getattr(self, "depth", int)  # of a tier: how many exits it trains
+    said = {f"votes.{depth(u.tier)}.{u.client}": torch.tensor(u.samples) for u in updates}
     return {**new, "server": {**new["server"], **kept, **said}}, info
 
 @patch

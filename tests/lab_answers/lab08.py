@@ -105,7 +105,7 @@ def interval(differences):
     return d.mean(), d.mean() - half, d.mean() + half
 
 
-# wrong interval: divided by n in the spread -> s = 1 with n - 1 below it
+# wrong interval: divided by n in the spread -> s = 1 (n - 1 below)
 def interval(differences):
     d = torch.tensor(differences)
     half = stats.t.ppf(0.975, len(d) - 1) * d.std(correction=0) / len(d) ** 0.5

@@ -564,7 +564,7 @@ class Updates(list):
         updates=(),     # `Update`s with weights
         keep:bool=True, # do the updates keep their weights?
     ):
-        self.keep, self.means, self.bytes = keep, {}, 0
+        self.keep, self.means, self.bytes = flag(keep, "keep"), {}, 0
         for u in updates:
             self.add(u)
 

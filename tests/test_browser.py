@@ -61,7 +61,8 @@ def lab(tmp_path_factory):
     for name, code in SHOWN.items():
         spec = dict(name="python3", display_name="python3", language="python")
         nb = nbformat.v4.new_notebook(
-            cells=[nbformat.v4.new_code_cell(code)], metadata=dict(kernelspec=spec)
+            cells=[nbformat.v4.new_code_cell(code), nbformat.v4.new_code_cell("")],
+            metadata=dict(kernelspec=spec),
         )
         nbformat.write(nb, home / f"{name}.ipynb")
     with socket.socket() as s:
@@ -189,16 +190,14 @@ def press(page, target, key, times, changed):
 
 
 def python(page, code):
-    "Run a line in a new cell below, and return what it prints."
-    page.keyboard.press("Escape")
-    page.locator(".jp-CodeCell .jp-InputPrompt").last.click()
-    there = page.locator(".jp-CodeCell").count()
-    page.keyboard.press("b")
-    page.locator(".jp-CodeCell").nth(there).wait_for(timeout=60_000)
-    page.locator(".jp-CodeCell .cm-content").last.click()
+    "Run a line in the notebook's second cell, and return what it prints."
+    cell = page.locator(".jp-CodeCell").nth(1)
+    cell.locator(".cm-content").click()
+    page.keyboard.press("Control+A")
     page.keyboard.insert_text(code)
     page.keyboard.press("Control+Enter")
-    out = page.locator(".jp-CodeCell").last.locator(".jp-OutputArea-output")
+    page.wait_for_timeout(1000)
+    out = cell.locator(".jp-OutputArea-output")
     out.first.wait_for(timeout=60_000)
     return out.first.inner_text().strip()
 

@@ -27,10 +27,12 @@ function slider({label, low, high, step, log, whole}, send) {   // a number fiel
   const field = make("input", {id, type: "number", min: shown(low), max: shown(high), step: log ? "any" : step, ...KEYS});
   const most = Math.ceil(steps(high) - 1e-6), name = {"aria-label": `${label}, slider`};
   const range = make("input", {type: "range", min: 0, max: most, step: 1, ...name, ...KEYS});
-  field.addEventListener("change", () => {
+  const take = () => {
     const v = field.valueAsNumber;
     send(Number.isNaN(v) ? null : Math.min(high, Math.max(low, whole ? Math.round(v) : v)));
-  });
+  };
+  field.addEventListener("change", take);
+  field.addEventListener("keydown", e => { if (e.key === "Enter") take(); });   // a notebook swallows the change
   range.addEventListener("input", () => send(Number(there(Number(range.value)).toPrecision(12))));
   const show = value => {
     if (document.activeElement !== field || field.valueAsNumber !== value) field.value = shown(value);

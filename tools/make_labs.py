@@ -1,19 +1,20 @@
 #!/usr/bin/env python3
-"""Make the students' labs from the instructor's.   make_labs.py [--check] [--with-solutions FOLDER]
+"""Make the students' labs from the instructor's.   make_labs.py [--check] [--with-solutions FOLDER] [--times [LAB ...]]
 
 `tutorials/instructor/NAME.ipynb` is the one source of a lab: with its solutions and hidden tests, in nbgrader's format.
 
 1. Its cells get their tags and nbgrader's metadata (`mark`), and those with the tags `badges` and `setup` are written, from the
-   name, version and source in settings.ini. Outputs that only a live kernel can show are dropped.
+   name, version and source in settings.ini. Explorers are shown where a kernel is: their outputs are dropped.
 2. nbgrader's own preprocessors, with the settings of `nbgrader_config.py` there, strip solutions and hidden tests into
    `tutorials/NAME.ipynb`.
-3. The table of labs in `tutorials/README.md` is written.
+3. The tables in `tutorials/README.md` and `tutorials/INSTRUCTOR.md` are written.
 4. The gates of `lab_gates.py` look at every lab.
 
 With --check nothing is written and the exit code is 1 if a file differs or a gate fails. --with-solutions writes, into another
-folder, students' versions for those who learn alone: under its tests each exercise has its solution, folded."""
+folder, students' versions for those who learn alone: under its tests each exercise has its solution, folded. --times runs the
+instructor's labs and keeps the seconds in `tutorials/instructor/times.json`."""
 
-import argparse, json, re, sys
+import argparse, json, os, re, sys, time
 from pathlib import Path
 import nbformat
 from nbgrader.preprocessors import ClearHiddenTests, ClearOutput, ClearSolutions, LockCells
@@ -106,8 +107,7 @@ def instructor(path):
         for tag, make in (("badges", badges), ("setup", setup)):
             if tag in c["metadata"].get("tags", []):
                 c["source"] = make(path.stem, s).splitlines(keepends=True)
-        live = any("jupyter.widget" in k for o in c.get("outputs", []) for k in o.get("data", {}))
-        if live:
+        if c.get("outputs") and re.search(r"^\w*Explorer\b", "".join(c["source"]), re.M):
             c["outputs"] = []
     return as_text(nb)
 
@@ -180,6 +180,71 @@ def table(sources):
     return "\n".join(rows)
 
 
+def times_table(times):
+    "What `--times` measured, lab by lab."
+    rows = [
+        "| Lab | Minutes | Code, processor | First figure, processor | Code, wall | Measured |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path in sorted((ROOT / "instructor").glob("*.ipynb")):
+        if t := times.get(path.stem):
+            rows.append(
+                f"| {path.stem} | {t['minutes']} | {t['cpu']:.0f} s | after {t['figure']:.0f} s | "
+                f"{t['wall']:.0f} s | {t['day']}, {t['cpus']} cores, {t['load']:.0f} busy |"
+            )
+    return "\n".join(rows)
+
+
+def measure(path):
+    "Run a lab once: its minutes, seconds of processor and wall, and of processor until a figure stands there."
+    import psutil
+    from nbclient import NotebookClient
+
+    nb, start, seconds, figures = nbformat.read(path, 4), time.perf_counter(), [0], []
+
+    def look(cell, cell_index, execute_reply):
+        spent = psutil.Process(client.km.provisioner.pid).cpu_times()
+        seconds.append(spent.user + spent.system)
+        kinds = {k for o in cell.get("outputs", []) for k in o.get("data", {})}
+        if any("plotly" in k for k in kinds):
+            figures.append(seconds[-1])
+
+    client = NotebookClient(nb, timeout=1800, kernel_name="python3", on_cell_executed=look)
+    client.execute()
+    return dict(
+        minutes=minutes(nb.cells[0].source),
+        cpu=round(seconds[-1], 1),
+        wall=round(time.perf_counter() - start, 1),
+        figure=round(figures[0], 1),
+        day=time.strftime("%Y-%m-%d"),
+        cpus=os.cpu_count(),
+        load=round(os.getloadavg()[0], 1),
+    )
+
+
+def read_answers(path):
+    "(exercise, how, code, words of the message or None for a right one) of each answer in a file."
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    parts = re.split(r"^# (right|wrong) (\w+): (.*)\n", text, flags=re.M)[1:]
+    for kind, exercise, title, code in zip(*[iter(parts)] * 4):
+        how, _, words = title.partition(" -> ")
+        if bool(words) != (kind == "wrong"):
+            sys.exit(f"{path.name}, {title}: a wrong answer has a message, a right one has none")
+        yield exercise, how, code, words or None
+
+
+def wrong_table(paths):
+    "Two typical wrong answers to each exercise, and what their authors read."
+    rows = ["| Lab | Exercise | What is written | What the message says |", "|---|---|---|---|"]
+    for path in paths:
+        lab, seen = path.stem.split("_")[0], {}
+        for exercise, how, _, words in read_answers(ROOT.parent / f"tests/lab_answers/{lab}.py"):
+            seen[exercise] = seen.get(exercise, 0) + (words is not None)
+            if words and seen[exercise] <= 2:
+                rows.append(f"| {lab[3:]} | `{exercise}` | {how} | ... {words} ... |")
+    return "\n".join(rows)
+
+
 def between(text, mark, new):
     "The text with what stands between the comments `<!-- MARK -->` and `<!-- /MARK -->` replaced."
     return re.sub(
@@ -190,15 +255,24 @@ def between(text, mark, new):
     )
 
 
+TIMES = ROOT / "instructor/times.json"
+
+
+def read_times():
+    return json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.exists() else {}
+
+
 def wanted():
     "Every generated file, as {path: text}."
     paths = sorted((ROOT / "instructor").glob("*.ipynb"))
     sources = {p: instructor(p) for p in paths}
-    readme = ROOT / "README.md"
+    readme, guide = ROOT / "README.md", ROOT / "INSTRUCTOR.md"
+    told = between(guide.read_text(encoding="utf-8"), "times", times_table(read_times()))
     return {
         **sources,
         **{ROOT / p.name: student(p, text) for p, text in sources.items()},
         readme: between(readme.read_text(encoding="utf-8"), "labs", table(sources)),
+        guide: between(told, "wrong", wrong_table(paths)),
     }
 
 
@@ -208,7 +282,16 @@ def main(argv=None):
     )
     p.add_argument("--check", action="store_true", help="write nothing, fail if a file differs")
     p.add_argument("--with-solutions", metavar="FOLDER", help="write self-study versions there")
+    p.add_argument(
+        "--times", nargs="*", metavar="LAB", help="run these labs, or all, and keep times"
+    )
     a = p.parse_args(argv)
+    if a.times is not None:
+        for path in sorted((ROOT / "instructor").glob("*.ipynb")):
+            if not a.times or path.stem in a.times:
+                new = {**read_times(), path.stem: measure(path)}
+                TIMES.write_text(json.dumps(new, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+                print(path.stem, new[path.stem], flush=True)
     paths = sorted((ROOT / "instructor").glob("*.ipynb"))
     if a.with_solutions:
         folder = Path(a.with_solutions)

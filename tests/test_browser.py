@@ -17,9 +17,9 @@ from darkdistill_nb.app import ExitExplorer
 rng = np.random.default_rng(0)
 skill = rng.random(4000) - np.array([[.55], [.4], [.25], [.15]])
 light = np.clip(skill[3] + .15, 0, 1)[:, None, None, None]
-pictures = (light * rng.integers(100, 256, (4000, 3, 12, 12))).astype("uint8")
+images = (light * rng.integers(100, 256, (4000, 3, 12, 12))).astype("uint8")
 scores = skill + .1*rng.normal(size=skill.shape)
-explorer = ExitExplorer(scores, skill > 0, [100e3, 200e3, 300e3, 400e3], pictures=pictures, mode="live")
+explorer = ExitExplorer(scores, skill > 0, [100e3, 200e3, 300e3, 400e3], images=images, mode="live")
 """
 SPLIT = """import numpy as np
 from darkdistill_nb.app import DirichletExplorer

@@ -130,7 +130,6 @@ ALLOWED = {
     "agree.hint": (text, "free text"),
     "Lab.name": (text, "free text"),
     "Lab.version": (text, "free text"),
-    "Control.label": (text, "free text"),
     "ExitExplorer.score": (text, "free text"),
     "ExitExplorer.unit": (text, "free text"),
     ".title": (text, "free text"),
@@ -293,5 +292,5 @@ mac_shares SystemPolicy policy_by_name align_exits system_losses
 public_names
 evaluating start_training write_atomic save_tensors save_record read_json
 load_record check_record fingerprint fingerprints check_fingerprints
-ExitModel picture_uri live_missing
+ExitModel image_uri live_missing
 """

@@ -265,10 +265,10 @@ def test_a_refused_setting_changes_nothing():
 
 def all_explorers():
     rng = np.random.default_rng(7)
-    pictures = rng.integers(0, 256, (400, 1, 8, 8), dtype=np.uint8)
+    images = rng.integers(0, 256, (400, 1, 8, 8), dtype=np.uint8)
     teacher, student = rng.normal(size=(2, 9, 4))
     return [
-        exit_explorer(400, pictures=pictures),
+        exit_explorer(400, images=images),
         DirichletExplorer(np.arange(600) % 6, list("abcdef"), mode="page"),
         DistillationExplorer(teacher, student, np.arange(9) % 4, mode="page"),
     ]

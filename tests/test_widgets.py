@@ -36,7 +36,7 @@ def explorer():
         s,
         right,
         COSTS,
-        pictures=np.random.default_rng(1).integers(0, 256, (2000, 3, 12, 12), dtype=np.uint8),
+        images=np.random.default_rng(1).integers(0, 256, (2000, 3, 12, 12), dtype=np.uint8),
         mode="live",
     )
 
@@ -109,8 +109,8 @@ def test_static_mixture_is_what_chance_reaches():
         (dict(valid=np.zeros((3, 5))), r"valid must have shape \(4, N\)"),
         (dict(valid=np.full((4, 5), np.nan)), "valid holds 20 NaN"),
         (dict(scores=np.array([["a"] * 10] * 4)), "must be numbers"),
-        (dict(pictures=np.zeros((9, 1, 4, 4))), "one per sample"),
-        (dict(pictures=np.zeros((10, 2, 4, 4))), "1 or 3"),
+        (dict(images=np.zeros((9, 1, 4, 4))), "one per sample"),
+        (dict(images=np.zeros((10, 2, 4, 4))), "1 or 3"),
         (dict(mode="film"), "auto, live, page"),
     ],
 )
@@ -339,9 +339,9 @@ def test_images_of_a_page_are_few_enough_to_store():
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (2000, 3, 40, 40)).astype(np.uint8)
     s, right = scores(2000)
-    sprite = ExitExplorer(s, right, COSTS, pictures=noise).page_data()["sprite"]
+    sprite = ExitExplorer(s, right, COSTS, images=noise).page_data()["sprite"]
     assert 60 <= sprite["images"] <= 240 and len(sprite["source"]) < 200_000
-    assert ExitExplorer(s[:, :6], right[:, :6], COSTS, pictures=noise[:6]).page_data()["sprite"]["images"] == 3
+    assert ExitExplorer(s[:, :6], right[:, :6], COSTS, images=noise[:6]).page_data()["sprite"]["images"] == 3
 
 
 # ---------------------------------------------------------------- stored forms
@@ -401,7 +401,7 @@ def test_from_net_is_the_library_in_steps(score):
     assert half.model.scores.shape == half.model.valid.shape == (4, 60)
     assert half.cells.shape == (60, 8, 8, 1)
     own = ExitExplorer.from_logits(
-        F, test.y, net.macs(), V, score=score, pictures=test.x.numpy(), mode="page"
+        F, test.y, net.macs(), V, score=score, images=test.x.numpy(), mode="page"
     )
     assert np.allclose(own.model.scores, e.model.scores, atol=1e-5)
     assert (own.model.right == e.model.right).all()

@@ -27,7 +27,7 @@ def _serious():
     scores = (skill + 0.1 * rng.normal(size=skill.shape)).astype(np.float32)
     images = rng.integers(0, 256, (20_000, 3, 12, 12), dtype=np.uint8)
     costs = [1e5, 2e5, 3e5, 4e5]
-    exits = ExitExplorer(scores, skill > 0, costs, pictures=images)
+    exits = ExitExplorer(scores, skill > 0, costs, images=images)
     splits = DirichletExplorer(rng.integers(0, 10, 10_000), clients=100)
     y = rng.integers(0, 10, 1000)
     logits = rng.normal(size=(2, 1000, 10)) + 2 * np.eye(10)[y]

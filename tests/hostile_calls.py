@@ -20,7 +20,7 @@ from darkdistill_nb.federated import method as federated
 from darkdistill_nb.federated import generator
 from darkdistill_nb.federated import privacy
 from darkdistill_nb.exits import control
-from darkdistill_nb.experiments import against, published
+from darkdistill_nb.experiments import against, published, results
 from darkdistill_nb.experiments import federated as federated_experiments
 from darkdistill_nb.exits import inference
 from darkdistill_nb.distill import latent
@@ -312,6 +312,16 @@ CALLS = {
     "Mean": lambda: {},
     "Added": lambda: {},
     "Updates": lambda: dict(updates=(), keep=True),
+    "Row": lambda: dict(
+        paper="ours", claim="one", published="", source="here", ours="", verdict="holds", record=None
+    ),
+    "darkdistill_rows": dict,
+    "latent_rows": dict,
+    "distree_rows": dict,
+    "own_rows": dict,
+    "results_table": lambda: dict(rows=results.own_rows()),
+    "tally": lambda: dict(rows=results.own_rows()),
+    "plot_tally": lambda: dict(rows=dict(ours=results.own_rows())),
     "EEFL": dict,
     "simulate": lambda: dict(
         method=federated.EEFL(),

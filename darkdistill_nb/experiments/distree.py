@@ -763,6 +763,7 @@ def run_distree(
 )->Record:
     "Train what is missing, measure, and store the record as distree_NAME_DATA; raises `ValueError` for an unknown experiment, or results of other images."
     choice(name, "experiment", VARIANTS)
+    workers = None if workers is None else whole(workers, "workers")
     ways = [choice(w, "a way", VARIANTS[name]) for w in ways or VARIANTS[name]]
     of = lambda w: VITS.get(data, SMALL_VIT) if name == "vit" else VARIANTS[name][w]
     cells = [

@@ -394,9 +394,8 @@ def test_a_server_that_diverges_says_so():
 
 def test_the_command_runs_it_and_reports_it(tmp_path, capsys):
     out = tmp_path / "run"
-    words = (
-        "run --methods eefl,darkdistill_pl --rounds 2 --seeds 1 --clients 6 --tiers 2 --no-alone"
-    )
+    words = "run --data digits --methods eefl,darkdistill_pl --rounds 2 --seeds 1 --no-alone"
+    words += " --clients 6 --tiers 2"
     words += " --n-train 200 --n-test 60 --workers 1 --net width=4 stages=2"
     words += " --darkdistill_pl server_epochs=1 d_h=16 pairs=shifted"
     assert cli.main([*words.split(), "--out", str(out)]) == 0

@@ -12,7 +12,7 @@ __all__ = ['CLAIMS', 'result_record', 'PaperClaim', 'claims_of_paper']
 from dataclasses import dataclass
 from ..core.checks import choice
 from .federated import SETTINGS, fair_values, own_record
-from .latent_results import Claim, judge
+from .latent_results import Claim, _deciding, judge
 from .published import PARTS, paper_gain, paper_record, paper_values
 from .stage import stage_record, stage_values
 
@@ -290,13 +290,11 @@ def claims_of_paper(
     return "\n".join(lines)
 
 def _line(claim, record):
-    "One line of the table: the part that decides is the one with the smallest mean of those with the verdict."
+    "One line of the table, with the part that decides."
     said = judge(claim, record)
-    deciding = [p for p in said["parts"] if p["verdict"] == said["verdict"]]
-    if not deciding:
+    p, name = _deciding(said)
+    if p is None:
         return claim.text, claim.published, claim.source, "", "", "**not measured**"
-    p = min(deciding, key=lambda p: p["mean"])
-    name = f"{p['what']}: " if len(said["parts"]) > 1 else ""
     ours = f"{name}{p['mean']:+.2f} [{p['low']:+.2f}, {p['high']:+.2f}] {claim.unit}"
     of = claim.experiment
     record = of if of.startswith(("fair", "stage")) else f"paper_{of}"

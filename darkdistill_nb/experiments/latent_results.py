@@ -194,12 +194,18 @@ def verdict_table(
         lines.append(f"| {text} | " + " | ".join(_cell(said[text, d]) for d in sets) + " |")
     return "\n".join(lines)
 
-def _cell(judged):
-    "The verdict and the part that decides it: the smallest mean of those with this verdict."
+def _deciding(judged):
+    "(the part with the smallest mean of those with the verdict, its name where there are several); (None, \"\") without data."
     deciding = [p for p in judged["parts"] if p["verdict"] == judged["verdict"]]
     if not deciding:
-        return judged["verdict"]
+        return None, ""
     p = min(deciding, key=lambda p: p["mean"])
-    name = f"{p['what']}: " if len(judged["parts"]) > 1 else ""
+    return p, f"{p['what']}: " if len(judged["parts"]) > 1 else ""
+
+def _cell(judged):
+    "The verdict and the part that decides it."
+    p, name = _deciding(judged)
+    if p is None:
+        return judged["verdict"]
     mean, low, high = (100 * p[k] for k in ("mean", "low", "high"))
     return f"**{judged['verdict']}** {name}{mean:+.1f} [{low:+.1f}, {high:+.1f}]"

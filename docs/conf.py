@@ -21,7 +21,7 @@ html_title = s["lib_name"]
 html_static_path = ["_static", "_src/_static"]  # ours, and what build_docs.py has put beside the pages
 html_css_files = ["site.css"]
 html_js_files = ["katex.min.js", "math.js"]
-html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True}
+html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True, "navbar_persistent": []}
 html_math_renderer = "katex_mathml"
 
 

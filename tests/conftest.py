@@ -1,13 +1,18 @@
-"""Shared by all tests: markers, two threads, the folder of real data, and how to wait.
+"""Shared by all tests: markers, threads, the folder of real data, and how to wait.
 
 Tests wait for events, not for seconds: on a machine with other work everything takes longer, and nothing is wrong.
 `LONG` is the safety net for what would otherwise hang for ever; no test is about it."""
 
-import contextlib, os, time
+import contextlib, os, sys, time
+from importlib.util import find_spec
 from pathlib import Path
 import pytest
 
-LONG = 1800  # s
+collect_ignore = [] if find_spec("flwr") else ["flower"]  # an environment of its own
+
+LONG = 600  # s
+RUN_MAIN = "import sys; from darkdistill_nb.app.cli import main; sys.exit(main())"
+COMMAND = [sys.executable, "-c", RUN_MAIN]  # `darkdistill` in a process of its own
 
 
 def pytest_configure(config):
@@ -20,16 +25,31 @@ def pytest_configure(config):
     )
     if not config.option.markexpr:
         config.option.markexpr = "not browser"
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(name, "2")  # inherited by subprocesses
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # inherited by subprocesses
+        os.environ.setdefault(name, str(threads(config)))
+
+
+# files that take minutes come first, so that no worker begins one when the others are done
+LONGEST = ("test_main_job", "test_cli", "test_faults", "test_labs", "test_resume", "test_registry")
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
+def threads(config):
+    "Two, or one for each of several workers (pytest-xdist), which would wait for each other's."
+    alone = not getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
+    return min(2, os.cpu_count() or 1) if alone else 1
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads():
+def _few_threads(pytestconfig):
     "The same arithmetic and the same load on every machine; thread counts may change the last bits of a sum."
     import torch
 
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(threads(pytestconfig))
 
 
 @pytest.fixture(scope="module")

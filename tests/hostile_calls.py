@@ -2,6 +2,7 @@
 
 import functools, math, tempfile
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 import torch
 from torch import nn
@@ -22,11 +23,14 @@ from darkdistill_nb.federated import privacy
 from darkdistill_nb.exits import control
 from darkdistill_nb.experiments import against, published, results
 from darkdistill_nb.experiments import federated as federated_experiments
-from darkdistill_nb.exits import inference
+from darkdistill_nb.experiments import rung
+from darkdistill_nb.exits.scores import Confidence, Energy, Score
 from darkdistill_nb.distill import latent
 from darkdistill_nb.distill import online
 from darkdistill_nb.exits import runner
-from darkdistill_nb.distree import simulator
+from darkdistill_nb.federated import stacked
+from darkdistill_nb.distree.devices import Cluster, Device, Link, fixed_policy
+from darkdistill_nb.distree.simulator import simulate_devices
 
 once = functools.cache
 KEPT = tempfile.TemporaryDirectory()  # goes when Python ends
@@ -54,6 +58,16 @@ def pictures(n=N):
 @once
 def net(stages=E):
     return early_exit.cnn((1, 8, 8), C, stages=stages, width=4)
+
+
+def asked():
+    "What `fit` is asked to do for a client."
+    mine = net(2)
+    start = {k: v.clone() for k, v in mine.state_dict().items()}
+    loss = lambda raw, y: nn.functional.cross_entropy(raw[-1], y)
+    rest = dict(epochs=1, lr=0.1, momentum=0.9, weight_decay=0.0, batch_size=4)
+    end = dict(loss=loss, forward=lambda x: mine(x), generator=rng())
+    return dict(net=mine, start=start, data=pictures(), **rest, **end)
 
 
 def radii(r):
@@ -169,7 +183,7 @@ def simple_loss(student, teacher, y, *rest):
 
 
 def devices():
-    return simulator.Cluster((simulator.Device(),) * 2, (simulator.Link(),) * 2)
+    return Cluster((Device(),) * 2, (Link(),) * 2)
 
 
 def stu_tea(**kw):
@@ -186,6 +200,13 @@ def objective():
 
 def scored(**kw):
     return dict(scores=scores(), right=right(), costs=COSTS, **kw)
+
+
+def saved_progress(*without):
+    one = net()
+    opt = torch.optim.SGD(one.parameters(), lr=0.1)
+    kw = dict(path=folder() / "p.safetensors", net=one, opt=opt, generators=[rng()], rows=[])
+    return {k: v for k, v in kw.items() if k not in without}
 
 
 CALLS = {
@@ -214,9 +235,16 @@ CALLS = {
     "random_outlines": lambda: dict(kinds=2),
     "random_shapes": lambda: dict(n=4, size=16, kinds=2),
     "load": lambda: dict(name="digits", n_train=20, n_test=20),
+    "mel": lambda: dict(hertz=440.0),
+    "hertz": lambda: dict(mels=440.0),
+    "mel_filters": lambda: dict(n_mels=4, n_fft=64, rate=1000, low=20.0),
+    "log_mel": lambda: dict(
+        waves=np.zeros((1, 400)), rate=1000, n_mels=4, frames=4, window=0.1, floor=1e-6
+    ),
     "effective_classes": lambda: dict(gamma=0.5, n_classes=C),
     "class_mix": lambda: dict(clients=3, n_classes=C, gamma=0.5),
     "dirichlet_indices": lambda: dict(y=labels(40), clients=3, gamma=5.0),
+    "dirichlet_counts": lambda: dict(y=labels(40), clients=3, gamma=5.0),
     "dirichlet_split": lambda: dict(y=labels(40), clients=3, gamma=5.0),
     "client_histogram": lambda: dict(
         y=labels(), parts=[torch.arange(6), torch.arange(6, N)], n_classes=C
@@ -332,6 +360,8 @@ CALLS = {
         rounds=1,
         progress=False,
     ),
+    "Here": lambda: dict(method=federated.EEFL(), train=pictures(40), streams=None),
+    "Availability": dict,
     "train_alone": lambda: dict(
         method=federated.EEFL(),
         build=lambda: net(2),
@@ -439,7 +469,7 @@ CALLS = {
     "Policy": dict,
     "simulate_devices": lambda: dict(
         answers=answers(),
-        policy=simulator.fixed_policy(np.ones((2, 24), int)),
+        policy=fixed_policy(np.ones((2, 24), int)),
         cluster=devices(),
         arrival=np.arange(4) * 1.0,
     ),
@@ -490,8 +520,8 @@ def curves():
 
 @once
 def traced():
-    policy = simulator.fixed_policy(np.ones((2, 24), int))
-    return simulator.simulate_devices(answers(), policy, devices(), np.arange(4) * 1.0, trace=True)
+    policy = fixed_policy(np.ones((2, 24), int))
+    return simulate_devices(answers(), policy, devices(), np.arange(4) * 1.0, trace=True)
 
 
 def answer_plots(**kw):
@@ -526,6 +556,20 @@ def tensors():
     path = folder() / "tensors.safetensors"
     records.save_tensors(path, dict(a=torch.ones(2)))
     return path
+
+
+ROW = ("system", "cpu_ms", "wall_ms", "slowest", "memory", "limit")
+
+
+def a_visit():
+    method, data = federated.EEFL(), pictures()
+    client = federated.Client(0, 1, torch.arange(N), torch.arange(0))
+    return dict(method=method, state=method.setup(net()), train=data, client=client, times=1)
+
+
+def students_of_two():
+    shapes = dict(partial=np.zeros((2, 2, 3, 4)), scores=np.zeros((2, 2, 3)))
+    return dict(**shapes, y=np.arange(3), costs=np.array([[1.0, 2], [1, 2]]))
 
 
 MORE = {
@@ -581,21 +625,61 @@ MORE = {
     "constantly": lambda: dict(answer=print),
     "one_thread": dict,
     "tell": dict,
+    "sendable": lambda: dict(what=1),
+    "cores": dict,
+    "machine": dict,
+    "Memory": lambda: dict(path=folder() / "machine.json"),
+    "processes_for": lambda: dict(work=10.0, n=2, gain=1.5, start=1.0),
+    "fastest": lambda: dict(f=int, times=1),
+    "visit_parts": lambda: a_visit(),
+    "Workload": lambda: dict(clients=2, samples=2, batch=1),
+    "federated_table": lambda: dict(rows=[dict(zip(ROW, ("a", 1.0, 1.0, 1.0, 1.0, 1.0)))], title="a"),
     "WorkerLost": lambda: dict(job=0, pid=1, code=-9, begun=True),
     "as_array": lambda: dict(a=rand(3)),
     "fits_in_memory": lambda: dict(size=10, what="it"),
+    "matrix_rate": lambda: dict(n=8),
+    "warn_if_slow": lambda: dict(dtype=torch.float32),
+    "record": lambda: dict(work=dict, device="cpu"),
+    "size_for": lambda: dict(n=3),
+    "Launches": lambda: dict(
+        runner=runner.ExitRunner(net(), [0.5, 0.5, 0.0], plan="whole"), most=2
+    ),
+    "Plan": lambda: dict(name="whole", us={}),
+    "Visit": lambda: asked(),
+    "Noted": lambda: dict(visit=stacked.Visit(**asked())),
+    "Stack": lambda: dict(
+        visit=stacked.Visit(**asked()), copies=2, batch=3, tensors=[], by_image=True
+    ),
+    "Trained": lambda: dict(weights={}, losses=[1.0]),
+    "fit_together": lambda: dict(visits=[stacked.Visit(**asked())]),
+    "Tape": lambda: dict(known=dict(x=rand(2))),
+    "Step": lambda: dict(net=net()),
+    "Taped": dict,
     "split_group": lambda: dict(g=runner.Group([0, 1], rand(2, 3)), size=1),
     "live_policy": lambda: dict(policy="last", n_exits=E),
     "joint_policy": lambda: dict(points=[1]),
     "plot_timeline": lambda: dict(o=traced(), request=0),
     "plot_latency": answer_plots,
     "load_tensors": lambda: dict(path=tensors()),
-    "Registry": lambda: dict(what="score", base=inference.Score, msp=inference.Confidence),
+    "Registry": lambda: dict(what="score", base=Score, msp=Confidence),
     "Keyword": lambda: dict(name="a", default=1, kind=int, help="b"),
     "is_address": lambda: dict(text="a:B"),
     "load_class": lambda: dict(address="pathlib:Path"),
     "help_line": lambda: dict(address="darkdistill_nb.core.registry:Registry"),
-    "keywords_of": lambda: dict(cls=inference.Energy),
+    "keywords_of": lambda: dict(cls=Energy),
+    "with_axes": lambda: dict(x=torch.ones(2, 3), name="z", axes="(B, K)"),
+    "check_logits": lambda: dict(z=torch.ones(2, 3), name="z"),
+    "check_labels": lambda: dict(y=torch.tensor([0, 2]), logits=torch.ones(2, 3)),
+    "at_least_32": lambda: dict(x=torch.ones(2, 3)),
+    "follower": lambda: dict(generator=rng()),
+    "drawn_state": lambda: dict(net=net()),
+    "save_progress": lambda: saved_progress(),
+    "load_progress": lambda: saved_progress("rows"),
+    "experiment_parser": lambda: dict(command="try", about="A try."),
+    "Settings": dict,
+    "grouped": lambda: dict(cls=Energy, options=dict(T=2.0)),
+    "laid_open": lambda: dict(options=dict(T=2.0)),
+    "GeneratorSettings": dict,
     "option_of": lambda: dict(name="gamma"),
     "todays_names": lambda: dict(config=dict(policy="joint")),
     "job_name": lambda: dict(kind="eefl", seed=0),
@@ -610,6 +694,20 @@ MORE = {
     "save_page": lambda: dict(path=folder() / "page.html", pages=[a_page()]),
     "DistillationModel": lambda: dict(teacher=np.eye(3), student=np.eye(3), y=np.arange(3)),
     "DistillationExplorer": lambda: dict(teacher=np.eye(3), student=np.eye(3), y=np.arange(3)),
+    "AlignmentModel": lambda: dict(y=labels(40), clients=4, exits=2),
+    "AlignmentExplorer": lambda: dict(y=labels(40), clients=4, exits=2),
+    "DistreeModel": lambda: students_of_two(),
+    "DistreeExplorer": lambda: students_of_two(),
+    "DifficultyModel": lambda: dict(scores=dict(a=np.arange(3)), right=np.ones((2, 3), bool)),
+    "DifficultyExplorer": lambda: dict(scores=dict(a=np.arange(3)), right=np.ones((2, 3), bool)),
+    "StoredExplorer": lambda: dict(model=SimpleNamespace(at=lambda **state: {})),
+    "LatentModel": lambda: dict(sweeps=dict(a=dict(n=[dict(method="CE", seed=0, n=1, uni=0.5)]))),
+    "LatentExplorer": lambda: dict(sweeps=dict(a=dict(n=[dict(method="CE", seed=0, n=1, uni=0.5)]))),
+    "map_generators": lambda: dict(grid=[[2, 4, True, 1]], epochs=1, images=40, shown=1),
+    "GeneratorModel": lambda: dict(generators=dict(a=dict(got=np.ones((2, 2)))), asked=[1.0, 2], classes="xy"),
+    "GeneratorExplorer": lambda: dict(generators=dict(a=dict(got=np.ones((2, 2)))), asked=[1.0, 2], classes="xy"),
+    "vote_shares": lambda: dict(coverage=[1.0, 0.5]),
+    "ModelExplorer": lambda: dict(model=SimpleNamespace(at=lambda **state: {})),
     "Explorer": dict,
     "ExitExplorer": lambda: scored(),
     # no parameter of a plain type; the valid call is tried
@@ -653,7 +751,7 @@ MORE = {
     "ExitRunner": lambda: dict(net=net(), thresholds=[0.5, 0.5, 0.0]),
     "route_is_exact": dict,
     "confidence_of": lambda: dict(z=np.zeros(C)),
-    "Cluster": lambda: dict(devices=(simulator.Device(),), links=(simulator.Link(),)),
+    "Cluster": lambda: dict(devices=(Device(),), links=(Link(),)),
     "outcome_table": answer_plots,
     "joint_right": lambda: dict(answers=answers()),
     "LastExit": dict,
@@ -921,6 +1019,11 @@ def paper_main():
     return paper_runs()[0]["main"]
 
 
+def lora_record():
+    rows = [dict(row="eefl, lora", gamma=1.0, seed=s, exits=[0.5]) for s in (0, 1)]
+    return records.Record(dict(gamma=1.0), runs=rows)
+
+
 def paper_one(method="eefl"):
     return published.paper_cell(paper_main().config, method, 0)
 
@@ -967,6 +1070,7 @@ PAPER = {
     "plot_generator": lambda: dict(record=paper_runs()[0]["generator"]),
     "round_table": lambda: dict(record=paper_runs()[0]["cost"]),
     "paper_record": lambda: dict(experiment="main"),
+    "trunk_table": lambda: dict(record=lora_record(), trunk="lora"),
     "fair_values": lambda: dict(record=fair_record(), method="eefl", column="plain"),
     "fair_gain": lambda: dict(record=fair_record(), method="eefl", column="plain"),
     "against_stored": lambda: dict(
@@ -978,3 +1082,80 @@ PAPER = {
     "claims_of_paper": lambda: dict(records={}),
 }
 CALLS |= PAPER
+
+
+@once
+def a_course():
+    "A folder with one student's notebook, and marks of it."
+    import nbformat
+    from darkdistill_nb.app import grade
+
+    nb = nbformat.v4.new_notebook()
+    (folder() / "course/ada").mkdir(parents=True)
+    nbformat.write(nb, folder() / "course/ada/lab00.ipynb")
+    nbformat.write(nb, folder() / "lab00.ipynb")
+    marks = [grade.Mark("ada", "lab00", parts=[grade.Part("f", 0.0, 1.0, "wrong", "No.")])]
+    return dict(nb=nb, source=nb, folder=folder() / "course", labs=["00"], marks=marks)
+
+
+MARKING = {
+    "find_labs": lambda: dict(source=a_course()["folder"].parent),
+    "find_submissions": lambda: some_of(a_course(), "folder", "labs"),
+    "Submission": lambda: dict(student="ada", lab="00"),
+    "restored": lambda: some_of(a_course(), "nb", "source"),
+    "read_parts": lambda: dict(marked=a_course()["nb"], source=a_course()["nb"], scores={}),
+    "Part": lambda: dict(exercise="f", points=0.0, most=1.0, state="wrong"),
+    "Mark": lambda: dict(student="ada", lab="lab00"),
+    "student_number": lambda: some_of(a_course(), "nb"),
+    "advice": lambda: dict(said="No. Wanted [1.0], got [2.0]."),
+    "failures_by_message": lambda: some_of(a_course(), "marks"),
+    "marks_page": lambda: some_of(a_course(), "marks"),
+    "feedback_page": lambda: some_of(a_course(), "marks"),
+    "write_marks": lambda: dict(marks=a_course()["marks"], out=folder() / "marks"),
+}
+CALLS |= MARKING
+RUNG = dict(rounds=1, width=4, n_train=120, n_test=40, clients=4, participation=1.0)
+
+
+@once
+def rung_folder():
+    return folder()
+
+
+def rung_short():
+    how = dict(levers=["server Adam"], finalists=1, chosen=(0, 1), seeds=(2, 3), rates=(1.0,))
+    return dict(RUNG, name="digits", folder=rung_folder(), workers=1, ceilings=True, **how)
+
+
+@once
+def rung_runs():
+    return rung.run_rung(**rung_short())
+
+
+LEVERS = {
+    "ServerMomentum": dict,
+    "ServerAdam": dict,
+    "PublishedMean": dict,
+    "RememberedUpdates": dict,
+    "SharedMomentum": dict,
+    "SharedScales": dict,
+    "scale_factors": lambda: dict(scales=dict(a=torch.ones(2))),
+    "TrainedVotes": dict,
+    "SmoothedExits": dict,
+    "exit_priors": lambda: dict(counts=torch.ones(E, C)),
+    "ExitPrior": dict,
+    "BalancedVisits": dict,
+    "AdaptiveEEFL": dict,
+    "data_of": lambda: dict(name="cifar10_100"),
+    "rung_cell": lambda: dict(RUNG, name="digits"),
+    "ceiling_cell": lambda: dict(RUNG, name="digits", ceiling="three times the rounds"),
+    "train_lever": lambda: dict(cell=rung.rung_cell("digits", **RUNG)),
+    "lever_means": lambda: dict(runs=rung_runs().runs),
+    "best_rates": lambda: dict(runs=rung_runs().runs),
+    "run_rung": rung_short,
+    "rung_values": lambda: dict(record=rung_runs(), lever="server Adam"),
+    "rung_gain": lambda: dict(record=rung_runs(), lever="server Adam"),
+    "rung_table": lambda: dict(record=rung_runs()),
+    "rung_record": lambda: dict(name="digits"),
+}
+CALLS |= LEVERS

@@ -1,6 +1,7 @@
 "The baselines of federated early exits: values by hand, reduction to FedAvg, and what every method must survive."
 
 import pytest, torch
+from helpers import same
 from darkdistill_nb.core.datasets import load
 from darkdistill_nb.core.seeds import Streams
 from darkdistill_nb.distill.losses import kd_loss
@@ -46,6 +47,7 @@ METHODS = {
     "exclusivefl, level 2": lambda *a, **k: ExclusiveFL(*a, level=2, **k),
     "inclusivefl": InclusiveFL,
     "inclusivefl, all exits": lambda *a, **k: InclusiveFL(*a, exits="all", **k),
+    "inclusivefl, Adam": lambda *a, **k: InclusiveFL(*a, server_lr=1e-3, **k),
     "depthfl": DepthFL,
     "depthfl, FedAvg": lambda *a, **k: DepthFL(*a, alpha=0.0, **k),
     "scalefl": lambda *a, **k: ScaleFL(*a, wait=0, **k),
@@ -93,10 +95,6 @@ def run(method, digits, build=small_cnn, rounds=2, tiers=(0.4, 0.3, 0.3), **kwar
 def first_net(build):
     with Streams(0).scope("init"):
         return build()
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def gap(a, b):
@@ -278,6 +276,28 @@ def test_inclusivefl_uses_changes_before_they_are_blended():
     assert moved(m, state, after, 1)["stages.0.convs.0.weight"] == pytest.approx(1.0, abs=1e-5)
     assert moved(m, state, after, 2)["stages.1.convs.0.weight"] == pytest.approx(5.0, abs=1e-5)
     assert moved(m, state, after, 1)["exits.0.fc.weight"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_adam_at_the_server_takes_steps_of_one_length_along_each_change():
+    "By torch's own Adam, over three rounds; the first step is the rate, wherever something changed."
+    m = InclusiveFL(server_lr=0.01)
+    m.setup(small_cnn())
+    before = {1: {k: v.clone() for k, v in m.net.prefix(1).state_dict().items()}}
+    name = "stages.0.convs.0.weight"
+    weight = torch.nn.Parameter(before[1][name].clone())
+    reference, kept = torch.optim.Adam([weight], lr=0.01), {}
+    for r in range(3):
+        d = torch.randn(weight.shape, generator=torch.Generator().manual_seed(r))
+        new = {1: {**before[1], name: before[1][name] + d}}
+        kept |= m._adam(new, before, kept)
+        weight.grad = -d
+        reference.step()
+        assert torch.allclose(new[1][name], weight, atol=1e-6)
+        if r == 0:
+            assert torch.allclose(new[1][name] - before[1][name], 0.01 * d.sign(), atol=1e-6)
+        before = new
+    other = "stages.0.convs.0.bias" if "stages.0.convs.0.bias" in before[1] else "exits.0.fc.bias"
+    assert torch.equal(before[1][other], m.net.prefix(1).state_dict()[other])
 
 
 def test_inclusivefl_without_momentum_is_private():

@@ -3,9 +3,10 @@
 Skipped where Playwright, JupyterLab or a Chromium is missing. CHROMIUM names another browser than the one found; BROWSER_SHOTS names a folder that keeps the
 screenshots."""
 
-import json, os, re, shutil, socket, subprocess, sys, time, urllib.request
+import contextlib, json, os, re, shutil, socket, subprocess, sys, time, urllib.request
 from pathlib import Path
 import pytest
+from conftest import LONG
 
 pytestmark = pytest.mark.browser
 PROGRAM = os.environ.get("CHROMIUM") or next(
@@ -31,7 +32,33 @@ rng = np.random.default_rng(0)
 y = np.arange(20) % 4
 explorer = DistillationExplorer(4 * np.eye(4)[y], rng.normal(size=(20, 4)), y, list("abcd"), mode="live")
 """
-EXPLORERS = dict(exits=EXITS, split=SPLIT, distill=DISTILL)
+LAB_04 = Path(__file__).resolve().parent.parent / "tutorials/lab04_early_exits.ipynb"
+ALIGNMENT = """from darkdistill_nb.app import AlignmentExplorer
+from darkdistill_nb.core.records import asset, load_record
+explorer = AlignmentExplorer.from_record(load_record(asset("stage_default.json")), mode="live")
+"""
+DIFFICULTY = """import numpy as np
+from darkdistill_nb.app import DifficultyExplorer
+rng = np.random.default_rng(0)
+loss = rng.exponential(size=600)
+right = rng.random((3, 600)) < np.exp(-loss) + np.array([[.1], [.3], [.5]])
+images = (200 * np.exp(-loss)[:, None, None, None] * rng.random((600, 3, 12, 12))).astype("uint8")
+explorer = DifficultyExplorer({"loss": loss, "rank": loss.argsort().argsort() / 600}, right, images, mode="live")
+"""
+DISTREE = """import numpy as np
+from darkdistill_nb.app import DistreeExplorer
+rng = np.random.default_rng(0)
+parts, y, costs = rng.normal(size=(3, 4, 80, 5)), rng.integers(0, 5, 80), 2e5 * np.cumsum(np.ones((3, 4)), 1)
+explorer = DistreeExplorer(parts, rng.random((3, 4, 80)), y, costs, deadline=60.0, mode="live")
+"""
+LATENT = """from darkdistill_nb.app import LatentExplorer
+explorer = LatentExplorer.from_records(mode="live")
+"""
+GENERATOR = """from darkdistill_nb.app import GeneratorExplorer
+explorer = GeneratorExplorer.from_records(mode="live")
+"""
+EXPLORERS = dict(exits=EXITS, split=SPLIT, distill=DISTILL, alignment=ALIGNMENT)
+EXPLORERS |= dict(difficulty=DIFFICULTY, distree=DISTREE, latent=LATENT, generator=GENERATOR)
 SHOWN = {
     **{name: code + "explorer" for name, code in EXPLORERS.items()},
     "page": EXITS + "explorer.to_page()",
@@ -52,7 +79,7 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
+def lab(tmp_path_factory, wait_until):
     "Address of a JupyterLab on this machine, whose folder holds one notebook per explorer."
     pytest.importorskip("jupyterlab", reason="JupyterLab is not installed")
     import nbformat
@@ -65,6 +92,7 @@ def lab(tmp_path_factory):
             metadata=dict(kernelspec=spec),
         )
         nbformat.write(nb, home / f"{name}.ipynb")
+    shutil.copy(LAB_04, home)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -73,6 +101,9 @@ def lab(tmp_path_factory):
     (settings / "notification.jupyterlab-settings").write_text(
         json.dumps(dict(fetchNews="false", checkForUpdates=False))
     )  # or it asks
+    settings = home / "settings/@jupyterlab/notebook-extension"
+    settings.mkdir(parents=True)
+    (settings / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')  # all cells
     own = dict(
         JUPYTERLAB_SETTINGS_DIR="settings",
         JUPYTER_CONFIG_DIR="config",
@@ -95,14 +126,15 @@ def lab(tmp_path_factory):
             [sys.executable, "-m", "jupyterlab", *options], env=env, stdout=log, stderr=log
         )
     try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token=t", timeout=2)
-                break
-            except OSError:
-                if server.poll() is not None:
-                    pytest.fail("JupyterLab ended: " + (home / "log").read_text()[-2000:])
-                time.sleep(0.25)
+
+        def an_answer():
+            with contextlib.suppress(OSError):
+                return urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token=t", timeout=LONG)
+
+        try:
+            wait_until(an_answer, server)
+        except AssertionError as e:
+            pytest.fail(f"JupyterLab: {e}\n" + (home / "log").read_text()[-2000:])
         yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
@@ -116,6 +148,7 @@ def lab(tmp_path_factory):
 def page(browser, request):
     "A page of 1280 x 1000 that refuses, and remembers, every request to another machine."
     context = browser.new_context(viewport=dict(width=1280, height=1000))
+    context.set_default_timeout(1000 * LONG)
     p, p.outside = context.new_page(), []
 
     def route(r):
@@ -140,8 +173,8 @@ BARS = ".main-svg .barlayer .point path"
 def run_notebook(page, lab, name, drawn=f".jp-OutputArea-output {BARS}"):
     "Open a notebook alone on the page, run its cell, and wait for a drawn figure."
     page.goto(f"{lab}/doc/tree/{name}.ipynb?token=t")
-    page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=90_000)
-    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=90_000)
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=1000 * LONG)
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=1000 * LONG)
     prompt = page.locator(".jp-CodeCell .jp-InputPrompt").first
     asks = page.locator(
         "dialog.jp-Dialog button.jp-mod-accept"
@@ -154,7 +187,7 @@ def run_notebook(page, lab, name, drawn=f".jp-OutputArea-output {BARS}"):
         page.wait_for_timeout(1500)
         if re.search(r"[*\d]", prompt.inner_text()):
             break
-    page.wait_for_selector(drawn, state="attached", timeout=180_000)
+    page.wait_for_selector(drawn, state="attached", timeout=1000 * LONG)
 
 
 def field(page, label):
@@ -181,12 +214,15 @@ def press(page, target, key, times, changed):
     target.focus()
     for _ in range(times):
         page.keyboard.press(key)
-    for _ in range(150):
-        if (after := changed()) != before:
-            break
+    end = time.monotonic() + LONG
+    while (after := changed()) == before and time.monotonic() < end:
         page.wait_for_timeout(100)
-    page.wait_for_timeout(600)
-    return before, changed()
+    seen = None
+    while seen != after and time.monotonic() < end:  # all steps have been followed
+        seen = after
+        page.wait_for_timeout(600)
+        after = changed()
+    return before, after
 
 
 def python(page, code):
@@ -198,7 +234,7 @@ def python(page, code):
     page.keyboard.press("Control+Enter")
     page.wait_for_timeout(1000)
     out = cell.locator(".jp-OutputArea-output")
-    out.first.wait_for(timeout=60_000)
+    out.first.wait_for(timeout=1000 * LONG)
     return out.first.inner_text().strip()
 
 
@@ -228,7 +264,7 @@ def walk_exits(page):
     field(page, "threshold of exit 1 (score)").fill("5")
     page.keyboard.press("Enter")  # above every score: clamped to the top of the range
     page.wait_for_function("document.querySelector('.explorer-says').innerText.includes('by hand')")
-    page.locator(".main-svg text", has_text="nobody").wait_for(state="attached", timeout=30_000)
+    page.locator(".main-svg text", has_text="nobody").wait_for(state="attached", timeout=1000 * LONG)
     page.get_by_text("The numbers as a table", exact=True).click()
     table = page.locator(".explorer-table")
     page.wait_for_function("document.querySelector('.explorer-table').innerText.includes('nobody')")
@@ -273,7 +309,35 @@ def walk_distillation(page):
     assert page.outside == []
 
 
-WALKS = dict(exits=walk_exits, split=walk_split, distill=walk_distillation)
+def walk(label, choice, chosen, key="ArrowRight", steps=3):
+    "A slider by keyboard changes the sentence, as does a choice from a list; names and values are read aloud; Reset undoes both."
+
+    def walk_one(page):
+        first = says(page)
+        before, after = press(page, handle(page, label), key, steps, lambda: says(page))
+        assert before == first != after
+        told = handle(page, label).get_attribute("aria-valuetext")
+        assert float(told) == float(field(page, label).input_value())
+        field(page, choice).select_option(chosen)
+        page.wait_for_function("t => document.querySelector('.explorer-says').innerText !== t", arg=after)
+        page.locator(".explorer-reset").click()
+        page.wait_for_function("t => document.querySelector('.explorer-says').innerText === t", arg=first)
+        names = page.eval_on_selector_all(".explorer input[type=range]", "e => e.map(r => r.ariaLabel)")
+        assert all(n and n.endswith(", slider") for n in names) and page.outside == []
+
+    return walk_one
+
+
+WALKS = dict(
+    exits=walk_exits,
+    split=walk_split,
+    distill=walk_distillation,
+    alignment=walk("tier 4 (weight)", "weights of a vote", "equal", "Home", 1),
+    difficulty=walk("threshold", "difficulty", "rank"),
+    distree=walk("packet loss (share)", "a device sends", "every", steps=20),
+    latent=walk("value (number)", "images", "cifar10", steps=2),
+    generator=walk("difficulty asked (number)", "class", "ring", steps=2),
+)
 
 
 @pytest.mark.parametrize("name", WALKS)
@@ -297,6 +361,31 @@ def test_page_in_a_notebook(page, lab):
     "What Colab and VS Code show: one output that holds all scripts."
     run_notebook(page, lab, "page")
     walk_exits(page)
+
+
+def test_a_lab_run_as_a_whole_and_its_explorer_moved_by_keyboard(page, lab):
+    "Lab 4 as a student opens it: Run All Cells, then the budget slider; the figure follows, and nothing asked another host."
+    run_notebook(page, lab, LAB_04.stem, ".jp-OutputArea-output")  # the set-up: the kernel is there
+    last = page.locator(".jp-CodeCell .jp-InputPrompt").last
+    for _ in range(20):
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        page.wait_for_timeout(3000)
+        if re.search(r"[*\d]", last.inner_text()):
+            break
+    shown = page.locator(".jp-OutputArea-output:has(.explorer-says)")
+    shown.locator(".main-svg .barlayer .point path").first.wait_for(state="attached", timeout=300_000)
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=300_000)
+    outputs = "\n".join(page.locator(".jp-OutputArea-output").all_inner_texts())
+    assert "Exercise 1 is not done yet" in outputs and "Traceback" not in outputs
+    drawn = lambda: [
+        p.get_attribute("d") for p in shown.locator(".main-svg .barlayer .point path").all()
+    ]
+    slider = shown.get_by_role("slider", name=re.compile(r"mean cost budget \(million MACs\)")).last
+    slider.scroll_into_view_if_needed()
+    before, after = press(page, slider, "ArrowLeft", 10, drawn)
+    assert len(before) == len(after) > 7 and before != after
+    assert page.outside == []
 
 
 def test_stored_page_is_a_plain_figure_in_a_notebook(page, lab):

@@ -1,9 +1,12 @@
 "Cells in several processes, and after a kill."
 
-import json, math, os, signal, subprocess, sys
+import json, math, os, re, signal, subprocess, sys
+from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from conftest import children, running
 from darkdistill_nb.core.cells import (
     cell_file,
@@ -18,6 +21,8 @@ from darkdistill_nb.core.cells import (
     verdict,
 )
 from darkdistill_nb.core.datasets import every_tenth
+
+ROOT = Path(__file__).resolve().parent.parent
 
 JOB = """
 import os, sys, time
@@ -91,9 +96,49 @@ def test_the_interval_narrows_with_seeds():
 # ---------------------------------------------------------------- what a stored result must be
 
 
+bounds = st.sampled_from([-2.0, -1.0, 0.0, 1.0, 2.0, 3.0])
+
+
+@given(bounds, bounds, bounds, bounds)
+def test_an_interval_that_contains_or_touches_a_limit_decides_nothing(a, b, above, below):
+    assume(above < below)
+    low, high = sorted((a, b))
+    said = verdict(((a + b) / 2, low, high), above, below)
+    if low <= above <= high or low <= below <= high:
+        assert said == "undecided"
+    else:
+        assert said == ("holds" if above < low and high < below else "does not hold")
+
+
+def test_equal_in_every_seed_is_undecided():
+    assert verdict(t_interval([0.0] * 3)) == "undecided"
+    assert verdict(t_interval([2.0] * 3), above=2) == verdict((0, 0, 0), -1, 0) == "undecided"
+
+
+JUDGES = re.compile(
+    r"(low|lo|ci\[1\]|interval\[1\]) *> *0\b|(high|hi|ci\[2\]|interval\[2\]) *< *0\b"
+)
+
+
+@pytest.mark.parametrize("chapter", ["nbs", "tutorials/instructor"])
+def test_no_page_judges_an_interval_by_itself(chapter):
+    "The rule stands once, in `verdict`."
+    own = []
+    for path in sorted((ROOT / chapter).rglob("*.ipynb")):
+        cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+        for c in cells:
+            own += [f"{path.name}: {line}" for line in c["source"] if JUDGES.search(line)]
+    assert not own
+
+
 def test_numbers_of_numpy_name_the_same_cell():
     plain = dict(seed=1, lr=0.5, sizes=[1, 2], flag=True)
-    numpy = dict(seed=np.int64(1), lr=np.float32(0.5), sizes=np.array([1, 2]), flag=np.bool_(True))
+    numpy = dict(
+        seed=np.int64(1),
+        lr=np.float32(0.5),
+        sizes=np.array([1, 2]),
+        flag=np.bool_(True),
+    )
     assert cell_key(plain) == cell_key(numpy)
 
 

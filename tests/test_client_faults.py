@@ -5,15 +5,17 @@ The round goes on with the others; a round without anybody keeps the network."""
 import json, warnings
 import numpy as np
 import pytest, torch
-from test_faults import CLIENTS, FAULTS, TEST, TRAIN, build, go, nan, put, same
+from test_faults import CLIENTS, FAULTS, TEST, TRAIN, build, go, nan, put
+from helpers import same
 from darkdistill_nb.core.seeds import Streams
 from darkdistill_nb.federated.calibration import CalibratedEEFL
 from darkdistill_nb.federated.darkdistill import DarkDistill
+from darkdistill_nb.federated.generator import GeneratorSettings
 from darkdistill_nb.federated.method import EEFL, make_clients
 from darkdistill_nb.federated.parallel_variant import DarkDistillPL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SMALL = dict(server_epochs=1, kd_steps=1, d_eps=8, d_h=16)
+SMALL = dict(server_epochs=1, kd_steps=1, generator=GeneratorSettings(d_eps=8, d_h=16))
 METHODS = {  # name -> (class, options)
     "eefl": (EEFL, {}),
     "darkdistill": (DarkDistill, SMALL),

@@ -335,7 +335,8 @@ def test_load_shapes_keeps_train_and_test_apart():
             dict(x_test=np.zeros((0, 6, 6), np.uint8), y_test=np.zeros(0, int)),
             "test split is empty",
         ),
-        (dict(x_train=np.zeros((30, 6), np.uint8)), "x_train must have shape"),
+        (dict(x_train=np.zeros((30, 6), np.uint8)), "may be clips of sound; then rate must say"),
+        (dict(x_train=np.zeros(30, np.uint8)), "x_train must have shape"),
         (dict(x_train=np.zeros((30, 6, 6), np.int32)), "uint8 or float"),
         (dict(x_train=np.zeros((30, 6, 6), complex)), "uint8 or float"),
         (dict(x_train=np.zeros((30, 6, 6, 2), np.uint8)), "1, 3 or 4 channels"),
@@ -852,6 +853,25 @@ def test_failed_download_names_the_choices(nowhere, monkeypatch, error):
     assert isinstance(e.value, ConnectionError)
     assert "\n" not in str(e.value)
     assert not any(nowhere.rglob("*"))
+
+
+class MadeUpSVHN:
+    "What torchvision.datasets.SVHN looks like from outside."
+
+    def __init__(self, root, split, download):
+        n = dict(train=40, test=20)[split]
+        self.data = np.random.default_rng(n).integers(0, 256, (n, 3, 32, 32), np.uint8)
+        self.labels = np.arange(n) % 10
+
+
+def test_a_download_is_stored_and_read_again_without_internet(nowhere, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.SVHN", MadeUpSVHN)
+    train, test = load("svhn")
+    assert (len(train), len(test), train.shape) == (40, 20, (3, 32, 32))
+    assert torch.equal(train.x, torch.from_numpy(MadeUpSVHN(None, "train", True).data))
+    monkeypatch.setattr("torchvision.datasets.SVHN", lambda *a, **k: pytest.fail("asked again"))
+    again, _ = load("svhn")
+    assert torch.equal(train.x, again.x) and torch.equal(train.y, again.y)
 
 
 def test_no_answer_does_not_hang(nowhere, monkeypatch):

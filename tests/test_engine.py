@@ -1,7 +1,8 @@
 "What crosses notebooks 04-10: every family of networks goes through every method, and the engine's answer does not depend on how it computes."
 
-import copy
+import copy, json, os
 import pytest, torch
+from helpers import same
 from darkdistill_nb.federated.darkdistill import DarkDistill
 from darkdistill_nb.core.datasets import load
 from darkdistill_nb.core.scenes import shapes
@@ -37,10 +38,6 @@ def digits():
     return load("digits")
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 @pytest.mark.parametrize("family", BUILDERS)
 @pytest.mark.parametrize("method", [EEFL, DarkDistill])
 def test_every_network_with_every_method(family, method, pictures):
@@ -67,7 +64,7 @@ def test_darkdistill_moves_only_stages_in_a_vit(pictures):
     train, test = pictures
     clients = make_clients(train.y, 6, 1.0, (1 / 3,) * 3)
     s = Streams(0)
-    m = DarkDistill(participation=1.0)
+    m = DarkDistill(participation=1.0, kd_steps=2, server_epochs=1, server_batch=8)
     with s.scope("init"):
         state = m.setup(BUILDERS["vit"]())
     updates = [m.local_update(m.send(state, c), train.subset(c.train), c, 0, s) for c in clients]
@@ -234,8 +231,8 @@ def test_frozen_parts_are_not_sent_but_their_statistics_are(method, pictures):
 def test_l2w_travels_with_the_network(digits, tmp_path):
     "Its weight net is sent, trained, averaged exit by exit and kept in checkpoints; workers, resuming and a switched-off DarkDistill change nothing."
     train, test = digits
-    train = train.subset(torch.arange(300))
-    clients, s = make_clients(train.y, 8, 0.5, cover=False), Streams(0)
+    train = train.subset(torch.arange(160))
+    clients, s = make_clients(train.y, 4, 0.5, cover=False), Streams(0)
     new = lambda m=EEFL, **kw: m(L2W(hidden=16, interval=2), participation=1.0, **kw)
     go = lambda rounds, m=None, **kw: simulate(
         m or new(),
@@ -265,7 +262,7 @@ def test_l2w_travels_with_the_network(digits, tmp_path):
     after = m.aggregate(state, updates, 0, s)[0]["objective"]
     for e in range(4):
         own = [u for u in updates if u.tier > e]
-        assert len(own) == 2 * (4 - e)
+        assert len(own) == 4 - e
         mean = sum(u.weights[f"objective.exits.{e}.outer"] * u.samples for u in own) / sum(
             u.samples for u in own
         )
@@ -289,6 +286,135 @@ def test_l2w_without_differences_is_joint_training(digits):
         for p in (Joint(), L2W(eps=0.0))
     )
     assert all(torch.allclose(v, b[k], atol=1e-5) for k, v in a.items())
+
+
+@pytest.fixture
+def machine_file(tmp_path, monkeypatch):
+    "What is remembered about this machine goes into a folder of its own."
+    monkeypatch.setenv("DARKDISTILL_CACHE", str(tmp_path))
+    monkeypatch.setattr("darkdistill_nb.federated.method.cores", lambda: 2)
+    return tmp_path / "machine.json"
+
+
+def small(digits, rounds=4, **kw):
+    train, test = digits
+    clients = make_clients(train.y, 4, 10.0)
+    build = lambda: cnn(train.shape, 10, width=8)
+    return simulate(EEFL(participation=1.0), build, train, test, clients, rounds, **kw)
+
+
+def test_auto_stays_in_one_process_for_little_work(digits, machine_file, capsys, monkeypatch):
+    from darkdistill_nb.federated import method
+
+    real, asked = method._seconds_of_a_visit, []
+    probe = lambda *args: asked.append(real(*args)) or 1e-3  # a busy machine may be slow today
+    monkeypatch.setattr(method, "_seconds_of_a_visit", probe)
+    run = small(digits, workers="auto", progress=True)
+    assert run.way.startswith("workers=auto: one process") and run.way in capsys.readouterr().err
+    assert same(run.state["net"], small(digits).state["net"])
+    assert "visit" in machine_file.read_text() and len(asked) == 1 and asked[0] > 0
+    small(digits, rounds=1, workers="auto")
+    assert len(asked) == 1  # another number of rounds is the same kind of work
+
+
+def test_auto_takes_processes_where_they_pay_and_leaves_them_where_not(digits, machine_file):
+    "The machine's memory is made up: a visit of an hour, then a start that takes a year."
+    from darkdistill_nb.core.parallel import Memory
+    from darkdistill_nb.federated.method import _Choice
+
+    memory = Memory()
+    small(digits, rounds=1, workers="auto")
+    (kind,) = [k for d in json.loads(machine_file.read_text()).values() for k in d if "eefl" in k]
+    memory.write(kind, visit=3600.0)
+    two = small(digits, workers="auto")
+    assert two.way.startswith("workers=auto: 2 processes")
+    assert same(two.state["net"], small(digits).state["net"])
+    measured = memory.read(kind)["gain"], memory.read("start")["seconds"]
+    assert measured[0] > 1 and measured[1] > 0
+    memory.write("start", seconds=3e7)
+    assert small(digits, workers="auto").way.startswith("workers=auto: one process")
+    choice = _Choice.__new__(_Choice)
+    choice.gains, choice.said, choice.memory, choice.kind = [], dict(visit=1.0), memory, "slow"
+    assert [choice.still(4, 8.0) for _ in range(3)] == [True, True, False]
+    assert memory.read("slow") == dict(gain=0.5)
+
+
+def test_auto_goes_on_alone_where_processes_cannot_begin(digits, machine_file, monkeypatch):
+    "Like a notebook's own method, which no other process can import."
+
+    class Own(EEFL):
+        name = "own"
+
+    train, test = digits
+    clients = make_clients(train.y, 4, 10.0)
+    monkeypatch.setattr("darkdistill_nb.federated.method.processes_for", lambda *a: 2)
+    with pytest.warns(
+        UserWarning, match="workers='auto' goes on in one process: workers must be 1"
+    ):
+        run = simulate(
+            Own(participation=1.0),
+            lambda: cnn(train.shape, 10, width=8),
+            train,
+            test,
+            clients,
+            1,
+            workers="auto",
+        )
+    assert run.way.startswith("workers=auto: one process")
+
+
+@pytest.mark.parametrize("workers", ["all", 0, 1.5, "2"])
+def test_workers_are_a_number_or_auto(workers, digits):
+    with pytest.raises(ValueError, match="workers="):
+        small(digits, workers=workers)
+
+
+def test_tensors_cross_to_another_process_without_being_pickled():
+    from darkdistill_nb.core.parallel import Room, _dumps
+
+    g = torch.Generator().manual_seed(0)
+    sent = dict(
+        w=torch.randn(100, 30, generator=g),
+        half=torch.randn(7, generator=g).bfloat16(),
+        n=torch.tensor(3),
+        turned=torch.randn(4, 5, generator=g).t(),
+        empty=torch.zeros(0, 3),
+        text="a",
+    )
+    room = Room(20_000)
+    try:
+        data, sizes = room.put(sent)
+        assert len(data) < 2000 and sizes == [12_000, 14, 8]
+        other = Room(name=room.name)
+        seen, own = other.get(data, sizes, own=False), room.get(data, sizes, own=True)
+        assert all(same({k: v}, {k: sent[k]}) for d in (seen, own) for k, v in list(d.items())[:5])
+        room.put(dict(w=torch.zeros(100, 30)))
+        assert torch.equal(own["w"], sent["w"]) and not seen["w"].any()
+        del seen
+        other.close()
+        data, sizes = room.put(dict(w=torch.ones(100_000)))  # no room: all of it in the message
+        assert sizes is None and room.get(data, sizes, own=True)["w"].sum() == 100_000
+        assert len(_dumps(sent)) > 12_000
+    finally:
+        room.close()
+
+
+def test_memory_does_not_grow_over_500_rounds(digits):
+    "Resident memory of the last 300 rounds: no slope that would matter over thousands."
+    train, test = digits
+    train = train.subset(torch.arange(60))
+    clients, seen = make_clients(train.y, 3, 10.0, (1.0,), cover=False), []
+
+    def look(row):
+        with open("/proc/self/statm") as f:
+            seen.append(int(f.read().split()[1]) * 4096)
+
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("/proc")
+    build = lambda: cnn(train.shape, 10, stages=1, width=4, pool=1)
+    method = EEFL(participation=1.0, batch_size=32)
+    simulate(method, build, train, test, clients, 500, eval_every=500, on_round=look)
+    assert max(seen[200:]) - min(seen[200:]) < 3e6, (seen[200], seen[-1])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

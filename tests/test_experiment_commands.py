@@ -37,6 +37,16 @@ BAD = {
         ("main --scale huge --out o", "huge"),
         ("main --scale mini --out o --workers 0", "workers=0"),
     ],
+    "experiments.rung": [
+        ("--data nowhere --out o", "nowhere"),
+        ("--data digits --out o --levers luck", "luck"),
+        ("--data digits --out o --seeds 7", "seeds=[7]"),
+        ("--data digits --out o --seeds 0 7", "those of the choice"),
+        ("--data digits --out o --finalists 99", "finalists=99"),
+        ("--data digits --out o --workers 0", "workers=0"),
+        ("--data digits --out o --set nope=1", "nope"),
+        ("--data digits --out /dev/null/x --workers 1", "/dev/null/x"),
+    ],
     "experiments.stage": [
         ("measure --out o --seeds 1", "seeds=1"),
         ("measure --out o --workers 0", "workers=0"),

@@ -1,9 +1,10 @@
 """Clients that lie or fail, federations that do not fit, checkpoints of other runs: what a federated run does when something is wrong."""
 
-import json, math, os, signal, subprocess, sys, textwrap, time, warnings
+import contextlib, json, math, os, signal, subprocess, sys, textwrap, time, warnings
 import numpy as np
 import pytest, torch
 from conftest import LONG, children, process_state, running
+from helpers import made, same
 from torch import nn
 from darkdistill_nb.federated.darkdistill import DarkDistill, alignment_weights, pair_loss
 from darkdistill_nb.core.data import ArrayData
@@ -16,12 +17,18 @@ from darkdistill_nb.federated.method import (
     Client,
     average,
     block_average,
+    load_state,
     make_clients,
     simulate,
     tier_sizes,
     train_alone,
 )
-from darkdistill_nb.federated.generator import Generator, diversity_loss, train_generator
+from darkdistill_nb.federated.generator import (
+    Generator,
+    GeneratorSettings,
+    diversity_loss,
+    train_generator,
+)
 from darkdistill_nb.core.seeds import Streams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,10 +44,6 @@ def build():
 
 def go(method, clients=CLIENTS, rounds=1, train=TRAIN, test=TEST, net=build, **kw):
     return simulate(method, net, train, test, clients, rounds, **kw)
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def floats(u, f):
@@ -382,13 +385,38 @@ class Dies(EEFL):
         return super().local_update(weights, data, client, rnd, streams)
 
 
+class DiesOnce(EEFL):
+    "Client 3 takes its process with it, the first time that it is asked."
+
+    def __init__(self, mark):
+        super().__init__(participation=1.0)
+        self.mark = str(mark)
+
+    def local_update(self, weights, data, client, rnd, streams):
+        if client.id == 3:
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(self.mark, os.O_CREAT | os.O_EXCL))
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().local_update(weights, data, client, rnd, streams)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-def test_a_worker_that_dies_is_named():
-    with pytest.raises(
-        RuntimeError,
-        match=r"round 1: client 3 was with worker process \d+: a worker process ended with exit code -9",
-    ):
-        go(Dies(participation=1.0), workers=2)
+def test_a_client_whose_worker_dies_is_run_again_then_left_out(tmp_path):
+    "The round that follows has all workers again; what is left is what a client that raises leaves."
+    words = "round 1: client 3 is left out, it raised WorkerLost: .* exit code -9"
+    with pytest.warns(UserWarning, match=words):
+        lost = go(Dies(participation=1.0), rounds=2, workers=2)
+    assert [list(r["left_out"]) for r in lost.log] == [["3"], ["3"]]
+    again = go(DiesOnce(tmp_path / "died"), rounds=1, workers=2)
+    whole = go(EEFL(participation=1.0), rounds=1)
+    assert (tmp_path / "died").exists() and again.log[0]["left_out"] == {}
+    assert same(again.state["net"], whole.state["net"])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+def test_a_worker_that_dies_ends_a_strict_run():
+    with pytest.raises(RuntimeError, match="round 1, client 3|round 1: client 3"):
+        go(Dies(participation=1.0), workers=2, faults="raise")
 
 
 def test_a_method_that_cannot_be_sent_says_so():
@@ -440,6 +468,64 @@ def test_workers_end_with_their_parent(sign, tmp_path, wait_until):
         p.kill()
         for w in filter(running, workers):
             os.kill(w, signal.SIGKILL)
+
+
+RESUMED = """
+    import sys
+    from darkdistill_nb.core.datasets import load
+    from darkdistill_nb.exits.networks import cnn
+    from darkdistill_nb.federated.method import EEFL, make_clients, simulate
+    def main():
+        train, test = load("digits", n_train=400, n_test=60)
+        told = lambda row: print(row["round"], flush=True)
+        simulate(EEFL(participation=1.), lambda: cnn(train.shape, 10, width=8), train, test,
+            make_clients(train.y, 4, 10.), 2000, eval_every=2000, workers=2, checkpoint=sys.argv[1], on_round=told)
+    if __name__ == "__main__":
+        main()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc, SIGINT")
+def test_ctrl_c_leaves_a_run_that_can_go_on_and_nobody_behind(tmp_path, wait_until):
+    "The signal goes to all processes, as from a terminal."
+    (tmp_path / "s.py").write_text(textwrap.dedent(RESUMED))
+    words = [sys.executable, tmp_path / "s.py", tmp_path / "c.safetensors"]
+    p = subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may have shut it off
+    )
+    try:
+        rounds = [p.stdout.readline() for _ in range(3)]
+        workers = children(p.pid)
+        os.killpg(p.pid, signal.SIGINT)
+        assert p.wait(LONG) != 0 and rounds == ["1\n", "2\n", "3\n"] and len(workers) >= 2
+        wait_until(lambda: not any(map(running, workers)))
+    finally:
+        p.kill()
+        p.stdout.close()
+    train, test = load("digits", n_train=400, n_test=60)
+    done = len(load_state(tmp_path / "c.safetensors")[1]["log"])
+    assert done >= 3
+    clients, build = make_clients(train.y, 4, 10.0), lambda: cnn(train.shape, 10, width=8)
+    # a checkpoint of more rounds than are asked for is refused, so it goes on for one
+    run = simulate(
+        EEFL(participation=1.0),
+        build,
+        train,
+        test,
+        clients,
+        done + 1,
+        eval_every=2000,
+        checkpoint=tmp_path / "c.safetensors",
+    )
+    whole = simulate(
+        EEFL(participation=1.0), build, train, test, clients, done + 1, eval_every=2000
+    )
+    assert same(run.state["net"], whole.state["net"])
 
 
 def test_a_script_without_a_guard_gets_one_sentence(tmp_path):
@@ -546,7 +632,7 @@ def test_numpy_numbers_are_numbers():
         participation=f(1),
         tau=np.float64(0.1),
         kd_steps=i(2),
-        d_h=i(16),
+        generator=GeneratorSettings(d_h=i(16)),
         rkd=(f(5), i(10)),
     )
     clients = [
@@ -737,7 +823,7 @@ def test_frozen_normalisations_keep_their_statistics(base):
         start = net(False).state_dict()
     for mode in (False, True):
         runs = [
-            go(base(participation=1.0), clients, 3, net=lambda: net(mode), workers=w).state["net"]
+            go(base(participation=1.0), clients, 2, net=lambda: net(mode), workers=w).state["net"]
             for w in (1, 2)
         ]
         assert same(*runs)  # a working network that is used again forgets nothing and keeps nothing
@@ -826,7 +912,7 @@ def test_numbers_of_methods(method, name):
     bad = [nan, inf, -inf, -1, "x", None, True, 1j, [1]] + [1.5, 2.0] * (name in WHOLE + DD_WHOLE)
     for v in bad:
         with pytest.raises(ValueError, match=f"^{name}="):
-            method(**{name: v})
+            made(method, **{name: v})
 
 
 @pytest.mark.parametrize(
@@ -865,7 +951,7 @@ def test_numbers_of_methods(method, name):
 )
 def test_ranges_of_methods(kw):
     with pytest.raises(ValueError, match="^(" + "|".join(kw) + ")="):
-        DarkDistill(**kw)
+        made(DarkDistill, **kw)
 
 
 z, labels = torch.zeros(4, 3), torch.tensor([0, 1, 2, 0])
@@ -887,15 +973,12 @@ CALLS = {
     "train_generator: steps": lambda: train_generator(
         G, build(), build(), BoostNet(), None, 1.5, g0
     ),
-    "train_generator: lr": lambda: train_generator(
-        G, build(), build(), BoostNet(), None, 1, g0, lr=nan
+    "train_generator: settings": lambda: train_generator(
+        G, build(), build(), BoostNet(), None, 1, g0, dict(lam_ce=1)
     ),
-    "train_generator: ce": lambda: train_generator(
-        G, build(), build(), BoostNet(), None, 1, g0, ce="x"
-    ),
-    "train_generator: lam": lambda: train_generator(
-        G, build(), build(), BoostNet(), None, 1, g0, lam_div=-1
-    ),
+    "generator: rate": lambda: GeneratorSettings(gen_lr=nan),
+    "generator: ce": lambda: GeneratorSettings(ce="x"),
+    "generator: lam": lambda: GeneratorSettings(lam_div=-1),
     "diversity": lambda: diversity_loss(torch.rand(1, 3), torch.rand(4, 5)),
     "difficulty: label": lambda: sample_difficulty(z, labels + 1),
     "difficulty: shape": lambda: sample_difficulty(z, labels[:1]),
@@ -978,7 +1061,7 @@ def test_bin_width_goes_through_everything(width):
             asked.append(batch[1])
             return {}
 
-    m = Spy(participation=1.0, bin_width=width, server_batch=400)
+    m = Spy(participation=1.0, bin_width=width, server_batch=400, kd_steps=1, rkd=(0.0, 0.0))
     run = go(m)
     counts = torch.tensor(list(run.log[0]["difficulty"].values())).sum(0)
     assert len(counts) == bins_of(width) == math.ceil(9.99 / width)

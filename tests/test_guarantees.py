@@ -4,16 +4,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from darkdistill_nb.exits.guarantees import (
-    METHODS,
-    control_risk,
+from darkdistill_nb.exits.bounds import (
     grid_losses,
     hb_p_value,
     last_of_prefix,
     log_wealth,
-    passes,
     sample_losses,
 )
+from darkdistill_nb.exits.guarantees import METHODS, control_risk, passes
 from darkdistill_nb.exits.control import (
     BanditController,
     LatencyController,

@@ -2,6 +2,8 @@
 
 import copy, weakref
 import pytest, torch
+from torch import nn
+from darkdistill_nb.core.data import ArrayData
 from darkdistill_nb.core.datasets import load
 from darkdistill_nb.core.seeds import Streams
 from darkdistill_nb.core.training import SGD, fit
@@ -201,3 +203,97 @@ def test_a_network_that_was_used_before_starts_from_what_is_sent(digits):
     first = go(used)
     again = go(used)
     assert all(torch.equal(v, again[k]) for k, v in first.items())
+
+
+def test_a_visit_takes_an_image_apart_only_where_a_batch_of_one_is_due():
+    "A look at the normalisations needs one image; every visit of a client begins with `fit`."
+    taken = []
+
+    class Watched(ArrayData):
+        def __getitem__(self, i):
+            if isinstance(i, slice) and i.stop == 1:
+                taken.append(i)
+            return super().__getitem__(i)
+
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.BatchNorm1d(3))
+    data = Watched(torch.randn(9, 1, 2, 2), torch.arange(9) % 3)
+    fit(net, data, batch_size=3)
+    assert taken == []
+    with pytest.raises(ValueError, match="batch_size=4 must be another number: 9 samples"):
+        fit(net, data, batch_size=4)
+    assert len(taken) == 1
+
+
+def test_images_at_hand_are_those_of_the_data_set(digits):
+    "A client's images are normalised once; what is made of them is an ordinary data set again."
+    from darkdistill_nb.federated.method import _shares
+
+    train, _ = digits
+    client = Client(0, 1, torch.arange(5, 40), torch.arange(0))
+    plain, ready = train.subset(client.train), _shares(train)(client)
+    draws = lambda: torch.Generator().manual_seed(3)
+    for (a, y), (b, z) in zip(plain.batches(8, draws()), ready.batches(8, draws()), strict=True):
+        assert torch.equal(a, b) and torch.equal(y, z)
+    for made in (ready.subset([3, 4]), copy.copy(ready), ready.to("cpu")):
+        assert type(made) is ArrayData and not hasattr(made, "_done")
+    assert torch.equal(ready.subset([3, 4])[:][0], plain[3:5][0])
+    few = _shares(train, limit=10)
+    assert type(few(client)) is ArrayData and few(client) is not few(client)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e7, -3e7, 1e25])
+def test_norms_find_what_extremes_find(value, digits):
+    "A norm only says that all is well; who it is that is wrong is looked up."
+    train, _ = digits
+    m, s = EEFL(), Streams(0)
+    state = m.setup(cnn(train.shape, 10, width=8))
+    c = Client(0, 2, torch.arange(40), torch.arange(0))
+    sent = m.send(state, c)
+    u = m.local_update(sent, train.subset(c.train), c, 0, s)
+    m.check_update(u, sent, c)
+    u.weights["stages.0.convs.0.weight"][0, 0, 0, 0] = value
+    with pytest.raises(FloatingPointError, match="stages.0.convs.0.weight"):
+        m.check_update(u, sent, c)
+
+
+def test_factors_of_one_are_left_out_of_the_loss_and_change_nothing():
+    from darkdistill_nb.exits.training import Joint
+
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(5, (8,), generator=g)
+    raw = [torch.randn(8, 5, generator=g).requires_grad_() for _ in range(3)]
+    value = Joint().loss(raw, y)[0]
+    other = sum(1.0 * torch.nn.functional.cross_entropy(f, y) for f in raw)
+    assert torch.equal(value, other)
+    a, b = torch.autograd.grad(value, raw), torch.autograd.grad(other, raw)
+    assert all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp", "lenet"])
+def test_the_benchmark_asks_everybody_for_the_same_work(name):
+    "One batch per client, so the order of images has no say: our weights are those of the lean loop."
+    from darkdistill_nb.exits.training import Joint
+    from darkdistill_nb.experiments import bench
+
+    work, left = bench.Workload(name, clients=3, samples=6, batch=6), [True, True, False]
+    lean = bench._play_lean(work, lambda: left.pop(0))
+    x, y = work.images()
+    data = ArrayData(x.flatten(0, 1), y.flatten(), range(10), mean=[0.0] * 3, std=[1.0] * 3)
+    clients = [Client(i, 1, torch.arange(6) + 6 * i, torch.arange(0)) for i in range(3)]
+    settings = dict(decay=1.0, momentum=0.0, weight_decay=0.0, batch_size=6, participation=1.0)
+    method = EEFL(Joint(), lr=work.lr, **settings)
+    run = simulate(method, lambda: bench._as_exits(work), data, data, clients, 2, eval_every=2)
+    ours = torch.cat([v.reshape(-1) for v in run.state["net"].values()])
+    assert torch.allclose(ours, lean, atol=1e-6) and not torch.equal(ours[:100] * 0, ours[:100])
+
+
+def test_a_peer_that_is_not_there_is_named():
+    import importlib.util
+    from darkdistill_nb.experiments import bench
+
+    if importlib.util.find_spec("pfl"):
+        pytest.skip("pfl is installed")
+    rows, rate, missing = bench.federated_rows(bench.Workload(clients=1), 1, systems=["pfl"])
+    assert (rows, missing) == ([], ["pfl"]) and rate > 0
+    with pytest.raises(ValueError, match="python="):
+        bench.federated_rows(bench.Workload(clients=1), 1, python="/no/such/python")

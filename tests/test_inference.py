@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from darkdistill_nb.exits import inference as inf
+from darkdistill_nb.exits import evaluation, inference as inf, scores as exit_scores
 from darkdistill_nb.core.data import ArrayData
 from darkdistill_nb.exits.networks import cnn
 from darkdistill_nb.exits.training import BoostNet, exit_shares
@@ -37,8 +37,8 @@ def data():
         yv=yv,
         t=t,
         yt=yt,
-        sv=inf.confidence(v),
-        st=inf.confidence(t),
+        sv=exit_scores.confidence(v),
+        st=exit_scores.confidence(t),
         rv=v.argmax(-1) == yv,
         rt=t.argmax(-1) == yt,
         costs=[1.0, 2.0, 3.0, 4.0],
@@ -50,23 +50,23 @@ def data():
 
 def test_scores_of_one_distribution():
     p = torch.log(torch.tensor([[0.7, 0.2, 0.1], [1 / 3, 1 / 3, 1 / 3]]))
-    H = (1 - inf.Entropy().of(p)) * math.log(3)
+    H = (1 - exit_scores.Entropy().of(p)) * math.log(3)
     assert H[0] == pytest.approx(0.80182, abs=1e-5)
-    assert 1 - inf.Entropy().of(p)[0] == pytest.approx(0.72985, abs=1e-5)
+    assert 1 - exit_scores.Entropy().of(p)[0] == pytest.approx(0.72985, abs=1e-5)
     assert H[1] == pytest.approx(math.log(3), abs=1e-6)
-    assert inf.Entropy().of(p)[1] == pytest.approx(0, abs=1e-6)
-    assert inf.Margin().of(p).tolist() == pytest.approx([0.5, 0], abs=1e-6)
-    assert inf.Confidence().of(p).tolist() == pytest.approx([0.7, 1 / 3], abs=1e-6)
+    assert exit_scores.Entropy().of(p)[1] == pytest.approx(0, abs=1e-6)
+    assert exit_scores.Margin().of(p).tolist() == pytest.approx([0.5, 0], abs=1e-6)
+    assert exit_scores.Confidence().of(p).tolist() == pytest.approx([0.7, 1 / 3], abs=1e-6)
     z = torch.tensor([[2.0, -1, 0.5]]).double()
     for T in (0.5, 1, 3):
-        assert inf.Energy(T).of(z).item() == pytest.approx(
+        assert exit_scores.Energy(T).of(z).item() == pytest.approx(
             T * math.log(sum(math.exp(v / T) for v in z[0].tolist())), abs=1e-9
         )
 
 
 def test_patience_counts_agreement():
     votes = F.one_hot(torch.tensor([3, 3, 5, 5, 5]), 10)[:, None].float()
-    s = inf.Patience().score(votes)
+    s = exit_scores.Patience().score(votes)
     assert s[:, 0].tolist() == [0, 1, 0, 1, 2]
     assert inf.take_exit(s, [1] * 4 + [LAST]).item() + 1 == 2
     assert inf.take_exit(s, [2] * 4 + [LAST]).item() + 1 == 5
@@ -81,12 +81,12 @@ def test_feature_scores():
         torch.tensor([[-1.0, 0]]),
     ]
     z = torch.zeros(4, 1, 3)
-    d, c = inf.Difference().score(z, a)[:, 0].tolist(), inf.Saturation().score(z, a)[:, 0].tolist()
+    d, c = exit_scores.Difference().score(z, a)[:, 0].tolist(), exit_scores.Saturation().score(z, a)[:, 0].tolist()
     assert d[0] == LAST and d[1:] == pytest.approx([1.41421, 1.1111, 1e6], rel=1e-4)
     assert c[0] == LAST and c[1] == pytest.approx(math.sqrt(0.5), abs=1e-6)
     scaled = [k * v for k, v in zip((1, 7, 0.1, 3), a)]
-    assert inf.Difference().score(z, scaled)[1:, 0].tolist() == pytest.approx(d[1:], rel=1e-5)
-    take = lambda T: inf.take_exit(inf.Difference().score(z, a), T).item() + 1
+    assert exit_scores.Difference().score(z, scaled)[1:, 0].tolist() == pytest.approx(d[1:], rel=1e-5)
+    take = lambda T: inf.take_exit(exit_scores.Difference().score(z, a), T).item() + 1
     assert (
         take([math.inf] * 4) == 4
         and take([math.inf, 0, 0, LAST]) == 2
@@ -101,12 +101,12 @@ def all_scores(E, K):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return {
-            n: inf.score_by_name(n, **(dict(exits=E, n_classes=K) if n == "gate" else {}))
-            for n in inf.SCORES
+            n: exit_scores.score_by_name(n, **(dict(exits=E, n_classes=K) if n == "gate" else {}))
+            for n in exit_scores.SCORES
         }
 
 
-@pytest.mark.parametrize("name", list(inf.SCORES))
+@pytest.mark.parametrize("name", list(exit_scores.SCORES))
 def test_step_with_survivors_equals_score_of_all(name):
     "Running exit by exit on those that are left gives the scores of the loop over all samples; all scores survive 16-bit logits."
     g = torch.Generator().manual_seed(2)
@@ -125,19 +125,19 @@ def test_step_with_survivors_equals_score_of_all(name):
 def test_scores_refuse():
     unknown = "score='confidense' is unknown .did you mean 'confidence'..; choose one of confidence"
     with pytest.raises(ValueError, match=unknown):
-        inf.score_by_name("confidense")
+        exit_scores.score_by_name("confidense")
     with pytest.raises(ValueError, match="Difference compares features"):
-        inf.Difference().score(torch.zeros(2, 1, 3))
+        exit_scores.Difference().score(torch.zeros(2, 1, 3))
     with pytest.raises(ValueError, match="Saturation compares features"):
-        inf.Saturation().step(torch.zeros(1, 3))
+        exit_scores.Saturation().step(torch.zeros(1, 3))
     with pytest.raises(ValueError, match="equal length at all exits, not 2 and 3"):
-        inf.Difference().score(torch.zeros(2, 1, 3), [torch.ones(1, 2), torch.ones(1, 3)])
+        exit_scores.Difference().score(torch.zeros(2, 1, 3), [torch.ones(1, 2), torch.ones(1, 3)])
     with pytest.raises(ValueError, match="features has 1 entries for 2 exits"):
-        inf.Difference().score(torch.zeros(2, 1, 3), [torch.ones(1, 2)])
+        exit_scores.Difference().score(torch.zeros(2, 1, 3), [torch.ones(1, 2)])
     with pytest.raises(ValueError, match="T=-1 must be a finite number above 0"):
-        inf.Energy(-1)
+        exit_scores.Energy(-1)
     with pytest.raises(ValueError, match="this gate has 2 exits; it was asked for exit 3"):
-        inf.Gate(2, 3).score(torch.zeros(3, 1, 3))
+        exit_scores.Gate(2, 3).score(torch.zeros(3, 1, 3))
 
 
 # ---------------------------------------------------------------- anytime, outputs of a network
@@ -145,7 +145,7 @@ def test_scores_refuse():
 
 def test_anytime_reports_the_spread_across_exits():
     right = torch.arange(10000) < torch.tensor([[5510], [6567], [7126], [7064]])
-    m = inf.anytime(torch.stack([(~right).float(), right.float()], -1), torch.ones(10000).long())
+    m = exit_scores.anytime(torch.stack([(~right).float(), right.float()], -1), torch.ones(10000).long())
     assert m["exits"] == pytest.approx([0.5510, 0.6567, 0.7126, 0.7064])
     assert (
         f"{100 * m['mean']:.2f} ± {100 * m['std_across_exits']:.2f}"
@@ -208,7 +208,7 @@ def test_flat_keeps_the_best_thresholds_so_far(data):
     d = data
     v, t = d["v"].clone(), d["t"].clone()
     v[3], t[3] = v[0], t[0]  # a last exit that is worse than the third
-    args, sv, rv = (v, t, d["yt"], d["costs"]), inf.confidence(v), v.argmax(-1) == d["yv"]
+    args, sv, rv = (v, t, d["yt"], d["costs"]), exit_scores.confidence(v), v.argmax(-1) == d["yv"]
     plain, flat = inf.budget_curve(*args), inf.budget_curve(*args, flat=True, valid_y=d["yv"])
     acc = [inf.evaluate_thresholds(sv, rv, d["costs"], p["thresholds"])["accuracy"] for p in plain]
     seen, best = -1, None
@@ -236,7 +236,7 @@ def test_departures_of_the_released_code(data):
 
 def test_both_ends_of_a_policy(data):
     d = data
-    m = inf.anytime(d["t"], d["yt"])["exits"]
+    m = exit_scores.anytime(d["t"], d["yt"])["exits"]
     first, last = (
         inf.evaluate_thresholds(d["st"], d["rt"], d["costs"], [T] * 3 + [LAST]) for T in (0, 1.01)
     )
@@ -344,7 +344,7 @@ def test_no_price_means_always_last_iff_the_last_exit_is_never_worse(data):
 
 def test_scores_with_ties_and_exits_that_cannot_be_taken(data):
     d = data
-    p = inf.Patience().score(d["v"])
+    p = exit_scores.Patience().score(d["v"])
     for scheme in ("quantile", "shared", "lagrange"):
         Ts = [
             inf.thresholds_for_budget(p, d["rv"], d["costs"], B, scheme) for B in (1, 2, 2.5, 3, 4)
@@ -407,7 +407,7 @@ def test_bad_input_is_refused_in_one_sentence(data):
     with pytest.raises(ValueError, match="mu=-1 must be a finite number of at least 0"):
         inf.stopping_thresholds(s, r, c, -1)
     with pytest.raises(ValueError, match="no samples"):
-        inf.temperature(d["v"][:, :0], d["yv"][:0])
+        evaluation.temperature(d["v"][:, :0], d["yv"][:0])
 
 
 def test_numpy_arrays_are_welcome(data):
@@ -428,8 +428,8 @@ def test_gate_learns_what_confidence_cannot_know():
     y = torch.where(pred == 0, (pred + 1) % 5, y)
     gate, q = inf.fit_gate(z, y, [1, 2, 3], budget=1.7, steps=100)
     right = z.argmax(-1) == y
-    mine = inf.failure_auroc(gate.score(z), right)[0]
-    conf = inf.failure_auroc(inf.confidence(z), right)[0]
+    mine = evaluation.failure_auroc(gate.score(z), right)[0]
+    conf = evaluation.failure_auroc(exit_scores.confidence(z), right)[0]
     assert mine > conf + 0.05
     assert np.dot(q, [1, 2, 3]) == pytest.approx(1.7, rel=0.02)
     assert sum(q) == pytest.approx(1, abs=1e-5)
@@ -463,18 +463,18 @@ def test_auroc_and_aurc_against_references():
     s[3] += r[3]
     s[4, :100] = -np.inf
     ref = [roc_auc_score(a, np.where(np.isinf(b), -1, b)) for a, b in zip(r, s)]
-    assert inf.failure_auroc(s, r) == pytest.approx(ref, abs=1e-12)
-    assert inf.failure_auroc(s, r)[2] == 0.5
-    assert math.isnan(inf.failure_auroc([[1.0, 2]], [[0, 0]])[0])
+    assert evaluation.failure_auroc(s, r) == pytest.approx(ref, abs=1e-12)
+    assert evaluation.failure_auroc(s, r)[2] == 0.5
+    assert math.isnan(evaluation.failure_auroc([[1.0, 2]], [[0, 0]])[0])
     perms = [
         np.mean(np.cumsum(1 - np.array(p)) / np.arange(1, 4))
         for p in itertools.permutations([1, 0, 0])
     ]
-    assert inf.aurc([[0.5, 0.5, 0.5]], [[1, 0, 0]])[0] == pytest.approx(
+    assert evaluation.aurc([[0.5, 0.5, 0.5]], [[1, 0, 0]])[0] == pytest.approx(
         np.mean(perms)
     )  # ties: the mean over orders
     order = np.argsort(-s[0])
-    assert inf.aurc(s[:1], r[:1])[0] == pytest.approx(
+    assert evaluation.aurc(s[:1], r[:1])[0] == pytest.approx(
         np.mean(np.cumsum(~r[0][order]) / np.arange(1, 401))
     )
 
@@ -488,12 +488,12 @@ def test_oracle_is_the_best_choice_of_exits():
             (right[list(e), range(5)].mean(), np.mean([costs[k] for k in e]))
             for e in itertools.product(range(3), repeat=5)
         ]
-        o = inf.oracle(right, costs)
+        o = evaluation.oracle(right, costs)
         top = max(a for a, _ in choices)
         assert o["accuracy"] == pytest.approx(top)
         assert o["cost"] == pytest.approx(min(c for a, c in choices if a == top))
         for B in (1.0, 1.4, 2.0):
-            o = inf.oracle(right, costs, B)
+            o = evaluation.oracle(right, costs, B)
             assert o["cost"] <= B + 1e-9
             assert o["accuracy"] == pytest.approx(max(a for a, c in choices if c <= B + 1e-9))
 
@@ -508,24 +508,24 @@ def test_static_mixture_is_the_best_coin_toss():
             for p in np.linspace(0, 1, 401)
         )
         best = max(a for c, a in toss if c <= B + 1e-9)
-        assert inf.static_mixture(costs, acc, B) == pytest.approx(best, abs=2e-3)
+        assert evaluation.static_mixture(costs, acc, B) == pytest.approx(best, abs=2e-3)
 
 
 def test_policy_table_and_curve(data, capsys):
     d = data
     names = ("confidence", "margin", "patience")
-    sv, st = ({n: inf.score_by_name(n).score(z) for n in names} for z in (d["v"], d["t"]))
-    rows = inf.policy_table(sv, st, d["rv"], d["rt"], d["costs"], 2.0)
+    sv, st = ({n: exit_scores.score_by_name(n).score(z) for n in names} for z in (d["v"], d["t"]))
+    rows = evaluation.policy_table(sv, st, d["rv"], d["rt"], d["costs"], 2.0)
     text = capsys.readouterr().out
     assert [r["name"] for r in rows] == list(names) and all(n in text for n in names)
     each = d["rt"].double().mean(1).tolist()
     for r in rows:
         assert r["over_mixture"] == pytest.approx(
-            r["accuracy"] - inf.static_mixture(d["costs"], each, r["cost"])
+            r["accuracy"] - evaluation.static_mixture(d["costs"], each, r["cost"])
         )
         assert r["below_oracle"] >= 0
     assert rows[0]["over_mixture"] > 0.01 and rows[0]["below_oracle"] > 0.01
-    c = inf.policy_curve(
+    c = evaluation.policy_curve(
         sv["confidence"], st["confidence"], d["rv"], d["rt"], d["costs"], scheme="quantile"
     )
     assert len(c["budget"]) == 12
@@ -541,7 +541,7 @@ def test_temperature_is_the_minimum_and_changes_no_answer(data):
 
     d = data
     z = d["v"] * torch.tensor([3.0, 1, 0.3, 1])[:, None, None]
-    T = inf.temperature(z, d["yv"])
+    T = evaluation.temperature(z, d["yv"])
     nll = lambda f, t: F.cross_entropy(f.double() / t, d["yv"]).item()
     for f, t in zip(z, T.tolist()):
         ref = minimize_scalar(
@@ -553,19 +553,19 @@ def test_temperature_is_the_minimum_and_changes_no_answer(data):
         assert t == pytest.approx(math.exp(ref.x), rel=1e-3) and nll(f, t) <= nll(f, 1.0)
     new = z / T[:, None, None]
     assert torch.equal(new.argmax(-1), z.argmax(-1))
-    assert inf.anytime(new, d["yv"])["exits"] == inf.anytime(z, d["yv"])["exits"]
-    before, after = inf.ece(inf.confidence(z), d["rv"]), inf.ece(inf.confidence(new), d["rv"])
+    assert exit_scores.anytime(new, d["yv"])["exits"] == exit_scores.anytime(z, d["yv"])["exits"]
+    before, after = evaluation.ece(exit_scores.confidence(z), d["rv"]), evaluation.ece(exit_scores.confidence(new), d["rv"])
     assert after[0] < before[0] - 0.02 and after[2] < before[2] - 0.02
-    assert inf.temperature(z[0], d["yv"]).item() == pytest.approx(T[0].item())
+    assert evaluation.temperature(z[0], d["yv"]).item() == pytest.approx(T[0].item())
     sure = 0.5 * F.one_hot(d["yv"], 5).float()  # always right: the sharper the better
-    assert inf.temperature(sure, d["yv"]).item() == pytest.approx(math.exp(-3), rel=1e-3)
+    assert evaluation.temperature(sure, d["yv"]).item() == pytest.approx(math.exp(-3), rel=1e-3)
 
 
 def test_ece_by_hand():
-    assert inf.ece([[0.9, 0.8, 0.1]], [[1, 0, 0]], bins=2)[0] == pytest.approx((0.1 + 0.7) / 3)
-    assert inf.ece([[1.0, 0.0]], [[1, 0]]) == [0.0]
+    assert evaluation.ece([[0.9, 0.8, 0.1]], [[1, 0, 0]], bins=2)[0] == pytest.approx((0.1 + 0.7) / 3)
+    assert evaluation.ece([[1.0, 0.0]], [[1, 0]]) == [0.0]
     with pytest.raises(ValueError, match="only probabilities"):
-        inf.ece([[1.5]], [[1]])
+        evaluation.ece([[1.5]], [[1]])
 
 
 # ---------------------------------------------------------------- figures
@@ -575,20 +575,20 @@ def test_figures_take_plain_arrays(data):
     d = data
     each = d["rt"].double().mean(1).tolist()
     c = dict(cost=[1, 2], accuracy=[0.5, 0.6])
-    fig = inf.plot_policies(dict(a=c, b=c), (d["costs"], each), d["rt"].numpy())
+    fig = evaluation.plot_policies(dict(a=c, b=c), (d["costs"], each), d["rt"].numpy())
     assert [t.name for t in fig.data] == ["a", "b", "static mixture", "exits", "oracle"]
     assert (
         min(o - s for o, s in zip(fig.data[-1].y, fig.data[2].y)) >= -1e-9
     )  # the oracle is never below the mixture
-    assert len(inf.plot_auroc({"a": [0.5, 0.7], "b": [0.6, 0.8]}).data) == 2
-    assert len(inf.plot_reliability({"before": d["st"]}, d["rt"]).data) == 8
-    depth = inf.plot_depth(np.array([0, 0, 1, 1]), np.array([0.1, 0.2, 0.8, 0.9]), 2, bins=2)
+    assert len(evaluation.plot_auroc({"a": [0.5, 0.7], "b": [0.6, 0.8]}).data) == 2
+    assert len(evaluation.plot_reliability({"before": d["st"]}, d["rt"]).data) == 8
+    depth = evaluation.plot_depth(np.array([0, 0, 1, 1]), np.array([0.1, 0.2, 0.8, 0.9]), 2, bins=2)
     assert list(depth.data[0].y) == [1, 0] and list(depth.data[1].y) == [0, 1]
     pics = ArrayData(torch.randint(0, 255, (40, 1, 8, 8), dtype=torch.uint8), torch.arange(40) % 2)
-    grid = inf.image_grid(pics, torch.arange(40) % 3, torch.rand(4, 40), each=3)
+    grid = evaluation.image_grid(pics, torch.arange(40) % 3, torch.rand(4, 40), each=3)
     assert list(grid.layout.yaxis.ticktext) == ["exit 1", "exit 2", "exit 3", "exit 4"]
     with pytest.raises(ValueError, match="equally many"):
-        inf.image_grid(pics, torch.zeros(3), torch.rand(4, 40))
+        evaluation.image_grid(pics, torch.zeros(3), torch.rand(4, 40))
 
 
 def test_the_gate_is_trained_along_a_cosine(monkeypatch):
@@ -685,7 +685,7 @@ def test_what_is_no_list_of_thresholds(data, T, words):
 
 def test_every_reader_takes_thresholds_as_they_are_written():
     "take_exit, evaluate_thresholds, ExitRunner, loop_exits, streams, risk control, system rules and the explorer's model: the same exits and the same cost."
-    from darkdistill_nb.exits.guarantees import grid_losses
+    from darkdistill_nb.exits.bounds import grid_losses
     from darkdistill_nb.exits.runner import ExitRunner, loop_exits
     from darkdistill_nb.app.exit_explorer import ExitModel
 
@@ -695,7 +695,7 @@ def test_every_reader_takes_thresholds_as_they_are_written():
     y = torch.arange(40) % 4
     with torch.no_grad():
         z = torch.stack(net(x))
-    costs, conf, right = net.macs(), inf.confidence(z), z.argmax(-1) == y
+    costs, conf, right = net.macs(), exit_scores.confidence(z), z.argmax(-1) == y
     for r in inf.budget_curve(z, z, y, costs, P=(1, 4, 20, 39)):
         old = [None if isinstance(t, str) else t for t in r["thresholds"]]
         for T in (r["thresholds"], old, inf.read_thresholds(r["thresholds"])):
@@ -736,12 +736,12 @@ def test_right_is_true_or_false(data, bad):
     s, c = data["sv"], data["costs"]
     for call in (
         lambda: inf.evaluate_thresholds(s, right, c, [0.5] * 4),
-        lambda: inf.failure_auroc(s, right),
-        lambda: inf.aurc(s, right),
-        lambda: inf.ece(s, right),
-        lambda: inf.oracle(right, c),
+        lambda: evaluation.failure_auroc(s, right),
+        lambda: evaluation.aurc(s, right),
+        lambda: evaluation.ece(s, right),
+        lambda: evaluation.oracle(right, c),
         lambda: inf.thresholds_for_budget(s, right, c, 2.0, "lagrange"),
-        lambda: inf.policy_table({"a": s}, {"a": s}, data["rv"], right, c, 2.0),
+        lambda: evaluation.policy_table({"a": s}, {"a": s}, data["rv"], right, c, 2.0),
         lambda: inf.stopping_thresholds(s, right, c, 0.1),
     ):
         with pytest.raises(ValueError, match="right must be True or False"):
@@ -768,8 +768,8 @@ def test_costs_are_finite_and_rise(data, costs):
     for call in (
         lambda: inf.shares_for_budget(costs, 2),
         lambda: inf.evaluate_thresholds(data["sv"], data["rv"], costs, [0.5] * 4),
-        lambda: inf.static_mixture(costs, [0.5] * 4, 2.0),
-        lambda: inf.oracle(data["rv"], costs),
+        lambda: evaluation.static_mixture(costs, [0.5] * 4, 2.0),
+        lambda: evaluation.oracle(data["rv"], costs),
         lambda: inf.fit_gate(data["v"], data["yv"], costs, 2.0),
     ):
         with pytest.raises(ValueError, match="cost"):
@@ -786,23 +786,23 @@ def test_masked_classes_play_no_part(data):
     "Scores, temperature and anytime accuracy with a class that cannot occur are those without it."
     z, y = data["v"], data["yv"]
     wide = torch.cat([torch.full_like(z[..., :1], LAST), z], -1)
-    assert torch.equal(inf.temperature(wide, y + 1), inf.temperature(z, y))
-    assert inf.anytime(wide, y + 1) == inf.anytime(z, y)
+    assert torch.equal(evaluation.temperature(wide, y + 1), evaluation.temperature(z, y))
+    assert exit_scores.anytime(wide, y + 1) == exit_scores.anytime(z, y)
     for name in ("confidence", "margin", "energy", "logit", "patience"):
         assert torch.allclose(
-            inf.score_by_name(name).score(wide), inf.score_by_name(name).score(z)
+            exit_scores.score_by_name(name).score(wide), exit_scores.score_by_name(name).score(z)
         ), name
     with pytest.raises(ValueError, match="mean logit of the labels' classes must be finite"):
-        inf.temperature(wide, 0 * y)
+        evaluation.temperature(wide, 0 * y)
     for bad in (
         z * math.nan,
         torch.full_like(z, LAST),
         z.index_fill(2, torch.tensor([1]), math.inf),
     ):
         with pytest.raises(ValueError, match="hold NaN"):
-            inf.temperature(bad, y)
+            evaluation.temperature(bad, y)
         with pytest.raises(ValueError, match="hold NaN"):
-            inf.anytime(bad, y)
+            exit_scores.anytime(bad, y)
         with pytest.raises(ValueError, match="hold NaN"):
             inf.fit_gate(bad, y, data["costs"], 2.0)
         with pytest.raises(ValueError, match="hold NaN"):
@@ -834,12 +834,12 @@ def test_features_are_those_before_the_classifier_works_in_place():
 
 def test_a_score_remembers_values():
     "A later stage that works in place on a view of the features does not change what the score compares with."
-    for score in (inf.Saturation(), inf.Difference()):
+    for score in (exit_scores.Saturation(), exit_scores.Difference()):
         a = torch.tensor([[1.0, 0]])
         _, state = score.step(torch.zeros(1, 2), a)
         a.mul_(0).add_(1)
         s, _ = score.step(torch.zeros(1, 2), torch.tensor([[1.0, 1]]), state)
-        assert s.item() == pytest.approx(0.5**0.5 if isinstance(score, inf.Saturation) else 2**0.5)
+        assert s.item() == pytest.approx(0.5**0.5 if isinstance(score, exit_scores.Saturation) else 2**0.5)
 
 
 # ---------------------------------------------------------------- hostile settings
@@ -851,9 +851,9 @@ COUNTS = (0, -1, 1.5, math.nan, "3", None, True)
 def settings(d):
     z, y, s, r, c = d["v"], d["yv"], d["sv"], d["rv"], d["costs"]
     return [
-        (NUMBERS + (0,), inf.Energy),
-        (COUNTS, lambda v: inf.Gate(v, 3)),
-        (COUNTS + (1,), lambda v: inf.Gate(2, v)),
+        (NUMBERS + (0,), exit_scores.Energy),
+        (COUNTS, lambda v: exit_scores.Gate(v, 3)),
+        (COUNTS + (1,), lambda v: exit_scores.Gate(2, v)),
         (NUMBERS, lambda v: inf.budget_thresholds(s, [v, 0.5, 0.25, 0.25])),
         (NUMBERS, lambda v: inf.budget_curve(z, z, y, c, exponent=v)),
         (NUMBERS + (0,), lambda v: inf.budget_curve(z, z, y, c, P=[v])),
@@ -872,20 +872,20 @@ def settings(d):
         (NUMBERS + (0,), lambda v: inf.fit_gate(z, y, c, 2, lr=v)),
         (COUNTS, lambda v: inf.fit_gate(z, y, c, 2, hidden=v)),
         ((1.5, math.nan, "1"), lambda v: inf.fit_gate(z, y, c, 2, seed=v)),
-        (NUMBERS, lambda v: inf.static_mixture(c, [0.5] * 4, v)),
-        (("1", None, math.nan, math.inf), lambda v: inf.static_mixture(c, [v, 0.5, 0.5, 0.5], 2)),
-        ((math.nan, math.inf, -1, "1"), lambda v: inf.oracle(r, c, v)),
-        (COUNTS, lambda v: inf.ece(s, r, v)),
-        (COUNTS, lambda v: inf.reliability(s, r, v)),
-        ((math.nan, math.inf, "1", 5), lambda v: inf.temperature(z, y, v)),
-        ((math.nan, math.inf, "1", -5), lambda v: inf.temperature(z, y, high=v)),
-        (COUNTS, lambda v: inf.plot_depth([0, 1], [0.1, 0.2], v)),
-        (COUNTS, lambda v: inf.plot_depth([0, 1], [0.1, 0.2], 2, v)),
-        ((math.nan, math.inf), lambda v: inf.plot_depth([0, 1], [0.1, v], 2)),
-        ((5, -1), lambda v: inf.plot_depth([0, v], [0.1, 0.2], 2)),
-        ((y[:5], y.float(), y + 5, -1 - y), lambda v: inf.anytime(z, v)),
-        ((y[:5], y.float(), y + 5), lambda v: inf.temperature(z, v)),
-        ((z[0], z[:, :0], z[..., :0], None), lambda v: inf.anytime(v, y)),
+        (NUMBERS, lambda v: evaluation.static_mixture(c, [0.5] * 4, v)),
+        (("1", None, math.nan, math.inf), lambda v: evaluation.static_mixture(c, [v, 0.5, 0.5, 0.5], 2)),
+        ((math.nan, math.inf, -1, "1"), lambda v: evaluation.oracle(r, c, v)),
+        (COUNTS, lambda v: evaluation.ece(s, r, v)),
+        (COUNTS, lambda v: evaluation.reliability(s, r, v)),
+        ((math.nan, math.inf, "1", 5), lambda v: evaluation.temperature(z, y, v)),
+        ((math.nan, math.inf, "1", -5), lambda v: evaluation.temperature(z, y, high=v)),
+        (COUNTS, lambda v: evaluation.plot_depth([0, 1], [0.1, 0.2], v)),
+        (COUNTS, lambda v: evaluation.plot_depth([0, 1], [0.1, 0.2], 2, v)),
+        ((math.nan, math.inf), lambda v: evaluation.plot_depth([0, 1], [0.1, v], 2)),
+        ((5, -1), lambda v: evaluation.plot_depth([0, v], [0.1, 0.2], 2)),
+        ((y[:5], y.float(), y + 5, -1 - y), lambda v: exit_scores.anytime(z, v)),
+        ((y[:5], y.float(), y + 5), lambda v: evaluation.temperature(z, v)),
+        ((z[0], z[:, :0], z[..., :0], None), lambda v: exit_scores.anytime(v, y)),
     ]
 
 
@@ -904,8 +904,8 @@ def test_numpy_numbers_are_numbers(data):
     d = data
     f, i = np.float32, np.int64
     assert inf.shares_for_budget(np.array([1, 2, 3, 4]), f(2.5)) == pytest.approx([0.25] * 4)
-    assert inf.Energy(f(2)).T == 2 and len(inf.Gate(i(2), i(3)).layers) == 2
-    assert inf.ece(d["sv"], d["rv"], i(10)) == inf.ece(d["sv"], d["rv"], 10)
+    assert exit_scores.Energy(f(2)).T == 2 and len(exit_scores.Gate(i(2), i(3)).layers) == 2
+    assert evaluation.ece(d["sv"], d["rv"], i(10)) == evaluation.ece(d["sv"], d["rv"], 10)
     assert (
         inf.quantile_thresholds(d["sv"], torch.tensor(0.5))
         == inf.quantile_thresholds(d["sv"], 0.5)

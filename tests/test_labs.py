@@ -128,10 +128,22 @@ def test_source_and_version_come_from_the_settings():
     later = {**s, "version": "9.8.7"}
     for path in STUDENT:
         code = "\n".join(c.source for c in cells(path))
-        assert f'source = "{source}"' in code and f'Lab("{path.stem}", "{s["version"]}")' in code
+        assert re.search(rf'source = "(\S+ @ )?{re.escape(source)}"', code) and f'Lab("{path.stem}", "{s["version"]}")' in code
         assert code.count(f"/blob/v{s['version']}/tutorials/{path.name}") == 3
         assert '"9.8.7")' in make_labs.setup(path.stem, later)
         assert "@v9.8.7" in make_labs.setup(path.stem, later)
+
+
+@each_lab
+def test_only_the_set_up_installs(path):
+    "And only this package, with the extra that a lab needs; the extra is in `lab` too, for those who open labs at home."
+    for c in cells(path):
+        if is_code(c) and "setup" not in c.metadata.get("tags", []):
+            assert "pip" not in c.source and "find_spec" not in c.source, c.id
+    s, extra = settings(), make_labs.EXTRAS.get(path.stem)
+    assert (extra is not None) == (f"[{extra}] @ git+" in make_labs.setup(path.stem, s))
+    if extra:
+        assert set(s[f"{extra}_requirements"].split()) <= set(s["lab_requirements"].split())
 
 
 def test_set_up_installs_only_what_is_missing(capsys):
@@ -191,7 +203,7 @@ SPOILT = {
     "wall_of_code": spoil_cell("^import torch", "$", "\nx = 1" * 41),
     "wide_line": spoil_cell("^import torch", "$", "  # " + "x" * 100),
     "wrong_answer_breaks_what_comes_later": spoil_cell(
-        r"^logits, macs|^from.*import confidence", "$", "\neffective(hist)"
+        r"^logits, macs|exits\.scores import confidence", "$", "\neffective(hist)"
     ),
     "too_few_or_too_many_exercises": spoil_count,
     "exercise_without_its_test": spoil_cell("BEGIN SOLUTION", "### BEGIN SOLUTION", "#"),

@@ -652,8 +652,7 @@ def test_tuned_settings_of_another_file_of_that_name_are_not_taken(tmp_path):
     assert chosen_hyper(b, tmp_path)["LKD"] == HYPER["LKD"]
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_a_teacher_does_not_depend_on_the_number_of_threads(tmp_path, threads):
+def test_a_teacher_does_not_depend_on_the_number_of_threads(tmp_path):
     code = (
         "import sys, torch; from darkdistill_nb.experiments.latent import *; "
         "t, _ = latent_teacher(latent_cell('shapes16', 'CE', teacher_epochs=1)['teacher'], sys.argv[1]); print(t.output.weight.double().sum().item())"
@@ -666,9 +665,9 @@ def test_a_teacher_does_not_depend_on_the_number_of_threads(tmp_path, threads):
             text=True,
             check=True,
         ).stdout
-        for n in (str(threads), "2")
+        for n in ("1", "2", "3")
     ]
-    assert out[0] == out[1] and float(out[0])
+    assert out[0] == out[1] == out[2] and float(out[0])
 
 
 HOSTILE_EXPERIMENTS = {

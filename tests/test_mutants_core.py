@@ -1,7 +1,8 @@
 """The smallest parts of data sets and splits: values by hand, limits, defaults, branches."""
 
-import inspect, math, socket, sys, warnings, zipfile
+import math, socket, sys, warnings, zipfile
 import numpy as np, pytest, torch
+from helpers import default, rng
 from darkdistill_nb.core import (
     ArrayData,
     class_look,
@@ -11,27 +12,22 @@ from darkdistill_nb.core import (
     dirichlet_draw,
     dirichlet_split,
     effective_classes,
+    every_tenth,
     hatched,
     load,
+    of_file,
     outlines,
     pixel_stats,
     pixel_unit,
     read_npz,
     resample_test,
     show_images,
+    three_parts,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HOME = sys.modules[load.__module__]
 shapes = HOME.shapes  # the function: in a front the name may stand for a module
-
-
-def default(f, name):
-    return inspect.signature(f).parameters[name].default
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def bytes_of(n=12, channels=1, side=5, seed=0):
@@ -199,6 +195,20 @@ def test_statistics_of_another_unit_are_warned_of_beyond_these_limits(mean, std,
 def test_few_images_or_many_channels_are_not_judged():
     assert [warned(wave(n), [0], [9]) for n in (7, 8)] == [0, 1]
     assert [warned(wave(8, c), [0] * c, [9] * c) for c in (4, 5)] == [1, 0]
+
+
+def test_statistics_of_the_images_themselves_are_never_warned_of():
+    "Of one grey in all of them neither mean nor deviation is about that of others."
+    for x in (torch.full((8, 1, 4, 4), 51, dtype=torch.uint8), 9 * wave(8)):
+        assert warned(x, None, None) == warned(x, [0.3], None) == 0
+
+
+def test_a_split_on_another_device_has_all_its_tensors_there():
+    d = ArrayData(bytes_of(4), torch.arange(4) % 2, difficulty=torch.zeros(4)).to("meta")
+    found = {k: v.device.type for k, v in vars(d).items() if isinstance(v, torch.Tensor)}
+    assert found == dict.fromkeys(("x", "y", "difficulty", "_scale", "_shift"), "meta")
+    with pytest.raises(ValueError, match="device='nowhere' must be a torch.device or its name"):
+        d.to("nowhere")
 
 
 def test_images_as_they_are_need_no_unit():
@@ -502,6 +512,13 @@ def test_labels_and_names_of_a_file(file):
             read_npz(file(**change))
 
 
+def test_each_class_of_the_test_split_is_trained_but_not_the_other_way_round(file):
+    y, names = labels(18).numpy(), np.array(["a", "b", "c"])
+    assert read_npz(file(y_test=y[12:] % 2, classes=names))[1].y.max() == 1
+    with pytest.raises(ValueError, match="y_test holds the label 2, which no training sample has"):
+        read_npz(file(y_train=y[:12] % 2, classes=names))
+
+
 @pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
 def test_versions_of_the_header_that_are_known(tmp_path, version):
     "Version 3 is for names of fields, which images do not have."
@@ -558,6 +575,17 @@ def test_splits_may_differ_a_little_but_not_as_units_do(file, scale, shift, told
     assert told_of_units(file, train, scale * train + 3 * shift) == told
 
 
+def test_half_a_deviation_is_still_a_little(file):
+    "Values -1, 0 and 1 three times over: their deviation is 1, to the last bit of N - 1."
+    grey = lambda v: np.array(v, np.float32).reshape(3, 1, 1)
+    for shift, told in ((0.5, 0), (0.51, 1), (-0.5, 0), (-0.51, 1)):
+        split = [torch.from_numpy(grey(v))[:, None] for v in ([-1, 0, 1], [-1, 0, 1])]
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            HOME._check_same_unit(split[0], split[1] + shift)
+        assert len(seen) == told
+
+
 def test_known_units_must_be_the_same(file):
     v = np.array([0.0, 1.0])
     assert told_of_units(file, v, 255 * v) == "error" == told_of_units(file, 2 * v - 1, v)
@@ -605,6 +633,47 @@ def test_shapes_for_testing_are_of_another_seed(monkeypatch):
     )
     load("shapes", 7, 8, seed=2**32 - 1)
     assert asked == [(20_000, 5), (4_000, 5 + 2**32), (7, 2**32 - 1), (8, 2**33 - 1)]
+
+
+def test_small_shapes_are_4000_and_2000_unless_told_otherwise(monkeypatch):
+    asked = []
+
+    def draw(n_train, n_test, seed):
+        asked.append((n_train, n_test, seed))
+        return (ArrayData(bytes_of(), labels()),) * 2
+
+    monkeypatch.setattr(HOME, "small_shapes", draw)
+    load("shapes16")
+    load("shapes16", 7, 8, seed=3)
+    assert asked == [(4000, 2000, 0), (7, 8, 3)]
+
+
+def test_every_tenth_of_a_class_is_set_aside():
+    "The tenth, the twentieth, ..., whatever stands between them."
+    y = torch.tensor([0] * 9 + [1] * 20 + [0] * 3)
+    assert every_tenth(y).nonzero()[:, 0].tolist() == [18, 28, 29]
+    for bad in (y.tolist(), y[None]):
+        with pytest.raises(ValueError, match="y=.* must be a tensor .N,. of labels"):
+            every_tenth(bad)
+
+
+def test_three_parts_need_ten_images_of_a_class():
+    with pytest.raises(ValueError, match="ten training images of a class; every tenth is set"):
+        three_parts("digits", 20)
+    train, val, test = three_parts("digits", 200, 50)
+    whole = load("digits", 200, 50)[0]
+    assert torch.equal(val.y, whole.y[every_tenth(whole.y)]) and len(test) == 50
+    assert len(train) == 200 - len(val) and train.mean == val.mean == test.mean
+
+
+def test_a_file_is_known_by_its_bytes_and_a_name_by_itself(tmp_path):
+    import hashlib
+
+    (tmp_path / "my.NPZ").write_bytes(b"some bytes")
+    told = dict(data_sha256=hashlib.sha256(b"some bytes").hexdigest())
+    assert of_file(tmp_path / "my.NPZ") == told and of_file("digits") == {}
+    with pytest.raises(FileNotFoundError, match="no.npz' is not there"):
+        of_file(tmp_path / "no.npz")
 
 
 def test_a_download_waits_20_seconds_for_an_answer(monkeypatch, tmp_path):
@@ -734,6 +803,14 @@ def test_a_class_may_be_used_up_but_no_further():
     assert [len(p) for p in dirichlet_draw(y, 5, 1.0, 2)[0]] == [5, 5]
     with pytest.raises(ValueError, match="class 0 has 10 samples but 12 are asked for"):
         dirichlet_draw(y, 6, 1.0, 2)
+
+
+def test_no_client_can_hold_more_than_2_to_the_40_samples():
+    for draw in (lambda n: dirichlet_draw([0], n, 1.0), lambda n: resample_test([0], [1.0], n)):
+        with pytest.raises(ValueError, match="class 0 has 1 "):
+            draw(2**40)
+        with pytest.raises(ValueError, match=f"n={2**40 + 1} must be a whole number"):
+            draw(2**40 + 1)
 
 
 def test_a_test_set_of_a_mix_by_hand():

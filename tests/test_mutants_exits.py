@@ -1,7 +1,8 @@
 """The smallest parts of promises and controllers: values by hand, limits, defaults, branches."""
 
-import inspect, math
+import math
 import numpy as np, pytest, torch
+from helpers import default
 from darkdistill_nb.exits import (
     KINDS,
     BanditController,
@@ -20,10 +21,6 @@ from darkdistill_nb.exits import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 inf, nan = math.inf, math.nan
-
-
-def default(f, name):
-    return inspect.signature(f).parameters[name].default
 
 
 DEFAULTS = {

@@ -1,13 +1,33 @@
 """The smallest parts of federated training: values by hand, limits, defaults, branches."""
 
-import copy, inspect, math
+import copy, math, pickle, sys, time
+from types import SimpleNamespace
 import numpy as np, pytest, torch
+from helpers import copied, default, made, rng, same
 from darkdistill_nb.core.data import ArrayData
 from darkdistill_nb.core.seeds import Streams
 from darkdistill_nb.distill.losses import RKD
 from darkdistill_nb.exits.networks import cnn
 from darkdistill_nb.exits.training import Joint, exit_partition
 from darkdistill_nb.federated import darkdistill, generator, method
+from darkdistill_nb.federated.baselines import (
+    DepthFL,
+    ExclusiveFL,
+    InclusiveFL,
+    blended,
+    layer_names,
+    peer_divergence,
+    ramp,
+)
+from darkdistill_nb.federated.calibration import (
+    DifficultyFeedback,
+    ExitVotes,
+    PriorCalibration,
+    class_shares,
+    prior_shift,
+    stacked_votes,
+    tau_rule,
+)
 from darkdistill_nb.federated.darkdistill import DarkDistill, alignment_weights, pair_loss
 from darkdistill_nb.federated.difficulty import (
     CAP,
@@ -18,6 +38,7 @@ from darkdistill_nb.federated.difficulty import (
 )
 from darkdistill_nb.federated.generator import (
     Generator,
+    GeneratorSettings,
     diversity_loss,
     found_difficulty,
     frozen,
@@ -48,14 +69,6 @@ SHAPE, K = (1, 4, 4), 3
 LOGITS, LABELS = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0])
 
 
-def default(f, name):
-    return inspect.signature(f).parameters[name].default
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def net(stages=2, seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -70,14 +83,6 @@ def images(n=8):
     return ArrayData(torch.rand(n, *SHAPE, generator=rng()), torch.arange(n) % K)
 
 
-def copied(weights):
-    return {k: v.clone() for k, v in weights.items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 # ---------------------------------------------------------------- settings
 
 
@@ -90,7 +95,19 @@ DEFAULTS = {
     Generator: dict(d_eps=64, d_h=128, conditional=True, norm="layer"),
     found_difficulty: dict(leak=0.05),
     generator_losses: dict(ce="all", dif="l1", leak=0.05),
-    train_generator: dict(batch_size=32, lr=3e-3, lam_ce=0.1, lam_dif=1, ce="all", dif="l1"),
+    train_generator: dict(settings=None, batch_size=32, opt=None),
+    GeneratorSettings: dict(
+        gen_steps=1,
+        gen_lr=3e-3,
+        lam_ce=0.1,
+        lam_dif=1,
+        lam_div=0,
+        ce="all",
+        dif="l1",
+        d_eps=64,
+        d_h=128,
+        norm="layer",
+    ),
     alignment_weights: dict(tau=0.1),
     pair_loss: dict(tau=0.1, weights="distance", generator=None, P=30),
     DarkDistill: dict(
@@ -98,20 +115,12 @@ DEFAULTS = {
         kd_steps=5,
         kd_weight_decay=1e-3,
         server_epochs=2,
-        gen_steps=1,
-        gen_lr=3e-3,
-        lam_ce=0.1,
-        lam_dif=1,
-        ce="all",
-        dif="l1",
-        d_eps=64,
-        d_h=128,
-        norm="layer",
         server_batch=32,
         tau=0.1,
         weights="distance",
         P=30,
         bin_width=1,
+        generator=GeneratorSettings(),
     ),
     EEFL: dict(
         objective=None,
@@ -133,6 +142,18 @@ DEFAULTS = {
         faults="warn",
     ),
     train_alone: dict(seed=0, progress=None),
+    class_shares: dict(s=1),
+    prior_shift: dict(tau=1, s=1),
+    tau_rule: dict(at=0.1),
+    PriorCalibration: dict(objective=None, calibration="auto", smoothing=1, epsilon=None),
+    stacked_votes: dict(pull=12),
+    ExitVotes: dict(objective=None, votes="validation"),
+    DifficultyFeedback: dict(objective=None, feedback=1, images=200),
+    ExclusiveFL: dict(objective=None, level=None),
+    InclusiveFL: dict(objective=None, beta=0.2, exits="last"),
+    blended: dict(beta=0.2),
+    ramp: dict(rounds=300),
+    DepthFL: dict(objective=None, alpha=0.1, ramp_rounds=300, kd=1),
     play_round: dict(pool=None, faults="warn"),
 }
 
@@ -268,8 +289,21 @@ def trained(steps=2, **kw):
         torch.manual_seed(0)
         gen = Generator((4, 4, 4), K, d_eps=3, d_h=5)
     before = copied(gen.state_dict())
-    said = train_generator(gen, net(), net(), Joint(), Pool(), steps, rng(), batch_size=4, **kw)
+    settings = GeneratorSettings(**kw)
+    said = train_generator(gen, net(), net(), Joint(), Pool(), steps, rng(), settings, batch_size=4)
     return before, said, gen.state_dict()
+
+
+def test_a_generator_that_trains_again_normalises_by_its_batch_again():
+    "Training leaves it in evaluation mode; the next training must see the statistics of its batches all the same."
+    gen = Generator((4, 4, 4), K, d_eps=3, d_h=5, norm="batch")
+    moving = lambda: {k: v.clone() for k, v in gen.state_dict().items() if "running" in k}
+    seen = [moving()]
+    for seed in (0, 1):
+        train_generator(gen, net(), net(), Joint(), Pool(), 1, rng(seed), batch_size=4)
+        seen.append(moving())
+        assert not gen.training
+    assert seen[0] and not same(seen[0], seen[1]) and not same(seen[1], seen[2])
 
 
 def test_a_generator_without_the_difficulty_input_ignores_difficulties():
@@ -333,7 +367,7 @@ def test_the_diversity_loss_is_off_by_default_and_then_not_computed(monkeypatch)
     monkeypatch.setattr(generator, "diversity_loss", never)
     before, _, after = trained()
     assert not same(before, after) and same(after, trained(lam_div=0.0)[2])
-    assert default(train_generator, "lam_div") == 0 and default(DarkDistill, "lam_div") == 0
+    assert GeneratorSettings().lam_div == default(DarkDistill, "generator").lam_div == 0
 
 
 def test_the_diversity_loss_changes_what_a_generator_learns():
@@ -415,12 +449,12 @@ def test_frozen_networks_are_as_before_afterwards():
     assert [(p.requires_grad, n.training) for p in n.parameters()] == before
 
 
-@pytest.mark.parametrize("name", ["lam_ce", "lam_dif", "lam_div", "lr"])
+@pytest.mark.parametrize("name", ["lam_ce", "lam_dif", "lam_div", "gen_lr"])
 def test_weights_of_a_generator_s_losses_begin_at_0(name):
-    assert same(trained(lr=0.0, **{} if name == "lr" else {name: 0})[2], trained(steps=0)[2])
+    assert same(trained(**{"gen_lr": 0.0, name: 0})[2], trained(steps=0)[2])
     with pytest.raises(ValueError, match=f"{name}=-0.1"):
         trained(**{name: -0.1})
-    if name != "lr":
+    if name != "gen_lr":
         assert not same(trained(**{name: 0.7})[2], trained(**{name: 1.4})[2])
 
 
@@ -450,9 +484,16 @@ def test_batch_normalisation_needs_two_latents(norm, least):
     assert train_generator(*args, batch_size=least).keys() == {"ce", "dif", "scale"}
     with pytest.raises(ValueError, match="batch_size="):
         train_generator(*args, batch_size=least - 1)
-    assert DarkDistill(norm=norm, server_batch=least).server_batch == least
+    assert made(DarkDistill, norm=norm, server_batch=least).server_batch == least
     with pytest.raises(ValueError, match="server_batch="):
-        DarkDistill(norm=norm, server_batch=least - 1)
+        made(DarkDistill, norm=norm, server_batch=least - 1)
+
+
+def test_a_generator_knows_two_normalisations():
+    kinds = {norm: type(Generator((4,), K, norm=norm).norm).__name__ for norm in ("layer", "batch")}
+    assert kinds == dict(layer="LayerNorm", batch="BatchNorm1d")
+    with pytest.raises(ValueError, match="norm='group'"):
+        Generator((4,), K, norm="group")
 
 
 # ---------------------------------------------------------------- darkdistill: weights and loss
@@ -563,7 +604,7 @@ def a_round(stages=2, frozen=False, **kw):
     "(method, state, tiers, updates): each tier has one client, which sends back what it got."
     whole = net(stages)
     whole.stages.requires_grad_(not frozen)
-    m = DarkDistill(Joint(), **{**dict(d_eps=3, d_h=5, server_batch=8), **kw})
+    m = made(DarkDistill, Joint(), **{**dict(d_eps=3, d_h=5, server_batch=8), **kw})
     state, tiers, updates = m.setup(whole), {}, []
     counts = torch.zeros(K, bins_of(m.bin_width), dtype=torch.int)
     counts[:, 0] = 2
@@ -650,14 +691,25 @@ def test_a_server_step_that_works_changes_the_student_alone_and_says_so():
 
 ZERO = ["kd_lr", "gen_lr", "kd_weight_decay", "lam_ce", "lam_dif", "lam_div"]
 COUNTS = ["kd_steps", "gen_steps", "server_epochs"]
+GENERATORS = ["gen_lr", "lam_ce", "lam_dif", "lam_div", "gen_steps"]
 
 
 @pytest.mark.parametrize("name", [*ZERO, *COUNTS])
 def test_settings_of_the_server_step_begin_at_0(name):
-    assert getattr(DarkDistill(**{name: 0}), name) == 0
+    m = made(DarkDistill, **{name: 0})
+    assert getattr(m.generator if name in GENERATORS else m, name) == 0
     for v in (-1, 0.5) if name in COUNTS else (-1e-9,):
         with pytest.raises(ValueError, match=f"{name}="):
-            DarkDistill(**{name: v})
+            made(DarkDistill, **{name: v})
+
+
+def test_no_two_methods_share_their_generators_settings():
+    own = GeneratorSettings(gen_steps=2)
+    a, b = DarkDistill(generator=own), DarkDistill(generator=own)
+    own.gen_steps = a.generator.lam_ce = 7
+    assert (b.generator.gen_steps, b.generator.lam_ce) == (2, 0.1)
+    with pytest.raises(ValueError, match="^generator=.* must be GeneratorSettings"):
+        DarkDistill(generator=dict(gen_steps=2))
 
 
 @pytest.mark.parametrize("rkd", [(1,), (1, 2, 3), 5, (1, -1), (math.nan, 1)])
@@ -744,6 +796,13 @@ def test_what_switches_the_server_step_off_is_named(name):
     assert all(same(new[t][0], tiers[t][0]) for t in tiers)
 
 
+def test_without_server_epochs_generators_are_neither_made_nor_stored():
+    m, state, tiers, updates = a_round(server_epochs=0)
+    kept = dict(x=torch.zeros(1))
+    new, server, _ = m.server_step({**state, "server": kept}, tiers, updates, 0, Streams(0))
+    assert new is tiers and server is kept and not hasattr(m, "_gens")
+
+
 HISTOGRAMS = {
     "extra has no histogram": lambda h: None,
     "whole numbers of shape": lambda h: h.float(),
@@ -756,7 +815,7 @@ HISTOGRAMS = {
 
 @pytest.mark.parametrize("words", HISTOGRAMS)
 def test_a_histogram_counts_each_sample_once(words):
-    m, client = DarkDistill(Joint(), d_eps=3, d_h=5), a_client()
+    m, client = made(DarkDistill, Joint(), d_eps=3, d_h=5), a_client()
     counts = torch.zeros(K, 10, dtype=torch.int)
     counts[0, 3] = 2
     sent, answer = an_answer(m, m.setup(net()), client, extra=dict(histogram=counts))
@@ -941,6 +1000,14 @@ def test_the_best_draw_stands_where_no_tier_can_see_everything(monkeypatch):
     assert len(drawn) == 1001
 
 
+def test_classes_of_a_single_image_count_where_tiers_are_drawn():
+    "No tier can see all three classes, but each can see two: the rare ones go to different tiers."
+    hist = torch.tensor([[1, 0, 9], [0, 1, 9], [0, 0, 9], [0, 0, 9]])
+    for seed in range(8):
+        tier = method._draw_tiers(hist, [2, 2], rng(seed), True)
+        assert tier[0] != tier[1]
+
+
 @pytest.mark.parametrize("valid, kept", [(0, 10), (0.25, 8), (0.29, 8), (0.99, 1)])
 def test_a_client_keeps_one_image_to_train_on_at_least(valid, kept):
     for c in make_clients(torch.arange(40) % 2, 4, 1.0, (1,), valid=valid):
@@ -1056,7 +1123,7 @@ def test_local_training_gets_the_settings_of_its_round(monkeypatch):
         seen.append(args)
         return real(net, data, *args, **kw)
 
-    monkeypatch.setattr(method, "fit", look)
+    monkeypatch.setattr(EEFL, "_train", staticmethod(look))
     m = EEFL(Joint(), lr=0.2, decay=0.5, momentum=0.3, weight_decay=0.01, batch_size=4, epochs=2)
     state, client, data = m.setup(net()), a_client(7, 2, range(8), ()), images()
     for rnd in (0, 3):
@@ -1161,7 +1228,9 @@ def test_a_round_counts_bytes_samples_and_losses():
     m, data = EEFL(Joint(), participation=1, batch_size=4), images(12)
     clients = [a_client(3, 1, range(4), ()), a_client(5, 2, range(4, 12), ())]
     state = m.setup(net())
+    start = time.perf_counter()
     new, row = play_round(m, state, data, clients, 2, Streams(0))
+    took = time.perf_counter() - start
     own = [
         m.local_update(m.send(state, c), data.subset(c.train), c, 2, Streams(0)) for c in clients
     ]
@@ -1169,7 +1238,8 @@ def test_a_round_counts_bytes_samples_and_losses():
     assert row["loss"] == pytest.approx((4 * own[0].loss + 8 * own[1].loss) / 12)
     sent = [nbytes(m.send(state, c)) for c in clients]
     assert row["bytes_down"] == sum(sent) == row["bytes_up"]
-    assert 0 <= row["seconds_clients"] < 60 and 0 <= row["seconds_server"] < 60
+    parts = row["seconds_clients"], row["seconds_server"]
+    assert min(parts) >= 0 and sum(parts) <= took
     assert not same(new["net"], state["net"])
 
 
@@ -1334,3 +1404,224 @@ def test_accuracy_is_that_of_the_state_given():
     want = [float((v.argmax(1) == y).float().mean()) for v in z]
     assert evaluate(r.method, {**r.state, "net": other}, images()) == pytest.approx(want)
     assert want != pytest.approx(right)
+
+
+def test_a_round_takes_no_longer_than_the_run():
+    start = time.perf_counter()
+    r = run(rounds=2)
+    assert 0 < sum(row["seconds"] for row in r.log) <= time.perf_counter() - start
+
+
+@pytest.mark.parametrize("kernel, watched", [(True, True), (False, False), (None, False)])
+def test_somebody_watches_a_terminal_or_a_notebook_that_can_be_asked(monkeypatch, kernel, watched):
+    shell = SimpleNamespace(
+        kernel=kernel if kernel is None else SimpleNamespace(_allow_stdin=kernel)
+    )
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    for terminal in (False, True):
+        monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: terminal))
+        assert method._somebody_watches() is (terminal or watched)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert method._somebody_watches() is watched
+
+
+class TwoWords(Exception):
+    "Can be sent, but not read: its `args` hold one of the two words that it is made of."
+
+    def __init__(self, first, second):
+        super().__init__(first)
+
+
+class Overflow(TwoWords, FloatingPointError):
+    pass
+
+
+@pytest.mark.parametrize(
+    "answer, kind, text",
+    [
+        (TwoWords("one", "two"), RuntimeError, "TwoWords: one"),
+        (Overflow("one", "two"), FloatingPointError, "Overflow: one"),
+        (ValueError("one"), ValueError, "one"),
+        (lambda: 0, RuntimeError, "function: <function"),
+    ],
+)
+def test_an_answer_that_cannot_be_sent_is_told_in_words(answer, kind, text):
+    got = pickle.loads(pickle.dumps(method.sendable(answer)))
+    assert type(got) is kind and str(got).startswith(text)
+
+
+STATE = dict(net=dict(a=torch.ones(2)), server={}, objective=dict(b=torch.zeros(1)))
+
+
+@pytest.mark.parametrize(
+    "part, weights, ok",
+    [
+        ("net", dict(a=torch.zeros(2)), True),
+        ("net", dict(a=torch.zeros(3)), False),
+        ("net", dict(a=torch.zeros(2).double()), False),
+        ("net", dict(c=torch.zeros(2)), False),
+        ("net", dict(a=torch.tensor([0, math.nan])), False),
+        ("objective", {}, False),
+        ("server", dict(x=torch.zeros(5)), True),
+        ("server", dict(x=torch.tensor(math.inf)), False),
+    ],
+)
+def test_a_stored_state_fits_a_fresh_one(part, weights, ok):
+    "In names, shapes and types of what is trained; the server may have learned more. All is finite."
+    assert method._fits({**STATE, part: weights}, STATE) is ok
+
+
+def test_there_are_no_more_processes_than_clients_and_none_without_rounds(monkeypatch, tmp_path):
+    "One, this process, where clients are elsewhere or all rounds are done."
+    asked, real = [], method._workers
+
+    def look(workers, *args):
+        asked.append(workers)
+        return real(1, *args)
+
+    monkeypatch.setattr(method, "_workers", look)
+    for workers in (1, 2, 9):
+        run(rounds=1, workers=workers)
+    run(rounds=1, workers=2, checkpoint=tmp_path / "c")
+    run(rounds=1, workers=2, checkpoint=tmp_path / "c")
+    m = EEFL(Joint(), batch_size=2)
+    run(m, rounds=1, workers=2, engine=method.Here(m, images(), Streams(0)))
+    assert asked == [1, 2, 2, 2, 1, 1]
+
+
+# ---------------------------------------------------------------- baselines
+
+
+def test_without_momentum_a_tier_keeps_what_its_clients_sent_to_the_last_bit():
+    m = InclusiveFL(Joint(), beta=0)
+    state, updates = m.setup(net(3)), []
+    for t in (1, 2, 3):
+        sent = m.send(state, a_client(t, t))
+        weights = {k: v * 1.1 + 0.3 if v.is_floating_point() else v for k, v in sent.items()}
+        updates.append(Update(t, t, 2, weights, 1.0))
+    tiers = {u.tier: (u.weights, 2) for u in updates}
+    new, server, _ = m.server_step(state, tiers, updates, 0, Streams(0))
+    assert all(same(new[t][0], tiers[t][0]) for t in tiers)
+    assert {k.split(".")[0] for k in server} == {"tier1", "tier2"}
+    assert all(torch.equal(v, tiers[int(k[4])][0][k[6:]]) for k, v in server.items())
+
+
+def test_every_tier_but_the_last_has_its_own_layers_from_the_start():
+    state = InclusiveFL(Joint()).setup(net(3))
+    own = lambda t: {
+        f"tier{t}.{k}": v
+        for k, v in state["net"].items()
+        if k.startswith((f"stages.{t - 1}.", f"exits.{t - 1}."))
+    }
+    assert own(1) and own(2) and same(state["server"], own(1) | own(2))
+
+
+def test_divergence_of_peers_by_hand():
+    "Of two exits, each learns from the other: a mean over the batch, summed over exits."
+    a, b = torch.tensor([[0.0, 0], [0, 0], [0, 0]]), torch.tensor([[0.0, 2], [0, 0], [0, 0]])
+    p = 1 / (1 + math.exp(-2))
+    q = [1 - p, p]
+    there = sum(0.5 * math.log(0.5 / v) for v in q)
+    back = sum(v * math.log(v / 0.5) for v in q)
+    assert float(peer_divergence([a, b])) == pytest.approx((there + back) / 3, rel=1e-5)
+    three = float(peer_divergence([a, b, b]))
+    assert three == pytest.approx(2 * (there + back) / 3 / 2, rel=1e-5)
+
+
+def test_exits_that_teach_each_other_have_the_same_classes():
+    for logits in ([torch.zeros(2, 3), torch.zeros(2, 4)], [torch.zeros(2, 3), torch.zeros(1, 3)]):
+        with pytest.raises(ValueError, match="logits of exit"):
+            peer_divergence(logits)
+    with pytest.raises(ValueError, match="logits="):
+        peer_divergence([])
+
+
+@pytest.mark.parametrize("clients, share, n", [(100, 0.29, 29), (10, 0.05, 1), (7, 0.5, 3)])
+def test_as_many_take_part_as_with_eefl(clients, share, n):
+    "A share of all clients, drawn of those who can hold the network, in the order of their list."
+    m = ExclusiveFL(Joint(), participation=share)
+    m.setup(net())
+    drawn = m.configure(0, clients_of([2] * clients), Streams(0))
+    ids = [c.id for c in drawn]
+    assert len(ids) == n and ids == sorted(ids)
+    g = Streams(0).generator("sampling", 0)
+    assert ids == sorted(torch.randperm(clients, generator=g)[:n].tolist())
+
+
+def test_the_weight_of_distillation_rises_with_the_rounds():
+    assert ramp(0, 10) == pytest.approx(math.exp(-5)) and ramp(10, 10) == ramp(99, 10) == 1
+    assert ramp(4, 10) == pytest.approx(math.exp(-5 * 0.6**2)) and ramp(0, 0) == 1
+
+
+@pytest.mark.parametrize("name, low", [("beta", 0), ("alpha", 0), ("kd", 0), ("ramp_rounds", 0)])
+def test_settings_of_baselines_begin_at_0(name, low):
+    kind = InclusiveFL if name == "beta" else DepthFL
+    assert getattr(kind(**{name: low}), name) == low
+    with pytest.raises(ValueError, match=f"{name}=-0.1|{name}=-1"):
+        kind(**{name: -1 if name == "ramp_rounds" else -0.1})
+
+
+def test_layers_of_every_stage_by_their_names():
+    from torch import nn
+
+    stages = [nn.Sequential(nn.ReLU(), nn.ReLU()), nn.Linear(1, 1)]
+    names = layer_names(SimpleNamespace(stages=stages))
+    assert names == [["stages.0.0.", "stages.0.1."], ["stages.1."]]
+
+
+# ---------------------------------------------------------------- calibration
+
+
+@pytest.mark.parametrize("kind", [EEFL, PriorCalibration, ExitVotes, DifficultyFeedback])
+def test_a_model_is_judged_unless_told_otherwise(kind):
+    assert default(kind.survey, "judged") is True
+
+
+@pytest.mark.parametrize(
+    "labels, ok",
+    [
+        ([-1.0, 0, 3], True),
+        ([-1.01, 0, 3], False),
+        ([-1.0, 0, 3.01], False),
+        ([-2.0, 0, 4], False),
+        ([2.5, 2.5, 2.5], True),
+    ],
+)
+def test_noisy_counts_lie_within_the_reach_of_the_noise(labels, ok):
+    "With epsilon 30 noise reaches 1: two images give counts from -1 to 3, ends included."
+    m, client = PriorCalibration(Joint(), calibration=1, epsilon=30), a_client()
+    sent, answer = an_answer(m, m.setup(net()), client, extra=dict(labels=torch.tensor(labels)))
+    answer.weights = {k: v for k, v in answer.weights.items() if k in m.expected(sent)}
+    if ok:
+        assert m.check_update(answer, sent, client) is answer
+        return
+    with pytest.raises(ValueError, match="2 images, give or take 1"):
+        m.check_update(answer, sent, client)
+
+
+def votes_of(client):
+    "Sums and counts that a client with two validation images may send."
+    m = ExitVotes(Joint())
+    m.setup(net())
+    counts = torch.tensor([1, 0, 1])
+    return m, dict(sums=torch.zeros(K, client.tier, client.tier + 1), counts=counts)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(counts=torch.tensor([1, 1, 1])), "counts=.* must be 2 images"),
+        (dict(counts=torch.tensor([3, -1, 0])), "counts=.* must be 2 images"),
+        (dict(counts=torch.tensor([1, 1])), "counts=.* must be 2 images"),
+        (dict(counts=None), "counts=None must be 2 images"),
+        (dict(sums=torch.zeros(K, 2, 2)), r"sums=.* must be of shape \(3, 2, 3\)"),
+        (dict(sums=None), "sums=None must be of shape"),
+    ],
+)
+def test_sums_of_votes_cover_the_validation_images(change, words):
+    client = a_client(tier=2, valid=(2, 3))
+    m, said = votes_of(client)
+    assert m.check_answer("votes", said, client) is said
+    said = {k: v for k, v in (said | change).items() if v is not None}
+    with pytest.raises(ValueError, match=words):
+        m.check_answer("votes", said, client)

@@ -4,8 +4,10 @@ import subprocess, sys, textwrap
 import pytest
 
 MODULES = """core.checks core.registry core.plots core.parallel core.seeds core.splits core.fronts
-exits.thresholds exits.guarantees exits.control distree.simulator app.explorer
-app.pages app.exit_explorer app.split_explorer app.distillation_explorer""".split()
+exits.thresholds exits.bounds exits.guarantees exits.control distree.devices distree.simulator distree.faults app.explorer
+app.pages app.exit_explorer app.split_explorer app.distillation_explorer
+app.alignment_explorer app.distree_explorer app.difficulty_explorer
+app.latent_explorer app.generator_explorer""".split()
 
 BLOCKED = """
 import sys
@@ -62,6 +64,16 @@ def test_dirichlet_explorer():
         print(len(e.to_table()), len(e.to_page().spec["controls"]))
     """)
     assert out == "10 4\n"
+
+
+def test_alignment_explorer():
+    out = without_torch("""
+        import numpy as np
+        from darkdistill_nb.app import AlignmentExplorer
+        e = AlignmentExplorer(np.arange(300) % 3, clients=9, exits=3)
+        print(len(e.to_table()), len(e.to_page().spec["controls"]))
+    """)
+    assert out == "3 7\n"
 
 
 def test_a_promise():

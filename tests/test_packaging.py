@@ -105,7 +105,9 @@ def site_packages(folder):
 
 
 STUDENTS = sorted(p.name for p in (ROOT / "tutorials").glob("*.ipynb"))
-ASSETS = sorted(p.name for p in (ROOT / "assets").rglob("*") if p.is_file())
+ASSETS = sorted(  # figures for slides stay in the repository
+    p.name for p in (ROOT / "assets").rglob("*") if p.is_file() and p.parent.name != "slides"
+)
 
 
 def members(path):
@@ -123,6 +125,7 @@ def test_wheel_holds_the_package_its_assets_and_the_students_labs(wheel):
     assert sorted(n.split("/")[-1] for n in names if n.startswith(f"{LIB}/_tutorials/")) == STUDENTS
     modules = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / LIB).rglob("*.py"))
     assert sorted(n for n in names if n.endswith(".py")) == modules
+    assert {f"{LIB}/app/{name}" for name in ("page.js", "page.css", "marks.html")} <= set(names)
     assert {n.split("/")[0] for n in names} <= {
         LIB,
         next(n for n in names if "dist-info" in n).split("/")[0],

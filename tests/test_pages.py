@@ -5,26 +5,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import LONG
+from darkdistill_nb.app.alignment_explorer import AlignmentExplorer
+from darkdistill_nb.app.difficulty_explorer import DifficultyExplorer
+from darkdistill_nb.app.distree_explorer import DistreeExplorer
 from darkdistill_nb.app.distillation_explorer import DistillationExplorer, DistillationModel
 from darkdistill_nb.app.exit_explorer import ExitExplorer
 from darkdistill_nb.app.explorer import _from_json, _to_json
-from darkdistill_nb.app.pages import MIME, PLOTLY, Page, page_fragment, page_script, save_page
+from darkdistill_nb.app.generator_explorer import GeneratorExplorer
+from darkdistill_nb.app.latent_explorer import LatentExplorer
+from darkdistill_nb.app.pages import _FILES, MIME, PLOTLY, Page, page_fragment, page_script, save_page
 from darkdistill_nb.app.split_explorer import DirichletExplorer
 
 ROOT = Path(__file__).resolve().parent.parent
 APP = ROOT / "darkdistill_nb/app"
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 SETTINGS = 1000
-MODELS = "words random exits splits distillation".split()
+MODELS = "words random view exits splits distillation alignment distree difficulty stored".split()
 SCRIPT = "\n".join((APP / f"{name}.js").read_text(encoding="utf-8") for name in MODELS)
 
 
 def run_js(body, *arguments):
     "What a function body of JavaScript returns, run by node or else by Chromium; `a`: the arguments."
-    code = f"{SCRIPT}\nconst answer = (a => {{ {body} }})({json.dumps(arguments)});\n"
+    code = f"{SCRIPT}\n{KINDS}\nconst answer = (a => {{ {body} }})({json.dumps(arguments)});\n"
     if node := shutil.which("node"):
         code += "process.stdout.write(JSON.stringify(answer));"
-        r = subprocess.run([node, "-"], input=code, capture_output=True, text=True, timeout=300)
+        r = subprocess.run([node, "-"], input=code, capture_output=True, text=True, timeout=LONG)
         assert r.returncode == 0, r.stderr[-3000:]
         return json.loads(r.stdout)
     sync = pytest.importorskip("playwright.sync_api", reason="neither node nor Playwright is here")
@@ -37,7 +43,12 @@ def run_js(body, *arguments):
     return json.loads(text)
 
 
-WALK = """const [kind, data, settings] = a, view = new {exits: ExitView, splits: SplitView, distillation: DistillationView}[kind](data);
+KINDS = """const kinds = {
+  exits: ExitView, splits: SplitView, distillation: DistillationView, alignment: AlignmentView,
+  distree: DistreeView, difficulty: DifficultyView, stored: StoredView,
+};"""
+WALK = """const [kind, data, settings] = a;
+const view = new kinds[kind](data);
 const plain = v => ArrayBuffer.isView(v) ? Array.from(v) : Array.isArray(v) ? v.map(plain) : worded(v);
 return settings.map(s => {
   try {
@@ -52,6 +63,10 @@ return settings.map(s => {
 def walk(explorer, settings):
     "What the page of an explorer says after each setting."
     return run_js(WALK, explorer.kind, explorer.to_page().spec["data"], settings)
+
+
+def _from_json_state(state):
+    return {name: _from_json(v) for name, v in state.items()}
 
 
 def same(numbers, want):
@@ -146,6 +161,129 @@ def test_distillation_says_the_same_in_both_languages(scale):
         same(found["numbers"], e.result())
         if scale == 1:  # beyond, a zero may be -0.0000 in one language and +0.0000 in the other
             same_words(found, e)
+
+
+def alignment_explorer(**options):
+    rng = np.random.default_rng(8)
+    y = np.repeat(np.arange(6), [300, 200, 1, 0, 450, 250])
+    tiers = rng.integers(1, 90, (4, 12))
+    runs = {"accuracy": {"a": rng.random((3, 4)), "b": rng.random((3, 4))}, "gap": {"a": [[1, 2, 3.0]], "b": [[0, 1, 2.0]]}}
+    given = dict(clients=17, difficulty=tiers, results=runs, mode="page")
+    return AlignmentExplorer(y, **{**given, **options})
+
+
+@pytest.mark.parametrize("clients", [17, 3])
+def test_alignment_says_the_same_in_both_languages(clients):
+    "Some tiers without weight; with three clients some tiers are empty."
+    e, rng = alignment_explorer(clients=clients), np.random.default_rng(9)
+    settings = []
+    for _ in range(SETTINGS):
+        mix = (rng.random(4) * (rng.random(4) < 0.8)).round(2)
+        words = dict(votes=["equal", "coverage", "depth"], shown=["classes", "difficulties"])
+        drawn = {name: str(rng.choice(v)) for name, v in words.items()}
+        drawn |= dict(stored=str(rng.choice(["accuracy", "gap"])), seed=int(rng.integers(100)))
+        drawn |= dict(gamma=float(10 ** rng.uniform(-2, 4)), tau=round(float(rng.random()), 2))
+        settings.append(dict(put=dict(mix=(mix if mix.any() else mix + 1).tolist(), **drawn)))
+    for s, found in zip(settings, walk(e, settings)):
+        e.set(**_from_json_state(s["put"]))
+        same(found["numbers"], e.now)
+        same_words(found, e)
+
+
+def distree_explorer(**options):
+    rng = np.random.default_rng(10)
+    partial = rng.normal(size=(3, 4, 30, 5)).astype(np.float32)
+    scores = rng.random((3, 4, 30)).astype(np.float32)
+    costs = 1e5 * np.cumsum(1 + rng.random((3, 4)), 1)
+    given = dict(y=rng.integers(0, 5, 30), costs=costs, mean=rng.normal(size=(3, 5)), mode="page")
+    return DistreeExplorer(partial, scores, **{**given, **options})
+
+
+def test_devices_say_the_same_in_both_languages():
+    "Sure loss and no loss among the settings; deadlines that cut a stage."
+    e, rng = distree_explorer(), np.random.default_rng(11)
+    settings = []
+    for _ in range(SETTINGS):
+        loss = float(rng.choice([0, 1, round(rng.random(), 2)]))
+        drawn = dict(T=rng.random(3).round(2).tolist(), speeds=(10 ** rng.uniform(0, 3, 3)).tolist())
+        drawn |= dict(loss=loss, deadline=float(10 ** rng.uniform(0, 3)), retries=int(rng.integers(4)))
+        settings.append(dict(put=dict(**drawn, send=str(rng.choice(["last", "every"])), request=3)))
+    for s, found in zip(settings, walk(e, settings)):
+        e.set(**_from_json_state(s["put"]))
+        same(found["numbers"], e.now)
+        same_words(found, e)
+
+
+def difficulty_explorer(**options):
+    rng = np.random.default_rng(12)
+    loss = rng.exponential(size=400)
+    right = rng.random((3, 400)) < np.exp(-loss) + np.array([[0.1], [0.3], [0.5]])
+    scores = {"loss": loss, "rounded": loss.round(1), "whole": rng.integers(0, 6, 400), "nothing": np.zeros(400)}
+    return DifficultyExplorer(scores, right, **{"mode": "page", **options})
+
+
+def test_difficulties_say_the_same_in_both_languages():
+    "Bins and thresholds that fall on values, scores that are all equal, and another score chosen alone."
+    e, rng = difficulty_explorer(), np.random.default_rng(13)
+    settings = []
+    for i in range(SETTINGS):
+        name = str(rng.choice(list(e.model.scores)))
+        start = e.model.starts[name]
+        width, threshold = start["top"] * rng.uniform(0.02, 1), start["top"] * rng.random()
+        if i % 2:
+            width, threshold = start["step"] * int(rng.integers(1, 40)), round(threshold, 1)
+        put = dict(score=name, width=float(width), threshold=float(threshold))
+        settings.append(dict(set=["score", name]) if i % 5 == 4 else dict(put=put))
+    for s, found in zip(settings, walk(e, settings)):
+        if "set" not in s:
+            e.set(**s["put"])
+        elif e.state["score"] != s["set"][1]:
+            e.set(score=s["set"][1])
+        else:
+            e.set(**{k: e.model.starts[s["set"][1]][k] for k in ("width", "threshold")})
+        same(found["numbers"], e.now)
+        same_words(found, e)
+        assert found["state"] == e.state.values
+
+
+def latent_explorer():
+    rng, networks = np.random.default_rng(14), ("teacher", "student")
+    runs = lambda axis, values: [
+        dict(method=m, seed=s, uni=rng.random(), priv=rng.random(), absent=None, present=rng.random(), **{axis: v})
+        for m in ("CE", "KD", "LKD") for v in values for s in range(3)
+    ]
+    sweep = lambda: dict(gamma=runs("gamma", (0.5, 5, 5000)), n=runs("n", (64, 128)))
+    points = lambda: {name: rng.normal(size=(20, 2)).tolist() for name in networks}
+    place = lambda: dict(maps=dict(pca=points(), tsne=points()), y=rng.integers(0, 3, 20), classes="abc", gap=dict(teacher=0.0, student=1.0))
+    return LatentExplorer(dict(a=sweep(), b=sweep()), dict(a=place(), b=place()), mode="page")
+
+
+def generator_explorer():
+    rng = np.random.default_rng(16)
+    made = lambda: dict(got=rng.random((3, 4)), hit=rng.random(3), points=rng.normal(size=(24, 2)), y=np.arange(24) % 3, d=np.arange(24) % 4)
+    real = dict(points=rng.normal(size=(9, 2)), y=rng.integers(0, 3, 9))
+    return GeneratorExplorer(dict(a=made(), b=made()), [0.5, 1, 2, 3], "xyz", real, dict(b=rng.random((3, 4))), mode="page")
+
+
+def stored_settings(e, seed):
+    "Every setting of every control, drawn at random."
+    rng = np.random.default_rng(seed)
+    pick = lambda values: values[int(rng.integers(len(values)))]
+    return [dict(put={name: pick(v) for name, v in e.choices().items()}) for _ in range(SETTINGS)]
+
+
+@pytest.mark.parametrize("make", [latent_explorer, generator_explorer])
+def test_stored_numbers_are_those_that_python_computes(make):
+    "Sentence, table and all that a figure changes, for random settings."
+    e = make()
+    settings = stored_settings(e, 15)
+    body = WALK.replace("const {numbers, says, table} = view.look();", "const {says, table, changes} = view.look(), numbers = {};")
+    body = body.replace("return {says, table,", "return {says, table, changes,")
+    data = e.to_page().spec["data"]
+    for s, found in zip(settings, run_js(body, e.kind, data, settings)):
+        e.set(**s["put"])
+        same_words(found, e)
+        assert found["changes"] == json.loads(json.dumps(e.changes()))
 
 
 def test_the_comparison_notices_a_difference():
@@ -271,6 +409,11 @@ def all_explorers():
         exit_explorer(400, images=images),
         DirichletExplorer(np.arange(600) % 6, list("abcdef"), mode="page"),
         DistillationExplorer(teacher, student, np.arange(9) % 4, mode="page"),
+        alignment_explorer(),
+        distree_explorer(),
+        difficulty_explorer(images=images),
+        latent_explorer(),
+        generator_explorer(),
     ]
 
 
@@ -280,7 +423,7 @@ def test_saved_page_is_one_file_with_plotly_once(tmp_path):
     assert text.count("window.Plotly = Plotly") == 1 and "<title>a &lt; b</title>" in text
     own = text.split("<script>if (!window.Plotly)")[0] + page_script()
     assert not re.search(r"https?://|//cdn|src=\"(?!data:)", own)
-    assert own.count('class="explorer"') == 3 and own.count('scope="row"') > 10
+    assert own.count('class="explorer"') == len(pages) and own.count('scope="row"') > 10
     alone = all_explorers()[1].save_html(tmp_path / "one.html", title="alone")
     assert alone.read_text(encoding="utf-8").count('class="explorer"') == 1
 
@@ -313,6 +456,25 @@ def test_page_of_a_state_set_by_hand():
     assert data["defaults"]["budget"] == e.defaults["budget"]
     (found,) = walk(e, [dict(put=data["state"])])
     same_words(found, e)
+
+
+CHANGES = """const [kind, data] = a;
+return Object.keys(new kinds[kind](data).look().changes).map(Number);"""
+
+
+def stored_explorers():
+    "What notebooks keep of explorers, as (name of the notebook, bundle of mime types)."
+    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        bundles = [o.get("data", {}) for c in cells for o in c.get("outputs", [])]
+        yield from ((path.name, data) for data in bundles if MIME in data)
+
+
+@pytest.mark.parametrize("name, data", stored_explorers())
+def test_stored_explorers_fit_the_scripts_of_today(name, data):
+    "A page that was stored before a change of its explorer would stay blank on the site."
+    moved, traces = run_js(CHANGES, data[MIME]["kind"], data[MIME]["data"]), data[PLOTLY]["data"]
+    assert moved and max(moved) < len(traces), f"run {name} again"
 
 
 def test_one_exit_and_whole_number_scores():
@@ -349,7 +511,8 @@ def test_scripts_are_in_the_wheel():
     toml = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     patterns = toml["tool"]["setuptools"]["package-data"]["darkdistill_nb"]
     held = {f for p in patterns for f in (ROOT / "darkdistill_nb").glob(p)}
-    assert {*APP.glob("*.js"), *APP.glob("*.css")} <= held and len(list(APP.glob("*.js"))) == 7
+    assert {*APP.glob("*.js"), *APP.glob("*.css")} <= held
+    assert {f.stem for f in APP.glob("*.js")} == {*_FILES, "live"}
 
 
 def test_models_are_readable():

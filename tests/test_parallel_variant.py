@@ -3,15 +3,15 @@
 import copy, inspect, warnings
 import pytest, torch
 import torch.nn.functional as F
+from federations import CLIENTS, TRAIN, build, go
+from helpers import made, same
 from darkdistill_nb.app import cli
-from darkdistill_nb.core.datasets import load
 from darkdistill_nb.core.records import load_record
 from darkdistill_nb.core.registry import METHODS, keywords_of
 from darkdistill_nb.core.seeds import Streams
-from darkdistill_nb.exits.networks import cnn
 from darkdistill_nb.exits.training import BoostNet, Joint
 from darkdistill_nb.federated.darkdistill import DarkDistill
-from darkdistill_nb.federated.method import EEFL, block_average, make_clients, simulate
+from darkdistill_nb.federated.method import EEFL, block_average, make_clients
 from darkdistill_nb.federated.parallel_variant import (
     DarkDistillPL,
     difficulty_gap,
@@ -21,22 +21,7 @@ from darkdistill_nb.federated.parallel_variant import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TRAIN, TEST = load("digits", n_train=320, n_test=60)
-CLIENTS = make_clients(TRAIN.y, 8, 0.5)
 SMALL = dict(participation=1.0, d_eps=8, d_h=16)
-
-
-def build():
-    return cnn(TRAIN.shape, 10, width=4)
-
-
-def go(method, clients=CLIENTS, rounds=2, net=build, **kw):
-    kw = {"eval_every": rounds, "progress": False, **kw}
-    return simulate(method, net, TRAIN, TEST, clients, rounds, **kw)
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def one_round(method, tiers=(1, 2, 3, 4)):
@@ -120,7 +105,7 @@ def test_which_exit_learns():
 
 
 def test_generators_know_no_difficulty():
-    m = DarkDistillPL(d_eps=8, d_h=16)
+    m = made(DarkDistillPL, d_eps=8, d_h=16)
     m.setup(build())
     gens = m.generators({}, Streams(0))
     assert sorted(gens) == [1, 2, 3, 4]  # one per exit, also for the last
@@ -137,7 +122,7 @@ def test_difficulty_increases_from_exit_to_exit():
     "Check 23: on, the means do not fall with the exit once the generators are warm; off, nothing pulls them apart."
     spread = {}
     for gap in ("hinge", "none"):
-        log = go(DarkDistillPL(gap=gap, gen_steps=8, **SMALL), rounds=8).log
+        log = go(made(DarkDistillPL, gap=gap, gen_steps=8, **SMALL), rounds=8).log
         rows = [[r[f"generator{t}"]["difficulty"] for t in (1, 2, 3, 4)] for r in log[5:]]
         spread[gap] = torch.tensor(rows).mean(0)
     assert (spread["hinge"].diff() >= 0).all(), spread
@@ -146,21 +131,21 @@ def test_difficulty_increases_from_exit_to_exit():
 
 def losses_of(**kw):
     "(generator losses, loss of the global network) of one batch, with fixed noise."
-    m = DarkDistillPL(**{**SMALL, **kw})
+    m = made(DarkDistillPL, **{**SMALL, **kw})
     with Streams(0).scope("init"):
         m.setup(build())
     nets = {t: m.tier_net(t) for t in (1, 2, 3, 4)}
     gens, n = m.generators({}, Streams(0)), {1: 1, 2: 1, 3: 1, 4: 1}
     labels = {t: torch.arange(16) % 10 for t in nets}
     g = torch.Generator().manual_seed(0)
-    made, told = m._generator_losses(gens, nets, n, m.net, labels, g)
+    losses, told = m._generator_losses(gens, nets, n, m.net, labels, g)
     with torch.no_grad():
         x = {t: gens[t](y, None, torch.full((16, 8), 0.1 * t)) for t, y in labels.items()}
         net = copy.deepcopy(m.net)
         for p in net.parameters():
             p.mul_(1.1)  # else there is nothing to learn
         return (
-            {t: v.item() for t, v in made.items()},
+            {t: v.item() for t, v in losses.items()},
             float(m._global_loss(net, nets, n, x, labels)),
             told,
         )
@@ -191,7 +176,7 @@ def test_weights_of_the_losses():
 
 def test_only_stages_of_the_average_move():
     "Stem and heads are those of EEFL's average; so are tier models and updates."
-    m = DarkDistillPL(**SMALL)
+    m = made(DarkDistillPL, **SMALL)
     state, tiers, updates = one_round(m)
     before = copy.deepcopy(tiers)
     after, info = m.aggregate(state, updates, 0, Streams(0))
@@ -205,7 +190,7 @@ def test_only_stages_of_the_average_move():
 
 
 def test_exits_that_nobody_can_teach_stay():
-    m = DarkDistillPL(**SMALL)
+    m = made(DarkDistillPL, **SMALL)
     state, tiers, updates = one_round(m, (1, 2))
     after, info = m.aggregate(state, updates, 0, Streams(0))
     assert info["server_step"] == "tiers 1, 2 -> exits 1..2" and "generator3" not in info
@@ -220,14 +205,14 @@ def test_the_step_lowers_its_loss():
     "Knowledge moves into the average: with more steps its features agree better with the ensembles'."
     last = {}
     for steps in (1, 30):
-        m = DarkDistillPL(kd_steps=steps, server_epochs=1, **SMALL)
+        m = made(DarkDistillPL, kd_steps=steps, server_epochs=1, **SMALL)
         state, tiers, updates = one_round(m)
         last[steps] = m.aggregate(state, updates, 0, Streams(0))[1]["kd_loss"]
     assert last[30] < 0.5 * last[1], last
 
 
 def test_tiers_come_back_as_prefixes_of_one_network():
-    m = DarkDistillPL(**SMALL)
+    m = made(DarkDistillPL, **SMALL)
     state, tiers, updates = one_round(m)
     new, _, _ = m.server_step(state, tiers, updates, 0, Streams(0))
     for t in (1, 2, 3):
@@ -245,7 +230,7 @@ def test_labels_follow_the_clients():
             drawn.update({t: w.clone() for t, w in weights.items()})
             return {}
 
-    m = Spy(**SMALL)
+    m = made(Spy, **SMALL)
     state, tiers, updates = one_round(m)
     _, server, _ = m.server_step(state, tiers, updates, 0, Streams(0))
     for t in (1, 2, 3, 4):
@@ -276,7 +261,7 @@ def test_the_rate_of_distillation_falls_with_the_rounds(monkeypatch):
             rates.append((lr, kw["weight_decay"]))
             super().__init__(params, lr, **kw)
 
-    m = DarkDistillPL(kd_decay=0.5, server_epochs=1, kd_steps=1, **SMALL)
+    m = made(DarkDistillPL, kd_decay=0.5, server_epochs=1, kd_steps=1, **SMALL)
     state, tiers, updates = one_round(m)
     monkeypatch.setattr(torch.optim, "SGD", Spy)
     for rnd in (0, 3):
@@ -293,7 +278,7 @@ def test_switched_off_it_is_eefl_to_the_last_bit(off):
     for clients in (CLIENTS, make_clients(TRAIN.y, 4, 0.5)):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            a, b = go(EEFL(), clients), go(DarkDistillPL(d_eps=8, d_h=16, **off), clients)
+            a, b = go(EEFL(), clients), go(made(DarkDistillPL, d_eps=8, d_h=16, **off), clients)
         assert same(a.state["net"], b.state["net"])
         assert [r["clients"] for r in a.log] == [r["clients"] for r in b.log]
         assert a.log[-1]["accuracy"] == b.log[-1]["accuracy"]
@@ -302,13 +287,13 @@ def test_switched_off_it_is_eefl_to_the_last_bit(off):
 
 def test_switched_on_it_is_not():
     assert not same(
-        go(EEFL(participation=1.0)).state["net"], go(DarkDistillPL(**SMALL)).state["net"]
+        go(EEFL(participation=1.0)).state["net"], go(made(DarkDistillPL, **SMALL)).state["net"]
     )
 
 
 def test_nothing_else_of_a_run_depends_on_the_server_step():
     "Who is drawn, and what clients lose in round 1."
-    a, b = go(EEFL()), go(DarkDistillPL(d_eps=8, d_h=16))
+    a, b = go(EEFL()), go(made(DarkDistillPL, d_eps=8, d_h=16))
     assert [r["clients"] for r in a.log] == [r["clients"] for r in b.log]
     assert a.log[0]["loss"] == b.log[0]["loss"]
 
@@ -320,9 +305,9 @@ def shared():
 
 
 def test_tied_classifiers_stay_tied():
-    a, b = go(EEFL(), net=shared), go(DarkDistillPL(kd_lr=0.0, d_eps=8, d_h=16), net=shared)
+    a, b = go(EEFL(), net=shared), go(made(DarkDistillPL, kd_lr=0.0, d_eps=8, d_h=16), net=shared)
     assert same(a.state["net"], b.state["net"])
-    w = go(DarkDistillPL(**SMALL), net=shared).state["net"]
+    w = go(made(DarkDistillPL, **SMALL), net=shared).state["net"]
     assert torch.equal(w["exits.0.fc.weight"], w["exits.1.fc.weight"])
 
 
@@ -334,7 +319,7 @@ def frozen_stages():
 
 def test_frozen_stages_are_the_reason_of_a_step_that_does_nothing():
     with pytest.warns(UserWarning, match="the stages that would learn are frozen"):
-        run = go(DarkDistillPL(**SMALL), net=frozen_stages)
+        run = go(made(DarkDistillPL, **SMALL), net=frozen_stages)
     assert same(run.state["net"], go(EEFL(participation=1.0), net=frozen_stages).state["net"])
 
 
@@ -346,7 +331,7 @@ RELEASED = dict(pairs="shifted", gap="raw", shrink=True, norm="batch", gen_lr=1e
 
 @pytest.mark.parametrize("options", [{}, RELEASED], ids=["paper", "released"])
 def test_workers_and_resuming_change_nothing(options, tmp_path):
-    make = lambda: DarkDistillPL(**{**SMALL, **options})
+    make = lambda: made(DarkDistillPL, **{**SMALL, **options})
     all_at_once = go(make(), rounds=3, workers=2)
     file = tmp_path / "c.safetensors"
     go(make(), rounds=1, checkpoint=file)
@@ -355,31 +340,32 @@ def test_workers_and_resuming_change_nothing(options, tmp_path):
         assert same(all_at_once.state[part], resumed.state[part])
     assert all_at_once.log[-1]["accuracy"] == resumed.log[-1]["accuracy"]
     with pytest.raises(ValueError, match="another training: lam_gap=2.0"):
-        go(DarkDistillPL(**{**SMALL, **options, "lam_gap": 2.0}), rounds=3, checkpoint=file)
+        go(made(DarkDistillPL, **{**SMALL, **options, "lam_gap": 2.0}), rounds=3, checkpoint=file)
 
 
 @pytest.mark.parametrize("name", ["pairs", "gap", "shrink"])
 def test_every_released_option_changes_something(name):
     value = dict(pairs="shifted", gap="raw", shrink=True)[name]
     how = dict(SMALL, gen_steps=10, gen_lr=0.03)
-    a, b = (go(DarkDistillPL(**how, **kw), rounds=3) for kw in ({}, {name: value}))
+    a, b = (go(made(DarkDistillPL, **how, **kw), rounds=3) for kw in ({}, {name: value}))
     assert not same(a.state["net"], b.state["net"])
 
 
 @pytest.mark.parametrize("objective", [Joint, BoostNet])
 def test_objectives(objective):
-    run = go(DarkDistillPL(objective(), **SMALL))
+    run = go(made(DarkDistillPL, objective(), **SMALL))
     assert run.log[-1]["kd_loss"] > 0 and len(run.log[-1]["accuracy"]) == 4
 
 
 def test_it_is_made_by_its_name_and_explains_its_options():
     m = METHODS.make("darkdistill_pl", kd_steps=2, pairs="shifted")
     assert type(m) is DarkDistillPL and isinstance(m, DarkDistill) and m.kd_steps == 2
-    own = set(inspect.signature(DarkDistillPL.__init__).parameters) - {"self", "kwargs"}
+    own = set(inspect.signature(DarkDistillPL.__init__).parameters)
+    own -= {"self", "kwargs", "generator"}
     assert all(keywords_of(DarkDistillPL)[k].help for k in own)
-    for k in ("tau", "weights", "bin_width", "P", "ce", "dif", "lam_dif"):
+    for k, v in dict(tau=1, weights=1, bin_width=1, P=1, ce="routed", dif="mse", lam_dif=2).items():
         with pytest.raises(ValueError, match=f"^{k}=.* must be left out"):
-            METHODS.make("darkdistill_pl", **{k: 1})
+            METHODS.make("darkdistill_pl", **{k: v})
 
 
 def test_a_shrinking_network_needs_a_gap():
@@ -389,7 +375,7 @@ def test_a_shrinking_network_needs_a_gap():
 
 def test_a_server_that_diverges_says_so():
     with pytest.raises(FloatingPointError, match="server step of round .*lower kd_lr=1e"):
-        go(DarkDistillPL(kd_lr=1e30, **SMALL), rounds=3)
+        go(made(DarkDistillPL, kd_lr=1e30, **SMALL), rounds=3)
 
 
 def test_the_command_runs_it_and_reports_it(tmp_path, capsys):
@@ -408,7 +394,7 @@ def test_the_command_runs_it_and_reports_it(tmp_path, capsys):
 
 
 def test_accuracies_are_those_of_a_network_that_learned():
-    run = go(DarkDistillPL(**SMALL), rounds=10)
+    run = go(made(DarkDistillPL, **SMALL), rounds=10)
     images, labels = TRAIN[slice(None)]
     with torch.no_grad():
         logits = run.method.objective.predict(run.net().eval()(images))

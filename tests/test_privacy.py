@@ -3,15 +3,17 @@
 import itertools, math
 import pytest, torch
 import torch.nn.functional as F
+from federations import CLIENTS, TRAIN, go
+from helpers import rng, same
 from scipy import stats
-from darkdistill_nb.core.datasets import load
 from darkdistill_nb.core.seeds import Streams
 from darkdistill_nb.exits.networks import cnn
 from darkdistill_nb.federated import privacy as page
 from darkdistill_nb.federated.calibration import noisy_counts
 from darkdistill_nb.federated.darkdistill import DarkDistill
 from darkdistill_nb.federated.difficulty import DifficultyHistogram, measure_difficulty
-from darkdistill_nb.federated.method import EEFL, make_clients, simulate
+from darkdistill_nb.federated.generator import GeneratorSettings
+from darkdistill_nb.federated.method import EEFL
 from darkdistill_nb.federated.parallel_variant import DarkDistillPL
 from darkdistill_nb.federated.privacy import (
     SENSITIVITY,
@@ -33,23 +35,8 @@ from darkdistill_nb.federated.privacy import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TRAIN, TEST = load("digits", n_train=320, n_test=60)
-CLIENTS = make_clients(TRAIN.y, 8, 0.5)
-TINY = dict(server_epochs=1, kd_steps=1, d_eps=8, d_h=16, participation=1.0)
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def go(method, rounds=2, **kw):
-    build = lambda: cnn(TRAIN.shape, 10, width=4)
-    kw = {"eval_every": rounds, "progress": False, **kw}
-    return simulate(method, build, TRAIN, TEST, CLIENTS, rounds, **kw)
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+SMALL = GeneratorSettings(d_eps=8, d_h=16)
+TINY = dict(server_epochs=1, kd_steps=1, generator=SMALL, participation=1.0)
 
 
 # ---------------------------------------------------------------- sensitivity and noise
@@ -184,7 +171,7 @@ def test_a_run_sends_noisy_reports_and_keeps_the_account(kind, name, times):
             sent.append((client.id, update.extra[name].clone()))
             return super().check_update(update, sent_, client)
 
-    run = go(Spy(report_epsilon=0.5, **TINY), 3)
+    run = go(Spy(report_epsilon=0.5, **TINY), rounds=3)
     assert not any(r["left_out"] for r in run.log)
     assert [r["epsilon_spent"] for r in run.log] == [0.5 * min(r, times) for r in (1, 2, 3)]
     for c in CLIENTS:
@@ -206,10 +193,10 @@ def test_without_noise_to_speak_of_it_is_the_method():
 
 def test_workers_and_resuming_change_nothing(tmp_path):
     make = lambda: PrivateDarkDistill(report_epsilon=0.5, **TINY)
-    whole = go(make(), 3, workers=2)
+    whole = go(make(), rounds=3, workers=2)
     file = tmp_path / "c.safetensors"
-    go(make(), 1, checkpoint=file)
-    resumed = go(make(), 3, checkpoint=file)
+    go(make(), rounds=1, checkpoint=file)
+    resumed = go(make(), rounds=3, checkpoint=file)
     for part in ("net", "server"):
         assert same(whole.state[part], resumed.state[part])
     assert whole.log[-1]["epsilon_spent"] == resumed.log[-1]["epsilon_spent"] == 1.5

@@ -106,7 +106,7 @@ def test_unconditional_generators_do_not_read_difficulty():
     m = page.Unconditional()
     m.setup(cnn((1, 8, 8), 10, width=4))
     G = m.generators({}, Streams(0))[1]
-    assert G.level is None and (m.weights, m.lam_dif) == ("uniform", 0.0)
+    assert G.level is None and (m.weights, m.generator.lam_dif) == ("uniform", 0.0)
     y, d = torch.zeros(4).long(), torch.arange(4.0)
     draw = lambda d: G.draw(y, d, torch.Generator().manual_seed(0))
     assert torch.equal(draw(d), draw(d + 3))
@@ -151,10 +151,44 @@ def test_fifths_and_ranks_by_hand():
 
 @pytest.mark.parametrize("name", [n for n in page.PARTS if n != "generator"])
 def test_rows_have_names_of_their_own(name):
+    own = page.scale_settings("mini") if name == "lora" else config()
     for scale in page.SCALES:
-        rows = page._rows(name, scale, config())
+        rows = page._rows(name, scale, own)
         names = [r[:3] for r in rows]
         assert len(set(names)) == len(names) and len({str(r[3]) for r in rows}) == len(rows)
+
+
+def test_low_rank_corrections_are_for_the_stage_alone():
+    with pytest.raises(ValueError, match="data='digits' must be shapes16 with a trunk"):
+        page.paper_cell(config(), "eefl", 0, trunk="lora")
+    with pytest.raises(ValueError, match="trunk='all' must be one of vit, lora"):
+        page.paper_cell(page.scale_settings("mini"), "eefl", 0, trunk="all")
+
+
+def test_low_rank_corrections_leave_the_trunk_alone():
+    "Only corrections and exits are trained and sent; the whole ViT is the same network without them."
+    cells = {t: page.paper_cell(page.scale_settings("mini"), "eefl", 0, trunk=t) for t in page.TRUNKS}
+    nets = {}
+    for trunk, cell in cells.items():
+        with page.Streams(0).scope("init"):
+            nets[trunk] = page._federation(cell)[3]()
+    trained = {t: sum(p.numel() for p in n.parameters() if p.requires_grad) for t, n in nets.items()}
+    assert 0 < trained["lora"] < 0.3 * trained["vit"]
+    kept = {k for k, p in nets["lora"].named_parameters() if p.requires_grad}
+    assert all("lora_" in k or k.startswith("exits.") for k in kept)
+
+
+def test_l2w_has_the_settings_of_the_paper():
+    cell = page.paper_cell(config(), "eefl", 0, objective="l2w")
+    objective = page._method(cell).objective
+    assert (objective.interval, objective.P) == (10, 30)
+    assert "exits" not in page.paper_cell(config(), "eefl", 0)
+
+
+@pytest.mark.parametrize("name", page.DATA)
+def test_other_data_start_from_nothing(name):
+    given = make_config(page.scale_settings("cpu") | page.DATA[name])
+    assert given["start"] is None and given["data"] != "shapes16"
 
 
 def test_experiments_share_their_trainings(folder):

@@ -4,7 +4,7 @@ A class in a user's own file needs no line at all."""
 
 import inspect, json, os, re, signal, subprocess, sys, time
 import pytest
-from conftest import LONG
+from conftest import COMMAND, LONG
 from darkdistill_nb.app import cli
 from darkdistill_nb.core.records import asset, load_record, load_tensors
 from darkdistill_nb.core.registry import (
@@ -15,17 +15,15 @@ from darkdistill_nb.core.registry import (
     help_line,
     is_address,
     keywords_of,
+    laid_open,
     load_class,
 )
 from darkdistill_nb.distree.policies import POLICIES
-from darkdistill_nb.exits.inference import SCORES
+from darkdistill_nb.exits.scores import SCORES
 from darkdistill_nb.experiments import report, runs, settings
+from darkdistill_nb.federated.generator import GeneratorSettings
+from darkdistill_nb.federated.method import _marks
 
-COMMAND = [
-    sys.executable,
-    "-c",
-    "import sys; from darkdistill_nb.app.cli import main; sys.exit(main())",
-]
 TINY = (
     "--data digits --seeds 1 --clients 6 --tiers 2 --net width=8 stages=2 "
     "--darkdistill server_epochs=1".split()
@@ -174,6 +172,35 @@ def test_keywords_follow_the_chain_of_kwargs():
     assert keywords_of(made["NoSource"])["x"].help == ""
 
 
+def test_options_that_belong_together_have_their_own_names():
+    "In Python one object, by name single options; both may be given, and the name wins."
+    own = GeneratorSettings(d_h=7, gen_steps=9)
+    m = METHODS.make("darkdistill", generator=own, gen_steps=3, kd_lr=0.5)
+    assert (m.generator.d_h, m.generator.gen_steps, m.kd_lr, own.gen_steps) == (7, 3, 0.5, 9)
+    known = keywords_of(METHODS["darkdistill"])
+    assert "generator" not in known and known["gen_steps"].help and known["gen_steps"].default == 1
+    assert str(keywords_of(METHODS["darkdistill_pl"])["lam_ce"]) == "lam_ce=1.0"
+    with pytest.raises(ValueError, match="no option 'gen_stps'.*did you mean 'gen_steps'"):
+        METHODS.make("darkdistill", gen_stps=3)
+    with pytest.raises(ValueError, match="^gen_lr=-1"):
+        METHODS.make("darkdistill", gen_lr=-1)
+    everything = laid_open(vars(m))
+    assert everything["gen_steps"] == 3 and "generator" not in everything
+
+
+def test_options_of_a_group_come_from_settings_and_mark_checkpoints():
+    "A checkpoint of a run names each of them, as it did when they were arguments of the method."
+    config = settings.make_config(
+        {**small, "methods": ["darkdistill"], "darkdistill": "gen_steps=3"}
+    )
+    exp = runs.Experiment(config)
+    m = exp.method("darkdistill")
+    assert config["darkdistill"] == dict(gen_steps=3) and m.generator.gen_steps == 3
+    m.setup(exp.net)
+    marks = _marks(m, exp.net, exp.train, exp.test, exp.clients[0], 0)
+    assert marks["gen_steps"] == 3 and marks["lam_ce"] == 0.1 and "generator" not in marks
+
+
 BAD = {  # address -> words of the sentence
     "my_module:MyMethd": "is no class, did you mean 'MyMethod'",
     "my_modul:MyMethod": "No module named 'my_modul'",
@@ -284,7 +311,7 @@ def test_its_own_colour_and_name():
 @pytest.mark.skipif(os.name != "posix", reason="process groups and SIGKILL")
 def test_a_killed_run_goes_on(own, wait_until):
     "With a method of one's own, on two cores: the resumed run ends with the weights of an uninterrupted one."
-    args = ["run", *TINY, "--rounds", "25", "--no-alone", "--methods", f"{METHOD},eefl"]
+    args = ["run", *TINY, "--rounds", "10", "--no-alone", "--methods", f"{METHOD},eefl"]
     p = subprocess.Popen(
         [*COMMAND, *args, "--workers", "2", "--out", "killed"],
         cwd=own,

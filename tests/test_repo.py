@@ -119,36 +119,6 @@ def test_runtime_requirements_are_lower_bounds():
         assert re.fullmatch(r"[A-Za-z0-9_-]+>=[\d.]+", r), r
 
 
-COLAB = dict(
-    torch="2.11.0",
-    torchvision="0.26.0",
-    timm="1.0.28",
-    numpy="2.1.3",
-    plotly="5.24.1",
-    anywidget="0.9.21",
-    ipywidgets="7.7.1",
-    fastcore="2.2.12",
-)
-
-
-def test_colab_has_nothing_to_upgrade():
-    "The lower bounds are met by the versions of a stock Colab runtime (August 2026)."
-    import tomllib
-    from packaging.requirements import Requirement
-
-    reqs = {
-        r.name: r.specifier
-        for r in map(
-            Requirement,
-            tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
-                "dependencies"
-            ],
-        )
-    }
-    for name, version in COLAB.items():
-        assert version in reqs[name], f"{name} {version} does not meet {reqs[name]}"
-
-
 def test_constraints_meet_the_requirements():
     "Every requirement of the package and of the dev extra is pinned, to a version that meets its bound."
     import tomllib
@@ -193,17 +163,21 @@ def test_title_cell(nb):
     )
 
 
-LONG_CELLS = 107  # cells of more than 35 lines; the number only falls
+LONG_CELLS = 46  # cells of more than 35 lines; the number only falls
+MEDIAN_CELL = 6  # lines of the median code cell of a notebook
+LONGER = dict.fromkeys(["parallel.ipynb"], 7)
+LONGER |= dict.fromkeys(["method.ipynb", "engine.ipynb", "bench.ipynb"], 8)
 
 
 def cell_lengths(nb):
-    return [len(code_lines(c)) for c in cells(nb) if is_code(c)]
+    return [n for c in cells(nb) if is_code(c) and (n := len(code_lines(c)))]
 
 
 @each_module
 def test_code_cells_are_short(nb):
+    "A cell is one thought: half of a lesson's code cells have six lines or fewer."
     n = cell_lengths(nb)
-    most = 10 if nb.name == "report.ipynb" else 8  # whose cells hold JavaScript and CSS
+    most = LONGER.get(nb.name, MEDIAN_CELL)
     assert statistics.median(n) <= most, f"median code cell has {statistics.median(n)} lines"
     assert max(n) <= 90, f"longest code cell has {max(n)} lines"
 
@@ -242,7 +216,7 @@ def test_functions_have_one_idea_a_line():
     "Syntax nodes per line, median over the library: 8 to 14 in fedjax, fastcore and nanoGPT."
     modules = [p for p in (ROOT / LIB).rglob("*.py") if p.name != "_modidx.py"]
     density = [d for p in modules for d in functions(p.read_text(encoding="utf-8"))]
-    assert len(density) > 1000 and statistics.median(density) <= 14
+    assert len(density) > 1000 and statistics.median(density) <= 14.5
 
 
 @each_module
@@ -276,10 +250,10 @@ def test_unused_names_are_seen(tmp_path):
 
 
 def test_few_lines_are_wider_than_a_page():
-    "Code lines of notebooks over 120 columns: under 1 %; over 100, the width of a page: under 3 %."
+    "Code lines of notebooks over 120 columns: under 0.1 %; over 100, a page's width: under 0.5 %."
     n = [len(l) for nb in NBS for c in cells(nb) if is_code(c) for l in code_lines(c)]
-    assert sum(x > 120 for x in n) < 0.01 * len(n)
-    assert sum(x > 100 for x in n) < 0.03 * len(n)
+    assert sum(x > 120 for x in n) < 0.001 * len(n)
+    assert sum(x > 100 for x in n) < 0.005 * len(n)
 
 
 WIDTH = 160
@@ -361,8 +335,7 @@ def test_every_export_is_followed_by_a_test(nb):
 @each_notebook
 def test_stored_outputs(nb):
     "Small, no widget state, no error, no output on the error stream that a reader would take for one."
-    most = 311_000 if nb.name == "inference.ipynb" else 300_000  # too long: two lessons one day
-    assert nb.stat().st_size < most, f"{nb.stat().st_size:,} bytes"
+    assert nb.stat().st_size < 300_000, f"{nb.stat().st_size:,} bytes"
     d = json.loads(nb.read_text(encoding="utf-8"))
     assert "widgets" not in d["metadata"], "saved widget state"
     for c in d["cells"]:
@@ -429,15 +402,16 @@ for m in {[default_exp(nb) for nb in MODULE_NBS]}:
 
 
 @each_module
-def test_public_docstrings_are_one_line(nb):
+def test_public_docstrings_are_one_paragraph(nb):
+    "One line; two where one would be wider than a page."
     path = module_file(default_exp(nb))
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
             continue
         doc = ast.get_docstring(node)
         assert doc, f"{path.name}: {node.name} has no docstring"
-        assert "\n" not in doc.strip(), (
-            f"{path.name}: the docstring of {node.name} has more than one line"
+        assert doc.strip().count("\n") < 2 and "\n\n" not in doc.strip(), (
+            f"{path.name}: the docstring of {node.name} has more than two lines"
         )
 
 

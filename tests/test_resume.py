@@ -1,23 +1,18 @@
 """A run that is killed at random moments, again and again, and resumed, ends with the weights of an uninterrupted one; nothing half-written is ever met."""
 
-import json, os, random, re, shutil, signal, subprocess, sys, time
+import json, os, random, re, shutil, signal, subprocess, time
 import pytest
-from conftest import LONG
+from conftest import COMMAND, LONG
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups and SIGKILL")
-COMMAND = [
-    sys.executable,
-    "-c",
-    "import sys; from darkdistill_nb.app.cli import main; sys.exit(main())",
-    "run",
-]
+RUN = [*COMMAND, "run"]
 SETTINGS = "--data digits --rounds 12 --seeds 1 --clients 8 --tiers 3 --net width=8 stages=3 --darkdistill server_epochs=1 --eval-every 4".split()
 OUT = ["--out", "run"]
 
 
 def start(folder, *args):
     return subprocess.Popen(
-        [*COMMAND, *args],
+        [*RUN, *args],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -415,6 +410,7 @@ def test_checkpoints_of_older_runs_stay_valid():
     from darkdistill_nb.experiments.settings import make_config
 
     config = make_config(dict(data="digits"))
-    then = {k: v for k, v in config.items() if k not in ("start", "difficulty_bin")}
+    later = "start", "difficulty_bin", "availability"
+    then = {k: v for k, v in config.items() if k not in later}
     assert runs._as_before(config) == then and runs._as_before(make_config(then)) == then
     assert "start" in runs._as_before(make_config(dict(data="shapes16")))

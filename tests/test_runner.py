@@ -9,7 +9,8 @@ from darkdistill_nb.experiments import bench
 from darkdistill_nb.exits import runner as R
 from darkdistill_nb.exits.networks import cnn, msdnet, vit, wrn
 from darkdistill_nb.exits.training import BoostNet, Joint
-from darkdistill_nb.exits.inference import (
+from darkdistill_nb.exits.inference import take_exit
+from darkdistill_nb.exits.scores import (
     Confidence,
     Difference,
     Energy,
@@ -19,7 +20,7 @@ from darkdistill_nb.exits.inference import (
     Patience,
     Saturation,
     Score,
-    take_exit,
+    confidence,
 )
 from darkdistill_nb.exits.runner import (
     ExitRunner,
@@ -190,6 +191,51 @@ def test_which_networks_are_fused(name):
     assert all(t is not None for t in r.tokens) == (
         FUSED.get(name, False) and "no class" not in name
     )
+
+
+@pytest.mark.parametrize("objective", [None, BoostNet])
+@pytest.mark.parametrize("score", [None, Patience])
+@pytest.mark.parametrize("name", ["vit", "cnn", "wrn"])
+def test_every_plan_gives_the_answers_of_the_loop(name, score, objective):
+    "On a CPU the same functions run as on a GPU, unrecorded; in float64 no image lies at its threshold."
+    net, x = build(name).double(), images(24).double()
+    score, objective = score and score(), objective and objective()
+    T = [2.0] * len(net) if score else middle(net, x, objective)
+    exit, logits, _ = loop_exits(net, x, T, score, objective)
+    assert score or len(set(exit.tolist())) > 1
+    for plan in R.PLANS:
+        r = ExitRunner(net, T, score, objective, plan=plan)
+        for n in (24, 7, 24, 1):  # a smaller batch in the room of a larger one, and back
+            o = r(x[:n], logits=True)
+            assert torch.equal(o.exit, exit[:n]), plan
+            assert (o.logits - logits[:n]).abs().max() < 1e-4
+        assert plan == "gather" or str(r.plan[R.size_for(24)]) == f"{plan}: asked for"
+
+
+def middle(net, x, objective):
+    "A threshold for each exit, halfway between two scores."
+    r = ExitRunner(net, [0.0] * len(net), objective=objective, plan="gather")
+    ranked = confidence(r.all_exits(x)).sort(1).values
+    return ((ranked[:, 11] + ranked[:, 12]) / 2).tolist()
+
+
+def test_new_thresholds_reach_the_recordings():
+    net, x = build("cnn"), images(12)
+    for plan in R.PLANS:
+        r = ExitRunner(net, [0.0] * len(net), plan=plan)
+        assert set(r(x).exit.tolist()) == {0}
+        R._set_rule(r, r.costs, [2.0] * len(net), r.score, r.objective)
+        assert set(r(x).exit.tolist()) == {len(net) - 1}
+
+
+def test_a_plan_that_cannot_be_recorded_is_left_out(monkeypatch):
+    def fails(self, *args):
+        raise RuntimeError("not while recording")
+
+    monkeypatch.setattr(R.Launches, "run", fails)
+    r = ExitRunner(build("cnn"), [0.5] * len(build("cnn")), plan="auto")
+    assert r._try_plans(images(8)).name == "gather"
+    assert "not while recording" in r._try_plans(images(8)).why
 
 
 def test_ties_are_decided_alike_at_every_size():

@@ -15,19 +15,13 @@ from darkdistill_nb.distree.actors import (
     RaySystem,
     Seen,
     Student,
+    _begin,
     live_policy,
     plot_requests,
     ray_cluster,
 )
-from darkdistill_nb.distree.simulator import (
-    Cluster,
-    Outcomes,
-    Policy,
-    fixed_policy,
-    joint_policy,
-    local_policy,
-    simulate_devices,
-)
+from darkdistill_nb.distree.devices import Cluster, Policy, fixed_policy, joint_policy, local_policy
+from darkdistill_nb.distree.simulator import Outcomes, simulate_devices
 from darkdistill_nb.distree.policies import (
     FeatureDifference,
     NeighbourSimilarity,
@@ -130,8 +124,8 @@ def test_student_obeys_words_and_deadlines(world):
     s.tell(1, math.inf)
     s.put(2, x)  # too old; stopped before it was begun; done
     assert next(reports)[:2] == (2, 0)
-    threading.Timer(0.2, s.tell, (2, 0)).start()
     start = time.monotonic()
+    threading.Timer(0.2, s.tell, (2, 0)).start()
     assert next(reports)[:2] == (2, E - 1)
     assert time.monotonic() - start >= 0.15  # waited for GO
     s.put(3, x)
@@ -141,9 +135,9 @@ def test_student_obeys_words_and_deadlines(world):
     s.tell(4, 0)  # STOP while it waits
     assert [next(reports)[:2] for _ in range(2)] == [(4, 0), (4, E - 1)]
     s.tell(3, math.inf)
-    s.put(5, x, left=0.3)
+    s.put(5, x, left=1.5)
     next(reports)
-    threading.Timer(0.5, s.put, (6, x)).start()
+    threading.Timer(1.6, s.put, (6, x)).start()
     assert (
         next(reports)[:2] == (6, 0) and s.signals == {}
     )  # nothing is kept about requests that are over
@@ -363,13 +357,13 @@ def test_speculative_students_need_no_go(world, live):
 
 
 def test_deadline_is_kept_when_students_are_slow(world, live):
-    "At this speed even the first exit takes 2 s: the answer is given at the deadline, from what was reported."
+    "At this speed even the first exit takes 4 s: the answer is given at the deadline, from what was reported."
     c = world.table.costs[0]
-    live.use(deadline=1.0, mean=world.mean, fallback="every", speed=[None, float(c[0]) / 2])
+    live.use(deadline=1.0, mean=world.mean, fallback="every", speed=[None, float(c[0]) / 4])
     start = time.monotonic()
     key = live.submit(world.x[0])
     a = live.answer(key, LONG)
-    assert 0.9 <= a.latency <= time.monotonic() - start < 30 and 1 in a.missing
+    assert 0.9 <= a.latency <= time.monotonic() - start and 1 in a.missing
 
 
 def test_use_while_requests_are_open(world, live):
@@ -442,7 +436,7 @@ def test_kill_while_requests_flow(world, live):
     i = np.arange(R) % S
     before = lambda r: live.kill(1) if r == when else None
     o = live.run(world.x[i], world.y[i], arrival=np.arange(R) * 0.02, sample=i, before=before)
-    assert o.answered.all() and o.latency.max() < 1.0 + 10 and not live.alive[1] and live.alive[0]
+    assert o.answered.all() and not live.alive[1] and live.alive[0]
     assert o.missing[when:, 1].all() and o.degraded[when:].all() and (o.exits[when:, 1] == -1).all()
     np.testing.assert_allclose(o.logits, says(world, o), atol=1e-4)
     assert (o.degraded == ((o.exits < 0).any(1) | o.late.any(1))).all()
@@ -457,7 +451,7 @@ def test_without_a_failure_detector_every_request_waits_for_the_dead(world, live
     assert o.missing[:, 1].all() and o.latency.min() >= 0.28
 
 
-def test_revived_student_rejoins(world, live):
+def test_revived_student_rejoins(world, live, wait_until):
     if live.alive[1]:
         live.kill(1)
     live.use(deadline=2.0, mean=world.mean, suspect=1)
@@ -466,7 +460,7 @@ def test_revived_student_rejoins(world, live):
     with pytest.raises(TimeoutError, match="alive"):
         live.wait_alive(0.01)
     live.revive(1)
-    live.wait_alive(1.0)
+    live.wait_alive(LONG)
     assert [(what, n) for _, what, n in live.events] == [
         ("up", 0),
         ("up", 1),
@@ -474,13 +468,12 @@ def test_revived_student_rejoins(world, live):
         ("up", 1),
     ]
     live.aggregator.deadline = LONG
-    for _ in range(200):
-        a = live.answer(
-            live.submit(world.x[0])
-        )  # until its first word is heard, it is not waited for
-        if not a.degraded:
-            break
-        time.sleep(0.05)
+
+    def its_first_word():  # until it is heard, it is not waited for
+        return not live.answer(live.submit(world.x[0])).degraded
+
+    wait_until(its_first_word)
+    a = live.answer(live.submit(world.x[0]))
     np.testing.assert_allclose(a.logits, world.table.joint(E - 1)[0].numpy(), atol=1e-4)
     assert live.aggregator.silent[1] == 0
     assert not live.run(world.x[:5]).degraded.any()
@@ -488,11 +481,12 @@ def test_revived_student_rejoins(world, live):
 
 def test_restart_by_itself(world, live):
     "With restart=True nobody has to call `revive`; the Ray that was there before is used."
-    live.wait_alive(60.0) if all(live.alive) else live.revive(1)
+    if not all(live.alive):
+        live.revive(1)
     live.restart = True
     n = len(live.events)
     live.kill(1)
-    live.wait_alive()
+    live.wait_alive(LONG)
     live.restart = False
     assert [(what, k) for _, what, k in live.events[n:]] == [("down", 1), ("up", 1)]
     live.use(deadline=LONG)
@@ -500,7 +494,9 @@ def test_restart_by_itself(world, live):
     assert not a.degraded and a.exits == [E - 1] * N
 
 
-def test_an_error_in_a_policy_is_not_taken_for_a_dead_device_and_close_answers(world, live, ray):
+def test_an_error_in_a_policy_is_not_taken_for_a_dead_device_and_close_answers(
+    world, live, ray, wait_until
+):
     "The next request says what is wrong; closing answers what is open, flagged, and leaves a Ray that it did not start."
 
     def broken(n, e, seen, lam):
@@ -508,15 +504,42 @@ def test_an_error_in_a_policy_is_not_taken_for_a_dead_device_and_close_answers(w
 
     live.use(Policy(leave=broken), deadline=LONG, mean=world.mean)
     key = live.submit(world.x[0])
-    for _ in range(600):
-        if live.error:
-            break
-        time.sleep(0.05)
+
+    def an_error():
+        return live.error is not None
+
+    wait_until(an_error)
     with pytest.raises(RuntimeError, match="student 0 failed(.|\n)*division by zero"):
         live.submit(world.x[0])
     live.close()
-    a = live.answer(key, 1.0)
+    a = live.answer(key, LONG)
     assert 0 in a.missing and a.degraded and ray.is_initialized()
     live.error = None
     with pytest.raises(RuntimeError, match="the system is closed"):
         live.submit(world.x[0])
+
+
+def test_ray_is_asked_again_where_it_gave_up_too_soon():
+    "Its own limits in seconds are short on a busy machine; anything else is not tried twice."
+
+    class Slow:
+        def __init__(self, *answers):
+            self.answers, self.asked, self.ended = list(answers), [], 0
+
+        def init(self, address, **settings):
+            self.asked.append((address, settings["num_cpus"]))
+            if answer := self.answers.pop(0):
+                raise answer
+
+        def shutdown(self):
+            self.ended += 1
+
+    late = RuntimeError("The current node timed out during startup. This could happen")
+    ray = Slow(late, late, None)
+    _begin(ray, "local", num_cpus=2)
+    assert ray.asked == [("local", 2)] * 3 and ray.ended == 2
+    with pytest.raises(TimeoutError, match="Ray did not start in 3 tries: The current node"):
+        _begin(Slow(late, late, late), "local", num_cpus=2)
+    with pytest.raises(ValueError, match="no such address"):
+        _begin(ray := Slow(ValueError("no such address")), "10.0.0.1:1", num_cpus=2)
+    assert len(ray.asked) == 1

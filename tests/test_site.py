@@ -2,7 +2,7 @@
 
 SITE names a folder with a site that `tools/build_docs.py` has built; without it, one is built here. `tools/check.py --only site` runs this file."""
 
-import json, os, shutil, subprocess, sys
+import json, os, shutil, subprocess, sys, time
 from pathlib import Path
 import pytest
 
@@ -13,6 +13,7 @@ FOUND = os.environ.get("CHROMIUM") or next(
 )
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 pytestmark = pytest.mark.browser
+PATIENCE = 120  # s for what a page draws; a page that never does is told by the gate
 
 
 @pytest.fixture(scope="module")
@@ -126,27 +127,34 @@ DRAWN = (
 )
 
 
-def wait_until(page, js):
-    "Wait for a condition; where it does not come, the gate says what is wrong."
-    for _ in range(300):
-        if page.evaluate(js):
-            return
+KATEX = (
+    "document.querySelectorAll('.tex, .tex-display').length ==="
+    " document.querySelectorAll('.tex > .katex, .tex-display > .katex').length"
+)
+FITS = (
+    "[...document.querySelectorAll('.drawing')].every("
+    "d => !d._fullLayout || d._fullLayout.width <= d.clientWidth + 1)"
+)
+DARK = "(document.documentElement.dataset.theme || 'dark') === 'dark'"
+
+
+def wait_until(page, js, patience):
+    "Wait for a condition; where it does not come within `patience` seconds, the gate says what is wrong."
+    end = time.monotonic() + patience
+    while not page.evaluate(js) and time.monotonic() < end:
         page.wait_for_timeout(100)
 
 
-def settle(page, width):
-    "Give the window another width, and every figure up to five seconds to follow."
+def settle(page, width, patience):
+    "Give the window another width, and every figure time to follow."
     page.set_viewport_size(dict(width=width, height=900))
-    for _ in range(50):
-        page.wait_for_timeout(100)
-        if page.evaluate(
-            "[...document.querySelectorAll('.drawing')].every(d => !d._fullLayout || d._fullLayout.width <= d.clientWidth + 1)"
-        ):
-            return
+    page.wait_for_timeout(100)
+    wait_until(page, FITS, patience)
 
 
-def looked_at(browser, path, widths=(1280, 400)):
-    "What the gate finds on one page, fresh at each width, light and dark."
+def looked_at(browser, path, widths=(1280, 400), broken=False):
+    "What the gate finds on one page, fresh at each width, light and dark; what is broken may never come."
+    patience = 30 if broken else PATIENCE
     found, outside = [], []
     for width in widths:
         context = browser.new_context(viewport=dict(width=width, height=900), color_scheme="light")
@@ -159,22 +167,19 @@ def looked_at(browser, path, widths=(1280, 400)):
         )
         page.on("pageerror", lambda e: found.append(f"script error: {e}"))
         page.goto(path.as_uri())
-        wait_until(page, DRAWN)
-        wait_until(
-            page,
-            "document.querySelectorAll('.tex, .tex-display').length === document.querySelectorAll('.tex > .katex, .tex-display > .katex').length",
-        )
+        wait_until(page, DRAWN, patience)
+        wait_until(page, KATEX, patience)
         found += [
             f"{width} px, light: {w}" for w in page.evaluate(GATE, dict(figures=True, text=True))
         ]
         page.add_style_tag(content="*, *::before, *::after { transition: none !important }")
         page.emulate_media(color_scheme="dark")
-        wait_until(page, "(document.documentElement.dataset.theme || 'dark') === 'dark'")
+        wait_until(page, DARK, patience)
         found += [
             f"{width} px, dark: {w}" for w in page.evaluate(GATE, dict(figures=False, text=True))
         ]
-        if width == max(widths):
-            settle(page, 1600)
+        if width == max(widths) and not broken:
+            settle(page, 1600, patience)
             found += [
                 f"resized to 1600 px: {w}"
                 for w in page.evaluate(GATE, dict(figures=True, text=False))
@@ -183,12 +188,59 @@ def looked_at(browser, path, widths=(1280, 400)):
     return found + [f"asked another host for {u}" for u in outside]
 
 
-def test_every_page_of_the_site(site, browser):
-    pages = sorted(site.glob("[0-9]_*/*.html")) + [
-        site / f"{n}.html" for n in ("index", "reference", "CONTRIBUTING", "CHANGELOG")
-    ]
-    found = {p.name: wrong for p in pages if (wrong := looked_at(browser, p))}
-    assert len(pages) > 20 and not found, json.dumps(found, indent=1)
+def all_pages(site):
+    "Every page that was written, without those that Sphinx makes of its own."
+    own = ("genindex", "search")
+    return [p for p in sorted(site.rglob("*.html")) if p.stem not in own]
+
+
+CUT = (
+    "[...document.querySelectorAll('.bd-article div.highlight pre')]"
+    ".filter(p => p.getClientRects().length && !p.closest('.cell_output') && p.scrollWidth > p.clientWidth + 1)"
+    ".map(p => p.textContent.trim().slice(0, 60))"
+)
+
+
+def test_code_is_read_without_scrolling_at_1280_px(site, browser):
+    found, page = {}, browser.new_page(viewport=dict(width=1280, height=900))
+    for path in all_pages(site):
+        page.goto(path.as_uri(), wait_until="domcontentloaded")
+        if cut := page.evaluate(CUT):
+            found[path.name] = cut
+    page.close()
+    assert not found, json.dumps(found, indent=1)
+
+
+def test_the_keyboard_shows_where_it_is(site, browser):
+    "Tab moves through links, buttons and the fields of an explorer, each of them with a visible outline."
+    page = browser.new_page(viewport=dict(width=1280, height=900))
+    page.goto((site / "index.html").as_uri())
+    wait_until(page, DRAWN, PATIENCE)
+    seen, plain = set(), []
+    for i in range(50):
+        if i == 25:  # the sidebar is long
+            page.evaluate("document.querySelector('.bd-article td a').focus()")
+        page.keyboard.press("Tab")
+        look = page.evaluate(
+            "(() => { const e = document.activeElement, s = getComputedStyle(e);"
+            "return [e.tagName, e.textContent.slice(0, 30), s.outlineStyle !== 'none'"
+            " && parseFloat(s.outlineWidth) > 0 || s.boxShadow !== 'none']; })()"
+        )
+        seen.add(look[0])
+        plain += [look] if not look[2] and look[0] != "BODY" else []
+    page.close()
+    assert {"A", "BUTTON", "INPUT"} <= seen and not plain
+
+
+SHARES = 8  # of the pages, for workers side by side
+
+
+@pytest.mark.parametrize("share", range(SHARES))
+def test_every_page_of_the_site(site, browser, share):
+    pages = all_pages(site)
+    assert len(pages) > 8 * SHARES
+    found = {p.name: wrong for p in pages[share::SHARES] if (wrong := looked_at(browser, p))}
+    assert not found, json.dumps(found, indent=1)
 
 
 @pytest.mark.parametrize("name", ["report10", "report20", "report100", "compare"])
@@ -200,7 +252,7 @@ def test_every_class_can_be_seen(reports, browser):
     "In 'Who holds what' the bars of 20 classes are painted in 20 different ways."
     page = browser.new_page()
     page.goto((reports / "report20.html").as_uri())
-    page.wait_for_function(DRAWN)
+    page.wait_for_function(DRAWN, timeout=1000 * PATIENCE)
     looks = page.evaluate(
         "document.getElementById('clients')._fullData.map(t => JSON.stringify([t.marker.color, t.marker.pattern && t.marker.pattern.shape]))"
     )
@@ -263,7 +315,7 @@ BROKEN = dict(
 @pytest.mark.parametrize("name", BROKEN)
 def test_gate_catches_a_figure_without_ink(tmp_path, browser, name):
     trace, message = BROKEN[name]
-    found = looked_at(browser, a_page(tmp_path, a_figure(trace)), (1280,))
+    found = looked_at(browser, a_page(tmp_path, a_figure(trace)), (1280,), broken=True)
     assert any(message in w for w in found), found
 
 
@@ -290,7 +342,7 @@ PAGES = dict(
 @pytest.mark.parametrize("name", PAGES)
 def test_gate_catches_a_broken_page(tmp_path, browser, name):
     body, message = PAGES[name]
-    found = looked_at(browser, a_page(tmp_path, body), (1280,))
+    found = looked_at(browser, a_page(tmp_path, body), (1280,), broken=True)
     assert any(message in w for w in found), found
 
 

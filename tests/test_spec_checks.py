@@ -5,13 +5,14 @@ Substrate 1-6, objectives 7-11, baselines 12-15, DarkDistill 16-23, inference 24
 import ast, copy, math
 from pathlib import Path
 import pytest, torch
+from helpers import made, same
 from scipy.stats import spearmanr
 from torch import nn
 from darkdistill_nb.core.datasets import load
 from darkdistill_nb.core.seeds import Streams
 from darkdistill_nb.core.training import plus_minus
 from darkdistill_nb.distill.losses import RKD, rkd_angle, rkd_distance
-from darkdistill_nb.exits import inference as inf
+from darkdistill_nb.exits import inference as inf, scores as exit_scores
 from darkdistill_nb.exits.networks import EarlyExitNet, Exit, cnn, vit
 from darkdistill_nb.exits.training import BoostNet, Joint, exit_partition
 from darkdistill_nb.federated.calibration import CalibratedEEFL
@@ -141,10 +142,6 @@ TRAIN, TEST = load("digits", n_train=320, n_test=60)
 SMALL = dict(d_eps=8, d_h=16)
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 def build(stages=4):
     return cnn(TRAIN.shape, 10, stages=stages, width=8)
 
@@ -170,10 +167,8 @@ OTHERS = {
     "darkdistill, no server epochs": lambda: DarkDistill(
         Joint(), server_epochs=0, participation=1.0
     ),
-    "darkdistill": lambda: DarkDistill(
-        Joint(), participation=1.0, **SMALL
-    ),  # one tier: nobody to teach
-    "darkdistill_pl": lambda: DarkDistillPL(Joint(), server_epochs=0, participation=1.0, **SMALL),
+    "darkdistill": lambda: DarkDistill(Joint(), participation=1.0),  # one tier: nobody to teach
+    "darkdistill_pl": lambda: DarkDistillPL(Joint(), server_epochs=0, participation=1.0),
     "calibrated, switched off": lambda: CalibratedEEFL(
         Joint(), calibration=0, votes="none", participation=1.0
     ),
@@ -201,7 +196,7 @@ def test_3_prefixes_average_to_the_same_bits():
 @pytest.mark.parametrize("kind", [DarkDistill, DarkDistillPL])
 def test_3_a_rate_of_0_is_eefl(kind):
     "Weights and clients of every round: the server step has its own random stream."
-    a, b = go(EEFL()), go(kind(kd_lr=0.0, **SMALL))
+    a, b = go(EEFL()), go(made(kind, kd_lr=0.0, **SMALL))
     assert same(a.state["net"], b.state["net"])
     assert [r["clients"] for r in a.log] == [r["clients"] for r in b.log]
 
@@ -360,7 +355,8 @@ def test_20_weights_of_exits():
 
 def server_step(weights=None, spy=DarkDistill):
     "(tiers before, tiers after, method) of one server step, the weights of each tier changed by `weights`."
-    m = spy(server_epochs=1, kd_steps=2, kd_weight_decay=0.1, participation=1.0, **SMALL)
+    how = dict(server_epochs=1, kd_steps=2, kd_weight_decay=0.1, participation=1.0)
+    m = made(spy, **how, **SMALL)
     with Streams(0).scope("init"):
         state = m.setup(build())
     s, clients = Streams(0), make_clients(TRAIN.y, 8, 0.5)
@@ -420,12 +416,12 @@ def test_25_thresholds_at_the_ends():
     "0: all leave at exit 1; above 1: all at the last exit, whose accuracy is that of answering always there."
     g = torch.Generator().manual_seed(0)
     z, y = torch.randn(4, 200, 10, generator=g), torch.randint(10, (200,), generator=g)
-    conf, right = inf.Confidence().score(z), z.argmax(-1) == y
+    conf, right = exit_scores.Confidence().score(z), z.argmax(-1) == y
     last = -math.inf
     assert inf.take_exit(conf, [0.0] * 3 + [last]).tolist() == [0] * 200
     assert inf.take_exit(conf, [1.01] * 3 + [last]).tolist() == [3] * 200
     got = inf.evaluate_thresholds(conf, right, [1, 2, 3, 4], [1.01] * 3 + [last])
-    assert got["accuracy"] == pytest.approx(inf.anytime(z, y)["exits"][-1]) and got["cost"] == 4
+    assert got["accuracy"] == pytest.approx(exit_scores.anytime(z, y)["exits"][-1]) and got["cost"] == 4
 
 
 def test_11_parts_are_disjoint_and_cover():

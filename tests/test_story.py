@@ -136,7 +136,7 @@ def test_every_other_method_is_told_against_the_control():
     gain = said(record)["gain"]
     assert gain.headline == "CalibratedEEFL beats EEFL."
     assert "CalibratedEEFL minus EEFL, mean of all exits: +10.0 points" in gain.text
-    assert "DarkDistill: +0.00 points [0.00, 0.00], not better." in gain.text
+    assert "DarkDistill: +0.00 points [0.00, 0.00], undecided." in gain.text
 
 
 def test_what_was_not_measured_is_not_told():
@@ -274,9 +274,9 @@ def stored():
 
 
 def test_the_stored_run_is_the_default_one(stored):
-    from darkdistill_nb.experiments.settings import make_config
+    from darkdistill_nb.experiments.settings import LATER, make_config
 
-    config = {k: v for k, v in stored.config.items() if k not in ("tiers", "device")}
+    config = {k: v for k, v in {**LATER, **stored.config}.items() if k not in ("tiers", "device")}
     usual = {k: v for k, v in make_config().items() if k not in ("tiers", "device")}
     assert config == usual and stored.command == "darkdistill run"
     assert stored.config["tiers"] == [0.25] * 4 and len(stored.config["seeds"]) == 3

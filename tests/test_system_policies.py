@@ -4,13 +4,26 @@ import itertools, math
 import numpy as np
 import pytest
 import torch
+from helpers import refused
 import torch.nn.functional as F
 from darkdistill_nb.distree.students import SystemAnswers, make_answers
-from darkdistill_nb.exits.guarantees import METHODS, last_of_prefix, passes
-from darkdistill_nb.exits.inference import static_mixture
+from darkdistill_nb.exits.bounds import last_of_prefix
+from darkdistill_nb.exits.guarantees import METHODS, passes
+from darkdistill_nb.exits.evaluation import static_mixture
+from darkdistill_nb.distree.budgets import (
+    SYSTEM_SCHEMES,
+    align_exits,
+    control_system,
+    evaluate_system,
+    lambda_grid,
+    system_auroc,
+    system_curve,
+    system_losses,
+    system_table,
+    system_thresholds,
+)
 from darkdistill_nb.distree.policies import (
     POLICIES,
-    SYSTEM_SCHEMES,
     FeatureDifference,
     LastExit,
     NeighbourSimilarity,
@@ -20,19 +33,10 @@ from darkdistill_nb.distree.policies import (
     RandomExit,
     SharedScore,
     SystemPolicy,
-    align_exits,
-    control_system,
     decision_points,
-    evaluate_system,
     joint_right,
-    lambda_grid,
     mac_shares,
     policy_by_name,
-    system_auroc,
-    system_curve,
-    system_losses,
-    system_table,
-    system_thresholds,
 )
 
 COSTS = [0.0166, 0.1936, 0.3706, 0.5083, 0.6853, 0.8230, 1.0]
@@ -532,9 +536,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_arguments_are_told_in_one_sentence(name):
     call, words = BAD[name]
-    with pytest.raises(ValueError, match=words) as e:
-        call()
-    assert "\n" not in str(e.value)
+    refused(call, words)
 
 
 def test_thresholds_as_records_write_them(both):

@@ -379,7 +379,7 @@ def test_table_is_accessible_and_escaped():
 
 @pytest.mark.parametrize("score", ["confidence", "margin"])
 def test_from_net_is_the_library_in_steps(score):
-    from darkdistill_nb.exits.inference import score_by_name
+    from darkdistill_nb.exits.scores import score_by_name
 
     g = torch.Generator().manual_seed(0)
     split = lambda n: ArrayData(

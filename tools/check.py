@@ -9,10 +9,11 @@
 
 The working tree is left as it is: notebooks are cleaned and exported in a copy, which is then compared."""
 
-import argparse, os, shutil, subprocess, sys, tempfile, time
+import argparse, os, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+LIMIT = os.environ.get("CHECK_LIMIT")  # minutes of one command, for machines that nobody watches
 
 
 class Failed(Exception):
@@ -20,10 +21,21 @@ class Failed(Exception):
 
 
 def run(*args, cwd=ROOT, **env):
-    "Run a command with its output shown; raises `Failed` if it does not end with 0."
-    r = subprocess.run([str(a) for a in args], cwd=cwd, env={**os.environ, **env})
-    if r.returncode:
-        raise Failed(f"`{' '.join(str(a) for a in args)}` ended with exit code {r.returncode}")
+    "Run a command with its output shown; raises `Failed` if it does not end with 0 within LIMIT, if any."
+    words = [str(a) for a in args]
+    p = subprocess.Popen(words, cwd=cwd, env={**os.environ, **env})
+    try:
+        code = p.wait(LIMIT and 60 * float(LIMIT))
+    except subprocess.TimeoutExpired:
+        stop = p.terminate if os.name == "nt" else lambda: p.send_signal(signal.SIGINT)
+        stop()  # pytest then says what it has found so far
+        try:
+            p.wait(60)
+        except subprocess.TimeoutExpired:
+            p.kill()
+        raise Failed(f"`{' '.join(words)}` did not end within {LIMIT} minutes") from None
+    if code:
+        raise Failed(f"`{' '.join(words)}` ended with exit code {code}")
 
 
 def script(name):
@@ -112,9 +124,16 @@ def fast():
         run(script("nbdev-test"), path, "--n-workers", 0)
 
 
+def side_by_side(dist):
+    "Options of pytest for one worker per core, at most two; none on a single core."
+    n = min(2, os.cpu_count() or 1)
+    return ["-n", n, "--dist", dist, "--no-loadscope-reorder"] if n > 1 else []
+
+
 def tests():
     "pytest: what crosses notebooks"
-    run(sys.executable, "-m", "pytest", "-q", "-rs", "--durations=10", "tests")
+    words = ["-q", "-rs", "--durations=10", *side_by_side("loadfile"), "tests"]
+    run(sys.executable, "-m", "pytest", *words, PYTHONHASHSEED="0")  # one order in both workers
 
 
 def nbs():
@@ -137,7 +156,8 @@ def labs():
         "pytest",
         "-q",
         "--nbmake",
-        "--nbmake-timeout=600",
+        "--nbmake-timeout=1800",
+        *side_by_side("load"),
         "-p",
         "no:cacheprovider",
         *sorted((ROOT / "tutorials/instructor").glob("*.ipynb")),
@@ -164,6 +184,7 @@ def site():
         "-m",
         "browser",
         "--durations=3",
+        *side_by_side("load"),
         "tests/test_site.py",
     )
 

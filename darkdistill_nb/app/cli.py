@@ -70,6 +70,7 @@ EXPERIMENTS = dict(
     exits="darkdistill_nb.experiments.exits",
     distree="darkdistill_nb.experiments.distree",
     federated="darkdistill_nb.experiments.federated",
+    rung="darkdistill_nb.experiments.rung",
     stage="darkdistill_nb.experiments.stage",
 )
 
@@ -87,6 +88,7 @@ examples:
   darkdistill run --objective l2w --l2w eps=0.3     exits that learn weights
   darkdistill run --methods eefl,mine:MyMethod      a method of your own
   darkdistill run --config long.toml --seeds 5      settings from a file
+  darkdistill run --availability dropout=0.2        clients that do not answer
   darkdistill run --resume runs/shapes16-001        after Ctrl-C, a crash, ...
 
 my.npz holds x_train, y_train, x_test, y_test. In a --config file, write
@@ -110,6 +112,7 @@ def _rows(rows):
         lines += [f"  {name:{width}}{first}", *(" " * (width + 2) + r for r in rest)]
     return "\n".join(line.rstrip() for line in lines)
 
+# %% ../../nbs/6_app/cli.ipynb #3219fc32
 def _written(o, v):
     "The value of an option as one types it."
     if o.metavar() is None:
@@ -120,6 +123,7 @@ def _written(o, v):
         return " ".join(f"{k}={x}" for k, x in v.items()) or "none"
     return ",".join(map(str, v)) if isinstance(v, list) else str(v)
 
+# %% ../../nbs/6_app/cli.ipynb #27ba23e7
 def _default(o):
     "The default of an option as `--help` shows it, and that of data that bring their own."
     own = {data: p[o.name] for data, p in PRESETS.items() if p.get(o.name, o.default) != o.default}
@@ -127,12 +131,26 @@ def _default(o):
         [_written(o, o.default), *(f"{data}: {_written(o, v)}" for data, v in own.items())]
     )
 
+# %% ../../nbs/6_app/cli.ipynb #f65d2ae2
+def _add_option(group, o, text):
+    "One option of the parser for one setting."
+    flag = "--" + o.name.replace("_", "-") if o.name in OPTIONS else "--" + o.name
+    how = dict(default=argparse.SUPPRESS, dest=o.name, help=text.replace("%", "%%"))
+    if o.metavar() is None:
+        how.update(action=argparse.BooleanOptionalAction)
+    elif o.metavar() == "K=V":
+        how.update(nargs="+", action="extend", metavar="K=V")
+    else:
+        how.update(metavar=o.metavar())
+    group.add_argument(flag, **how)
+
 # %% ../../nbs/6_app/cli.ipynb #14cfae06
 def add_run_options(
     p:Parser,
     addresses=(), # "module:Class" of classes whose keywords may be given, too
 )->Parser:
-    "Add every setting of `OPTIONS`, and keywords of methods and objectives; what is not given stays out of the result."
+    """Add every setting of `OPTIONS`, and keywords of methods and objectives;
+    what is not given stays out of the result."""
     for title, options in GROUPS.items():
         g = p.add_argument_group(title)
         for o in options:
@@ -147,25 +165,14 @@ def add_run_options(
         _add_option(p, option_of(name), argparse.SUPPRESS)
     return p
 
-def _add_option(group, o, text):
-    "One option of the parser for one setting."
-    flag = "--" + o.name.replace("_", "-") if o.name in OPTIONS else "--" + o.name
-    how = dict(default=argparse.SUPPRESS, dest=o.name, help=text.replace("%", "%%"))
-    if o.metavar() is None:
-        how.update(action=argparse.BooleanOptionalAction)
-    elif o.metavar() == "K=V":
-        how.update(nargs="+", action="extend", metavar="K=V")
-    else:
-        how.update(metavar=o.metavar())
-    group.add_argument(flag, **how)
-
 # %% ../../nbs/6_app/cli.ipynb #1f89b5b4
 def _parse_run(sub, addresses):
     r = sub.add_parser(
         "run",
         usage="darkdistill run [options]",
         help="train methods on paired seeds; leaves a folder with a report",
-        description="Train EEFL, DarkDistill and other methods on the same seeds, print the table of\n"
+        description="Train EEFL, DarkDistill and other methods "
+        "on the same seeds, print the table of\n"
         "their accuracies and what the run shows, and leave a run folder.",
         epilog=EXAMPLES,
     )
@@ -174,7 +181,7 @@ def _parse_run(sub, addresses):
         ("out", "FOLDER", "new folder for the results [runs/DATA-001, -002, ...]"),
         ("config", "FILE", "TOML file with any of these settings; options win"),
         ("resume", "FOLDER", "continue the run in FOLDER, with its own settings"),
-        ("workers", "N", "cores to use; the result is the same [all]"),
+        ("workers", "N", "cores to use, or auto: what pays; the result is the same [all]"),
     ):
         g.add_argument(f"--{name}", metavar=metavar, help=text)
     add_run_options(r, addresses)
@@ -195,12 +202,11 @@ def _parse_compare(sub):
     text += "seeds, clients and draws of the runs that are stored with the package"
     c.add_argument("--against", metavar="stored", help=text)
 
+# %% ../../nbs/6_app/cli.ipynb #4bb7a834
 def _parse_report(sub):
-    d = sub.add_parser(
-        "report",
-        help="draw report.html of a finished run again",
-        description="Draw report.html again, from record.json alone.",
-    )
+    what = "draw report.html of a finished run again"
+    says = "Draw report.html again, from record.json alone."
+    d = sub.add_parser("report", help=what, description=says)
     d.add_argument("run", metavar="RUN", help="run folder")
 
 # %% ../../nbs/6_app/cli.ipynb #4ba9ceb5
@@ -213,6 +219,7 @@ def _parse_methods(sub):
     )
     m.add_argument("name", nargs="?", metavar="NAME", help="of a method or an objective")
 
+# %% ../../nbs/6_app/cli.ipynb #a9185c69
 def _parse_experiment(sub):
     lines = _rows([(name, help_line(module)) for name, module in EXPERIMENTS.items()])
     e = sub.add_parser(
@@ -224,10 +231,17 @@ def _parse_experiment(sub):
     )
     e.add_argument("name", nargs="?", metavar="NAME", help=argparse.SUPPRESS)
 
+# %% ../../nbs/6_app/cli.ipynb #e967beff
 def _parse_bench(sub):
-    b = sub.add_parser("bench", help="measure costs on this machine: distill, exits, widgets")
+    b = sub.add_parser("bench", help="measure costs: distill, exits, federated, widgets")
     b.add_argument("name", nargs="*", metavar="NAME")
 
+# %% ../../nbs/6_app/cli.ipynb #927ec302
+def _parse_flower(sub):
+    text = "run on real machines with Flower: certificates, serve, join, run"
+    sub.add_parser("flower", help=text).add_argument("word", nargs="*", metavar="WORD")
+
+# %% ../../nbs/6_app/cli.ipynb #6a1fcc10
 def _parse_lab(sub):
     l = sub.add_parser(
         "lab",
@@ -239,6 +253,26 @@ def _parse_lab(sub):
     l.add_argument("folder", nargs="?", metavar="FOLDER", help=text)
     text = "only start the server and print its address"
     l.add_argument("--no-browser", action="store_true", help=text)
+
+# %% ../../nbs/6_app/cli.ipynb #16791888
+def _parse_grade(sub):
+    g = sub.add_parser(
+        "grade",
+        help="mark a folder of labs with nbgrader: a page and tables",
+        description="Mark labs that students handed in as "
+        "FOLDER/STUDENT/lab00....ipynb, with nbgrader.\n"
+        "It runs their code. Called again, it marks only what is new.",
+    )
+    g.add_argument("folder", metavar="FOLDER", help="holds a folder for each student")
+    text = "folder for index.html, grades.csv, exercises.csv, feedback/ [marks]"
+    g.add_argument("--out", metavar="FOLDER", default="marks", help=text)
+    text = "environment for nbgrader, made there once [this Python's own]"
+    g.add_argument("--env", metavar="FOLDER", help=text)
+    text = "the instructor's notebooks [tutorials/instructor of this checkout]"
+    g.add_argument("--source", metavar="FOLDER", help=text)
+    g.add_argument(
+        "--labs", nargs="+", metavar="NN", default=(), help="only these, e.g. 00 01 [all]"
+    )
 
 # %% ../../nbs/6_app/cli.ipynb #1219ad78
 TOUR = """
@@ -257,7 +291,9 @@ more:
                                              a method in your own mine.py
   darkdistill experiment latent --help       experiments of stored results
   darkdistill bench exits                    what early exit saves here
+  darkdistill flower --help                  the same on real machines
   darkdistill lab                            the tutorials
+  darkdistill grade submissions              mark what students hand in
 
 darkdistill COMMAND --help explains each command."""
 
@@ -269,17 +305,20 @@ def make_parser(
     p = Parser(
         "darkdistill",
         usage="darkdistill COMMAND [options]",
-        description="Early-exit networks, trained by devices of different strength: EEFL, DarkDistill\n"
+        description="Early-exit networks, trained by devices "
+        "of different strength: EEFL, DarkDistill\n"
         "(KDD 2025) and other methods, compared on paired seeds.",
         epilog=TOUR,
     )
     p.add_argument("--version", action="store_true", help="print the version and stop")
-    sub = p.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    sub = p.add_subparsers(
+        dest="command", metavar="COMMAND", title="commands", prog="darkdistill"
+    )
     p.commands = sub.choices
     _parse_run(sub, addresses)
     for add in (_parse_compare, _parse_report, _parse_methods):
         add(sub)
-    for add in (_parse_experiment, _parse_bench, _parse_lab):
+    for add in (_parse_experiment, _parse_bench, _parse_flower, _parse_lab, _parse_grade):
         add(sub)
     return p
 
@@ -290,8 +329,10 @@ def _given(args):
     "Settings among the parsed arguments."
     return {k: v for k, v in vars(args).items() if k not in NO_SETTINGS}
 
+# %% ../../nbs/6_app/cli.ipynb #5c8337e7
 def _either(a, b): return b if a is None else a
 
+# %% ../../nbs/6_app/cli.ipynb #8b303c15
 def _settings(args):
     "(settings, out, workers) from the parsed arguments and the --config file."
     given, file = _given(args), {} if args.config is None else read_toml(args.config)
@@ -311,13 +352,15 @@ def _show(record, folder, say):
         table = summary_table(record)
     say(f"\n{table}\n\nreport: {folder}/report.html")
 
+# %% ../../nbs/6_app/cli.ipynb #87b2bc75
 def _resume(args, say):
     "The command `run --resume`; returns the exit code."
     extra = [f"--{k.replace('_', '-')}" for k in _given(args)]
     extra += [f"--{k}" for k in ("out", "config") if getattr(args, k) is not None]
     if extra:
         raise ValueError(
-            f"resume={shown(args.resume)} takes its settings from the folder; leave out {', '.join(extra)}"
+            f"resume={shown(args.resume)} takes its settings from the folder; "
+            f"leave out {', '.join(extra)}"
         )
     folder, workers = Path(args.resume), WORKERS.value(args.workers)
     _read_config(folder)
@@ -327,6 +370,7 @@ def _resume(args, say):
     _show(record, folder, say)
     return 0
 
+# %% ../../nbs/6_app/cli.ipynb #0248c857
 def _run(args, say, command):
     "The command `run`; returns the exit code."
     if args.resume is not None:
@@ -340,7 +384,8 @@ def _run(args, say, command):
 
 # %% ../../nbs/6_app/cli.ipynb #66c581a0
 def _reportable(record, path):
-    "A record of `darkdistill run`, which has all that a report shows; other experiments have records of another kind."
+    """A record of `darkdistill run`, which has all that a report shows;
+    other experiments have records of another kind."""
     from darkdistill_nb.core.records import check_record
 
     return check_record(
@@ -360,23 +405,24 @@ def _load(folder):
     )
     if config and not record:
         raise ValueError(
-            f"run={shown(str(folder))} is not finished; continue it with: darkdistill run --resume {folder}"
+            f"run={shown(str(folder))} is not finished; "
+            f"continue it with: darkdistill run --resume {folder}"
         )
     return _reportable(load_record(folder), folder)
 
+# %% ../../nbs/6_app/cli.ipynb #ad00a076
 def _names(folders):
     "Shortest ends of the paths that tell the folders apart."
     parts = [Path(f).resolve().parts for f in folders]
     n = next((n for n in range(1, 20) if len({p[-n:] for p in parts}) == len(parts)), None)
-    return (
-        ["/".join(p[-n:]) for p in parts]
-        if n
-        else [f"{i + 1}: {p[-1]}" for i, p in enumerate(parts)]
-    )
+    if n is None:
+        return [f"{i + 1}: {p[-1]}" for i, p in enumerate(parts)]
+    return ["/".join(p[-n:]) for p in parts]
 
 # %% ../../nbs/6_app/cli.ipynb #96ad6559
 def _against(args, say):
-    "`compare METHOD ... --against stored`: a table for each method; trainings are kept in runs/against."
+    """`compare METHOD ... --against stored`: a table for each method;
+    trainings are kept in runs/against."""
     from darkdistill_nb.experiments.against import against_stored, against_table
 
     check(args.against == "stored", "against", args.against, "stored")
@@ -403,6 +449,7 @@ def _ours(path):
         raise ValueError(f"{name} cannot be written: {path.parent} is not a folder")
     return path
 
+# %% ../../nbs/6_app/cli.ipynb #7fd9cc9c
 def _compare(args, say, command):
     from darkdistill_nb.experiments.report import compare_table, write_compare
 
@@ -433,6 +480,7 @@ def _keyword_rows(cls):
     shared = OPTIONS if issubclass(cls, METHODS.kind()) else ()
     return [(str(k), k.help) for k in keywords_of(cls).values() if k.name not in shared]
 
+# %% ../../nbs/6_app/cli.ipynb #04a0618a
 def _methods(args, say, command):
     if args.name is None:
         for registry in (METHODS, OBJECTIVES):
@@ -453,15 +501,19 @@ def _methods(args, say, command):
 
 # %% ../../nbs/6_app/cli.ipynb #8bd0cb8b
 def _hand_over(argv):
-    "`experiment NAME ...` and `bench ...`: the module reads its own arguments; returns the exit code."
+    """`experiment NAME ...`, `bench ...` and `flower ...`:
+    the module reads its own arguments; returns the exit code."""
     from importlib import import_module
 
     if argv[:2] == ["bench", "widgets"]:
         return import_module("darkdistill_nb.app.speed").main(argv[2:])
     if argv[0] == "bench":
         return import_module("darkdistill_nb.experiments.bench").main(argv[1:])
+    if argv[0] == "flower":
+        return import_module("darkdistill_nb.experiments.machines").main(argv[1:])
     return import_module(EXPERIMENTS[argv[1]]).main(argv[2:])
 
+# %% ../../nbs/6_app/cli.ipynb #73507ea1
 def _experiment(args, say, command):
     if args.name is not None:
         raise UsageError(f"unknown experiment {shown(args.name)}{near(args.name, EXPERIMENTS)}")
@@ -473,7 +525,8 @@ def tutorials(
     folder=None, # copies go here; None: work in the checkout, or copy to ./darkdistill_tutorials
     here=None,   # folder of the package; None: of the one that is imported
 )->Path:         # folder to open
-    "The folder with the tutorials; copies never replace a file. Raises `FileNotFoundError` when none are installed."
+    """The folder with the tutorials; copies never replace a file.
+    Raises `FileNotFoundError` when none are installed."""
     from darkdistill_nb.core.records import shipped
 
     source = shipped("tutorials", here)
@@ -507,6 +560,13 @@ def _lab(args, say, command):
         ]
     )
 
+# %% ../../nbs/6_app/cli.ipynb #c0e9a530
+def _grade(args, say, command):
+    from darkdistill_nb.app.grade import grade_course
+
+    grade_course(args.folder, args.out, args.env, args.source, args.labs, say)
+    return 0
+
 # %% ../../nbs/6_app/cli.ipynb #a582de1a
 COMMANDS = dict(
     run=_run,
@@ -515,7 +575,9 @@ COMMANDS = dict(
     methods=_methods,
     experiment=_experiment,
     bench=lambda args, say, command: _hand_over(["bench"]),
+    flower=lambda args, say, command: _hand_over(["flower", *args.word]),
     lab=_lab,
+    grade=_grade,
 )
 
 # %% ../../nbs/6_app/cli.ipynb #82a1ce01
@@ -526,6 +588,7 @@ def _say(text):
     except OSError:  # a closed pipe, a full disk
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
+# %% ../../nbs/6_app/cli.ipynb #68444186
 def _complain(message):
     "One line of bearable length on the error stream."
     words = [w if len(w) < 300 else f"{w[:60]}...{w[-20:]}" for w in str(message).split()]
@@ -534,6 +597,7 @@ def _complain(message):
     with contextlib.suppress(OSError):
         print(f"darkdistill: {line}", file=sys.stderr, flush=True)
 
+# %% ../../nbs/6_app/cli.ipynb #430316f8
 def _go_on(e):
     "How to continue, if there is something to continue and it can help."
     if getattr(e, "folder", None) is None:
@@ -548,6 +612,7 @@ def _go_on(e):
         )
     return f"; finished rounds are kept, continue with: darkdistill run --resume {e.folder}"
 
+# %% ../../nbs/6_app/cli.ipynb #8562ad67
 def _version():
     from darkdistill_nb import __version__
 
@@ -574,11 +639,14 @@ def _parse(argv):
 class Terminated(KeyboardInterrupt):
     "The process was asked to end."
 
+# %% ../../nbs/6_app/cli.ipynb #2e9d50a6
 def _raise_terminated(*_): raise Terminated
 
+# %% ../../nbs/6_app/cli.ipynb #507870a0
 @contextlib.contextmanager
 def _sigterm_like_ctrl_c():
-    "Inside, `SIGTERM` raises `Terminated`, so that workers are ended and the user is told how to go on."
+    """Inside, `SIGTERM` raises `Terminated`,
+    so that workers are ended and the user is told how to go on."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -587,6 +655,22 @@ def _sigterm_like_ctrl_c():
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if old is None else old)
+
+# %% ../../nbs/6_app/cli.ipynb #a36eb1fe
+def _obey(argv):
+    "Do what the arguments say; returns the exit code."
+    named = argv[:1] == ["experiment"] and argv[1:2] and argv[1] in EXPERIMENTS
+    if named or argv[:1] in (["bench"], ["flower"]):
+        return _hand_over(argv)
+    parser, args = _parse(argv)
+    if args.version:
+        _say(f"darkdistill {_version()}")
+        return 0
+    if args.command is None:
+        _say(parser.format_help().rstrip())
+        return 0
+    command = shlex.join(["darkdistill", *argv]).encode("utf-8", "backslashreplace").decode()
+    return COMMANDS[args.command](args, _say, command)
 
 # %% ../../nbs/6_app/cli.ipynb #de2b9dd8
 def main(
@@ -609,20 +693,6 @@ def main(
     except (UsageError, ValueError, OSError, RecursionError) as e:
         _complain(e)
         return 2
-
-def _obey(argv):
-    "Do what the arguments say; returns the exit code."
-    if argv[:1] == ["bench"] or argv[:1] == ["experiment"] and argv[1:2] and argv[1] in EXPERIMENTS:
-        return _hand_over(argv)
-    parser, args = _parse(argv)
-    if args.version:
-        _say(f"darkdistill {_version()}")
-        return 0
-    if args.command is None:
-        _say(parser.format_help().rstrip())
-        return 0
-    command = shlex.join(["darkdistill", *argv]).encode("utf-8", "backslashreplace").decode()
-    return COMMANDS[args.command](args, _say, command)
 
 # %% ../../nbs/6_app/cli.ipynb #2a3081e2
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook

@@ -31,21 +31,8 @@ class DistillationModel {
   }
 }
 
-class DistillationView {
-  constructor(data) {
-    this.model = new DistillationModel(data);
-    this.data = data;
-    this.put(data.state);
-  }
-
-  put(state) { this.state = state; }
-
-  set(name, value) { this.put({...this.state, [name]: value}); }
-
-  look() {
-    const r = this.model.at(this.state);
-    return {numbers: r, values: this.state, says: this.says(r), table: this.table(r), changes: this.changes(r)};
-  }
+class DistillationView extends View {
+  constructor(data) { super(data, new DistillationModel(data)); }
 
   says(r) {
     const {sample, T, alpha, direction} = this.state, short = v => general(v, 4), name = this.model.classes[this.model.y[sample]];

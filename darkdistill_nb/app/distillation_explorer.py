@@ -13,7 +13,7 @@ import numpy as np
 from fastcore.basics import patch
 from ..core.checks import check, choice, finite, number, whole
 from ..core.plots import PALETTE, hatched
-from .explorer import Explorer, _array, _axis_title, _look
+from .explorer import ModelExplorer, _array, _axis_title, _look
 from .pages import Table, pack_array
 
 # %% ../../nbs/6_app/distillation_explorer.ipynb #2f93e455
@@ -23,8 +23,10 @@ def _log_softmax(logits, T):
     z = z - z.max()
     return z - np.log(np.exp(z).sum())
 
+# %% ../../nbs/6_app/distillation_explorer.ipynb #60695a44
 def _logit_rows(name, a, shape=None):
-    "Logits as float64 (N, K); raises `ValueError` for another shape, no sample, or a value that is not finite."
+    """Logits as float64 (N, K);
+    raises `ValueError` for another shape, no sample, or a value that is not finite."""
     a = _array(name, a)
     ok = a.ndim == 2 and a.size > 0 and a.dtype.kind in "fiu" and shape in (None, a.shape)
     form = "(N, K), the same for teacher and student, N and K at least 1"
@@ -57,7 +59,9 @@ def at(self:DistillationModel,
     T:float=1.0,              # temperature, > 0
     alpha:float=0.5,          # share of the teacher, 0..1
     direction:str="forward",  # forward: KL(teacher | student) | reverse
-)->dict: # soft_labels, answer (student), from_teacher, from_label, gradient (K,); forward, reverse, entropy, cross_entropy, loss
+    # soft_labels, answer (student), from_teacher, from_label, gradient (K,);
+    # forward, reverse, entropy, cross_entropy, loss
+)->dict:
     "All numbers of one image in nats; raises `ValueError` for a sample that is not there."
     sample = whole(sample, "sample", 0, len(self.y) - 1)
     T, alpha = number(T, "T", above=0), number(alpha, "alpha", 0, 1)
@@ -84,8 +88,9 @@ def at(self:DistillationModel,
     )
 
 # %% ../../nbs/6_app/distillation_explorer.ipynb #ed6fd874
-class DistillationExplorer(Explorer):
-    "Sample, temperature, mixture and direction on one side; soft labels and gradients on the other."
+class DistillationExplorer(ModelExplorer):
+    """Sample, temperature, mixture and direction on one side;
+    soft labels and gradients on the other."""
 
     kind = "distillation"
 
@@ -100,23 +105,12 @@ class DistillationExplorer(Explorer):
         direction:str="forward",  # forward | reverse
         mode:str="auto",          # as in `Explorer`
     ):
-        self.model = DistillationModel(teacher, student, y, classes)
-        self.model.at(sample, T, alpha, direction)
-        super().__init__(mode, sample=sample, T=T, alpha=alpha, direction=direction)
-
-    def set(self,
-        **values # sample, T, alpha, direction
-    ):
-        "Another setting; raises `ValueError`, and changes nothing, when the model cannot follow."
-        unknown = sorted(values.keys() - self.defaults.keys())
-        check(not unknown, "values", unknown, f"some of {', '.join(self.defaults)}")
-        wanted = {**self.state.values, **values}
-        self.model.at(**wanted)
-        self.state.update(**wanted)
+        model = DistillationModel(teacher, student, y, classes)
+        super().__init__(model, mode, sample=sample, T=T, alpha=alpha, direction=direction)
 
     def result(self) -> dict:
         "What the model says about the present setting, see `DistillationModel.at`."
-        return self.model.at(**self.state.values)
+        return self.now
 
 # %% ../../nbs/6_app/distillation_explorer.ipynb #3bae5e2b
 @patch
@@ -202,7 +196,10 @@ def page_data(self:DistillationExplorer)->dict: # JSON-able, for the model of di
     "What the model of the page is made from."
     m = self.model
     return dict(
-        teacher=pack_array(m.teacher), student=pack_array(m.student), y=m.y.tolist(), classes=m.classes
+        teacher=pack_array(m.teacher),
+        student=pack_array(m.student),
+        y=m.y.tolist(),
+        classes=m.classes
     )
 
 @patch

@@ -14,12 +14,13 @@ import numpy as np
 from fastcore.basics import patch
 from ..core.checks import check, choice, finite, number, whole
 from ..core.plots import PALETTE, hatched, style
-from .explorer import Explorer, _array, _axis_title, _look, _nice_step
+from .explorer import Explorer, _array, _axis_title, _look, _nice_step, _note
 from .pages import Table, pack_array
 
 # %% ../../nbs/6_app/exit_explorer.ipynb #88f01dba
 def _score_array(name, a, exits=None):
-    "Scores as a numpy array (E, N); raises unless they are numbers, two-dimensional, not empty and free of NaN."
+    """Scores as a numpy array (E, N);
+    raises unless they are numbers, two-dimensional, not empty and free of NaN."""
     a = _array(name, a)
     if a.ndim != 2 or a.size == 0 or exits not in (None, len(a)):
         raise ValueError(f"{name} must have shape ({exits or 'E'}, N) with N >= 1, not {a.shape}")
@@ -37,7 +38,8 @@ class ExitModel:
         scores,     # (E, N), larger: more ready to leave
         right,      # (E, N) bool: is this exit right about this sample?
         costs,      # (E,) cost of leaving at each exit, rising (MACs)
-        valid=None, # (E, V) scores that thresholds for a budget are set on; None: every second sample
+        # (E, V) scores that thresholds for a budget are set on; None: every second sample
+        valid=None,
     ):
         scores, right, costs = (
             _score_array("scores", scores),
@@ -81,7 +83,8 @@ class ExitModel:
 def check(self:ExitModel,
     T # E thresholds; the last one is -inf
 )->np.ndarray: # (E,) float
-    "Thresholds as an array; raises `ValueError` for a wrong number of them, NaN, or a last one that is not -inf."
+    """Thresholds as an array;
+    raises `ValueError` for a wrong number of them, NaN, or a last one that is not -inf."""
     from darkdistill_nb.exits.thresholds import read_thresholds
 
     T = np.asarray(read_thresholds(T, name="thresholds") if np.ndim(T) == 1 else T, float)
@@ -93,7 +96,8 @@ def check(self:ExitModel,
         raise ValueError(f"thresholds={T.tolist()} hold NaN")
     if T[-1] != -math.inf:
         raise ValueError(
-            f"the last threshold must be -inf, because the last exit takes every sample, not {T[-1]}"
+            "the last threshold must be -inf, "
+            f"because the last exit takes every sample, not {T[-1]}"
         )
     return T
 
@@ -101,7 +105,9 @@ def check(self:ExitModel,
 def at(
     self: ExitModel,
     T,  # E thresholds; the last one is -inf
-) -> dict:  # exit (N,), shares (E,), hits (E,) share of all samples that leave there and are right, accuracy, cost, mixture
+    # exit (N,), shares (E,), hits (E,)
+    # share of all samples that leave there and are right, accuracy, cost, mixture
+) -> dict:
     "Accuracy, mean cost and who leaves where on the reported samples."
     T, N = self.check(T), self.scores.shape[1]
     stay = self.scores[0] < T[0]
@@ -128,7 +134,8 @@ def at(
 def thresholds(self:ExitModel,
     shares       # E target shares, adding to 1
 )->np.ndarray:   # (E,) thresholds; the last is -inf
-    "MSDNet's thresholds from the validation scores: about V q_k samples leave at exit k (arXiv 1703.09844)."
+    """MSDNet's thresholds from the validation scores:
+    about V q_k samples leave at exit k (arXiv 1703.09844)."""
     V, T = self.valid.shape[1], []
     if len(shares) != len(self) or not (abs(sum(shares) - 1) <= 1e-6 and min(shares) >= 0):
         raise ValueError(f"shares={list(shares)} must be {len(self)} numbers >= 0 that add to 1")
@@ -145,13 +152,15 @@ def thresholds(self:ExitModel,
 def budget_shares(self:ExitModel,
     budget:float # mean cost, between the cheapest and the dearest exit
 )->np.ndarray:   # (E,) shares q_k ~ r^k whose mean cost is `budget`
-    "Geometric target shares that cost `budget` on average; raises `ValueError` for a budget no mixture of exits has."
+    """Geometric target shares that cost `budget` on average;
+    raises `ValueError` for a budget no mixture of exits has."""
     c, E, low, high = self.costs.tolist(), len(self), -60.0, 60.0  # brackets of ln r
     if not (isinstance(budget, float) and math.isnan(budget)):
         budget = number(budget, "budget", inf=True)
     if not c[0] <= budget <= c[-1]:
         raise ValueError(
-            f"budget={budget:g} must lie between the costs of the first and the last exit, {c[0]:g} and {c[-1]:g}"
+            f"budget={budget:g} must lie between the costs of "
+            f"the first and the last exit, {c[0]:g} and {c[-1]:g}"
         )
     while high - low > 1e-13:
         ln_r = (low + high) / 2
@@ -216,6 +225,7 @@ def _unit(costs, unit):
     )
     return f, p + unit
 
+# %% ../../nbs/6_app/exit_explorer.ipynb #eeb2762c
 def _score_range(*scores):
     "Bounds and step of the thresholds' sliders; the upper bound is above every score."
     s = np.concatenate([s.ravel() for s in scores])
@@ -238,7 +248,8 @@ class ExitExplorer(Explorer):
         scores,              # (E, N), larger: more ready to leave
         right,               # (E, N) bool
         costs,               # (E,) MACs, rising
-        valid=None,          # (E, V) scores that budgets set thresholds on; None: every second sample
+        # (E, V) scores that budgets set thresholds on; None: every second sample
+        valid=None,
         images=None,       # (N, C, H, W)
         score:str="score",   # what the scores are called
         unit:str="MACs",     # of the costs
@@ -304,7 +315,8 @@ def says(self:ExitExplorer,
     )
     gain, part = 100 * (r["accuracy"] - r["mixture"]), 100 * r["cost"] / self.model.costs[-1]
     return (
-        f"Accuracy {100 * r['accuracy']:.1f} % at a mean cost of {r['cost'] / self.scale:.4g} {self.unit} ({part:.0f} % of the last exit), "
+        f"Accuracy {100 * r['accuracy']:.1f} % at a mean cost of "
+        f"{r['cost'] / self.scale:.4g} {self.unit} ({part:.0f} % of the last exit), "
         f"{abs(gain):.1f} points {'above' if gain >= 0 else 'below'} the static mixture; {how}"
     )
 
@@ -339,7 +351,8 @@ def to_table(self:ExitExplorer,
             f"{100 * (r['accuracy'] - r['mixture']):+.1f}",
             *map(p, r["shares"]),
         ]
-        says = f"Budgets, {self.model.scores.shape[1]:,} samples. Thresholds are set on validation scores."
+        n = self.model.scores.shape[1]
+        says = f"Budgets, {n:,} samples. Thresholds are set on validation scores."
         return Table(says, heads, [line(*v) for v in self._points(steps)])
     heads = [
         "exit",
@@ -470,17 +483,7 @@ def _layout(self: ExitExplorer, E, u, rows):
     low, H = 44 * E, 44 * E + 386
     at, wide = low / (H - 98), 0 if self.cells is None else self.m * (self.cells.shape[2] + 1)
     bare, left = dict(showgrid=False, zeroline=False, ticks=""), 0.4 if wide else 1
-    head = lambda text, x: dict(
-        text=text,
-        x=x,
-        y=at + 0.01,
-        xref="paper",
-        yref="paper",
-        xanchor="left",
-        yanchor="bottom",
-        showarrow=False,
-        font=dict(size=13),
-    )
+    head = lambda text, x: _note(text, x, at + 0.01)
     out = _look(
         H,
         34,
@@ -523,19 +526,16 @@ def _layout(self: ExitExplorer, E, u, rows):
 # %% ../../nbs/6_app/exit_explorer.ipynb #3a57d53e
 _IMAGES, _BYTES = 240, 400_000  # most images on a page, of the first samples reported
 
-@patch
-def _sprite(self: ExitExplorer):
-    "The first images side by side in one sheet, twenty a row, or None."
-    if self.cells is None:
-        return None
-    most = max(20, _BYTES // (2 * self.cells[0].size))
-    n, h, w, c = self.cells[: min(_IMAGES, most)].shape
+def _sheet(cells, m):
+    "The first images side by side in one sheet, twenty a row, for a page that shows `m` in a row."
+    most = max(20, _BYTES // (2 * cells[0].size))
+    n, h, w, c = cells[: min(_IMAGES, most)].shape
     rows, columns = -(-n // 20), min(n, 20)
     sheet = np.full((rows * columns, h, w, c), 255, np.uint8)
-    sheet[:n] = self.cells[:n]
+    sheet[:n] = cells[:n]
     sheet = sheet.reshape(rows, columns, h, w, c).transpose(0, 2, 1, 3, 4)
     source = image_uri(sheet.reshape(rows * h, columns * w, c))
-    return dict(source=source, images=n, columns=columns, height=h, width=w, m=self.m)
+    return dict(source=source, images=n, columns=columns, height=h, width=w, m=m)
 
 # %% ../../nbs/6_app/exit_explorer.ipynb #0a793a92
 @patch
@@ -555,8 +555,9 @@ def page_data(self:ExitExplorer)->dict: # JSON-able, for the `ExitModel` of exit
     sizes = dict(samples=m.scores.shape[1], validation=m.valid.shape[1], costs=m.costs.tolist())
     arrays = dict(scores=pack_array(m.scores[:-1]), valid=pack_array(m.valid[:-1]))
     bits = pack_array(np.packbits(m.right, axis=1))
+    sprite = None if self.cells is None else _sheet(self.cells, self.m)
     own = {k: getattr(self, k) for k in names}
-    return dict(**sizes, **arrays, right=bits, sprite=self._sprite(), **own)
+    return dict(**sizes, **arrays, right=bits, sprite=sprite, **own)
 
 @patch
 def narrow(self:ExitExplorer)->dict: # see `Page`
@@ -575,13 +576,15 @@ def narrow(self:ExitExplorer)->dict: # see `Page`
 
 # %% ../../nbs/6_app/exit_explorer.ipynb #1d4a6989
 def _own_logits(name, logits, y):
-    "Logits (E, N, K) in single precision and labels (N,), on the CPU; raises `ValueError` unless they belong together."
+    """Logits (E, N, K) in single precision and labels (N,), on the CPU;
+    raises `ValueError` unless they belong together."""
     import torch
 
     F = [torch.as_tensor(f).detach().cpu().float() for f in logits]
     if not F or len({f.shape for f in F}) > 1 or F[0].ndim != 2 or 0 in F[0].shape:
         raise ValueError(
-            f"{name}logits must have shape (E, N, K), exits, samples and classes, not one of {[tuple(f.shape) for f in F]} per exit"
+            f"{name}logits must have shape (E, N, K), exits, samples and classes, "
+            f"not one of {[tuple(f.shape) for f in F]} per exit"
         )
     F, y = torch.stack(F), None if y is None else torch.as_tensor(y).cpu()
     if y is None:
@@ -609,9 +612,11 @@ def from_logits(cls:ExitExplorer,
     valid_features=None,# E tensors (V, h), likewise
     **options           # more for `ExitExplorer`: images, unit, m, mode
 )->ExitExplorer:
-    "An explorer for the reader's own logits and labels; raises `ValueError` when they do not fit together."
+    """An explorer for the reader's own logits and labels;
+    raises `ValueError` when they do not fit together."""
     import torch
-    from darkdistill_nb.exits.inference import fit_gate, score_by_name
+    from darkdistill_nb.exits.inference import fit_gate
+    from darkdistill_nb.exits.scores import score_by_name
 
     (F, y), (V, v) = (
         _own_logits("", logits, y),

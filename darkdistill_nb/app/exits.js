@@ -123,20 +123,9 @@ class ExitView {
   }
 
   strip(exit) {                              // the first images that leave at each exit, one row per exit
-    const {height: h, width: w, images, columns, m} = this.data.sprite, E = this.model.costs.length;
-    const canvas = document.createElement("canvas"), pen = canvas.getContext("2d"), used = new Array(E).fill(0), x = [], y = [];
-    [canvas.width, canvas.height] = [m * (w + 1), E * (h + 1)];
-    pen.fillStyle = "white";
-    pen.fillRect(0, 0, canvas.width, canvas.height);
-    for (let i = 0; i < images; i++) {
-      const e = exit[i], c = used[e];
-      if (c === m) continue;
-      used[e] += 1;
-      pen.drawImage(this.sprite, i % columns * w, Math.floor(i / columns) * h, w, h, c * (w + 1), e * (h + 1), w, h);
-      if (this.model.isRight(e, i)) continue;
-      x.push(c * (w + 1) + .82 * w - .5);
-      y.push(e * (h + 1) + .82 * h - .5);
-    }
-    return {6: {source: canvas.toDataURL()}, 7: {x, y}};
+    const rows = this.model.costs.map(() => []), {images, m} = this.data.sprite;
+    for (let i = 0; i < images; i++) if (rows[exit[i]].length < m) rows[exit[i]].push(i);
+    const {source, cross} = mosaic(this.sprite, this.data.sprite, rows, (i, e) => !this.model.isRight(e, i));
+    return {6: {source}, 7: cross};
   }
 }

@@ -22,6 +22,7 @@ def _insist(ok, text):
     if not ok:
         raise AssertionError(text)
 
+# %% ../../nbs/6_app/labs.ipynb #118c3669
 def _tensor(answer):
     "Numbers, nested in any way, as one tensor of 64-bit floats."
     if isinstance(answer, (list, tuple)):
@@ -34,7 +35,8 @@ def as_numbers(
     shape,      # of the numbers that are wanted, e.g. (4,); () is one number
     hint:str="",# first sentence of every message
 )->torch.Tensor:# 64-bit floats of that shape
-    "An answer in any form as numbers; raises `AssertionError` for None, for other things than numbers and for another shape."
+    """An answer in any form as numbers;
+    raises `AssertionError` for None, for other things than numbers and for another shape."""
     check(isinstance(hint, str), "hint", hint, "text")
     _insist(answer is not None, f"{hint} Got None: `return` the result, do not print it.".strip())
     try:
@@ -55,7 +57,8 @@ def agree(
     rtol:float=1e-4, # allowed difference, as a share of `wanted`
     atol:float=1e-6, # and in absolute terms
 )->torch.Tensor:     # the answer as 64-bit floats
-    "Raise `AssertionError` with the hint, what is wanted and what was got unless both agree up to rounding."
+    """Raise `AssertionError` with the hint,
+    what is wanted and what was got unless both agree up to rounding."""
     check(isinstance(hint, str) and hint, "hint", hint, "a sentence")
     rtol, atol = number(rtol, "rtol", low=0), number(atol, "atol", low=0)
     wanted = _tensor(wanted)
@@ -76,6 +79,7 @@ def _snapshot(o):
         return {k: _snapshot(v) for k, v in o.items()}
     return o.copy() if hasattr(o, "dtype") else o
 
+# %% ../../nbs/6_app/labs.ipynb #6514100e
 def _unchanged(before, now):
     "Whether `now` is what `_snapshot` saw."
     if torch.is_tensor(before):
@@ -95,7 +99,8 @@ def answer_of(
     *args,    # what it is called with
     **kwargs
 ):            # what it returns
-    "Call a student's function; raises `AssertionError` where it returns None or overwrites what it was given."
+    """Call a student's function;
+    raises `AssertionError` where it returns None or overwrites what it was given."""
     check(callable(function), "function", function, "a function")
     try:
         given = inspect.signature(function).bind(*args, **kwargs).arguments
@@ -147,7 +152,8 @@ def exercise(self:Lab,
     n,        # number of the exercise
     what:str, # what the student writes, e.g. "`boosted`"
 ):
-    "Around the tests of an exercise: one that is not done yet prints a line and goes on, unless nbgrader is at work."
+    """Around the tests of an exercise:
+    one that is not done yet prints a line and goes on, unless nbgrader is at work."""
     try:
         yield
     except NotImplementedError as e:
@@ -174,6 +180,13 @@ def progress(self: Lab) -> None:
         if which:
             print(f"{state}: {', '.join(which)}")
 
+# %% ../../nbs/6_app/labs.ipynb #08f6cea9
+def _said(value):
+    "A prediction or a result in words."
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else f"{value:.4g}"
+
 # %% ../../nbs/6_app/labs.ipynb #606866f6
 @patch
 def predict(self:Lab,
@@ -182,7 +195,8 @@ def predict(self:Lab,
     low=None,   # smallest number that can be
     high=None,  # largest
 )->None:
-    "Keep a prediction until `reveal` shows it beside the result; raises `ValueError` for a number that cannot be."
+    """Keep a prediction until `reveal` shows it beside the result;
+    raises `ValueError` for a number that cannot be."""
     check(isinstance(what, str) and what, "what", what, "what is predicted, in words")
     guess = scalar(guess)
     if guess is not None and not isinstance(guess, str):
@@ -195,19 +209,14 @@ def predict(self:Lab,
     empty = f"No prediction of the {what} yet: put your guess into this cell and run it again."
     print(empty if guess is None else f"Your prediction of the {what}: {_said(guess)}.")
 
-def _said(value):
-    "A prediction or a result in words."
-    if value is None:
-        return "none"
-    return value if isinstance(value, str) else f"{value:.4g}"
-
 # %% ../../nbs/6_app/labs.ipynb #f944b5be
 @patch
 def reveal(self:Lab,
     what:str, # what was predicted
     result,   # a number or a word
 )->None:
-    "Print the result beside the prediction; raises `ValueError` where nothing of that name was asked for."
+    """Print the result beside the prediction;
+    raises `ValueError` where nothing of that name was asked for."""
     known = what in self.guesses
     check(known, "what", what, f"a prediction of this lab: {shown(list(self.guesses))}")
     guess, result = self.guesses[what], scalar(result)

@@ -1,6 +1,9 @@
 // One explorer on a page without a kernel: named controls, a sentence, the figure, and its numbers as a table.
 
-const VIEWS = {exits: ExitView, splits: SplitView, distillation: DistillationView};
+const VIEWS = {
+  exits: ExitView, splits: SplitView, distillation: DistillationView, alignment: AlignmentView,
+  distree: DistreeView, difficulty: DifficultyView, stored: StoredView,
+};
 const NARROW = 560;                   // pixels
 const KEYS = {"data-lm-suppress-shortcuts": "true"};   // or JupyterLab takes the arrow keys for itself
 let rows = 0;                         // controls made so far, for their ids
@@ -20,13 +23,19 @@ function choice({label, options}, send) {   // a list to choose from
 }
 
 function slider({label, low, high, step, log, whole}, send) {   // a number field and a range that hold one value
-  const id = `explorer-control-${++rows}`, digits = whole ? 0 : Math.max(0, 3 - Math.floor(Math.log10(step)));
+  const id = `explorer-control-${++rows}`;
+  let digits = 0;
   const steps = v => log ? Math.log10(v / low) / step : (v - low) / step;
   const there = n => Math.min(high, log ? low * 10 ** (n * step) : low + n * step);
   const shown = v => whole ? Math.round(v) : log ? Number(v.toPrecision(5)) : Number(v.toFixed(digits)) + 0;
-  const field = make("input", {id, type: "number", min: shown(low), max: shown(high), step: log ? "any" : step, ...KEYS});
-  const most = Math.ceil(steps(high) - 1e-6), name = {"aria-label": `${label}, slider`};
-  const range = make("input", {type: "range", min: 0, max: most, step: 1, ...name, ...KEYS});
+  const field = make("input", {id, type: "number", ...KEYS}), name = {"aria-label": `${label}, slider`};
+  const range = make("input", {type: "range", min: 0, step: 1, ...name, ...KEYS});
+  const bound = () => {
+    digits = whole ? 0 : Math.max(0, 3 - Math.floor(Math.log10(step)));
+    Object.assign(field, {min: shown(low), max: shown(high), step: log ? "any" : step});
+    range.max = Math.ceil(steps(high) - 1e-6);
+  };
+  bound();
   const take = () => {
     const v = field.valueAsNumber;
     send(Number.isNaN(v) ? null : Math.min(high, Math.max(low, whole ? Math.round(v) : v)));
@@ -34,7 +43,9 @@ function slider({label, low, high, step, log, whole}, send) {   // a number fiel
   field.addEventListener("change", take);
   field.addEventListener("keydown", e => { if (e.key === "Enter") take(); });   // a notebook swallows the change
   range.addEventListener("input", () => send(Number(there(Number(range.value)).toPrecision(12))));
-  const show = value => {
+  const show = (value, limits) => {
+    if (limits) [low, high, step] = [limits.low, limits.high, limits.step];
+    if (limits) bound();
     if (document.activeElement !== field || field.valueAsNumber !== value) field.value = shown(value);
     range.value = Math.round(steps(value));
     range.setAttribute("aria-valuetext", shown(value));
@@ -49,17 +60,24 @@ function cells(columns, body) {       // of a table whose headings are said when
   return [make("thead", {}, line(head[0], head.slice(1))), make("tbody", {}, ...rows)];
 }
 
-function layoutFor(spec, width, margin) {   // below NARROW pixels panels stand one above the other
+function layoutFor(spec, width, drawn) {    // below NARROW pixels panels stand one above the other
   const layout = structuredClone(spec.figure.layout);
   Object.assign(layout, {autosize: false, width});
   for (const [path, value] of Object.entries(width < NARROW ? spec.narrow : {})) {
     const keys = path.split("."), last = keys.pop();
     keys.reduce((node, key) => node[key] ??= {}, layout)[last] = value;
   }
-  if (!margin) return layout;                // plotly finds margins once a width: to look for them takes half of a drawing's time
-  for (const key of Object.keys(layout)) if (/^[xy]axis/.test(key)) layout[key].automargin = false;
-  layout.margin = {...layout.margin, ...margin};
+  if (!drawn) return layout;                 // plotly measures letters once a width: doing so takes half of a drawing's time
+  for (const [key, tickangle] of drawn.angles)
+    layout[key] = {tickangle, ...layout[key], automargin: false, ticklabeloverflow: "allow"};
+  layout.margin = {...layout.margin, ...drawn.margin};
   return layout;
+}
+
+function measured(figure) {           // what plotly has found by measuring: margins, and the angles of numbers at axes
+  const all = figure._fullLayout, {l, r, t, b} = all._size, axes = Object.keys(all).filter(key => /^[xy]axis/.test(key));
+  const angle = key => Object.values(all[key]._tickAngles ?? {})[0];
+  return {margin: {l, r, t, b}, angles: axes.map(key => [key, angle(key) || 0])};
 }
 
 function followTheme(root) {          // a figure is drawn for light pages; where letters are light it is inverted
@@ -79,7 +97,7 @@ async function start(root, tell = () => {}) {   // tell(state): what the reader 
   const part = name => root.querySelector(`.explorer-${name}`), figure = part("figure");
   const spec = JSON.parse(root.querySelector("script").textContent), view = new VIEWS[spec.kind](spec.data);
   const traces = spec.figure.data, table = part("table");
-  let width = Math.max(280, root.clientWidth), margin = null, waiting = false, pending = null;
+  let width = Math.max(280, root.clientWidth), drawn = null, waiting = false, pending = null;
   const numbers = () => {
     if (!part("fold").open || !pending) return;
     table.replaceChildren(make("caption", {}, pending.says), ...cells(pending.table.columns, pending.table.rows));
@@ -88,18 +106,18 @@ async function start(root, tell = () => {}) {   // tell(state): what the reader 
   const draw = async () => {
     waiting = false;
     const r = pending = view.look();
-    for (const [name, control] of controls) if (name in r.values) control.show(r.values[name]);
+    for (const [name, control] of controls) if (name in r.values) control.show(r.values[name], r.limits?.[name]);
     part("says").textContent = r.says;
     numbers();
     for (const [i, change] of Object.entries(r.changes)) Object.assign(traces[i], change);
-    await Plotly.react(figure, traces, layoutFor(spec, width, margin), spec.config);
-    const {l, r: right, t, b} = figure._fullLayout._size;
-    margin ??= {l, r: right, t, b};
+    const seen = traces.filter(t => t.visible !== false);   // plotly takes its time for hidden ones too
+    await Plotly.react(figure, seen, layoutFor(spec, width, drawn), spec.config);
+    drawn ??= measured(figure);
   };
   const send = name => value => {
     try {
       if (value !== null) view.set(name, value);
-      if (!waiting) requestAnimationFrame(draw);
+      if (!waiting) queueMicrotask(draw);     // browsers send the moves of a slider once a frame already
       waiting = true;
       tell(view.state);
     } catch (e) {
@@ -126,7 +144,7 @@ async function start(root, tell = () => {}) {   // tell(state): what the reader 
   if (view.sprite) await view.sprite.decode().then(draw);
   new ResizeObserver(() => {
     if (!root.clientWidth || root.clientWidth === width) return;
-    [width, margin] = [Math.max(280, root.clientWidth), null];
+    [width, drawn] = [Math.max(280, root.clientWidth), null];
     draw();
   }).observe(root);
   root.dataset.ready = "yes";

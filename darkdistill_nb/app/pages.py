@@ -19,7 +19,8 @@ from ..core.plots import PLOT_CONFIG
 
 # %% ../../nbs/6_app/pages.ipynb #b0c74905
 class Table:
-    "Rows of text with headings and a caption; shown as HTML in a notebook and as aligned text elsewhere."
+    """Rows of text with headings and a caption;
+    shown as HTML in a notebook and as aligned text elsewhere."""
 
     def __init__(self,
         caption:str,  # what the table is, one sentence
@@ -62,8 +63,10 @@ class Table:
             "<tr>" + cell(r[0], "th", ' scope="row"') + "".join(map(cell, r[1:])) + "</tr>"
             for r in self.rows
         )
-        says = f'<caption style="text-align:left;padding:4px 10px">{html.escape(self.caption)}</caption>'
-        return f'<table class="explorer-table" style="font-size:13px">{says}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+        says = html.escape(self.caption)
+        says = f'<caption style="text-align:left;padding:4px 10px">{says}</caption>'
+        inside = f"{says}<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+        return f'<table class="explorer-table" style="font-size:13px">{inside}</table>'
 
 # %% ../../nbs/6_app/pages.ipynb #4802cc7b
 def pack_array(
@@ -78,7 +81,8 @@ def pack_array(
     return dict(kind=kind, shape=list(a.shape), base64=text)
 
 # %% ../../nbs/6_app/pages.ipynb #42625e94
-_FILES = ("words", "random", "exits", "splits", "distillation", "page")
+_MODELS = ("exits", "splits", "distillation", "alignment", "distree", "difficulty", "stored")
+_FILES = ("words", "random", "view", *_MODELS, "page")
 
 def _beside(name):
     "A text file that lies beside this module."
@@ -97,7 +101,7 @@ def live_script()->str: # an ES module for anywidget
     return "\n".join(_beside(f"{name}.js") for name in (*_FILES, "live"))
 
 # %% ../../nbs/6_app/pages.ipynb #f8322cd2
-KINDS = ("exits", "splits", "distillation")
+KINDS = _MODELS
 MIME = "application/vnd.darkdistill.explorer+json"
 PLOTLY = "application/vnd.plotly.v1+json"
 
@@ -108,12 +112,14 @@ def _plotly_json(fig):
 
 # %% ../../nbs/6_app/pages.ipynb #7c5ce7ba
 class Page:
-    "An explorer as data for a page that needs no kernel; shown whole in a notebook, script and all."
+    """An explorer as data for a page that needs no kernel;
+    shown whole in a notebook, script and all."""
 
     def __init__(self,
-        kind:str,      # exits | splits | distillation: which model the script runs
+        kind:str,      # one of `KINDS`: which model the script runs
         data:dict,     # of that model, JSON-able
-        controls:list, # dicts: name, label, and low, high, step, log, whole, or options [(text, value)]
+        # dicts: name, label, and low, high, step, log, whole, or options [(text, value)]
+        controls:list,
         figure,        # plotly figure of the present state
         table:Table,   # its numbers; the caption is the sentence above the figure
         narrow:dict,   # layout below 560 pixels: path such as "xaxis.domain" -> value
@@ -144,7 +150,8 @@ def page_fragment(
 <div class="explorer-figure" role="figure" aria-label="Figure of the explorer"
  style="min-height:{height}px">The figure appears here when its script has run.</div>
 <details class="explorer-fold"><summary>The numbers as a table</summary>
-<div class="explorer-wide" tabindex="0" role="region" aria-label="The numbers as a table">{table}</div>
+<div class="explorer-wide" tabindex="0" role="region"
+aria-label="The numbers as a table">{table}</div>
 </details><script type="application/json">{data}</script></div>
 """
 
@@ -156,11 +163,15 @@ def _scripts():
     plain = f"<script>if (!window.Plotly) {{ {get_plotlyjs()} }}</script>"
     return f"{plain}\n<script>{page_script()}</script>"
 
+# %% ../../nbs/6_app/pages.ipynb #e50cf087
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<meta name="generator" content="darkdistill_nb"><title>{title}</title><link rel="icon" href="data:,">
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<meta name="generator" content="darkdistill_nb"><title>{title}</title>
+<link rel="icon" href="data:,">
 <style>:root {{ color-scheme: light dark; }}
-body {{ font-family: system-ui, sans-serif; color: CanvasText; background: Canvas; margin: 0 auto; max-width: 820px; padding: 16px; }}
+body {{ font-family: system-ui, sans-serif; color: CanvasText; background: Canvas;
+  margin: 0 auto; max-width: 820px; padding: 16px; }}
 h1 {{ font-size: 1.4rem; }}</style></head>
 <body><h1>{title}</h1>
 {parts}
@@ -174,7 +185,8 @@ def save_page(
     pages:list,           # `Page`s, shown one below the other
     title:str="Explorer",
 )->Path:
-    "One file that holds explorers, plotly.js once and all data; raises `ValueError` where no page is given."
+    """One file that holds explorers, plotly.js once and all data;
+    raises `ValueError` where no page is given."""
     check(isinstance(title, str), "title", title, "a text")
     ok = isinstance(pages, (list, tuple)) and len(pages) > 0
     check(ok and all(isinstance(p, Page) for p in pages), "pages", pages, "a list of Pages")
@@ -182,6 +194,12 @@ def save_page(
     text = _PAGE.format(title=html.escape(title), parts=parts, scripts=_scripts())
     Path(path).write_text(text, encoding="utf-8")
     return Path(path)
+
+# %% ../../nbs/6_app/pages.ipynb #c059da39
+@patch
+def _repr_mimebundle_(self:Page, include=None, exclude=None):
+    text = page_fragment({**self.spec, "figure": self.figure})
+    return {"text/html": text + _scripts(), "text/plain": repr(self.table)}
 
 # %% ../../nbs/6_app/pages.ipynb #708d33e0
 @patch
@@ -191,11 +209,6 @@ def save(self:Page,
 )->Path:
     "Write this page as one file that asks nothing of any other host."
     return save_page(path, [self], title)
-
-@patch
-def _repr_mimebundle_(self:Page, include=None, exclude=None):
-    text = page_fragment({**self.spec, "figure": self.figure})
-    return {"text/html": text + _scripts(), "text/plain": repr(self.table)}
 
 # %% ../../nbs/6_app/pages.ipynb #9e71f776
 class StoredPage:

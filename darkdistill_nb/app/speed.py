@@ -13,9 +13,14 @@ import argparse, shutil, tempfile, time
 from pathlib import Path
 import numpy as np
 from ..core.checks import check, whole
+from .alignment_explorer import AlignmentExplorer
+from .difficulty_explorer import DifficultyExplorer
 from .distillation_explorer import DistillationExplorer
+from .distree_explorer import DistreeExplorer
 from .exit_explorer import ExitExplorer
 from .explorer import live_missing
+from .generator_explorer import GeneratorExplorer
+from .latent_explorer import LatentExplorer
 from .pages import Table
 from .split_explorer import DirichletExplorer
 
@@ -37,6 +42,34 @@ def _serious():
         ("exits, 10,000 samples x 4 exits, images", exits, [by_hand(0.2), by_hand(0.3)]),
         ("split, 10,000 samples, 100 clients", splits, [dict(gamma=0.5), dict(gamma=0.6)]),
         ("distillation, 10 classes", soft, [dict(T=2.0), dict(T=3.0)]),
+        *_serious_runs(rng),
+    ]
+
+# %% ../../nbs/6_app/speed.ipynb #9051416e
+def _serious_runs(rng):
+    "The same of explorers of runs."
+    y, right = rng.integers(0, 10, 10_000), rng.random((4, 10_000)) < 0.7
+    seen = AlignmentExplorer(y, clients=100)
+    loss = {"loss": rng.exponential(size=10_000), "entropy": rng.random(10_000)}
+    hard = DifficultyExplorer(loss, right)
+    parts, scores = rng.normal(size=(4, 4, 400, 10)), rng.random((4, 4, 400))
+    devices = DistreeExplorer(parts, scores, y[:400], np.cumsum(1e6 * np.ones((4, 4)), 1))
+    runs = [
+        dict(method=m, seed=s, gamma=g, uni=rng.random())
+        for m in ("CE", "KD", "CRD", "LPD", "LKD")
+        for s in range(5)
+        for g in (0.5, 1, 5)
+    ]
+    latents = LatentExplorer({d: dict(gamma=runs) for d in "abc"})
+    got = {f"size {i}": dict(got=rng.random((10, 6))) for i in range(6)}
+    asked = GeneratorExplorer(got, range(1, 7), "abcdefghij")
+    position = [dict(position=1), dict(position=2)]
+    return [
+        ("alignment, 100 clients x 4 exits", seen, [dict(gamma=0.5), dict(gamma=0.6)]),
+        ("difficulty, 10,000 samples x 4 exits", hard, [dict(threshold=0.5), dict(threshold=0.6)]),
+        ("distree, 4 devices x 400 requests", devices, [dict(loss=0.1), dict(loss=0.2)]),
+        ("latents, 3 data sets x 75 runs", latents, position),
+        ("generators, 6 of 10 classes", asked, [dict(asked=1), dict(asked=2)]),
     ]
 
 def _p95(call, rounds):
@@ -49,24 +82,26 @@ def _p95(call, rounds):
     return f"{1e3 * np.percentile(found, 95):.2f}"
 
 # %% ../../nbs/6_app/speed.ipynb #785735e1
+def _moved(explorer, states, rounds):
+    "Milliseconds of the callback, of the callback and the model, and of the table."
+    start = dict(explorer.live().state)
+
+    def move(i):
+        explorer.hear(dict(state={**start, **states[i % 2]}))
+
+    callback = _p95(move, rounds)
+    model = _p95(lambda i: (move(i), explorer.says()), rounds)
+    return callback, model, _p95(lambda i: explorer.to_table()._repr_html_(), rounds)
+
 def bench_explorers(
     rounds:int=200, # moves of each explorer
 )->Table:
-    "95th percentile of CPU time in Python per move: callback, model, table; raises `ImportError` where no live view is to be had."
+    """95th percentile of CPU time in Python per move: callback, model, table;
+    raises `ImportError` where no live view is to be had."""
     rounds = whole(rounds, "rounds", 2)
     if reason := live_missing():
         raise ImportError(f"nothing to measure: {reason}")
-    rows = []
-    for name, explorer, states in _serious():
-        start = dict(explorer.live().state)
-
-        def move(i):
-            explorer.hear(dict(state={**start, **states[i % 2]}))
-
-        callback = _p95(move, rounds)
-        model = _p95(lambda i: (move(i), explorer.says()), rounds)
-        table = _p95(lambda i: explorer.to_table()._repr_html_(), rounds)
-        rows.append([name, callback, model, table])
+    rows = [[name, *_moved(*which, rounds)] for name, *which in _serious()]
     heads = ["explorer", "callback", "callback and model", "table"]
     return Table(f"CPU time in Python, ms, 95th percentile of {rounds} moves", heads, rows)
 
@@ -77,7 +112,8 @@ _MOVES = """async rounds => {
     for (let i = 0; i < rounds; i++) {
       range.value = Math.round(Number(range.max) * (i + .5) / rounds);
       const start = performance.now();
-      const drawn = new Promise(done => { figure.once("plotly_afterplot", done); setTimeout(done, 3000); });
+      const drawn = new Promise(done => {
+        figure.once("plotly_afterplot", done); setTimeout(done, 3000); });
       range.dispatchEvent(new Event("input"));
       await drawn;
       found.push(performance.now() - start);
@@ -90,16 +126,18 @@ def bench_browser(
     rounds:int=30,     # moves of each slider
     chromium:str=None, # the browser; None: the one on this machine
 )->Table:
-    "Milliseconds from a slider to the drawn figure; raises `ImportError` without Playwright, `FileNotFoundError` without a Chromium."
+    """Milliseconds from a slider to the drawn figure;
+    raises `ImportError` without Playwright, `FileNotFoundError` without a Chromium."""
     from playwright.sync_api import sync_playwright
 
     rounds = whole(rounds, "rounds", 2)
-    check(chromium is None or isinstance(chromium, str), "chromium", chromium, "a path or None")
+    named = isinstance(chromium, str) and chromium
+    check(chromium is None or named, "chromium", chromium, "a path or None")
     names = ("chromium", "chromium-browser", "google-chrome")
     wanted = (chromium,) if chromium else names
     program = next(filter(None, map(shutil.which, wanted)), None)
     if program is None:
-        raise FileNotFoundError("no Chromium on this machine")
+        raise FileNotFoundError(f"chromium={chromium!r}: no such program on this machine")
     rows = []
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as p:
         browser = p.chromium.launch(executable_path=program, args=["--no-sandbox"])

@@ -13,8 +13,8 @@ import numpy as np
 from fastcore.basics import patch
 from ..core.checks import check, choice, number, whole
 from ..core.plots import PALETTE, class_look
-from ..core.splits import dirichlet_indices, effective_classes
-from .explorer import Explorer, _array, _axis_title, _look
+from ..core.splits import dirichlet_counts, effective_classes
+from .explorer import ModelExplorer, _array, _axis_title, _look, _note
 from .pages import Table
 
 # %% ../../nbs/6_app/split_explorer.ipynb #4d061d68
@@ -35,7 +35,8 @@ class SplitModel:
             or self.y.min() < 0
         ):
             raise ValueError(
-                f"y must be a non-empty vector of integer labels >= 0, not {self.y.dtype} of shape {self.y.shape}"
+                "y must be a non-empty vector of integer labels >= 0, "
+                f"not {self.y.dtype} of shape {self.y.shape}"
             )
         check(self.y.max() < 10_000, "y", int(self.y.max()), "made of labels below 10000")
         K = int(self.y.max()) + 1
@@ -55,16 +56,14 @@ class SplitModel:
         clients: int,
         family: str = "client",  # client: equal sizes | class: sizes vary, see `dirichlet_split`
         seed: int = 0,
-    ) -> dict:  # counts (clients, K), sizes, effective (clients,), mean_square, measured and theory (effective classes)
+        # counts (clients, K), sizes, effective (clients,),
+        # mean_square, measured and theory (effective classes)
+    ) -> dict:
         "Deal the samples and count; raises `ValueError` when `dirichlet_split` does."
         K, gamma = len(self.classes), number(gamma, "gamma", above=0)
         clients, seed = whole(clients, "clients"), whole(seed, "seed", 0, 2**53)
-        counts = np.stack(
-            [
-                np.bincount(self.y[np.asarray(p)], minlength=K)
-                for p in dirichlet_indices(self.y, clients, gamma, family, seed)
-            ]
-        )
+        counts = dirichlet_counts(self.y, clients, gamma, family, seed)
+        counts = np.pad(counts, ((0, 0), (0, K - counts.shape[1])))
         sizes, squares = counts.sum(1), (counts**2).sum(1)  # whole numbers: exact
         square = squares / sizes**2
         return dict(
@@ -78,7 +77,7 @@ class SplitModel:
         )
 
 # %% ../../nbs/6_app/split_explorer.ipynb #3e66e857
-class DirichletExplorer(Explorer):
+class DirichletExplorer(ModelExplorer):
     "gamma, clients, family and seed on one side; who holds what on the other, against theory."
 
     kind = "splits"
@@ -92,28 +91,8 @@ class DirichletExplorer(Explorer):
         seed:int=0,
         mode:str="auto",     # as in `Explorer`
     ):
-        self.model = SplitModel(y, classes)
-        super().__init__(mode, gamma=gamma, clients=clients, family=family, seed=seed)
-        self._kept = (dict(self.state.values), self.model.at(gamma, clients, family, seed))
-
-    @property
-    def now(self):
-        "What the model says about the present state, see `SplitModel.at`."
-        if self._kept[0] != self.state.values:
-            self._kept = (dict(self.state.values), self.model.at(**self.state.values))
-        return self._kept[1]
-
-    def set(self,
-        **values # gamma, clients, family, seed
-    ):
-        "Deal anew; raises `ValueError`, and changes nothing, when there is no such split."
-        if unknown := values.keys() - self.defaults.keys():
-            raise ValueError(
-                f"{sorted(unknown)} are not controls; there are {', '.join(self.defaults)}"
-            )
-        wanted = {**self.state.values, **values}
-        self._kept = (wanted, self.model.at(**wanted))
-        self.state.update(**wanted)
+        state = dict(gamma=gamma, clients=clients, family=family, seed=seed)
+        super().__init__(SplitModel(y, classes), mode, **state)
 
     def reset(self): self.set(**self.defaults)
 
@@ -121,8 +100,10 @@ class DirichletExplorer(Explorer):
         "The current split in one sentence."
         r, s = self.now, self.state
         return (
-            f"{r['measured']:.2f} effective classes of {len(self.model.classes)} per client, theory {r['theory']:.2f}; "
-            f"{r['sizes'].min():,} to {r['sizes'].max():,} samples; gamma {r['gamma']:g}, {s['clients']} clients, {s['family']}-wise, seed {s['seed']}"
+            f"{r['measured']:.2f} effective classes of {len(self.model.classes)} per client, "
+            f"theory {r['theory']:.2f}; "
+            f"{r['sizes'].min():,} to {r['sizes'].max():,} samples; "
+            f"gamma {r['gamma']:g}, {s['clients']} clients, {s['family']}-wise, seed {s['seed']}"
         )
 
 # %% ../../nbs/6_app/split_explorer.ipynb #cadb3c65
@@ -182,6 +163,27 @@ def to_table(self:DirichletExplorer,
         f"Mean over {v['clients']} clients, {v['family']}-wise, seed {v['seed']}", heads, rows
     )
 
+# %% ../../nbs/6_app/split_explorer.ipynb #6424f344
+MANY = 30  # clients, beyond which bars become filled steps
+
+@patch
+def _areas(self: DirichletExplorer, now):
+    "The same counts as stacked steps, a shape for each class."
+    import plotly.graph_objects as go
+
+    K, areas = len(self.model.classes), []
+    for c, name in enumerate(self.model.classes):
+        look = class_look(c)
+        ink = look.get("pattern", {})
+        fill = dict(shape=ink.get("shape", ""), fgcolor=ink.get("fgcolor"), size=ink.get("size"))
+        line = dict(shape="hvh", width=0.5, color="#777777")
+        how = dict(stackgroup="clients", mode="lines", line=line, hoverinfo="skip")
+        how |= dict(fillcolor=look["color"], showlegend=K <= 20)
+        if ink:
+            how |= dict(fillpattern=dict(fillmode="overlay", solidity=0.3, **fill))
+        areas.append(go.Scatter(name=name, **how, **now[K + 4 + c]))
+    return areas
+
 # %% ../../nbs/6_app/split_explorer.ipynb #686a5ca8
 @patch
 def changes(self:DirichletExplorer,
@@ -189,14 +191,17 @@ def changes(self:DirichletExplorer,
 )->dict:   # number of a trace -> its attributes
     "Attributes of the traces that move."
     K, n = len(self.model.classes), len(r["counts"])
-    x = list(range(n))
-    bars = {c: dict(x=x, y=r["counts"][:, c].tolist()) for c in range(K)}
-    shown = r["counts"].T.tolist()
+    x, few = list(range(n)), n <= MANY
+    by_class = {c: dict(x=x, y=r["counts"][:, c].tolist()) for c in range(K)}
+    bars = {c: {**by_class[c], "visible": few} for c in range(K)}
+    areas = {K + 4 + c: {**by_class[c], "visible": not few} for c in range(K)}
+    shown, told = r["counts"].T.tolist(), "%{z}" if n <= 12 and K <= 20 else ""
     return {
         **bars,
-        K: dict(x=x, z=shown, texttemplate="%{z}" if n <= 12 and K <= 20 else ""),
+        K: dict(x=x, z=shown, xgap=int(few), ygap=int(few), texttemplate=told),
         K + 2: dict(x=[r["gamma"]] * n, y=r["effective"].round(3).tolist()),
         K + 3: dict(x=[r["gamma"]], y=[round(r["measured"], 3)]),
+        **areas,
     }
 
 @patch
@@ -216,12 +221,11 @@ def draw(self:DirichletExplorer,
         colorscale="Blues",
         showscale=False,
         textfont=dict(size=12),
-        xgap=1,
-        ygap=1,
         hovertemplate="client %{x}, class %{y}: %{z} samples<extra></extra>",
         **now[K],
     )
-    return Figure([*bars, heat, *self._against_theory(now)], self._layout(K))
+    traces = [*bars, heat, *self._against_theory(now), *self._areas(now)]
+    return Figure(traces, self._layout(K))
 
 # %% ../../nbs/6_app/split_explorer.ipynb #41ca711a
 @patch
@@ -253,18 +257,8 @@ def _against_theory(self: DirichletExplorer, now):
 @patch
 def _layout(self: DirichletExplorer, K):
     "Bars above a heat map with the same clients, the theory on the right."
-    key = dict(
-        text="- - theory<br>○ one client<br>◆ mean of clients",
-        x=1,
-        y=0,
-        xref="paper",
-        yref="paper",
-        xanchor="right",
-        yanchor="bottom",
-        align="left",
-        showarrow=False,
-        font=dict(size=12),
-    )
+    marks = "- - theory<br>○ one client<br>◆ mean of clients"
+    key = _note(marks, 1, 0, xanchor="right", align="left", font=dict(size=12))
     out = _look(470, 34, bargap=0.12, annotations=[key])
     out.update(
         xaxis=dict(

@@ -75,29 +75,15 @@ class SplitModel {
   }
 }
 
-class SplitView {
-  constructor(data) {
-    this.model = new SplitModel(data);
-    this.data = data;
-    this.put(data.state);
-  }
-
-  put(state) {                               // raises, and changes nothing, when there is no such split
-    this.now = this.model.at(state);
-    this.state = state;
-  }
+class SplitView extends View {
+  constructor(data) { super(data, new SplitModel(data)); }
 
   set(name, value) {
     try {
-      this.put({...this.state, [name]: value});
+      super.set(name, value);
     } catch (e) {
       throw new Error(`No such split: ${e.message}`);
     }
-  }
-
-  look() {
-    const r = this.now;
-    return {numbers: r, values: this.state, says: this.says(r), table: this.table(r), changes: this.changes(r)};
   }
 
   says(r) {
@@ -117,14 +103,18 @@ class SplitView {
   }
 
   changes(r) {
-    const K = this.model.classes.length, n = r.counts.length, x = [...Array(n).keys()], bars = {};
+    const K = this.model.classes.length, n = r.counts.length, x = [...Array(n).keys()], few = n <= 30, bars = {}, areas = {};
     const byClass = this.model.classes.map((_, c) => r.counts.map(row => row[c]));
-    byClass.forEach((y, c) => bars[c] = {x, y});
+    byClass.forEach((y, c) => {              // a thousand bars take a browser long
+      bars[c] = {x, y, visible: few};
+      areas[K + 4 + c] = {x, y, visible: !few};
+    });
     return {
       ...bars,
-      [K]: {x, z: byClass, texttemplate: n <= 12 && K <= 20 ? "%{z}" : ""},
+      [K]: {x, z: byClass, xgap: Number(few), ygap: Number(few), texttemplate: n <= 12 && K <= 20 ? "%{z}" : ""},
       [K + 2]: {x: new Array(n).fill(r.gamma), y: r.effective},
       [K + 3]: {x: [r.gamma], y: [r.measured]},
+      ...areas,
     };
   }
 }

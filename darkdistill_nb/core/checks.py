@@ -7,7 +7,7 @@ Docs: https://darkdistill.github.io/darkdistill_nb/0_core/checks.html.md"""
 
 # %% auto #0
 __all__ = ['MOST_CLASSES', 'shown', 'check', 'scalar', 'number', 'whole', 'choice', 'flag', 'same_shape', 'finite', 'as_array',
-           'fits_in_memory']
+           'fits_in_memory', 'verdict']
 
 # %% ../../nbs/0_core/checks.ipynb #3497b69d
 import math, numbers, os, reprlib
@@ -76,6 +76,8 @@ def number(
     inf=False,   # True: plus and minus infinity are allowed
 )->float:
     "`value` as a float; raises `ValueError` for NaN, for what is no number, and outside the range."
+    if type(value) is float and math.isfinite(value) and _inside(value, low, high, above, below):
+        return value  # nearly always: asked in the innermost loops
     v = scalar(value)
     ok = isinstance(v, numbers.Real) and not isinstance(v, bool)
     ok = (
@@ -95,7 +97,10 @@ def whole(
     low=1,     # smallest value allowed; None: any
     high=None, # largest value allowed
 )->int:
-    "`value` as an int; raises `ValueError` for fractions, for what is no number, and outside the range."
+    """`value` as an int; raises `ValueError` for fractions,
+    for what is no number, and outside the range."""
+    if type(value) is int and _inside(value, low, high, None, None):
+        return value
     v = scalar(value)
     ok = (
         isinstance(v, numbers.Integral)
@@ -136,7 +141,8 @@ def same_shape(
     for name, b in others:
         if tuple(a.shape) != tuple(b.shape):
             raise ValueError(
-                f"{name} has shape {tuple(b.shape)}, but {first} has {tuple(a.shape)}: they must be equal"
+                f"{name} has shape {tuple(b.shape)}, "
+                f"but {first} has {tuple(a.shape)}: they must be equal"
             )
     return tuple(a.shape)
 
@@ -151,7 +157,8 @@ def finite(
     n = int(bad.sum())
     if n:
         raise ValueError(
-            f"{name} must be {'free of NaN' if inf else 'finite'}, but {n} of its {math.prod(bad.shape)} values "
+            f"{name} must be {'free of NaN' if inf else 'finite'}, "
+            f"but {n} of its {math.prod(bad.shape)} values "
             f"{'is' if n == 1 else 'are'} not"
         )
     return x
@@ -187,3 +194,20 @@ def fits_in_memory(
         raise ValueError(
             f"{what} would take {size:,} bytes, but this machine has {memory:,} bytes of memory"
         )
+
+# %% ../../nbs/0_core/checks.ipynb #d2210ecb
+def verdict(
+    interval,           # (mean, low, high), as of `t_interval`
+    above:float=0.,     # the claim: the difference is larger than this ...
+    below:float=math.inf, # ... and smaller than this
+)->str:                 # "holds", "does not hold" or "undecided"
+    "Judge a claim on a difference by its interval; raises `ValueError` if there is no interval."
+    interval = tuple(interval)
+    check(len(interval) == 3, "interval", interval, "(mean, low, high)")
+    _, low, high = (number(v, f"interval[{i}]", inf=True) for i, v in enumerate(interval))
+    above, below = number(above, "above", inf=True), number(below, "below", inf=True)
+    check(low <= high, "interval", interval, "(mean, low, high) with low <= high")
+    check(above < below, "below", below, f"larger than above={above}")
+    if above < low and high < below:
+        return "holds"
+    return "does not hold" if high < above or low > below else "undecided"

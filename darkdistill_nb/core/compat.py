@@ -15,7 +15,8 @@ import torch
 
 # %% ../../nbs/0_core/compat.ipynb #6a38bac2
 def operator_library() -> Path | None: # `None` where torchvision ships no compiled half
-    "Path of torchvision's compiled operators, found without importing torchvision; raises `ImportError` if it is not installed."
+    """Path of torchvision's compiled operators, found without importing torchvision;
+    raises `ImportError` if it is not installed."""
     spec = importlib.util.find_spec("torchvision")
     if spec is None or not spec.submodule_search_locations:
         raise ImportError("torchvision is not installed; install it with `pip install torchvision`")
@@ -24,7 +25,8 @@ def operator_library() -> Path | None: # `None` where torchvision ships no compi
 
 # %% ../../nbs/0_core/compat.ipynb #326b030e
 def operators_load() -> bool: # are `torchvision::nms` and `torchvision::qnms` in PyTorch's table?
-    "Whether torchvision's compiled operators are present or can be loaded, decided without importing torchvision."
+    """Whether torchvision's compiled operators are present or can be loaded,
+    decided without importing torchvision."""
     present = lambda: all(hasattr(torch.ops.torchvision, o) for o in ("nms", "qnms"))
     if present():
         return True
@@ -46,12 +48,14 @@ _declared = []  # `torch.library` forgets a declaration when its `Library` objec
 def _refuse(dets, scores, iou_threshold):
     "Kernel of the declared operators: says what is missing instead of computing something wrong."
     raise RuntimeError(
-        "torchvision's compiled operators are not available: this torchvision was built for another build of PyTorch "
+        "torchvision's compiled operators are not available: "
+        "this torchvision was built for another build of PyTorch "
         f"than torch {torch.__version__}; install a matching pair to use nms"
     )
 
 def declare_operators() -> None:
-    "Declare `torchvision::nms` and `torchvision::qnms` where they are missing, with kernels that raise `RuntimeError`."
+    """Declare `torchvision::nms` and `torchvision::qnms` where they are missing,
+    with kernels that raise `RuntimeError`."""
     lib = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         if hasattr(torch.ops.torchvision, name):
@@ -71,8 +75,9 @@ def _drop_leftovers() -> None:
             del sys.modules[name]
 
 @functools.cache
-def ensure_torchvision() -> bool: # True if the operators had to be declared, False on a healthy install
-    "Make `import torchvision` and `import timm` work; call it before the first import of either. Raises `ImportError` without torchvision."
+def ensure_torchvision() -> bool: # True if operators had to be declared, False on a healthy install
+    """Make `import torchvision` and `import timm` work;
+    call it before the first import of either. Raises `ImportError` without torchvision."""
     operator_library()  # a clear error if torchvision is not installed
     if "torchvision" in sys.modules:
         return bool(_declared)

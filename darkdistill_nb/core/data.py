@@ -19,8 +19,9 @@ from .checks import MOST_CLASSES, check, flag, shown, whole
 # %% ../../nbs/0_core/data.ipynb #82269871
 def _check_images(x, name="x"):
     "Raise `ValueError` unless `x` holds images (N, C, H, W), uint8 or finite float32, at least one"
-    kind = str(x.dtype) if isinstance(x, Tensor) else f"{type(x).__name__}"
-    if not isinstance(x, Tensor) or x.dtype not in (torch.uint8, torch.float32):
+    tensor = isinstance(x, Tensor)
+    kind = str(x.dtype) if tensor else f"{type(x).__name__}"
+    if not tensor or x.dtype not in (torch.uint8, torch.float32):
         raise ValueError(f"{name} must be a torch tensor, uint8 or float32, not {kind}")
     if x.ndim != 4:
         raise ValueError(f"{name} must have shape (N, C, H, W), not {tuple(x.shape)}")
@@ -104,13 +105,15 @@ def _check_classes(classes):
 def _per_channel(values, name, channels):
     "`values` as a tuple of `channels` finite floats; takes a tuple, a list, an array or a tensor"
     try:
-        v = torch.as_tensor(values, dtype=torch.float64).detach().cpu().reshape(-1)
+        v = torch.as_tensor(values, dtype=torch.float64)
+        v = v.detach().cpu().reshape(-1)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         v = torch.empty(0)
     check(len(v) == channels, name, values, f"{channels} finite numbers, one for each channel")
     check(bool(v.isfinite().all()), name, values, "finite")
     return tuple(v.tolist())
 
+# %% ../../nbs/0_core/data.ipynb #fb458005
 def _check_stats(mean, std, x):
     "`mean` and `std` as tuples of C floats; `ValueError` if they cannot belong to images like `x`"
     channels = x.shape[1]
@@ -149,11 +152,10 @@ def _warn_of_units(data):
 def _check_two_classes(labels, name):
     "Raise `ValueError` if `labels`, each once, are a single class"
     if len(labels) < 2:
-        raise ValueError(
-            f"{name} has training samples of a single class ({int(labels[0])}), "
-            "but a classifier needs at least two"
-        )
+        only = f"training samples of a single class ({int(labels[0])})"
+        raise ValueError(f"{name} has {only}, but a classifier needs at least two")
 
+# %% ../../nbs/0_core/data.ipynb #8d0edee3
 def _check_difficulty(difficulty, n, dtype=None):
     "A tensor of difficulties in [0, 1], one or (n,) of them (n None: of any shape), or None"
     if difficulty is None:
@@ -252,13 +254,15 @@ def subset(self: ArrayData,
         new.difficulty = self.difficulty[idx]
     return new
 
-# %% ../../nbs/0_core/data.ipynb #3cd429ef
+# %% ../../nbs/0_core/data.ipynb #492857a2
 @patch
 def _picked(self: ArrayData, i):
-    "The samples numbered `i`, none of them negative, as a batch: indexing takes five times as long."
+    """The samples numbered `i`, none of them negative,
+    as a batch: indexing takes five times as long."""
     x = self.x.index_select(0, i).float()
     return x.mul_(self._scale).add_(self._shift), self.y.index_select(0, i)
 
+# %% ../../nbs/0_core/data.ipynb #3cd429ef
 @patch
 def batches(self: ArrayData,
     batch_size: int, # samples per batch
@@ -272,12 +276,8 @@ def batches(self: ArrayData,
     if generator is None:
         take = lambda i: self[i : min(i + batch_size, end)]
     else:
-        check(
-            isinstance(generator, torch.Generator),
-            "generator",
-            generator,
-            "a torch.Generator or None",
-        )
+        ok = isinstance(generator, torch.Generator)
+        check(ok, "generator", generator, "a torch.Generator or None")
         order = torch.randperm(n, generator=generator, device=generator.device).to(self.x.device)
         take = lambda i: self._picked(order[i : min(i + batch_size, end)])
     return (take(i) for i in range(0, end, batch_size))

@@ -23,21 +23,27 @@ from darkdistill_nb.core.data import (
     pixel_unit,
 )
 from .scenes import SHAPES, shapes, small_shapes
+from .speech import log_mel
 
 # %% ../../nbs/0_core/datasets.ipynb #6b821283
 def _digits():
     "scikit-learn's digits as (train, test): 1438 and 359 images (1, 8, 8)"
-    from sklearn.datasets import load_digits
-
-    raw = load_digits()
-    x = torch.from_numpy(np.rint(raw.images * (255 / 16)).astype(np.uint8))[:, None]
-    y = torch.from_numpy(raw.target.astype(np.int64))
+    raw = np.loadtxt(_digits_file(), delimiter=",")  # 64 pixels in 0..16, and the digit
+    x = torch.from_numpy(np.rint(raw[:, :-1] * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
+    y = torch.from_numpy(raw[:, -1].astype(np.int64))
     rank = torch.empty_like(y)  # the place of an image within its class
     for c in range(10):
         rank[y == c] = torch.arange(int((y == c).sum()))
     test = rank % 5 == 2
     train = ArrayData(x[~test], y[~test], range(10))
     return train, ArrayData(x[test], y[test], range(10), train.mean, train.std)
+
+def _digits_file():
+    "The file in scikit-learn's package; to import the package would take a second."
+    from importlib.util import find_spec
+
+    [folder] = find_spec("sklearn").submodule_search_locations
+    return Path(folder) / "datasets/data/digits.csv.gz"
 
 # %% ../../nbs/0_core/datasets.ipynb #5963db65
 def _check_member(archive, info):
@@ -82,7 +88,7 @@ def _read_members(path):
         members = [
             i
             for i in archive.infolist()
-            if i.filename.removesuffix(".npy") in (*_NEEDED, "classes")
+            if i.filename.removesuffix(".npy") in (*_NEEDED, "classes", "rate")
         ]
         names = [i.filename.removesuffix(".npy") for i in members]
         if missing := [k for k in _NEEDED if k not in names]:
@@ -113,7 +119,8 @@ def _npz_arrays(path):
 
 # %% ../../nbs/0_core/datasets.ipynb #f4a20cec
 def _as_images(a, name):
-    "An image array in one of the allowed layouts as a contiguous (N, C, H, W) uint8 or float32 tensor"
+    """An image array in one of the allowed layouts as
+    a contiguous (N, C, H, W) uint8 or float32 tensor"""
     if a.dtype != np.uint8 and a.dtype.kind != "f":
         raise ValueError(f"{name} must be uint8 or float, not {a.dtype}")
     if a.ndim == 3:
@@ -139,6 +146,20 @@ def _as_images(a, name):
         np.ascontiguousarray(a, dtype=np.uint8 if a.dtype == np.uint8 else np.float32)
     )
 
+# %% ../../nbs/0_core/datasets.ipynb #6c57f386
+def _as_input(got, name):
+    "Images of one split: as they are, or log-mel images of clips of sound"
+    a = got[name]
+    if a.ndim != 2:
+        return _as_images(a, name)
+    rate = got.get("rate")
+    if rate is None or rate.size != 1 or rate.dtype.kind not in "iu":
+        raise ValueError(
+            f"{name} of shape {a.shape} may be clips of sound; "
+            "then rate must say how many samples a second has, as one integer"
+        )
+    return log_mel(a, int(rate))
+
 # %% ../../nbs/0_core/datasets.ipynb #f301b0d4
 def _labels_of(got, split):
     "Labels of one split as an int64 vector; `ValueError` unless one integer per image"
@@ -153,6 +174,7 @@ def _labels_of(got, split):
         raise ValueError(f"the {split} split is empty")
     return a.astype(np.int64)
 
+# %% ../../nbs/0_core/datasets.ipynb #f1d336fc
 def _class_names(names, seen):
     "Names of the classes; without `names`, the labels `seen` must be 0..K-1"
     if names is None:
@@ -216,12 +238,12 @@ def _check_same_unit(train, test):
 
 # %% ../../nbs/0_core/datasets.ipynb #84a16b45
 def read_npz(
-    path, # an .npz file with x_train, y_train, x_test, y_test and optionally classes
+    path, # an .npz file with x_train, y_train, x_test, y_test; optionally classes; for sound, rate
 ) -> tuple: # (train, test) of ArrayData
     "Read one's own data; `FileNotFoundError`, or `ValueError` that names the file and its fault"
     got = _npz_arrays(path)
     try:
-        x = {s: _as_images(got[f"x_{s}"], f"x_{s}") for s in ("train", "test")}
+        x = {s: _as_input(got, f"x_{s}") for s in ("train", "test")}
         y_train, y_test, names = _as_labels(got)
         kinds = [f"{tuple(x[s].shape[1:])} {x[s].dtype}" for s in ("train", "test")]
         if kinds[0] != kinds[1]:
@@ -240,7 +262,8 @@ def read_npz(
 _PUBLIC = dict(fashion_mnist="FashionMNIST", cifar10="CIFAR10", cifar100="CIFAR100", svhn="SVHN")
 
 def _from_torchvision(name, root):
-    "Download `name` through torchvision into `root`: dict of x (N, H, W[, C]) uint8, y (N,) int64 and classes"
+    """Download `name` through torchvision into `root`:
+    dict of x (N, H, W[, C]) uint8, y (N,) int64 and classes"""
     from darkdistill_nb.core.compat import ensure_torchvision
 
     ensure_torchvision()
@@ -258,13 +281,15 @@ def _from_torchvision(name, root):
 
 # %% ../../nbs/0_core/datasets.ipynb #9978fd46
 class DownloadError(ConnectionError):
-    "A public data set is neither here nor can it be fetched; the message names the choices that need no internet"
+    """A public data set is neither here nor can it be fetched;
+    the message names the choices that need no internet"""
 
 # %% ../../nbs/0_core/datasets.ipynb #8fdd0ab5
 def _fetch(name, cache):
     "Download `name` below the folder `cache`; raises `DownloadError`"
     choices = (
-        f"Without internet: use digits or shapes, give your own .npz file, or set DARKDISTILL_DATA to a folder that holds {name}.npz "
+        "Without internet: use digits or shapes, give your own .npz file, "
+        f"or set DARKDISTILL_DATA to a folder that holds {name}.npz "
         "(arrays x_train, y_train, x_test, y_test, classes)."
     )
     if os.environ.get("DARKDISTILL_OFFLINE", "0") not in ("", "0"):
@@ -290,6 +315,7 @@ def _sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
+# %% ../../nbs/0_core/datasets.ipynb #734164d3
 def _stored(name, cache):
     "Path of the cached file if it is there and whole, else None"
     path = cache / name / f"{name}.npz"
@@ -302,8 +328,10 @@ def _stored(name, cache):
     except (FileNotFoundError, NotADirectoryError, IndexError):
         return None
 
+# %% ../../nbs/0_core/datasets.ipynb #77709c68
 def _store(name, arrays, cache):
-    "Write `arrays` as cache/name/name.npz with name.npz.sha256 beside it, all or nothing; the loser of a race discards its copy"
+    """Write `arrays` as cache/name/name.npz with name.npz.sha256 beside it, all or nothing;
+    the loser of a race discards its copy"""
     new = Path(tempfile.mkdtemp(dir=cache, prefix=f".{name}-"))
     try:
         np.savez(new / f"{name}.npz", **arrays)
@@ -327,6 +355,7 @@ def _data_folder():
         raise FileNotFoundError(f"DARKDISTILL_DATA names {root}, which is not a folder")
     return Path(root) if root else None
 
+# %% ../../nbs/0_core/datasets.ipynb #1d2947f3
 def _public(name):
     "A public data set from the data folder, the cache or the internet, in this order"
     if (root := _data_folder()) and (root / f"{name}.npz").is_file():
@@ -338,7 +367,8 @@ def _public(name):
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise type(e)(
-            f"the cache folder {cache} cannot be made ({e.strerror}); set DARKDISTILL_CACHE to a folder that can be written"
+            f"the cache folder {cache} cannot be made ({e.strerror}); "
+            "set DARKDISTILL_CACHE to a folder that can be written"
         ) from e
     _store(name, _fetch(name, cache), cache)
     if path := _stored(name, cache):
@@ -364,20 +394,23 @@ def _load_all(name):
         f"choose from {', '.join([*DATASETS, *own])}, or give the path of an .npz file"
     )
 
+# %% ../../nbs/0_core/datasets.ipynb #25a4b93e
 def _some(data, n, seed, name):
     "`n` samples of a split, chosen by `seed`; all for None; `ValueError` if there are fewer"
     if n is None:
         return data
     if n > len(data):
         raise ValueError(f"{name} has {len(data)} samples in this split, not {n}")
-    return data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:n])
+    g = torch.Generator().manual_seed(seed)
+    return data.subset(torch.randperm(len(data), generator=g)[:n])
 
 # %% ../../nbs/0_core/datasets.ipynb #6236e5e6
 DATASETS = ("digits", "shapes", "shapes16", *_PUBLIC)
 
 def load(
     name, # of DATASETS, NAME of a NAME.npz in the folder DARKDISTILL_DATA, or path of an .npz
-    n_train=None, # training samples; default: all (shapes: 20,000; shapes16: 4,000); fewer: chosen by `seed`
+    # training samples; default: all (shapes: 20,000; shapes16: 4,000); fewer: chosen by `seed`
+    n_train=None,
     n_test=None, # test samples; default: all (shapes: 4,000; shapes16: 2,000)
     seed: int = 0, # for shapes and shapes16 (see `small_shapes`), and for the choice of samples
 ) -> tuple: # (train, test) of ArrayData; both normalised with mean and std of the training split
@@ -403,7 +436,8 @@ def load(
 def of_file(
     data, # a name that `load` knows, or the path of an .npz file
 )->dict:  # for a file: data_sha256; for a name: nothing
-    "What a cell has to say of its data besides the name; raises `FileNotFoundError` for a file that is not there."
+    """What a cell has to say of its data besides the name;
+    raises `FileNotFoundError` for a file that is not there."""
     if not str(data).lower().endswith(".npz"):
         return {}
     if not Path(data).is_file():
@@ -428,15 +462,7 @@ def every_tenth(
         rank[y == c] = torch.arange(int((y == c).sum()))
     return rank % 10 == 9
 
-# %% ../../nbs/0_core/datasets.ipynb #6ce67769
-def three_parts(
-    name:str,      # a name that `load` knows, or the path of an .npz file
-    n_train=None,  # images that training and validation share; None: all (shapes: 20,000; shapes16: 4,000)
-    n_test=None,   # test images; None: all
-)->tuple:          # (train, validation, test) of `ArrayData`
-    "Training images, every tenth of each class apart, and test images; raises `ValueError` for too few."
-    return _three_parts(str(name), n_train, n_test, *of_file(name).values())
-
+# %% ../../nbs/0_core/datasets.ipynb #8f9cc744
 @functools.lru_cache(maxsize=2)
 def _three_parts(name, n_train, n_test, _=None):
     train, test = load(name, n_train, n_test)
@@ -448,3 +474,14 @@ def _three_parts(name, n_train, n_test, _=None):
         "a data set with ten training images of a class; every tenth is set aside",
     )
     return train.subset(~val), train.subset(val), test
+
+# %% ../../nbs/0_core/datasets.ipynb #6ce67769
+def three_parts(
+    name:str,      # a name that `load` knows, or the path of an .npz file
+    # images that training and validation share; None: all (shapes: 20,000; shapes16: 4,000)
+    n_train=None,
+    n_test=None,   # test images; None: all
+)->tuple:          # (train, validation, test) of `ArrayData`
+    """Training images, every tenth of each class apart, and test images;
+    raises `ValueError` for too few."""
+    return _three_parts(str(name), n_train, n_test, *of_file(name).values())

@@ -24,7 +24,8 @@ def public_names(
 def lazy_front(
     package:str, # full name of a package, e.g. "darkdistill_nb.core"
 )->tuple:        # (`__getattr__`, `__dir__`, `__all__`) for its `__init__.py`
-    "Let a package offer all public names of its modules, each imported at its first use (PEP 562); raises `ValueError` where there is no such package."
+    """Let a package offer all public names of its modules, each imported at its first use (PEP
+    562); raises `ValueError` where there is no such package."""
     top, _, chapter = package.partition(".") if isinstance(package, str) else ("", "", "")
     try:
         folder = Path(importlib.import_module(top).__path__[0]) / chapter

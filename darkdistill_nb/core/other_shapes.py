@@ -11,11 +11,10 @@ __all__ = ['outline_overlap', 'random_outlines', 'random_shapes']
 # %% ../../nbs/0_core/other_shapes.ipynb #47f8e691
 import functools, math
 import numpy as np, torch
-from .checks import number, same_shape, whole
+from .checks import fits_in_memory, number, same_shape, whole
 from .data import ArrayData, _check_difficulty
 from .parallel import one_thread
 from .scenes import _BLOCK, _render, _scenes, outlines
-from .checks import fits_in_memory
 
 # %% ../../nbs/0_core/other_shapes.ipynb #c0091d9c
 _AREA = 2.0  # of every random outline, in the unit of `outlines`: an image spans -1..1
@@ -24,8 +23,10 @@ def _turn(steps):
     "Evenly spaced angles over one turn, in float64."
     return torch.arange(steps, dtype=torch.float64) * (2 * math.pi / steps)
 
+# %% ../../nbs/0_core/other_shapes.ipynb #6ef352b3
 def _polygon(u, t):
-    "Radius at the angles `t` of a polygon made from 19 uniform numbers `u`: how many corners, where, how far out."
+    """Radius at the angles `t` of a polygon made from 19 uniform numbers `u`:
+    how many corners, where, how far out."""
     n = 5 + int(5 * u[0])
     corner = (torch.arange(n) + 0.7 * u[1 : n + 1]) * (2 * math.pi / n)
     r = 0.2 + u[10 : n + 10]
@@ -36,8 +37,10 @@ def _polygon(u, t):
     edge = r1 * torch.sin(t - before) + r2 * torch.sin(after - t)
     return r1 * r2 * torch.sin(after - before) / edge
 
+# %% ../../nbs/0_core/other_shapes.ipynb #1fe75869
 def _wave(u, t):
-    "Radius at the angles `t` of a circle with five waves on it, made from 10 uniform numbers or more."
+    """Radius at the angles `t` of a circle with five waves on it,
+    made from 10 uniform numbers or more."""
     h = torch.arange(2, 7)[:, None]
     waves = torch.cos(h * t + 2 * math.pi * u[5:10, None])
     return (1 + (0.6 * (u[:5, None] - 0.5) * waves).sum(0)).clamp_min(0.3)
@@ -51,8 +54,10 @@ def _centred(outline):
     arm = (2 * math.pi / 3) * (outer**3 - inner**3)
     return torch.stack([(arm * t.cos()).mean(), (arm * t.sin()).mean()]) / area, area.sqrt()
 
+# %% ../../nbs/0_core/other_shapes.ipynb #5f03c975
 def _covers(outline, xy):
-    "Is a point, given from the centre of mass and in roots of the area, part of the shape? xy (..., 2)."
+    """Is a point, given from the centre of mass and in roots of the area,
+    part of the shape? xy (..., 2)."""
     centre, size = _centred(outline)
     x, y = (xy * size + centre).unbind(-1)
     steps = len(outline[0])
@@ -60,9 +65,11 @@ def _covers(outline, xy):
     r = torch.hypot(x, y)
     return (outline[0].double()[at] > r) & (outline[1].double()[at] <= r)
 
+# %% ../../nbs/0_core/other_shapes.ipynb #78788cd8
 @functools.cache
 def _poses(turns, grid):
-    "A grid of points, and the same grid turned and mirrored in 2 * turns ways: (G, 2), (2 * turns, G, 2)."
+    """A grid of points, and the same grid turned and mirrored in 2 * turns ways:
+    (G, 2), (2 * turns, G, 2)."""
     g = (torch.arange(grid, dtype=torch.float64) + 0.5) * (2.8 / grid) - 1.4
     xy = torch.cartesian_prod(g, g)
     a = _turn(turns)
@@ -75,6 +82,7 @@ def _masks(outline, turns=72, grid=40):
     "Which points a shape covers: as it is (G,), and in each pose (poses, G); float32."
     return tuple(_covers(outline, xy).float() for xy in _poses(turns, grid))
 
+# %% ../../nbs/0_core/other_shapes.ipynb #8c31c095
 def _most_shared(fixed, moved):
     "Intersection over union in the best pose."
     both = moved @ fixed
@@ -87,24 +95,15 @@ def outline_overlap(
     turns: int = 72, # rotations that are tried, each also mirrored
     grid: int = 40, # cells along each side on which areas are counted
 ) -> float: # from 0 to 1, for the same shape
-    "Largest intersection over union of two outlines of equal area and centre; `ValueError` for unequal tables."
+    """Largest intersection over union of two outlines of equal area and centre;
+    `ValueError` for unequal tables."""
     turns, grid = whole(turns, "turns", 1, 3600), whole(grid, "grid", 8, 1000)
     same_shape(outer=a[0], inner=a[1])
     same_shape(outer=b[0], inner=b[1])
     fixed, moved = _masks(a, turns, grid)[0], _masks(b, turns, grid)[1]
     return _most_shared(fixed, moved)
 
-# %% ../../nbs/0_core/other_shapes.ipynb #f9be5b40
-def random_outlines(
-    kinds: int = 30, # how many, from 2 to 100: polygons and waves in turn
-    seed: int = 0,
-    most: float = 0.8, # largest overlap with one of the ten `SHAPES`, from 0.75 to 1
-) -> tuple: # outer and inner radius, two float32 tensors (kinds, 1024); no outline has a hole
-    "Random outlines, none like one of the ten shapes (see `outline_overlap`); `ValueError` if out of range."
-    kinds, seed = whole(kinds, "kinds", 2, 100), whole(seed, "seed", 0)
-    with one_thread():
-        return _random_outlines(kinds, seed, number(most, "most", 0.75, 1))
-
+# %% ../../nbs/0_core/other_shapes.ipynb #1a2914fb
 @functools.cache
 def _random_outlines(kinds, seed, most):
     bits, t, ten = np.random.PCG64([seed, 30]), _turn(1024), list(zip(*outlines()))
@@ -119,6 +118,18 @@ def _random_outlines(kinds, seed, most):
             found.append(outline)
             taken.append((poses, 0.85))
     return tuple(torch.stack(r) for r in zip(*found))
+
+# %% ../../nbs/0_core/other_shapes.ipynb #f9be5b40
+def random_outlines(
+    kinds: int = 30, # how many, from 2 to 100: polygons and waves in turn
+    seed: int = 0,
+    most: float = 0.8, # largest overlap with one of the ten `SHAPES`, from 0.75 to 1
+) -> tuple: # outer and inner radius, two float32 tensors (kinds, 1024); no outline has a hole
+    """Random outlines, none like one of the ten shapes (see `outline_overlap`);
+    `ValueError` if out of range."""
+    kinds, seed = whole(kinds, "kinds", 2, 100), whole(seed, "seed", 0)
+    with one_thread():
+        return _random_outlines(kinds, seed, number(most, "most", 0.75, 1))
 
 # %% ../../nbs/0_core/other_shapes.ipynb #2b395205
 _APART = 10**6  # scenes of other seeds than anybody gives to `shapes`

@@ -48,7 +48,8 @@ def hatched(
     ink:str=None,    # of the pattern; None: black on a light colour, white on a dark one
     size:int=6,      # pixels from line to line
 ) -> dict: # `marker` of a plotly bar
-    "A fill that shows: the pattern lies over the colour, in an ink that stands out from it; raises `ValueError` for another form of colour."
+    """A fill that shows: the pattern lies over the colour, in an ink that stands out from it;
+    raises `ValueError` for another form of colour."""
     check(
         isinstance(colour, str) and re.fullmatch("#[0-9A-Fa-f]{6}", colour),
         "colour",
@@ -75,7 +76,8 @@ def class_look(
     c: int, # number of the class, from 0; no two of the first 1,000 look the same
     mark:str="bar", # bar | dot
 ) -> dict: # `marker` of a plotly bar, or of a scatter
-    "How class `c` looks in every figure: colour first, then pattern (bar) or symbol (dot); raises `ValueError` for a negative number."
+    """How class `c` looks in every figure: colour first, then pattern (bar) or symbol (dot);
+    raises `ValueError` for a negative number."""
     c = whole(c, "c", 0)
     turn = c // 8  # how often the colours have been used up
     colour = CLASS_COLOURS[c % 8]

@@ -8,7 +8,8 @@ Docs: https://darkdistill.github.io/darkdistill_nb/0_core/records.html.md"""
 # %% auto #0
 __all__ = ['write_atomic', 'check_json', 'save_tensors', 'load_tensors', 'processor', 'environment', 'Record', 'save_record',
            'read_json', 'load_record', 'check_record', 'shipped', 'asset', 'fingerprint', 'data_digest', 'fingerprints',
-           'check_fingerprints', 'to_16_bits', 'from_16_bits', 'kept', 'publish', 'stored_record']
+           'check_fingerprints', 'drawn_state', 'save_progress', 'load_progress', 'to_16_bits', 'from_16_bits', 'kept',
+           'publish', 'stored_record']
 
 # %% ../../nbs/0_core/records.ipynb #5df28e69
 import dis, functools, hashlib, json, os, platform, re, sys, time, types
@@ -50,6 +51,7 @@ def _plain(o):
         return str(o)
     raise TypeError(f"not {type(o).__name__}")
 
+# %% ../../nbs/0_core/records.ipynb #52702aeb
 def _problem(o, name=""):
     "(name, value) of the first thing in `o` that JSON cannot hold; None: there is none."
     try:
@@ -70,7 +72,8 @@ def check_json(
     indent=1,  # as in `json.dumps`
     **kwargs   # more for `json.dumps`
 )->str:        # the JSON
-    "Raise `ValueError`, with its place, for a NaN, an infinity, or anything else that JSON cannot hold."
+    """Raise `ValueError`, with its place, for a NaN,
+    an infinity, or anything else that JSON cannot hold."""
     try:
         return json.dumps(values, indent=indent, default=_plain, allow_nan=False, **kwargs)
     except (TypeError, ValueError, RecursionError):
@@ -88,6 +91,7 @@ def _raw(t):
     t = t.detach().cpu().contiguous().reshape(-1)
     return memoryview(t.view(torch.uint8).numpy())
 
+# %% ../../nbs/0_core/records.ipynb #38603bdf
 def _checksum(tensors, text):
     "One hash of all tensors, with names, types and shapes, and of the header's text."
     h = hashlib.blake2b(text.encode(), digest_size=16)
@@ -96,6 +100,7 @@ def _checksum(tensors, text):
         h.update(_raw(t))
     return h.hexdigest()
 
+# %% ../../nbs/0_core/records.ipynb #8b24ec3c
 def _apart(tensors):
     "The tensors on the CPU; of those that share memory each gets its own."
     out, seen = {}, set()
@@ -129,8 +134,10 @@ def save_tensors(
 
 # %% ../../nbs/0_core/records.ipynb #d0978ffc
 def _header_text(data):
-    "(checksum or None, JSON text) of a file's header; files of older versions and of other programs have no checksum."
-    head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    """(checksum or None, JSON text) of a file's header;
+    files of older versions and of other programs have no checksum."""
+    size = int.from_bytes(data[:8], "little")
+    head = json.loads(data[8 : 8 + size]).get("__metadata__", {})
     if set(head) == {"checked"}:
         found, _, text = head["checked"].partition(" ")
         return found, text
@@ -190,6 +197,7 @@ def _read_cpuinfo(text):
     flags = first.get("flags") or first.get("Features")
     return model, flags.lower().split() if flags else None
 
+# %% ../../nbs/0_core/records.ipynb #e2ab4cd1
 def _ask_sysctl():
     "The same from macOS."
     import subprocess
@@ -201,6 +209,7 @@ def _ask_sysctl():
     model, *flags = map(ask, names)
     return model or None, " ".join(flags).lower().split() or None
 
+# %% ../../nbs/0_core/records.ipynb #8ec7b12f
 def _ask_registry():
     "The same from Windows, which does not tell its instruction sets."
     import winreg
@@ -211,7 +220,8 @@ def _ask_registry():
 
 # %% ../../nbs/0_core/records.ipynb #47dde47e
 def processor()->dict: # model, instructions (list, None: unknown), threads, torch
-    "The processor as far as this system tells it, the threads PyTorch uses, and the kernels it chose; never fails."
+    """The processor as far as this system tells it,
+    the threads PyTorch uses, and the kernels it chose; never fails."""
     ask = dict(
         Linux=lambda: _read_cpuinfo(Path("/proc/cpuinfo").read_text(errors="replace")),
         Darwin=_ask_sysctl,
@@ -285,7 +295,8 @@ class Record:
         config:dict, # what was asked for
         **info       # numbers shared by all runs
     ):
-        "A new record that knows machine, versions and time; raises `ValueError` for what JSON cannot hold."
+        """A new record that knows machine, versions and time;
+        raises `ValueError` for what JSON cannot hold."""
         check_json(dict(config=config, info=info))
         return cls(
             config=config,
@@ -300,7 +311,8 @@ def save_record(
     folder,              # becomes the run folder; made if needed
     weights:dict=None,   # file name without suffix -> dict of tensors
 )->Path:                 # the record's path
-    "Write weights, then `record.json` with their sha256; raises `ValueError` for what JSON cannot hold."
+    """Write weights, then `record.json` with their sha256;
+    raises `ValueError` for what JSON cannot hold."""
     folder, d = Path(folder), asdict(record)
     check_json(d)  # before anything is written
     files = {
@@ -314,7 +326,8 @@ def save_record(
 def read_json(
     path # a file
 ):       # its values
-    "The JSON of a file; raises `ValueError` with the file's name for anything else, NaN and infinities included."
+    """The JSON of a file; raises `ValueError` with the file's name for anything else,
+    NaN and infinities included."""
 
     def refuse(word):
         raise ValueError(f"it holds {word}, which is not JSON")
@@ -373,7 +386,8 @@ def _record_parts(d, path):
 def load_record(
     path, # a run folder or its record.json
 )->Record:
-    "Read a record; raises `FileNotFoundError`, or `ValueError` if the file is damaged or of another format."
+    """Read a record; raises `FileNotFoundError`,
+    or `ValueError` if the file is damaged or of another format."""
     path = Path(path)
     path = path / "record.json" if path.is_dir() else path
     if not path.is_file():
@@ -425,7 +439,8 @@ def shipped(
 def asset(
     name:str # file name, e.g. "digits_default.json"
 )->Path:
-    "Path of a stored result, see `shipped`; raises `FileNotFoundError` if there is none of that name."
+    """Path of a stored result, see `shipped`;
+    raises `FileNotFoundError` if there is none of that name."""
     check(isinstance(name, str) and name, "name", name, "a file, such as digits_default.json")
     path = shipped("assets") / name
     if not path.is_file():
@@ -436,6 +451,7 @@ def asset(
 def _digest(data):
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
+# %% ../../nbs/0_core/records.ipynb #48de9ff2
 def _network(net):
     "Layers with their settings, what is frozen, what is trained, and all tensors."
     own = lambda m: {k: v for k, v in vars(m).items() if k[0] != "_" and k != "training"}
@@ -443,16 +459,20 @@ def _network(net):
     trained = [name for name, p in net.named_parameters() if p.requires_grad]
     return [layers, trained, dict(net.state_dict())]
 
+# %% ../../nbs/0_core/records.ipynb #f1968be5
 _KNOWN = ("builtins", "torch", "torchvision", "timm", "numpy", "fastcore", "darkdistill_nb")
 
 def _is_own(o):
-    "Is a function or class written by the user, in a notebook or script, and not a part of a library?"
+    """Is a function or class written by the user,
+    in a notebook or script, and not a part of a library?"""
     return (getattr(o, "__module__", None) or "builtins").split(".")[0] not in _KNOWN
 
+# %% ../../nbs/0_core/records.ipynb #1e99513d
 def _global_names(code):
     names = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
     return names.union(*(_global_names(c) for c in code.co_consts if isinstance(c, types.CodeType)))
 
+# %% ../../nbs/0_core/records.ipynb #31f14377
 def _function(f):
     "Code, constants, defaults, and what the function reads of its surroundings."
     held = []
@@ -466,6 +486,7 @@ def _function(f):
     read = {n: v for n, v in around.items() if isinstance(v, kinds)}
     return [f.__code__, held, f.__defaults__, f.__kwdefaults__, read]
 
+# %% ../../nbs/0_core/records.ipynb #ce46c2a6
 def _class(c):
     "Its name; of a class of the user's own also what is written in it."
     if not _is_own(c):
@@ -479,6 +500,7 @@ def _array(a):
     "Type, shape and digest of a numpy array; the entries themselves where they are objects."
     return a.tolist() if a.dtype == object else f"{a.dtype} {a.shape} {_digest(a.tobytes())}"
 
+# %% ../../nbs/0_core/records.ipynb #03a4b96e
 def _parts(o):
     "What an object consists of: a text, or a list or dict of further objects."
     if isinstance(o, torch.Tensor):
@@ -529,9 +551,12 @@ def _describe(o, above=()):
 
 # %% ../../nbs/0_core/records.ipynb #1d3fd70f
 def fingerprint(
-    *parts,  # numbers, texts, lists, dicts, tensors, data, networks, generators, functions, objects with settings
+    # numbers, texts, lists, dicts, tensors, data,
+    # networks, generators, functions, objects with settings
+    *parts,
 ) -> str:  # 16 hexadecimal digits
-    "A short hash of everything in `parts` that a training may depend on; attributes named _x do not count."
+    """A short hash of everything in `parts` that a training may depend on;
+    attributes named _x do not count."""
     text = json.dumps(_describe(list(parts)), sort_keys=True)
     return _digest(text.encode())
 
@@ -541,10 +566,16 @@ def data_digest(
     "Fingerprint of a data set: images, labels, names of the classes, mean and std."
     return fingerprint(data)
 
+# %% ../../nbs/0_core/records.ipynb #bac37c9f
+def _other(name, found, asked):
+    digests = any(isinstance(v, str) and re.fullmatch("[0-9a-f]{16}", v) for v in (found, asked))
+    return f"another {name}" if digests else f"{name}={asked!r} (in the file {found!r})"
+
 # %% ../../nbs/0_core/records.ipynb #242d0632
 def fingerprints(
     **parts # name -> whatever `fingerprint` takes
-)->dict:    # name -> the value itself for numbers, flags, None and short texts; else its fingerprint
+    # name -> the value itself for numbers, flags, None and short texts; else its fingerprint
+)->dict:
     "What a training follows from, as JSON values, to be kept in a checkpoint's header."
     out = {}
     for name, v in parts.items():
@@ -560,7 +591,8 @@ def check_fingerprints(
     found,      # `fingerprints` in its header; None: it has none
     asked:dict, # `fingerprints` of the training that wants to continue
 )->None:
-    "Raise `ValueError`, with what differs and what to delete, if the file belongs to another training."
+    """Raise `ValueError`, with what differs and what to delete,
+    if the file belongs to another training."""
     ways = f"delete {path} to train from the start, or name another file"
     if not isinstance(found, dict):
         raise ValueError(f"checkpoint={path} does not say which training wrote it; {ways}")
@@ -573,21 +605,68 @@ def check_fingerprints(
             f"{', '.join(_other(k, found.get(k), asked.get(k)) for k in differ)}; {ways}"
         )
 
-def _other(name, found, asked):
-    digests = any(isinstance(v, str) and re.fullmatch("[0-9a-f]{16}", v) for v in (found, asked))
-    return f"another {name}" if digests else f"{name}={asked!r} (in the file {found!r})"
+# %% ../../nbs/0_core/records.ipynb #c54052da
+def drawn_state(
+    net:nn.Module, # in training mode
+):                 # of torch's global generator; None: training draws nothing from it
+    "What the random numbers inside a network, as of dropout, follow from."
+    shares = (getattr(m, k, 0) for m in net.modules() for k in ("p", "drop_prob", "dropout"))
+    draws = any(isinstance(v, (int, float)) and v > 0 for v in shares)
+    return torch.get_rng_state() if draws else None
 
-# %% ../../nbs/0_core/records.ipynb #e0b4dc71
-def to_16_bits(
-    tensors:dict,    # name -> tensor
-    head:str="",     # put before the names
-)->dict:
-    "Floating-point numbers in 16 bits and whole numbers in one byte, in more only where they would not survive."
-    check(isinstance(head, str), "head", head, "a text")
-    return {head + k: _smallest(v) for k, v in tensors.items()}
+# %% ../../nbs/0_core/records.ipynb #de1e9859
+def save_progress(
+    path,       # of the checkpoint
+    net,
+    opt,        # torch optimiser
+    generators, # the random generators that the training draws from
+    rows,       # JSON values, one per epoch so far
+    marks=None, # `fingerprints` of the training
+):
+    "Weights, optimiser, random generators and rows in one file, replaced as a whole."
+    state = {
+        f"opt.{i}.{k}": torch.as_tensor(v)
+        for i, s in opt.state_dict()["state"].items()
+        for k, v in s.items()
+        if v is not None
+    }
+    state |= {f"net.{k}": v for k, v in net.state_dict().items()}
+    state["rng"] = torch.get_rng_state()
+    state |= {f"rng.{i}": g.get_state() for i, g in enumerate(generators)}
+    save_tensors(path, state, dict(rows=rows, training=marks))
 
+# %% ../../nbs/0_core/records.ipynb #e66388ef
+def load_progress(
+    path,
+    net,
+    opt,
+    generators,
+    marks=None,
+)->list: # rows; empty if there is no such file
+    """Put back what `save_progress` wrote;
+    raises `ValueError` for the checkpoint of another training."""
+    if not Path(path).exists():
+        return []
+    check(Path(path).is_file(), "checkpoint", str(path), "the name of a file")
+    state, meta = load_tensors(path)
+    if marks is not None:
+        check_fingerprints(path, meta.get("training"), marks)
+    part = lambda head: {k[len(head) :]: v for k, v in state.items() if k.startswith(head)}
+    net.load_state_dict(part("net."))
+    torch.set_rng_state(state["rng"])
+    for i, g in enumerate(generators):
+        g.set_state(state[f"rng.{i}"])
+    moments = {}
+    for k, v in part("opt.").items():
+        i, name = k.split(".")
+        moments.setdefault(int(i), {})[name] = v
+    opt.load_state_dict(dict(state=moments, param_groups=opt.state_dict()["param_groups"]))
+    return meta["rows"]
+
+# %% ../../nbs/0_core/records.ipynb #e8d338ea
 def _smallest(v):
-    "The smallest type that keeps whole numbers, and keeps finite numbers finite; single whole numbers stay as they are."
+    """The smallest type that keeps whole numbers, and keeps finite numbers finite;
+    single whole numbers stay as they are."""
     if v.is_floating_point():
         kinds = (torch.float16, torch.float32, v.dtype)
         return v.to(next(k for k in kinds if (v.to(k).isinf() == v.isinf()).all()))
@@ -597,11 +676,22 @@ def _smallest(v):
     kinds = (torch.uint8, torch.int16, torch.int32, torch.int64)
     return v.to(next(k for k in kinds if torch.iinfo(k).min <= low and high <= torch.iinfo(k).max))
 
+# %% ../../nbs/0_core/records.ipynb #e0b4dc71
+def to_16_bits(
+    tensors:dict,    # name -> tensor
+    head:str="",     # put before the names
+)->dict:
+    """Floating-point numbers in 16 bits and whole numbers in one byte,
+    in more only where they would not survive."""
+    check(isinstance(head, str), "head", head, "a text")
+    return {head + k: _smallest(v) for k, v in tensors.items()}
+
 def from_16_bits(
     tensors:dict,    # of a file
     head:str="",     # of the names that are wanted, cut off
 )->dict:
-    "The tensors in their usual types again: 32 bits, 64 for whole numbers and for what 32 cannot hold."
+    """The tensors in their usual types again: 32 bits,
+    64 for whole numbers and for what 32 cannot hold."""
     check(isinstance(head, str), "head", head, "a text")
     usual = lambda v: (
         v.float()
@@ -633,9 +723,10 @@ def publish(
     check(isinstance(name, str), "name", name, "a text")
     if not assets:
         return
-    write_atomic(Path(assets) / f"{name}.json", (Path(folder) / name / "record.json").read_bytes())
+    assets, own = Path(assets), Path(folder) / name
+    write_atomic(assets / f"{name}.json", (own / "record.json").read_bytes())
     for f in others:
-        write_atomic(Path(assets) / f, (Path(folder) / name / f).read_bytes())
+        write_atomic(assets / f, (own / f).read_bytes())
 
 # %% ../../nbs/0_core/records.ipynb #4215f108
 def stored_record(

@@ -87,7 +87,8 @@ _STEPS, _WAVES = 256, (2, 3, 5)  # entries per turn; waves per turn of the defor
 
 @functools.cache
 def _diamond_tables():
-    "For each diamond angle: its index in `outlines`, and cos and sin of the wave multiples of its true angle (3, _STEPS)"
+    """For each diamond angle: its index in `outlines`, and cos and sin of the wave multiples of
+    its true angle (3, _STEPS)"""
     q = (torch.arange(_STEPS, dtype=torch.float64) + 0.5) * (4 / _STEPS) - 1
     right = q < 1
     v = torch.where(right, q, 2 - q)
@@ -156,7 +157,8 @@ _FIELDS = dict(
 )
 
 def _scenes(seed, block):
-    "Classes (100,) and a dict of uniform random numbers in [0, 1), each (100, k) float64 or (100,), and the bit generator for the noise"
+    """Classes (100,) and a dict of uniform random numbers in [0, 1), each (100, k) float64 or
+    (100,), and the bit generator for the noise"""
     bits = np.random.PCG64([block, seed])
     kind = np.argsort(bits.random_raw(_BLOCK).reshape(-1, 10), axis=1).reshape(-1)
     u = (bits.random_raw(_BLOCK * sum(_FIELDS.values())) >> 11).astype(np.float64) * 2.0**-53
@@ -173,7 +175,8 @@ def _blend(
     cover, # (B, H, W) in [0, 1]
     colour, # (B, 3)
 ):
-    "Paint `colour` over the covered part of each image, one channel at a time: the channel of a block fits into the cache"
+    """Paint `colour` over the covered part of each image, one channel at a time:
+    the channel of a block fits into the cache"""
     for plane, c in zip(img.unbind(1), colour.float().unbind(1)):
         plane += cover * (c[:, None, None] - plane)
 

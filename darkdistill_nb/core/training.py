@@ -23,7 +23,8 @@ from torch import nn
 def evaluating(
     net:nn.Module, # its modules get back the mode that each had
 ):
-    "Inside this block `net` is in evaluation mode; afterwards every module is as it was, frozen ones too."
+    """Inside this block `net` is in evaluation mode;
+    afterwards every module is as it was, frozen ones too."""
     modes = [(m, m.training) for m in net.modules()]
     net.eval()
     try:
@@ -46,6 +47,9 @@ def start_training(
     net:nn.Module # put into training mode, all but the frozen parts
 )->nn.Module:     # `net`
     "Training mode for everything that is not frozen."
+    plain = lambda m: m.training and type(m).train is nn.Module.train
+    if all(map(plain, net.modules())):
+        return net  # nothing is frozen, nothing to change
     still = [m for m in net.modules() if is_frozen(m)]
     net.train()
     for m in still:
@@ -59,9 +63,11 @@ def _moving_norms(net):
     kinds = nn.modules.batchnorm._BatchNorm
     return [m for m in net.modules() if isinstance(m, kinds) and m not in still]
 
+# %% ../../nbs/0_core/training.ipynb #b991c55c
 @torch.no_grad()
 def _sees_one_number(net, norms, sample, forward):
-    "Does one image give any of `norms` a single number per channel? Tried on two copies of `sample`."
+    """Does one image give any of `norms` a single number
+    per channel? Tried on two copies of `sample`."""
     found = []
     look = lambda m, args: found.append(args[0].numel() == 2 * args[0].shape[1])
     handles = [m.register_forward_pre_hook(look) for m in norms]
@@ -78,11 +84,14 @@ def check_batches(
     net: nn.Module,  # that will be trained
     n: int,  # samples
     batch_size: int,  # samples a step
-    sample=None,  # (1, C, H, W) one image, to see what reaches the normalisations; None: judged by their kind
+    # one image (1, C, H, W), to see what reaches the normalisations, or sample() that gives it;
+    # None: judged by their kind
+    sample=None,
     forward=None,  # called on images in place of `net`
     parts: int = 1,  # equal parts of a batch that are learned from one by one
 ) -> None:
-    "Raise `ValueError` if a batch of one sample would leave a batch normalisation with a single number."
+    """Raise `ValueError` if a batch of one sample would
+    leave a batch normalisation with a single number."""
     n, batch_size, parts = whole(n, "n", 0), whole(batch_size, "batch_size"), whole(parts, "parts")
     sizes = [s for s in (n % batch_size, min(batch_size, n)) if s // parts == 1]
     norms = _moving_norms(net) if sizes else []
@@ -91,6 +100,7 @@ def check_batches(
     if sample is None:
         alone = any(isinstance(m, nn.BatchNorm1d) for m in norms)
     else:
+        sample = sample() if callable(sample) else sample
         alone = _sees_one_number(net, norms, sample, forward or net)
     part = "" if parts == 1 else f", learned in {parts} parts"
     check(
@@ -126,7 +136,8 @@ def _velocities(state, momentum, moved, g):
 
 # %% ../../nbs/0_core/training.ipynb #4b8ba621
 class SGD:
-    "The steps of `torch.optim.SGD` with momentum and weight decay, bit for bit, without what surrounds them; raises `ValueError`."
+    """The steps of `torch.optim.SGD` with momentum and weight decay, bit for bit, without what
+    surrounds them; raises `ValueError`."""
 
     def __init__(self,
         params,                # tensors to move
@@ -180,10 +191,9 @@ def fit(
     "Train with SGD; raises `ValueError` for bad settings, `FloatingPointError` for a loss of NaN."
     epochs, batch_size = whole(epochs, "epochs", 0), whole(batch_size, "batch_size")
     params = [p for p in net.parameters() if p.requires_grad] if params is None else list(params)
-    opt = SGD(params, lr, momentum, weight_decay)
-    forward = forward or net
+    opt, forward = SGD(params, lr, momentum, weight_decay), forward or net
     if isinstance(data, ArrayData):
-        check_batches(net, len(data), batch_size, data[:1][0], forward)
+        check_batches(net, len(data), batch_size, lambda: data[:1][0], forward)
     start_training(net)
     for _ in range(epochs):
         total, n = 0.0, 0
@@ -222,20 +232,23 @@ def accuracy(
     logits:torch.Tensor, # (..., N, K): leading axes such as exits are kept
     y:torch.Tensor,      # (N,) labels
 )->torch.Tensor:         # (...) share of right answers in [0, 1]
-    "Share of samples whose largest logit is the label's; raises `ValueError` for NaN, no samples, or other shapes."
+    """Share of samples whose largest logit is the label's;
+    raises `ValueError` for NaN, no samples, or other shapes."""
     if y.ndim != 1 or logits.ndim < 2 or logits.shape[-2] != len(y) or not len(y):
         raise ValueError(
             "logits must have shape (..., N, K) and y (N,) with N > 0, "
             f"not {tuple(logits.shape)} and {tuple(y.shape)}"
         )
     finite(logits, "logits", inf=True)
-    return (logits.argmax(-1) == y.to(logits.device)).double().mean(-1)
+    right = logits.argmax(-1) == y.to(logits.device)
+    return right.double().mean(-1)
 
 # %% ../../nbs/0_core/training.ipynb #98b28c29
 def mean_std(
     values, # numbers
 )->tuple:   # (mean, sample standard deviation with n-1; 0 for a single value)
-    "Mean and sample standard deviation (ddof=1); raises `ValueError` for no values, NaN and infinity."
+    """Mean and sample standard deviation (ddof=1);
+    raises `ValueError` for no values, NaN and infinity."""
     v = np.asarray([number(x, f"values[{i}]") for i, x in enumerate(values)], dtype=float)
     if len(v) == 0:
         raise ValueError("values is empty; give at least one number")
@@ -256,7 +269,8 @@ def plus_minus(
 def pick_device(
     name:str="auto", # auto | cpu | cuda | cuda:N | mps
 )->torch.device:
-    "The device called `name`; `auto` takes a GPU when there is one; raises `ValueError` for one that is not there."
+    """The device called `name`; `auto` takes a GPU when there is one;
+    raises `ValueError` for one that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     check(isinstance(name, (str, torch.device)), "device", name, "auto, cpu, cuda or mps")

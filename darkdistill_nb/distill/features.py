@@ -13,39 +13,42 @@ import math
 import torch
 import torch.nn.functional as F
 from ..core.checks import check, choice, finite, flag, number, whole
+from ..core.tensors import at_least_32, with_axes
 from darkdistill_nb.distill.losses import (
     RKD,
-    _batch,
     _rows,
     _two_sets,
-    _up,
     dist_loss,
     dkd_loss,
     kd_loss,
     logit_mse,
 )
-from fastcore.basics import patch
+from fastcore.basics import patch, store_attr
 from torch import nn
 
 # %% ../../nbs/1_distill/features.ipynb #105b23b8
 LAYERS = ("(B, h)", "(B, T, h)", "(B, C, H, W)")
 
 def _two_layers(student, teacher, axes=LAYERS):
-    "Two layers of the same samples and of the same kind (vectors, tokens or maps), in at least 32 bits; no gradient for the teacher."
-    _batch(student, "student", axes)
-    _batch(teacher, "teacher", axes)
+    """Two layers of the same samples and of the same kind (vectors, tokens or maps), in at least
+    32 bits; no gradient for the teacher."""
+    with_axes(student, "student", axes)
+    with_axes(teacher, "teacher", axes)
     if student.ndim != teacher.ndim or len(student) != len(teacher):
         raise ValueError(
             f"student of shape {tuple(student.shape)} and teacher of shape {tuple(teacher.shape)} "
             "must be layers of one kind, for the same samples"
         )
-    return _same_size(_up(student), _up(finite(teacher, "teacher")).detach())
+    return _same_size(at_least_32(student), at_least_32(finite(teacher, "teacher")).detach())
 
+# %% ../../nbs/1_distill/features.ipynb #c80cf1de
 def _same_size(a, b):
-    "Two batches of maps, the larger ones averaged down; vectors, tokens and equal sizes stay as they are."
+    """Two batches of maps, the larger ones averaged down;
+    vectors, tokens and equal sizes stay as they are."""
     if a.ndim == 3 and a.shape[1] != b.shape[1]:
         raise ValueError(
-            f"student has {a.shape[1]} tokens a sample, the teacher {b.shape[1]}; they must be the same"
+            f"student has {a.shape[1]} tokens a sample, "
+            f"the teacher {b.shape[1]}; they must be the same"
         )
     if a.ndim < 4 or a.shape[2:] == b.shape[2:]:
         return a, b
@@ -54,7 +57,8 @@ def _same_size(a, b):
 
 # %% ../../nbs/1_distill/features.ipynb #1ddf777c
 class Hint(nn.Module):
-    "FitNets' hint: squared distance to a teacher's layer after a trained regressor (arXiv 1412.6550, eq. 3); raises `ValueError` for other widths."
+    """FitNets' hint: squared distance to a teacher's layer after a trained regressor (arXiv
+    1412.6550, eq. 3); raises `ValueError` for other widths."""
 
     def __init__(self,
         student_width:int, # channels or features of the student's layer
@@ -85,16 +89,18 @@ class Hint(nn.Module):
 def attention_map(
     a:torch.Tensor, # maps (B, C, H, W), or tokens (B, T, h)
 )->torch.Tensor:    # (B, H*W) or (B, T), of length 1
-    "Where a layer responds: mean square over channels, scaled to length 1 (arXiv 1612.03928, eq. 2); raises `ValueError` for vectors, which have no where."
-    _batch(a, "a", LAYERS[1:])
-    energy = _up(a).pow(2).mean(-1 if a.ndim == 3 else 1)
+    """Where a layer responds: mean square over channels, scaled to length 1 (arXiv 1612.03928, eq.
+    2); raises `ValueError` for vectors, which have no where."""
+    with_axes(a, "a", LAYERS[1:])
+    energy = at_least_32(a).pow(2).mean(-1 if a.ndim == 3 else 1)
     return F.normalize(energy.flatten(1), dim=1)
 
 def at_loss(
     student:torch.Tensor, # (B, C_S, H, W), the larger map is averaged down; or tokens (B, T, h_S)
     teacher:torch.Tensor, # (B, C_T, H', W') or (B, T, h_T); no gradient flows into it
 )->torch.Tensor:          # scalar
-    "Attention transfer: mean squared difference of the attention maps (arXiv 1612.03928); raises `ValueError` for layers that do not fit."
+    """Attention transfer: mean squared difference of the attention maps (arXiv 1612.03928);
+    raises `ValueError` for layers that do not fit."""
     a, b = _two_layers(student, teacher, LAYERS[1:])
     return F.mse_loss(attention_map(a), attention_map(b))
 
@@ -103,10 +109,12 @@ def lpd_loss(
     student: torch.Tensor,  # (B, h_S) features, or maps, which are flattened
     teacher: torch.Tensor,  # (B, h_T) features; no gradient flows into them
     k: int = 5,  # neighbours, at most B-1
-    sigma: float = None,  # width of the weights; None: from the median neighbour distance of the batch (ours)
+    # width of the weights; None: from the median neighbour distance of the batch (ours)
+    sigma: float = None,
     reduction: str = "mean",  # mean: divided by B*k (ours); sum: the equation as printed
 ) -> torch.Tensor:  # scalar; 0 for B < 2
-    "Locality preserving loss: the student's distances between the teacher's neighbours (arXiv 1812.06597); raises `ValueError` for what does not fit."
+    """Locality preserving loss: the student's distances between the teacher's neighbours (arXiv
+    1812.06597); raises `ValueError` for what does not fit."""
     k, reduction = whole(k, "k"), choice(reduction, "reduction", ("mean", "sum"))
     sigma = sigma if sigma is None else number(sigma, "sigma", above=0)
     _two_sets(student, teacher)
@@ -137,14 +145,17 @@ def _class_counts(labels):
 
 # %% ../../nbs/1_distill/features.ipynb #2727b06d
 class CRD(nn.Module):
-    "Contrastive representation distillation with memory banks on both sides (arXiv 1910.10699, eq. 17-19); raises `ValueError` for bad settings."
+    """Contrastive representation distillation with memory banks on both sides (arXiv 1910.10699,
+    eq. 17-19); raises `ValueError` for bad settings."""
 
     def __init__(self,
-        labels:torch.Tensor, # (n,) labels of the data set, in its order: negatives are of other classes
+        # (n,) labels of the data set, in its order: negatives are of other classes
+        labels:torch.Tensor,
         student_width:int,   # features of the student
         teacher_width:int,   # features of the teacher
         dim:int=128,         # what both heads map to
-        negatives:int=None,  # N, drawn with replacement; None: 16384 as in the paper, but at most 4n
+        # N, drawn with replacement; None: 16384 as in the paper, but at most 4n
+        negatives:int=None,
         tau:float=.07,       # temperature, > 0
         momentum:float=.5,   # share of the old row in an updated bank, in [0, 1]
         mode:str="exact",    # the positive is exact: the same image; relax: any of its class
@@ -152,26 +163,21 @@ class CRD(nn.Module):
     ):
         super().__init__()
         widths = [whole(student_width, "student_width"), whole(teacher_width, "teacher_width")]
-        self.tau, self.momentum, dim = (
-            number(tau, "tau", above=0),
-            number(momentum, "momentum", 0, 1),
-            whole(dim, "dim"),
-        )
-        self.mode, self.generator = choice(mode, "mode", ("exact", "relax")), generator
+        self.tau = number(tau, "tau", above=0)
+        self.momentum = number(momentum, "momentum", 0, 1)
+        dim = whole(dim, "dim")
+        self.mode = choice(mode, "mode", ("exact", "relax"))
+        self.generator = generator
         n, counts = len(labels), _class_counts(labels)
         self.n = n
         self.N = min(16384, 4 * n) if negatives is None else whole(negatives, "negatives")
         self.heads = nn.ModuleList(nn.Linear(w, dim) for w in widths)
-        self.register_buffer(
-            "banks", F.normalize(torch.rand(2, n, dim) * 2 - 1, dim=-1)
-        )  # student's, teacher's
+        banks = F.normalize(torch.rand(2, n, dim) * 2 - 1, dim=-1)
+        self.register_buffer("banks", banks)  # student's, teacher's
         self.register_buffer("log_z", torch.full((2,), float("nan")))  # set by the first batch
-        for name, v in dict(
-            labels=labels,
-            by_class=labels.argsort(stable=True),
-            counts=counts,
-            starts=counts.cumsum(0) - counts,
-        ).items():
+        by_class, starts = labels.argsort(stable=True), counts.cumsum(0) - counts
+        kept = dict(labels=labels, by_class=by_class, counts=counts, starts=starts)
+        for name, v in kept.items():
             self.register_buffer(name, v.clone(), persistent=False)
 
 # %% ../../nbs/1_distill/features.ipynb #0297c104
@@ -200,7 +206,8 @@ def _check_places(self: CRD, idx, n):
     ok = isinstance(idx, torch.Tensor) and idx.shape == (n,) and idx.dtype == torch.long
     if not (ok and 0 <= int(idx.min()) and int(idx.max()) < self.n):
         raise ValueError(
-            f"idx must be ({n},) whole numbers from 0 to {self.n - 1}, the samples' places in the data set"
+            f"idx must be ({n},) whole numbers from 0 to {self.n - 1}, "
+            "the samples' places in the data set"
         )
 
 # %% ../../nbs/1_distill/features.ipynb #64e8e8a4
@@ -208,18 +215,19 @@ def _check_places(self: CRD, idx, n):
 def forward(
     self: CRD,
     student: torch.Tensor,  # (B, student_width) features
-    teacher: torch.Tensor,  # (B, teacher_width) features; no gradient flows into them, but into the teacher's head
+    # (B, teacher_width) features; no gradient flows into them, but into the teacher's head
+    teacher: torch.Tensor,
     idx: torch.Tensor,  # (B,) places of the samples in the data set
     rows: torch.Tensor = None,  # (B, 1+N) places in the banks, positive first; None: drawn
 ) -> torch.Tensor:  # scalar (nats), both sides added
-    "The contrastive loss; in training mode the batch's rows of the banks are then updated; raises `ValueError` for features of other widths or samples."
+    """The contrastive loss; in training mode the batch's rows of the banks are then updated;
+    raises `ValueError` for features of other widths or samples."""
     _two_sets(student, teacher)
     self._check_places(idx, len(student))
     sides = [_rows(student), _rows(teacher).detach()]
     got, made = [h.shape[1] for h in sides], [head.in_features for head in self.heads]
-    check(
-        got == made, "widths of student and teacher", got, f"{made}, for which this loss was made"
-    )
+    allowed = f"{made}, for which this loss was made"
+    check(got == made, "widths of student and teacher", got, allowed)
     rows = self.draw(idx) if rows is None else rows
     g = [F.normalize(head(h), dim=1) for head, h in zip(self.heads, sides)]
     u = torch.stack(
@@ -242,21 +250,27 @@ def forward(
 # %% ../../nbs/1_distill/features.ipynb #8baaada2
 def _with(part, ce, weight, term): return ce, weight, part, lambda *a: term(part, *a)
 
+# %% ../../nbs/1_distill/features.ipynb #5c9bb73a
 def _logits_term(loss, *hyper):
-    "A loss of logits; the settings are tried at once, on two samples, so that bad ones show before training."
+    """A loss of logits; the settings are tried at once,
+    on two samples, so that bad ones show before training."""
     z, y = torch.zeros(2, 2), torch.zeros(2, dtype=torch.long)
     term = lambda s, t, y, i: loss(s["logits"], t["logits"], y, *hyper)
     term(dict(logits=z), dict(logits=z), y, None)
     return term
 
+# %% ../../nbs/1_distill/features.ipynb #c8b27e61
 def _kd(alpha=0.9, T=4.0):
     alpha = number(alpha, "alpha", 0, 1)
     return 1 - alpha, alpha, None, _logits_term(lambda s, t, y, T: kd_loss(s, t, T), T)
 
+# %% ../../nbs/1_distill/features.ipynb #2793428e
 def _mse(alpha=.5, tau=1.): return 0., 1., None, _logits_term(logit_mse, alpha, tau)
 
+# %% ../../nbs/1_distill/features.ipynb #57540470
 def _dkd(alpha=1., beta=8., T=4.): return 1., 1., None, _logits_term(dkd_loss, alpha, beta, T)
 
+# %% ../../nbs/1_distill/features.ipynb #d22d87f5
 def _dist(beta=1.0, gamma=1.0, T=1.0):
     return 1.0, 1.0, None, _logits_term(lambda s, t, y, *k: dist_loss(s, t, *k), beta, gamma, T)
 
@@ -264,21 +278,24 @@ def _dist(beta=1.0, gamma=1.0, T=1.0):
 def _hint(weight=100.0, on="maps", **k):
     return _with(Hint(**k), 1.0, number(weight, "weight", 0), lambda m, s, t, y, i: m(s[on], t[on]))
 
+# %% ../../nbs/1_distill/features.ipynb #401094bd
 def _at(weight=1000.0, on="maps"):
     return 1.0, number(weight, "weight", 0), None, lambda s, t, y, i: at_loss(s[on], t[on])
 
+# %% ../../nbs/1_distill/features.ipynb #d052e79b
 def _rkd(distance=25.0, angle=50.0, on="features"):
     rkd = RKD(distance, angle)
     return 1.0, 1.0, None, lambda s, t, y, i: rkd(s[on], t[on])
 
+# %% ../../nbs/1_distill/features.ipynb #39213b4f
 def _lpd(weight=1.0, on="features", **k):
     lpd_loss(torch.zeros(2, 1), torch.zeros(2, 1), **k)  # bad settings show before training
     return 1.0, number(weight, "weight", 0), None, lambda s, t, y, i: lpd_loss(s[on], t[on], **k)
 
+# %% ../../nbs/1_distill/features.ipynb #c9d703a3
 def _crd(weight=0.8, on="features", **k):
-    return _with(
-        CRD(**k), 1.0, number(weight, "weight", 0), lambda m, s, t, y, i: m(s[on], t[on], i)
-    )
+    weight = number(weight, "weight", 0)
+    return _with(CRD(**k), 1.0, weight, lambda m, s, t, y, i: m(s[on], t[on], i))
 
 # %% ../../nbs/1_distill/features.ipynb #41426b59
 METHODS = dict(
@@ -299,8 +316,8 @@ class MethodLoss(nn.Module):
 
     def __init__(self, name, ce, weight, part, term, kd=0.0, warmup=0):
         super().__init__()
-        self.name, self.ce, self.weight, self.part, self.term = name, ce, weight, part, term
-        self.kd, self.warmup, self.steps = kd, warmup, 0
+        store_attr("name,ce,weight,part,term,kd,warmup")
+        self.steps = 0
 
     def forward(self, s, t, y, idx):
         self.steps += 1
@@ -314,7 +331,7 @@ class MethodLoss(nn.Module):
             ) from None
         if self.kd:
             loss = loss + self.kd * kd_loss(s["logits"], t["logits"])
-        return loss + self.ce * F.cross_entropy(_up(s["logits"]), y) if self.ce else loss
+        return loss + self.ce * F.cross_entropy(at_least_32(s["logits"]), y) if self.ce else loss
 
 # %% ../../nbs/1_distill/features.ipynb #e6374bf0
 def method_loss(
@@ -323,7 +340,8 @@ def method_loss(
     warmup:int=0,  # steps over which the method's weight rises from 0
     **hyper        # of the method: weight, on (name of the tap), and what its loss takes
 )->MethodLoss:
-    "The loss of a method with the weights of its authors on CIFAR-100; raises `ValueError` for an unknown name or bad settings."
+    """The loss of a method with the weights of its authors on CIFAR-100;
+    raises `ValueError` for an unknown name or bad settings."""
     choice(name, "name", METHODS)
     kd, warmup = number(kd, "kd", 0), whole(warmup, "warmup", 0)
     try:

@@ -33,6 +33,7 @@ def _wholes(values, name, n=None):
     )
     return [whole(v, name) for v in values]
 
+# %% ../../nbs/1_distill/latent.ipynb #2e295cc9
 def _pooling(pool, hw):
     "Window, stride and padding of a pooling, and the size of the map behind it."
     if pool is None:
@@ -199,7 +200,8 @@ def latent_variance(
 )->float:           # mean over the coordinates
     "Mean variance: the squared error of always predicting the mean; `ValueError` if 0."
     check(z.ndim == 2 and len(z) > 0, "z", tuple(z.shape), "of shape (N, l)")
-    v = float(finite(z, "z").double().var(0, correction=0).mean())
+    z = finite(z, "z").double()
+    v = float(z.var(0, correction=0).mean())
     if not v > 0:
         raise ValueError("the latents have no variance: give those of several different images")
     return v

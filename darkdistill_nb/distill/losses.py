@@ -14,81 +14,20 @@ import copy, math, time
 from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
+from fastcore.basics import store_attr
 from ..core.checks import check, choice, finite, flag, number, same_shape, whole
 from ..core.training import evaluating, start_training
-from ..core.seeds import seed_for
+from ..core.seeds import follower
+from ..core.tensors import at_least_32, check_labels, check_logits, with_axes
 from torch import nn
 
-# %% ../../nbs/1_distill/losses.ipynb #98413b36
-def _up(x):
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # at least 32 bits
-
-def _positive(**values): # exits.training uses it, and its tests know these words
-    for name, v in values.items():
-        what = "a positive temperature" if name in ("T", "tau") else "a positive number"
-        check(0 < number(v, name, inf=True) < math.inf, name, v, what)
-
-def _share(**values): # likewise
-    for name, v in values.items():
-        check(0 <= number(v, name, inf=True) <= 1, name, v, "lie in [0, 1]")
-    return v
-
 # %% ../../nbs/1_distill/losses.ipynb #97ade071
-def _batch(x, name, axes):
-    "`x` is a tensor of floating-point numbers with the named axes, none of them empty."
-    words = axes if isinstance(axes, str) else "one of " + ", ".join(axes)
-    sizes = {len(a.split(",")) for a in ([axes] if isinstance(axes, str) else axes)}
-    ok = isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim in sizes and x.numel() > 0
-    if not ok:
-        got = tuple(x.shape) if hasattr(x, "shape") else type(x).__name__
-        raise ValueError(
-            f"{name} of shape {got} must be a tensor of numbers of shape {words}, not empty"
-        )
-    return x
-
-def _certain(z, name):
-    "Logits (..., K) without NaN; -inf is a class that cannot occur, but one class must be able to."
-    best = z.detach().amax(-1)
-    bad = int((~best.isfinite()).sum())
-    if bad:
-        raise ValueError(
-            f"{name} must be numbers, or -inf for some classes of a sample, but {bad} of "
-            f"{best.numel()} samples hold NaN, +inf, or no class that is possible"
-        )
-    return z
-
 def _pair(student, teacher):
     "Logits of two networks for the same samples and classes."
-    _batch(student, "student", "(B, K)")
-    _batch(teacher, "teacher", "(B, K)")
+    with_axes(student, "student", "(B, K)")
+    with_axes(teacher, "teacher", "(B, K)")
     same_shape(student=student, teacher=teacher)
-    _certain(teacher, "teacher")
-
-# %% ../../nbs/1_distill/losses.ipynb #2d34191b
-def _labels(y, logits, name="y"):
-    "Labels of the rows of `logits`: whole numbers 0..K-1."
-    n, K = logits.shape[-2:]
-    ok = (
-        isinstance(y, torch.Tensor)
-        and y.shape == (n,)
-        and not y.is_floating_point()
-        and y.dtype != torch.bool
-    )
-    if not ok:
-        got = (
-            f"{y.dtype} of shape {tuple(y.shape)}"
-            if isinstance(y, torch.Tensor)
-            else type(y).__name__
-        )
-        raise ValueError(f"{name} must be ({n},) whole numbers, one label per sample, not {got}")
-    low, high = int(y.min()), int(y.max())
-    check(
-        0 <= low and high < K,
-        f"{name}'s labels",
-        (low, high),
-        f"between 0 and {K - 1}: there are {K} classes",
-    )
-    return y
+    check_logits(teacher, "teacher")
 
 # %% ../../nbs/1_distill/losses.ipynb #1f0894a4
 def _terms(log_p, log_q, reduction):
@@ -101,14 +40,17 @@ def _terms(log_p, log_q, reduction):
         log_target=True,
     )
 
+# %% ../../nbs/1_distill/losses.ipynb #04e1de5d
 def _masked(student, teacher):
     "Where both say that a class cannot occur."
     return (student == -math.inf) & (teacher == -math.inf)
 
+# %% ../../nbs/1_distill/losses.ipynb #7fb11015
 def _kd(student, teacher, T):
-    "`kd_loss` without its checks, for networks that learn together: there the driver looks for NaN."
-    log_p = F.log_softmax(_up(teacher).detach() / T, -1)
-    return T * T * _terms(log_p, F.log_softmax(_up(student) / T, -1), "batchmean")
+    """`kd_loss` without its checks, for networks that learn together:
+    there the driver looks for NaN."""
+    log_p = F.log_softmax(at_least_32(teacher).detach() / T, -1)
+    return T * T * _terms(log_p, F.log_softmax(at_least_32(student) / T, -1), "batchmean")
 
 # %% ../../nbs/1_distill/losses.ipynb #8877e6ae
 def kd_loss(
@@ -116,7 +58,8 @@ def kd_loss(
     teacher:torch.Tensor, # (B, K) logits; no gradient flows into them
     T:float=4.,           # temperature, > 0
 )->torch.Tensor:          # scalar (nats)
-    "Hinton's distillation loss T^2 KL(teacher || student), averaged over the batch (arXiv 1503.02531); raises `ValueError` for what does not fit."
+    """Hinton's distillation loss T^2 KL(teacher || student), averaged over the batch (arXiv
+    1503.02531); raises `ValueError` for what does not fit."""
     T = number(T, "T", above=0)
     _pair(student, teacher)
     return _kd(student, teacher, T)
@@ -129,10 +72,15 @@ def logit_mse(
     alpha:float=.5,       # share of the MSE, in [0, 1]
     tau:float=1.,         # both logits are divided by it, > 0; the cross-entropy's are not
 )->torch.Tensor:          # scalar
-    "(1-alpha) CE + alpha MSE of the logits, as in latent-space distillation; raises `ValueError` for what does not fit or is out of range."
+    """(1-alpha) CE + alpha MSE of the logits, as in latent-space distillation;
+    raises `ValueError` for what does not fit or is out of range."""
     alpha, tau = number(alpha, "alpha", 0, 1), number(tau, "tau", above=0)
     _pair(student, teacher)
-    y, student, teacher = _labels(y, student).long(), _up(student), _up(teacher).detach()
+    y, student, teacher = (
+        check_labels(y, student).long(),
+        at_least_32(student),
+        at_least_32(teacher).detach(),
+    )
     ce = F.cross_entropy(student, y) if alpha < 1 else 0.0
     both = ~_masked(student, teacher)
     if not both.all():  # the mean is over what is possible
@@ -142,7 +90,8 @@ def logit_mse(
 
 # %% ../../nbs/1_distill/losses.ipynb #2a3866be
 def _copied(o):
-    "A copy of a module's output that later in-place operations cannot reach; gradients flow through it."
+    """A copy of a module's output that later in-place operations cannot reach;
+    gradients flow through it."""
     if isinstance(o, torch.Tensor):
         return o.clone()
     if isinstance(o, dict):
@@ -152,14 +101,17 @@ def _copied(o):
         return type(o)(*parts) if hasattr(o, "_fields") else type(o)(parts)
     return o
 
+# %% ../../nbs/1_distill/losses.ipynb #d531eba5
 def _places(net, layers):
-    "name -> (submodule, True: its input is wanted), or a `ValueError` for a path that leads nowhere."
+    """name -> (submodule, True: its input is wanted),
+    or a `ValueError` for a path that leads nowhere."""
     known, found = dict(net.named_modules()), {}
     for name, path in layers.items():
         p, _, end = path.partition(":") if isinstance(path, str) else (None, "", "")
         if p not in known or end not in ("", "input"):
             raise ValueError(
-                f"layers[{name!r}]={path!r} is no submodule; there are {', '.join(k for k in known if k)}"
+                f"layers[{name!r}]={path!r} is no submodule; "
+                f"there are {', '.join(k for k in known if k)}"
             )
         if name == "logits":
             raise ValueError(
@@ -170,12 +122,14 @@ def _places(net, layers):
 
 # %% ../../nbs/1_distill/losses.ipynb #8a82d058
 class Taps:
-    "Run a network and keep outputs of named submodules: `Taps(net, {'latent': 'fc1'})(x)` has 'logits' and 'latent'. Raises `ValueError` for an unknown path."
+    """Run a network and keep outputs of named submodules: `Taps(net, {'latent':
+    'fc1'})(x)` has 'logits' and 'latent'. Raises `ValueError` for an unknown path."""
 
     def __init__(
         self,
         net: nn.Module,  # called with the images
-        layers: dict = None,  # name -> path of a submodule, as in `net.named_modules()`; path + ':input': what enters it
+        # name -> path of a submodule, as in `net.named_modules()`; path + ':input': what enters it
+        layers: dict = None,
     ):
         self.net, self.layers, self.kept, self.hooks = net, dict(layers or {}), {}, []
         for name, (module, before) in _places(net, self.layers).items():
@@ -213,13 +167,15 @@ class Taps:
 
 # %% ../../nbs/1_distill/losses.ipynb #25977b3e
 class CropFlip:
-    "Random crop after padding, and a horizontal flip with probability 1/2: the usual augmentation of 32x32 images; raises `ValueError` for other settings."
+    """Random crop after padding, and a horizontal flip with probability 1/2:
+    the usual augmentation of 32x32 images; raises `ValueError` for other settings."""
 
     def __init__(self,
         pad:int=4,      # pixels of zeros (the mean colour of normalised images) on each side
         flip:bool=True, # mirror half of the images
     ):
-        self.pad, self.flip = whole(pad, "pad", 0), flag(flip, "flip")
+        self.pad = whole(pad, "pad", 0)
+        self.flip = flag(flip, "flip")
 
     def draw(self, n, generator):
         shift = torch.randint(2 * self.pad + 1, (n, 2), generator=generator)
@@ -239,17 +195,21 @@ class CropFlip:
 
 # %% ../../nbs/1_distill/losses.ipynb #72ea74b7
 class Views:
-    "V augmented versions of each image of a data set that can be made again at any time (FKD, arXiv 2112.01528)."
+    """V augmented versions of each image of a data set
+    that can be made again at any time (FKD, arXiv 2112.01528)."""
 
     def __init__(
         self,
         data,  # `ArrayData`
-        augment=None,  # augment(x, generator) -> x, or an object with `draw` and `apply` like `CropFlip`; None: the images themselves
+        # augment(x, generator) -> x, or an object with `draw` and `apply` like `CropFlip`;
+        # None: the images themselves
+        augment=None,
         views: int = 4,  # V
         generator: torch.Generator = None,  # draws the stored numbers; None: seed 0
     ):
         views = whole(views, "views")
-        self.data, self.augment, self.n = data, augment, views if augment else 1
+        store_attr("data,augment")
+        self.n = views if augment else 1
         g, N = generator or torch.Generator().manual_seed(0), len(data)
         self.whole = hasattr(augment, "draw")
         if self.whole:
@@ -278,6 +238,7 @@ def _fits_half(x):
     "Do all finite numbers of `x` stay finite in 16 bits (up to 65504)?"
     return bool((x.half().isinf() == x.isinf()).all())
 
+# %% ../../nbs/1_distill/losses.ipynb #cb5963f3
 def _empty_table(out, V, N, limit):
     "Room for V x N outputs like `out`, or a message why there is none."
     if bad := [k for k, o in out.items() if not isinstance(o, torch.Tensor)]:
@@ -304,8 +265,10 @@ def teacher_table(
     layers:dict=None,    # taps, as in `Taps`
     batch_size:int=256,  # images a forward pass
     limit:float=4.,      # GiB the table may take
-)->dict:                 # "logits" and each tap -> (V, N, ...) tensor, 16 bit (32 where 16 would overflow)
-    "All outputs of a teacher, computed once; raises `ValueError` for NaN, and if they would not fit into `limit` GiB."
+    # "logits" and each tap -> (V, N, ...) tensor, 16 bit (32 where 16 would overflow)
+)->dict:
+    """All outputs of a teacher, computed once;
+    raises `ValueError` for NaN, and if they would not fit into `limit` GiB."""
     batch_size, limit = whole(batch_size, "batch_size"), number(limit, "limit", above=0)
     check(len(data) > 0, "data", len(data), "at least one image")
     views = data if isinstance(data, Views) else Views(data)
@@ -338,7 +301,8 @@ def _check_last_batch(net, data, batch_size):
             if "more than 1 value per channel" not in str(e):
                 raise
             raise ValueError(
-                f"batch_size={batch_size} leaves a last batch of one of {len(data)} images, in which batch "
+                f"batch_size={batch_size} leaves a last batch "
+                f"of one of {len(data)} images, in which batch "
                 "normalisation has no spread to divide by; choose another batch_size"
             ) from None
 
@@ -353,6 +317,7 @@ def _check_run(nets, data, epochs, batch_size):
         _check_last_batch(net, data, batch_size)
     return epochs, batch_size
 
+# %% ../../nbs/1_distill/losses.ipynb #31577abf
 def _order(data, generator):
     "The samples' places in the order of one epoch; the same numbers as `data.batches` draws."
     device = data.x.device
@@ -365,29 +330,24 @@ def _order(data, generator):
 # %% ../../nbs/1_distill/losses.ipynb #e25ca833
 def _optimizer(name, params, lr, momentum, weight_decay):
     choice(name, "optimizer", ("sgd", "adam"))
-    lr, weight_decay = number(lr, "lr", 0), number(weight_decay, "weight_decay", 0)
+    lr = number(lr, "lr", 0)
+    weight_decay = number(weight_decay, "weight_decay", 0)
     momentum = number(momentum, "momentum", 0)
     if name == "sgd":
         return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
     return torch.optim.Adam(params, lr=lr, weight_decay=weight_decay)
-
-def _stream(generator, name):
-    "A generator that follows from `generator` without drawing from it, so that the order of batches stays the same with and without its use."
-    return torch.Generator().manual_seed(
-        seed_for(generator.initial_seed() if generator else 0, name)
-    )
 
 # %% ../../nbs/1_distill/losses.ipynb #153f9718
 def _prepare(teacher, data, layers, augment, cache, views, generator):
     "The views, the teacher's table or None, and the augmentation of uncached batches or None."
     check(isinstance(cache, (bool, dict)), "cache", cache, "True, False or a `teacher_table`")
     if not cache and augment and not isinstance(augment, Views):
-        g = _stream(generator, "augment")
+        g = follower(generator, "augment")
         return Views(data), None, lambda x: augment(x, g)
     source = (
         augment
         if isinstance(augment, Views)
-        else Views(data, augment, views, _stream(generator, "views"))
+        else Views(data, augment, views, follower(generator, "views"))
     )
     table = (
         cache
@@ -398,18 +358,21 @@ def _prepare(teacher, data, layers, augment, cache, views, generator):
     )
     if table is not None and "logits" not in table:
         raise ValueError(
-            f"cache has no 'logits', only {', '.join(map(str, table))}: it must be a `teacher_table`"
+            f"cache has no 'logits', only {', '.join(map(str, table))}: "
+            "it must be a `teacher_table`"
         )
     if table is not None and tuple(table["logits"].shape[:2]) != (source.n, len(data)):
         raise ValueError(
-            f"the teacher's table has shape {tuple(table['logits'].shape[:2])} in (views, samples), but here there are {(source.n, len(data))}"
+            f"the teacher's table has shape {tuple(table['logits'].shape[:2])} "
+            f"in (views, samples), but here there are {(source.n, len(data))}"
         )
     return source, table, None
 
 # %% ../../nbs/1_distill/losses.ipynb #d47d31a7
 @contextmanager
 def _answers(teacher, layers, table):
-    "The teacher as a function (images, indices, view) -> dict: a look-up, nothing at all, or a forward pass."
+    """The teacher as a function (images, indices, view)
+    -> dict: a look-up, nothing at all, or a forward pass."""
     if table is not None:
         yield lambda x, idx, view: {k: v[view][idx].float() for k, v in table.items()}
     elif teacher is None:
@@ -424,10 +387,12 @@ def _trained(student, loss, data):
     own = start_training(loss.to(data.x.device)).parameters() if isinstance(loss, nn.Module) else ()
     return [p for p in (*student.parameters(), *own) if p.requires_grad]
 
+# %% ../../nbs/1_distill/losses.ipynb #a022fb0d
 def _set_rate(opt, lr):
     for group in opt.param_groups:
         group["lr"] = number(lr, "lr", 0)
 
+# %% ../../nbs/1_distill/losses.ipynb #d99dc754
 def _row(epoch, mean, start, lr):
     "An epoch's row, or `FloatingPointError` for a loss that is no number."
     if not math.isfinite(mean):
@@ -436,11 +401,13 @@ def _row(epoch, mean, start, lr):
         )
     return dict(epoch=epoch, loss=mean, seconds=time.perf_counter() - start)
 
+# %% ../../nbs/1_distill/losses.ipynb #7cedf40a
 def _step(opt, value):
     opt.zero_grad(set_to_none=True)
     value.backward()
     opt.step()
 
+# %% ../../nbs/1_distill/losses.ipynb #b3a3d9aa
 def _epoch(batches, view, source, fresh, inside, answers, loss, opt):
     "One pass; returns the loss summed over images."
     total = 0.0
@@ -459,9 +426,12 @@ def _epoch(batches, view, source, fresh, inside, answers, loss, opt):
 # %% ../../nbs/1_distill/losses.ipynb #73d63530
 def distill(
     student: nn.Module,  # trained in place
-    teacher: nn.Module,  # asked in evaluation mode without gradients; None: plain training, the loss gets t = {}
+    # asked in evaluation mode without gradients; None: plain training, the loss gets t = {}
+    teacher: nn.Module,
     data,  # `ArrayData`
-    loss,  # loss(s, t, y, idx) -> scalar; s, t: dicts with "logits" and the taps; an nn.Module's parameters are trained too
+    # loss(s, t, y, idx) -> scalar; s, t: dicts with "logits" and the taps;
+    # an nn.Module's parameters are trained too
+    loss,
     epochs: int = 1,  # passes over `data`
     lr=0.05,  # learning rate, or a function of the epoch 0, 1, ...
     batch_size: int = 64,  # images a step
@@ -472,11 +442,13 @@ def distill(
     teacher_layers: dict = None,  # the teacher's taps; None: the same as `layers`
     generator: torch.Generator = None,  # draws the order; None: the order of `data`
     augment=None,  # augment(x, generator) -> x, or `Views`
-    cache=True,  # ask the teacher once per view; False: in each step; a dict: a ready `teacher_table`
+    # ask the teacher once per view; False: in each step; a dict: a ready `teacher_table`
+    cache=True,
     on_epoch=None,  # called as on_epoch(row, student) after each epoch; may add to the row
     views: int = 4,  # stored crops per image, with `augment` and `cache`
 ) -> list:  # a dict per epoch: epoch, loss (mean per image), seconds (without building the table)
-    "Train a student with a finished teacher; raises `ValueError` for bad settings and `FloatingPointError` if the loss stops being finite."
+    """Train a student with a finished teacher; raises `ValueError` for bad settings and
+    `FloatingPointError` if the loss stops being finite."""
     epochs, batch_size = _check_run([student], data, epochs, batch_size)
     rate, rows = lr if callable(lr) else lambda e: lr, []
     teacher_layers = layers if teacher_layers is None else teacher_layers
@@ -505,6 +477,7 @@ def distill(
 # %% ../../nbs/1_distill/losses.ipynb #fd1d3dae
 def _kl(log_a, log_b): return _terms(log_a, log_b, "none").sum(-1)   # KL(a || b) of each row
 
+# %% ../../nbs/1_distill/losses.ipynb #85832d3b
 def _target_and_rest(z, y):
     "Log-probabilities of (target, not target), and of the other classes among themselves."
     hit = F.one_hot(y, z.shape[1]).bool()
@@ -514,6 +487,7 @@ def _target_and_rest(z, y):
     other = (rest.logsumexp(1) - total).masked_fill(none[:, 0], -math.inf)
     return torch.stack([z[hit] - total, other], 1), rest.log_softmax(1).masked_fill(none, -math.inf)
 
+# %% ../../nbs/1_distill/losses.ipynb #969286a7
 def _weight(w, name, n):
     "A weight of at least 0, or one per sample."
     if not isinstance(w, torch.Tensor) or w.ndim == 0:
@@ -536,14 +510,15 @@ def dkd_loss(
     beta=8.,              # weight of the other classes' part, at least 0; a number or (B,)
     T:float=4.,           # temperature, > 0
 )->torch.Tensor:          # scalar (nats)
-    "Decoupled distillation T^2 (alpha TCKD + beta NCKD), averaged over the batch (arXiv 2203.08679, eq. 7); raises `ValueError` as `kd_loss` does."
+    """Decoupled distillation T^2 (alpha TCKD + beta NCKD), averaged over the batch (arXiv
+    2203.08679, eq. 7); raises `ValueError` as `kd_loss` does."""
     T, alpha = number(T, "T", above=0), number(alpha, "alpha", 0)
     _pair(student, teacher)
     check(student.shape[1] > 1, "student's number of classes", student.shape[1], "at least 2")
-    y, beta = _labels(y, student).long(), _weight(beta, "beta", len(student))
+    y, beta = check_labels(y, student).long(), _weight(beta, "beta", len(student))
     (bs, rs), (bt, rt) = (
-        _target_and_rest(_up(student) / T, y),
-        _target_and_rest(_up(teacher).detach() / T, y),
+        _target_and_rest(at_least_32(student) / T, y),
+        _target_and_rest(at_least_32(teacher).detach() / T, y),
     )
     return T * T * (alpha * _kl(bt, bs) + beta * _kl(rt, rs)).mean()
 
@@ -552,8 +527,9 @@ def pearson_gap(
     a:torch.Tensor, # (n, m)
     b:torch.Tensor, # (n, m)
 )->torch.Tensor:    # scalar in [0, 2]
-    "1 minus the mean correlation of the rows of `a` with those of `b`; raises `ValueError` for shapes that differ."
-    _batch(a, "a", "(n, m)")
+    """1 minus the mean correlation of the rows of `a` with those of `b`;
+    raises `ValueError` for shapes that differ."""
+    with_axes(a, "a", "(n, m)")
     same_shape(a=a, b=b)
     return (
         1
@@ -570,13 +546,14 @@ def dist_loss(
     gamma:float=1.,       # weight of samples within a class; needs B > 1 and is left out for B = 1
     T:float=1.,           # temperature, > 0; the loss carries T^2
 )->torch.Tensor:          # scalar
-    "Correlation of predictions within samples and within classes (DIST, arXiv 2205.10536, eq. 9); raises `ValueError` as `kd_loss` does."
+    """Correlation of predictions within samples and within classes (DIST, arXiv 2205.10536, eq.
+    9); raises `ValueError` as `kd_loss` does."""
     T, beta, gamma = number(T, "T", above=0), number(beta, "beta", 0), number(gamma, "gamma", 0)
     _pair(student, teacher)
     never = _masked(student, teacher).all(0)
     if never.any():  # no probability to correlate
         student, teacher = student[:, ~never], teacher[:, ~never]
-    a, b = (_up(student) / T).softmax(1), (_up(teacher).detach() / T).softmax(1)
+    a, b = (at_least_32(student) / T).softmax(1), (at_least_32(teacher).detach() / T).softmax(1)
     return (
         T
         * T
@@ -584,12 +561,13 @@ def dist_loss(
     )
 
 # %% ../../nbs/1_distill/losses.ipynb #3869a138
-def _rows(h): return _up(h).flatten(1)   # maps and tokens as vectors
+def _rows(h): return at_least_32(h).flatten(1)   # maps and tokens as vectors
 
+# %% ../../nbs/1_distill/losses.ipynb #2e10751b
 def _two_sets(student, teacher):
     "Features of the same samples; they may have different widths."
     for name, h in (("student", student), ("teacher", teacher)):
-        _batch(h, name, ("(n, h)", "(n, T, h)", "(n, C, H, W)"))
+        with_axes(h, name, ("(n, h)", "(n, T, h)", "(n, C, H, W)"))
     if len(student) != len(teacher):
         raise ValueError(
             f"student has {len(student)} samples, the teacher {len(teacher)}; they must be the same"
@@ -598,7 +576,8 @@ def _two_sets(student, teacher):
 
 # %% ../../nbs/1_distill/losses.ipynb #ec03bc97
 def _squares(h):
-    "Squared distances and Gram matrix (n, n), in 64 bit; rows too near for it are compared directly."
+    """Squared distances and Gram matrix (n, n), in 64 bit;
+    rows too near for it are compared directly."""
     h = h.double()
     h = h - h.detach().mean(0)
     gram = h @ h.T
@@ -607,11 +586,13 @@ def _squares(h):
     near = tuple((sq <= 1e-6 * size).nonzero().T)  # the diagonal, and equal rows
     return sq.index_put(near, (h[near[0]] - h[near[1]]).pow(2).sum(-1)), gram
 
+# %% ../../nbs/1_distill/losses.ipynb #8c25969a
 def _distances(h, sq, gram):
     d = sq.clamp_min(1e-12).sqrt() * (sq > 0)
     mean = d.sum() / (sq > 0).sum().clamp_min(1)
     return d / (mean + (mean == 0))
 
+# %% ../../nbs/1_distill/losses.ipynb #956c3e1f
 def _relate(h, *parts):
     "What `parts` make of a batch, its squared distances and its Gram matrix, in the type of `h`."
     h = _rows(h)
@@ -623,7 +604,8 @@ def rkd_distance(
     student:torch.Tensor, # (n, h_S) features; maps and tokens are flattened
     teacher:torch.Tensor, # (n, h_T) features; no gradient flows into them
 )->torch.Tensor:          # scalar; 0 for n < 2
-    "Distance-wise relational loss: Huber of distances scaled to mean 1 (arXiv 1904.05068, eq. 5); raises `ValueError` for what does not fit."
+    """Distance-wise relational loss: Huber of distances scaled to mean 1 (arXiv 1904.05068, eq.
+    5); raises `ValueError` for what does not fit."""
     _two_sets(student, teacher)
     if len(student) < 2:
         return student.sum() * 0.0
@@ -631,7 +613,7 @@ def rkd_distance(
         target = _relate(teacher, _distances)[0]
     return F.smooth_l1_loss(_relate(student, _distances)[0], target)
 
-# %% ../../nbs/1_distill/losses.ipynb #ca4e8e50
+# %% ../../nbs/1_distill/losses.ipynb #17fa73a7
 def _angles(h, sq, gram):
     away = (sq > 0) / sq.clamp_min(1e-12).sqrt()
     n, width = h.shape
@@ -642,11 +624,13 @@ def _angles(h, sq, gram):
     dots = gram + half[:, :, None] + half[:, None]  # <h_j - h_i, h_k - h_i>
     return dots * away[:, :, None] * away[:, None]
 
+# %% ../../nbs/1_distill/losses.ipynb #ca4e8e50
 def rkd_angle(
     student:torch.Tensor, # (n, h_S) features
     teacher:torch.Tensor, # (n, h_T) features; no gradient flows into them
 )->torch.Tensor:          # scalar; 0 for n < 2
-    "Angle-wise relational loss: Huber between the cosines of all angles (arXiv 1904.05068, eq. 7); raises `ValueError` for what does not fit."
+    """Angle-wise relational loss: Huber between the cosines of all angles (arXiv 1904.05068, eq.
+    7); raises `ValueError` for what does not fit."""
     _two_sets(student, teacher)
     if len(student) < 2:
         return student.sum() * 0.0
@@ -656,13 +640,15 @@ def rkd_angle(
 
 # %% ../../nbs/1_distill/losses.ipynb #30136950
 class RKD:
-    "Relational distillation: a weighted sum of distance and angle loss (arXiv 1904.05068); raises `ValueError` for weights below 0."
+    """Relational distillation: a weighted sum of distance and angle loss (arXiv 1904.05068);
+    raises `ValueError` for weights below 0."""
 
     def __init__(self,
         distance:float=25., # weight of the distance loss; the paper's 25, DarkDistill's 5
         angle:float=50.,    # weight of the angle loss; the paper's 50, DarkDistill's 10
     ):
-        self.distance, self.angle = number(distance, "distance", 0), number(angle, "angle", 0)
+        self.distance = number(distance, "distance", 0)
+        self.angle = number(angle, "angle", 0)
 
     def relations(self,
         h:torch.Tensor # (n, h) features; maps and tokens are flattened
@@ -674,7 +660,8 @@ class RKD:
         student:torch.Tensor, # (n, h_S) features
         teacher,              # (n, h_T) features, or their `relations`; no gradient flows into them
     )->torch.Tensor:          # scalar; 0 for n < 2
-        "The weighted loss; raises `ValueError` for a teacher of another number of samples, or with NaN."
+        """The weighted loss;
+        raises `ValueError` for a teacher of another number of samples, or with NaN."""
         ready = isinstance(teacher, tuple)
         _two_sets(student, teacher[0] if ready else teacher)
         if len(student) < 2:

@@ -13,24 +13,14 @@ import math, time
 import torch
 import torch.nn.functional as F
 from ..core.checks import check, flag, number, same_shape, whole
-from darkdistill_nb.distill.losses import (
-    _batch,
-    _certain,
-    _check_run,
-    _kd,
-    _kl,
-    _labels,
-    _optimizer,
-    _order,
-    _pair,
-    _step,
-    _up,
-)
+from .losses import _check_run, _kd, _kl, _optimizer, _order, _pair, _step
 from ..core.training import start_training
+from ..core.tensors import at_least_32, check_labels, check_logits, with_axes
 
 # %% ../../nbs/1_distill/online.ipynb #1d47a87d
 def _peers(m, z, y):
-    "Logits of several networks for the same samples, `m` one of them. A NaN goes through: the driver reports it."
+    """Logits of several networks for the same samples, `m` one of them.
+    A NaN goes through: the driver reports it."""
     check(
         isinstance(z, (list, tuple)) and len(z) > 0,
         "z",
@@ -42,14 +32,15 @@ def _peers(m, z, y):
         same_shape(
             **{
                 "the first network's logits": z[0],
-                f"network {n}'s logits": _batch(v, f"z[{n}]", "(B, K)"),
+                f"network {n}'s logits": with_axes(v, f"z[{n}]", "(B, K)"),
             }
         )
-    return m, _labels(y, z[m]).long()
+    return m, check_labels(y, z[m]).long()
 
 # %% ../../nbs/1_distill/online.ipynb #ab22da93
 class DML:
-    "Deep mutual learning: cross-entropy plus the mean divergence from the other networks (arXiv 1706.00384, eq. 7); raises `ValueError` for T <= 0."
+    """Deep mutual learning: cross-entropy plus the mean divergence from the other networks (arXiv
+    1706.00384, eq. 7); raises `ValueError` for T <= 0."""
 
     def __init__(self,
         T:float=1. # temperature, > 0; the paper's is 1
@@ -64,9 +55,9 @@ class DML:
         "The loss of network `m`; raises `ValueError` for logits or labels that do not fit."
         m, y = _peers(m, z, y)
         others = [v for n, v in enumerate(z) if n != m]
-        return F.cross_entropy(_up(z[m]), y) + sum(_kd(z[m], v, self.T) for v in others) / max(
-            len(others), 1
-        )
+        return F.cross_entropy(at_least_32(z[m]), y) + sum(
+            _kd(z[m], v, self.T) for v in others
+        ) / max(len(others), 1)
 
 # %% ../../nbs/1_distill/online.ipynb #47bb9d96
 def _turns(nets, x, alternate):
@@ -98,10 +89,12 @@ def train_together(
     momentum: float = 0.9,  # of SGD
     weight_decay: float = 5e-4,  # L2 penalty
     generator: torch.Generator = None,  # draws the order; None: the order of `data`
-    alternate: bool = True,  # True: take turns and answer again after each step; False: all step from the same answers
+    # True: take turns and answer again after each step; False: all step from the same answers
+    alternate: bool = True,
     on_epoch=None,  # called as on_epoch(row, nets); may add to the row
 ) -> list:  # a dict per epoch: epoch, loss (list, one mean per network), seconds
-    "Train several networks that learn from each other's answers; raises `ValueError` for bad settings, `FloatingPointError` for a loss that is not finite."
+    """Train several networks that learn from each other's answers;
+    raises `ValueError` for bad settings, `FloatingPointError` for a loss that is not finite."""
     epochs, batch_size = _check_run(nets, data, epochs, batch_size)
     alternate = flag(alternate, "alternate")
     opts = [
@@ -136,7 +129,7 @@ def train_together(
 
 # %% ../../nbs/1_distill/online.ipynb #d643258d
 def _entropy(logits, T):
-    log_p = F.log_softmax(_up(logits) / T, -1)
+    log_p = F.log_softmax(at_least_32(logits) / T, -1)
     return -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.0)).sum(-1)
 
 # %% ../../nbs/1_distill/online.ipynb #55575010
@@ -144,14 +137,19 @@ def entropy(
     logits:torch.Tensor, # (B, K)
     T:float=1.,          # temperature, > 0
 )->torch.Tensor:         # (B,) in nats, between 0 and log K
-    "Entropy of each row's softmax at temperature `T`; a class of probability 0 adds 0. Raises `ValueError` for NaN or T <= 0."
+    """Entropy of each row's softmax at temperature `T`; a class of probability 0 adds 0.
+    Raises `ValueError` for NaN or T <= 0."""
     T = number(T, "T", above=0)
-    return _entropy(_certain(_batch(logits, "logits", "(B, K)"), "logits"), T)
+    with_axes(logits, "logits", "(B, K)")
+    return _entropy(check_logits(logits, "logits"), T)
 
 # %% ../../nbs/1_distill/online.ipynb #9b3dde9c
 def _both_ways(student, teacher, T, forward, reverse, boost):
     "`bidirectional_loss` without its checks."
-    s, t = F.log_softmax(_up(student) / T, -1), F.log_softmax(_up(teacher).detach() / T, -1)
+    s, t = (
+        F.log_softmax(at_least_32(student) / T, -1),
+        F.log_softmax(at_least_32(teacher).detach() / T, -1),
+    )
     sure = (_entropy(student.detach(), T) < _entropy(teacher.detach(), T)).to(s.dtype)
     return (
         T
@@ -166,9 +164,11 @@ def bidirectional_loss(
     T: float = 1.0,  # temperature, > 0
     forward: float = 1.0,  # weight of KL(teacher || student)
     reverse: float = 1.0,  # weight of KL(student || teacher)
-    boost: float = 2.0,  # factor on forward where the student is the surer one, on reverse elsewhere; 1: none
+    # factor on forward where the student is the surer one, on reverse elsewhere; 1: none
+    boost: float = 2.0,
 ) -> torch.Tensor:  # scalar (nats)
-    "T^2 times both divergences, weighted for each sample by whose entropy is lower (BD-KD, arXiv 2212.12965). Raises `ValueError` as `kd_loss` does."
+    """T^2 times both divergences, weighted for each sample by whose entropy is lower (BD-KD, arXiv
+    2212.12965). Raises `ValueError` as `kd_loss` does."""
     T, boost = number(T, "T", above=0), number(boost, "boost", above=0)
     forward, reverse = number(forward, "forward", 0), number(reverse, "reverse", 0)
     _pair(student, teacher)
@@ -176,7 +176,8 @@ def bidirectional_loss(
 
 # %% ../../nbs/1_distill/online.ipynb #290fa4bf
 class BDKD:
-    "BD-KD for `train_together([student, teacher], ...)`: both learn from labels and from each other (arXiv 2212.12965); raises `ValueError` for bad settings."
+    """BD-KD for `train_together([student, teacher], ...)`: both learn from labels and from each
+    other (arXiv 2212.12965); raises `ValueError` for bad settings."""
 
     def __init__(self,
         T:float=1.,       # temperature, > 0
@@ -185,8 +186,10 @@ class BDKD:
         boost:float=2.,
         teacher:float=1., # lambda_T, weight of the teacher's divergence
     ):
-        self.T, self.boost = number(T, "T", above=0), number(boost, "boost", above=0)
-        self.forward, self.reverse = number(forward, "forward", 0), number(reverse, "reverse", 0)
+        self.T = number(T, "T", above=0)
+        self.boost = number(boost, "boost", above=0)
+        self.forward = number(forward, "forward", 0)
+        self.reverse = number(reverse, "reverse", 0)
         self.teacher = number(teacher, "teacher", 0)
 
     def __call__(self,
@@ -194,14 +197,15 @@ class BDKD:
         z:list,         # logits of student and teacher, (B, K) each
         y:torch.Tensor, # (B,) labels
     )->torch.Tensor:    # scalar (nats)
-        "The loss of network `m`; raises `ValueError` for other than two networks, and for what does not fit."
+        """The loss of network `m`;
+        raises `ValueError` for other than two networks, and for what does not fit."""
         if len(z) != 2:
             raise ValueError(f"BD-KD trains two networks, a student and a teacher, not {len(z)}")
         m, y = _peers(m, z, y)
-        ce = F.cross_entropy(_up(z[m]), y)
+        ce = F.cross_entropy(at_least_32(z[m]), y)
         if m == 0:
             return ce + _both_ways(*z, self.T, self.forward, self.reverse, self.boost)
-        log_s, log_t = (F.log_softmax(_up(v) / self.T, -1) for v in (z[0].detach(), z[1]))
+        log_s, log_t = (F.log_softmax(at_least_32(v) / self.T, -1) for v in (z[0].detach(), z[1]))
         return ce + self.teacher * self.T**2 * _kl(log_t, log_s).mean()
 
 # %% ../../nbs/1_distill/online.ipynb #03997a09
@@ -213,7 +217,8 @@ def self_distillation(
     T:float=3.,          # temperature, > 0
     weight:float=.03,    # lambda, of the features' squared distance
 )->torch.Tensor:         # scalar (nats), the mean over exits
-    "The deepest exit teaches the others (arXiv 1905.08094); raises `ValueError` for what does not fit."
+    """The deepest exit teaches the others (arXiv 1905.08094);
+    raises `ValueError` for what does not fit."""
     alpha, T, weight = (
         number(alpha, "alpha", 0, 1),
         number(T, "T", above=0),
@@ -225,12 +230,15 @@ def self_distillation(
         len(features) != len(logits) or len({f.shape for f in features}) > 1
     ):
         raise ValueError(
-            f"features have shapes {[tuple(f.shape) for f in features]}; {len(logits)} tensors of one shape are needed"
+            f"features have shapes {[tuple(f.shape) for f in features]}; "
+            f"{len(logits)} tensors of one shape are needed"
         )
-    total = F.cross_entropy(_up(logits[-1]), y)
+    total = F.cross_entropy(at_least_32(logits[-1]), y)
     for i, z in enumerate(logits[:-1]):
-        total = total + (1 - alpha) * F.cross_entropy(_up(z), y) + alpha * _kd(z, logits[-1], T)
+        total = (
+            total + (1 - alpha) * F.cross_entropy(at_least_32(z), y) + alpha * _kd(z, logits[-1], T)
+        )
         if features is not None:
-            gap = _up(features[i]) - _up(features[-1]).detach()
+            gap = at_least_32(features[i]) - at_least_32(features[-1]).detach()
             total = total + weight * gap.flatten(1).pow(2).sum(1).mean()
     return total / len(logits)

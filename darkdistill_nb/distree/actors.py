@@ -9,17 +9,18 @@ Docs: https://darkdistill.github.io/darkdistill_nb/4_distree/actors.html.md"""
 __all__ = ['ray_cluster', 'Seen', 'live_policy', 'Student', 'RaySystem', 'plot_requests']
 
 # %% ../../nbs/4_distree/actors.ipynb #7d806e79
-import copy, logging, math, os, queue, threading, time
+import copy, logging, math, os, queue, re, threading, time
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from fastcore.basics import patch
 from ..core.checks import check, choice, finite, flag, number, whole
 from .students import DistrEE, SystemAnswers
 from ..exits.thresholds import read_thresholds
-from .simulator import Aggregator, Answer, Outcomes, Policy, confidence_of
+from .devices import Aggregator, Answer, Policy, confidence_of
+from .simulator import Outcomes
 from .policies import LastExit, PartialLogits, RandomExit, policy_by_name
 
 # %% ../../nbs/4_distree/actors.ipynb #80cf1bf0
@@ -30,9 +31,26 @@ def _ray():
         import ray
     except ImportError:
         raise ImportError(
-            "ray is not installed; `pip install darkdistill-nb[distributed]` adds what students in processes need"
+            "ray is not installed; "
+            "`pip install darkdistill-nb[distributed]` adds what students in processes need"
         ) from None
     return ray
+
+# %% ../../nbs/4_distree/actors.ipynb #e26f899f
+def _begin(ray, address, tries=3, **settings):
+    """Ray gives its own processes 16 to 30 s to come up,
+    which a busy machine may not keep: ask again."""
+    for left in reversed(range(tries)):
+        try:
+            return ray.init(
+                address, log_to_driver=False, logging_level=logging.ERROR, **settings
+            )
+        except Exception as e:
+            ray.shutdown()
+            if "timed out during startup" not in str(e):
+                raise
+            if not left:
+                raise TimeoutError(f"Ray did not start in {tries} tries: {e}") from e
 
 # %% ../../nbs/4_distree/actors.ipynb #2919b5fe
 @contextmanager
@@ -41,13 +59,15 @@ def ray_cluster(
     num_cpus:int=2,    # of our own: processes that start at once; actors of students claim none
     store:int=100,     # MB of shared memory for objects, of our own
 ):                     # the module ray, connected
-    "Ray, ready for use: the one this program is connected to, the one at `address`, or a local one that is shut down at the end."
+    """Ray, ready for use: the one this program is connected to, the one at `address`, or a local
+    one that is shut down at the end."""
     num_cpus, store = whole(num_cpus, "num_cpus"), whole(store, "store", 80)
+    known = isinstance(address, str) and re.fullmatch(r"auto|local|(ray://)?\S+:\d+", address)
     check(
-        address is None or isinstance(address, str),
+        address is None or known,
         "address",
         address,
-        "a text such as 'auto', or None",
+        "'auto', a text such as '10.0.0.1:6379', or None",
     )
     ray = _ray()
     if ray.is_initialized():
@@ -57,12 +77,7 @@ def ray_cluster(
     settings = dict(
         num_cpus=num_cpus, num_gpus=0, include_dashboard=False, object_store_memory=store * 2**20
     )
-    ray.init(
-        address or "local",
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        **({} if address else settings),
-    )
+    _begin(ray, address or "local", **({} if address else settings))
     try:
         yield ray
     finally:
@@ -71,7 +86,8 @@ def ray_cluster(
 # %% ../../nbs/4_distree/actors.ipynb #9cd066d9
 @dataclass
 class Seen:
-    "What one student knows about one image so far; used as an index, it is the number of the image."
+    """What one student knows about one image so far;
+    used as an index, it is the number of the image."""
 
     sample:int=None                              # number of the image, for policies that look it up
     features:list=field(default_factory=list)    # (1, m) of each exit so far
@@ -98,53 +114,52 @@ class Seen:
             [f],
         )
 
+# %% ../../nbs/4_distree/actors.ipynb #73d93a58
+def _table_of(T, n_exits):
+    "Thresholds (E,) or (N, E) as an array; None stays None."
+    if T is None:
+        return None
+    rows = [read_thresholds(t) for t in T] if np.ndim(T) == 2 else read_thresholds(T)
+    table = np.asarray(rows)
+    ok = table.ndim in (1, 2) and table.shape[-1] == n_exits
+    check(ok, "T", T, f"{n_exits} thresholds, or as many for each student")
+    return table
+
+# %% ../../nbs/4_distree/actors.ipynb #d48490cf
+def _limit_of(policy, table, n_exits):
+    "limit(student, exit, lambda); above -inf, so that an exit that cannot be taken stays closed."
+
+    def limit(n, e, lam):
+        T = table
+        if T is None:
+            T = policy.default(n_exits) if lam is None else policy.path(lam, n_exits)
+            T = np.asarray(T, dtype=float)
+        return max(float(T[n, e] if T.ndim == 2 else T[e]), -1e300)
+
+    return limit
+
 # %% ../../nbs/4_distree/actors.ipynb #d450f399
 def live_policy(
     policy,  # a `SystemPolicy` or its name: last, a local rule, or partial
     n_exits: int,  # E
-    T=None,  # (E,) thresholds for all students, or (N, E); None: those of the lambda that a request carries, or the policy's own
+    # (E,) thresholds for all students, or (N, E);
+    # None: those of the lambda that a request carries, or the policy's own
+    T=None,
     **kw,  # patience, need of `Policy`
 ) -> Policy:
-    "A rule that students and aggregator can follow while they compute; raises `ValueError` for rules that need more than partial logits."
-    policy, table, n_exits = policy_by_name(policy), None, whole(n_exits, "n_exits")
-    if T is not None:
-        table = np.asarray(
-            [read_thresholds(t) for t in T] if np.ndim(T) == 2 else read_thresholds(T)
-        )
-    ok = isinstance(policy, (PartialLogits, LastExit)) or not (
-        policy.together or isinstance(policy, RandomExit)
-    )
-    check(
-        ok,
-        "policy",
-        type(policy).__name__,
-        "LastExit, PartialLogits or a rule by which each student decides alone, to be run live",
-    )
-    check(
-        T is None or (table.ndim in (1, 2) and table.shape[-1] == n_exits),
-        "T",
-        T,
-        f"{n_exits} thresholds, or as many for each student",
-    )
-
-    def limit(n, e, lam):
-        T = (
-            table
-            if table is not None
-            else np.asarray(
-                policy.default(n_exits) if lam is None else policy.path(lam, n_exits), dtype=float
-            )
-        )
-        return max(
-            float(T[n, e] if T.ndim == 2 else T[e]), -1e300
-        )  # above -inf: an exit that cannot be taken stays closed
-
+    """A rule that students and aggregator can follow while they compute;
+    raises `ValueError` for rules that need more than partial logits."""
+    policy, n_exits = policy_by_name(policy), whole(n_exits, "n_exits")
+    alone = not (policy.together or isinstance(policy, RandomExit))
+    ok = alone or isinstance(policy, (PartialLogits, LastExit))
+    live = "LastExit, PartialLogits or a rule by which each student decides alone, to be run live"
+    check(ok, "policy", type(policy).__name__, live)
+    limit = _limit_of(policy, _table_of(T, n_exits), n_exits)
     if isinstance(policy, LastExit):
         return Policy(**kw)
     if isinstance(policy, PartialLogits):
-        score = lambda z: float(
-            policy.score.score(torch.as_tensor(np.asarray(z))[None, None])[0, 0]
-        )
+        of = policy.score.score
+        score = lambda z: float(of(torch.as_tensor(np.asarray(z))[None, None])[0, 0])
         return Policy(
             points=policy.at(n_exits),
             stop=lambda z, e, lam: score(z) >= limit(0, e, lam),
@@ -160,25 +175,23 @@ def live_policy(
 
 # %% ../../nbs/4_distree/actors.ipynb #d907f5df
 class Student:
-    "One device: computes stage by stage on the thread that runs `serve`, takes images and signals on another."
+    """One device: computes stage by stage on the thread that runs `serve`,
+    takes images and signals on another."""
 
     def __init__(
         self,
         n: int,  # its number
         net,  # `EarlyExitNet`
         W: torch.Tensor,  # (K, m) its columns of the joint classifier
-        policy: Policy = None,  # `leave`, `points`, `speculative` and `patience` are used; None: to the last exit
+        # `leave`, `points`, `speculative` and `patience` are used; None: to the last exit
+        policy: Policy = None,
         fallback: str = None,  # None | "every": report every exit
         speed: float = None,  # MACs/s it pretends to have; None: as fast as it can
     ):
         self.n = whole(n, "n", 0)
         width = net.exits[0].norm.normalized_shape[0]
-        check(
-            W.ndim == 2 and W.shape[1] == width,
-            "W.shape",
-            tuple(W.shape),
-            f"(K, {width}), classes and the student's features",
-        )
+        ok = W.ndim == 2 and W.shape[1] == width
+        check(ok, "W.shape", tuple(W.shape), f"(K, {width}), classes and the student's features")
         self.net = net.eval()
         self.W = W
         self.macs = np.diff(np.asarray(net.macs(), dtype=float), prepend=0.0)
@@ -191,28 +204,42 @@ class Student:
     def use(self, policy, fallback=None, speed=None):
         check(isinstance(policy, Policy), "policy", type(policy).__name__, "a Policy")
         speed = math.inf if speed is None else number(speed, "speed", above=0)
-        self.policy, self.fallback = policy, choice(fallback, "fallback", (None, "every"))
+        self.policy = policy
+        self.fallback = choice(fallback, "fallback", (None, "every"))
         self.seconds = self.macs / speed  # a stage takes at least so long
 
     def ping(self): return self.n
 
-    def put(self, key, x, sample=None, lam=None, left=math.inf):
-        self.inbox.put((key, torch.tensor(x)[None], Seen(sample), lam, time.monotonic() + left))
+# %% ../../nbs/4_distree/actors.ipynb #6867b1ca
+@patch
+def put(self: Student, key, x, sample=None, lam=None, left=math.inf):
+    "An image arrives; it must be answered in `left` seconds."
+    self.inbox.put((key, torch.tensor(x)[None], Seen(sample), lam, time.monotonic() + left))
 
-    def tell(self, key, exit):
-        with self.change:
-            if key > self.done:
-                self.signals[key] = max(exit, self.signals.get(key, -1))
-                self.change.notify_all()
+# %% ../../nbs/4_distree/actors.ipynb #5e0b8ecc
+@patch
+def tell(self: Student, key, exit):
+    "GO up to an exit, or STOP as infinity."
+    with self.change:
+        if key > self.done:
+            self.signals[key] = max(exit, self.signals.get(key, -1))
+            self.change.notify_all()
 
-    def over(self, key, until): return self.signals.get(key) == math.inf or time.monotonic() >= until
+# %% ../../nbs/4_distree/actors.ipynb #24722a62
+@patch
+def over(self: Student, key, until):
+    "Is there nothing more to do for a request?"
+    return self.signals.get(key) == math.inf or time.monotonic() >= until
 
-    def wait(self, key, exit, until):
-        with self.change:
-            self.change.wait_for(
-                lambda: self.signals.get(key, -1) >= exit,
-                max(0.0, min(self.policy.patience, until - time.monotonic())),
-            )
+# %% ../../nbs/4_distree/actors.ipynb #233e5148
+@patch
+def wait(self: Student, key, exit, until):
+    "Wait for GO of an exit, at most for the policy's patience."
+    with self.change:
+        self.change.wait_for(
+            lambda: self.signals.get(key, -1) >= exit,
+            max(0.0, min(self.policy.patience, until - time.monotonic())),
+        )
 
 # %% ../../nbs/4_distree/actors.ipynb #23c5ea84
 @patch
@@ -266,56 +293,44 @@ def serve(self: Student):
     while True:
         yield from self.work(*self.inbox.get())
 
+# %% ../../nbs/4_distree/actors.ipynb #6689847b
+def _sent(ray, system):
+    "For each student its network, and its columns of the joint classifier, where actors find them."
+    at, W = np.cumsum([0, *system.sizes]), system.joint.weight.detach().cpu()
+    put = lambda n, s: (ray.put(copy.deepcopy(s).cpu()), ray.put(W[:, at[n] : at[n + 1]].clone()))
+    return [put(n, s) for n, s in enumerate(system.students)]
+
 # %% ../../nbs/4_distree/actors.ipynb #79725db6
 class RaySystem:
-    "A trained system on Ray: an actor per student, and an aggregator that answers every request by its deadline; a context manager."
+    """A trained system on Ray: an actor per student, and an aggregator that answers every request
+    by its deadline; a context manager."""
 
     def __init__(self,
         system:DistrEE,    # is copied; its weights travel once
         policy=None,       # this and `settings`: see `use`
         restart:bool=False,# start a new actor when one dies
-        options=None,      # options(student) -> dict for Ray, e.g. the resource that only its machine has
+        # options(student) -> dict for Ray, e.g. the resource that only its machine has
+        options=None,
         address:str=None,  # this and the next: see `ray_cluster`
         num_cpus:int=2,
         **settings         # deadline, fallback, mean, suspect, knob, speed, margin
     ):
         check(isinstance(system, DistrEE), "system", type(system).__name__, "a trained DistrEE")
-        check(
-            options is None or callable(options),
-            "options",
-            options,
-            "a function of the student's number, or None",
-        )
+        ok = options is None or callable(options)
+        check(ok, "options", options, "a function of the student's number, or None")
         self.N = len(system)
         self.n_exits = system.n_exits
         self.shape = tuple(system.students[0].input_shape)
         self.restart = flag(restart, "restart")
         self.options = options or (lambda n: {})
         self.bias = system.joint.bias.detach().cpu().double().numpy()
-        self.lock = threading.Condition()
-        self.futures = {}
-        self.count = 0
-        self.closed = False
-        self.error = None
-        self.events = []
-        self.actors = [None] * self.N
-        self.alive = [False] * self.N
-        self.threads = []
-        self.aggregator = None
+        self._fresh()
         self.use(policy, **settings)
         self.stack = ExitStack()
         self.ray = self.stack.enter_context(ray_cluster(address, num_cpus))
         self.stack.callback(self._end)
         try:
-            at = np.cumsum([0, *system.sizes])
-            W = system.joint.weight.detach().cpu()
-            self.weights = [
-                (
-                    self.ray.put(copy.deepcopy(s).cpu()),
-                    self.ray.put(W[:, at[n] : at[n + 1]].clone()),
-                )
-                for n, s in enumerate(system.students)
-            ]
+            self.weights = _sent(self.ray, system)
             for n, actor in enumerate([self._launch(n) for n in range(self.N)]):
                 self._up(n, actor)
             self._thread(self._clock)
@@ -323,11 +338,33 @@ class RaySystem:
             self.close()
             raise
 
-    def __enter__(self): return self
+# %% ../../nbs/4_distree/actors.ipynb #f0afd8a8
+@patch
+def __enter__(self: RaySystem):
+    return self
 
-    def __exit__(self, *_): self.close()
+# %% ../../nbs/4_distree/actors.ipynb #87e3e4b9
+@patch
+def __exit__(self: RaySystem, *_):
+    self.close()
 
-    def close(self): self.stack.close()
+# %% ../../nbs/4_distree/actors.ipynb #c435435e
+@patch
+def close(self: RaySystem):
+    "End all actors and threads."
+    self.stack.close()
+
+# %% ../../nbs/4_distree/actors.ipynb #e71493b5
+@patch
+def _fresh(self: RaySystem):
+    "Nothing is open, nobody is alive."
+    self.lock = threading.Condition()
+    self.futures, self.events, self.threads = {}, [], []
+    self.count = 0
+    self.closed = False
+    self.error = self.aggregator = None
+    self.actors = [None] * self.N
+    self.alive = [False] * self.N
 
 # %% ../../nbs/4_distree/actors.ipynb #d62d8eed
 @patch
@@ -351,6 +388,7 @@ def _up(self: RaySystem, n, actor):
         self.lock.notify_all()
         self._thread(self._listen, n, actor)
 
+# %% ../../nbs/4_distree/actors.ipynb #441d194a
 @patch
 def _thread(self: RaySystem, f, *args):
     self.threads.append(threading.Thread(target=f, args=args, daemon=True))
@@ -399,6 +437,7 @@ def _answer(self: RaySystem, answer):
     if self.knob is not None:
         self.knob.update(answer.latency, gain=confidence_of(answer.logits))
 
+# %% ../../nbs/4_distree/actors.ipynb #4c4ed8ac
 @patch
 def _expire(self: RaySystem, keys):
     for k in keys:
@@ -432,65 +471,52 @@ def _end(self: RaySystem):
         if t is not threading.current_thread():
             t.join(5)
 
+# %% ../../nbs/4_distree/actors.ipynb #3cc1e912
+@patch
+def _checked(self: RaySystem, policy, speed, knob):
+    "(policy, a speed for each student), or a sentence on what does not fit."
+    policy, speed = policy or Policy(), list(speed) if np.ndim(speed) else [speed] * self.N
+    ok = isinstance(policy, Policy)
+    check(ok, "policy", type(policy).__name__, "a Policy, e.g. of `live_policy`")
+    check(len(speed) == self.N, "speed", speed, f"a number above 0 MACs/s, or {self.N} of them")
+    inner = all(e < self.n_exits - 1 for e in policy.points)
+    check(inner, "points", policy.points, f"exits before the last, 0..{self.n_exits - 2}")
+    ok = knob is None or callable(getattr(knob, "update", None))
+    check(ok, "knob", knob, "an object with `lam` and `update`, or None")
+    return policy, [None if v is None else number(v, "speed", above=0) for v in speed]
+
 # %% ../../nbs/4_distree/actors.ipynb #f8bc8fa8
 @patch
 def use(
     self: RaySystem,
-    policy: Policy = None,  # of distree.simulator, or from `live_policy`; None: all students to the last exit
+    policy: Policy = None,  # of distree.devices, or `live_policy`; None: all to the last exit
     deadline: float = 1.0,  # s after arrival; inf: wait for all students, if need be for ever
-    fallback: str = None,  # None | "every": students report every exit, so that the deadline finds something
-    mean=None,  # (N, K) contribution of a missing student, e.g. `answers.means()` of other images; None: zeros
+    fallback: str = None,  # None | "every": all exits report, so that the deadline finds something
+    mean=None,  # (N, K) for a missing student, e.g. `answers.means()` of other images; None: zeros
     suspect: float = math.inf,  # silent requests after which a student is no longer waited for
     knob=None,  # has `.lam` and `.update(latency, gain=confidence)`, e.g. `LatencyController`
-    speed=None,  # MACs/s that students pretend to have: a number, or one per student; None: as fast as they can
+    speed=None,  # MACs/s that students pretend to have, a number or N of them; None: no pretence
     margin: float = 0.01,  # s before the deadline at which an answer is given
 ):
-    "Change how requests are answered; raises `ValueError` for impossible settings, `RuntimeError` while requests are open."
-    policy, speed = policy or Policy(), list(speed) if np.ndim(speed) else [speed] * self.N
-    check(
-        isinstance(policy, Policy),
-        "policy",
-        type(policy).__name__,
-        "a Policy, e.g. of `live_policy`",
-    )
-    check(len(speed) == self.N, "speed", speed, f"a number above 0 MACs/s, or {self.N} of them")
-    speed = [None if v is None else number(v, "speed", above=0) for v in speed]
+    """Change how requests are answered;
+    raises `ValueError` for impossible settings, `RuntimeError` while requests are open."""
+    policy, speed = self._checked(policy, speed, knob)
     deadline, margin = number(deadline, "deadline", inf=True), number(margin, "margin")
-    check(
-        deadline > margin >= 0,
-        "deadline, margin",
-        (deadline, margin),
-        "a time in s and a shorter one",
-    )
+    ok = deadline > margin >= 0
+    check(ok, "deadline, margin", (deadline, margin), "a time in s and a shorter one")
     fallback = choice(fallback, "fallback", (None, "every"))
-    check(
-        all(e < self.n_exits - 1 for e in policy.points),
-        "points",
-        policy.points,
-        f"exits before the last, 0..{self.n_exits - 2}",
-    )
-    check(
-        knob is None or callable(getattr(knob, "update", None)),
-        "knob",
-        knob,
-        "an object with `lam` and `update`, or None",
-    )
-    aggregator = Aggregator(
-        self.bias, self.N, deadline - margin, mean, policy.stop, policy.points, policy.need, suspect
-    )
+    rule = policy.stop, policy.points, policy.need
+    aggregator = Aggregator(self.bias, self.N, deadline - margin, mean, *rule, suspect)
     with self.lock:
         if self.aggregator and self.aggregator.waiting:
-            raise RuntimeError(
-                f"{len(self.aggregator.waiting)} requests are open; wait for their answers first"
-            )
+            open_ = len(self.aggregator.waiting)
+            raise RuntimeError(f"{open_} requests are open; wait for their answers first")
         self.aggregator = aggregator
         self.policy = policy
         self.fallback = fallback
         self.knob = knob
         self.speed = speed
-        self.local = Policy(
-            policy.leave, policy.points, None, policy.speculative, policy.patience
-        )  # what a student needs of it
+        self.local = replace(policy, stop=None, need=None)  # what a student needs of it
         actors = [(a, v) for a, v, ok in zip(self.actors, speed, self.alive) if ok]
     for a, v in actors:
         self.ray.get(a.use.options(concurrency_group="inbox").remote(self.local, fallback, v))
@@ -502,7 +528,8 @@ def submit(self:RaySystem,
     x,               # image (C, H, W)
     sample:int=None, # its number, for policies that look it up in a table
 )->int:              # number of the request
-    "Send an image to all students that are alive; raises `ValueError` for an image of another shape, `RuntimeError` if the system is closed or broken."
+    """Send an image to all students that are alive; raises `ValueError` for an image of another
+    shape, `RuntimeError` if the system is closed or broken."""
     x = np.asarray(x, dtype=np.float32)
     check(x.shape == self.shape, "x.shape", x.shape, f"{self.shape}, one image")
     finite(x, "x")
@@ -529,7 +556,8 @@ def answer(self:RaySystem,
     key:int,            # number of the request
     timeout:float=None, # s to wait for it; None: as long as it takes
 )->Answer:
-    "The answer to a request, handed out once; raises `TimeoutError` if it takes longer, `ValueError` for a request that is not there."
+    """The answer to a request, handed out once;
+    raises `TimeoutError` if it takes longer, `ValueError` for a request that is not there."""
     check(key in self.futures, "key", key, "a request whose answer was not handed out yet")
     timeout = None if timeout is None else number(timeout, "timeout", 0)
     try:
@@ -539,48 +567,11 @@ def answer(self:RaySystem,
     del self.futures[key]
     return answer
 
-# %% ../../nbs/4_distree/actors.ipynb #a8cd2db9
+# %% ../../nbs/4_distree/actors.ipynb #375348fa
 @patch
-def run(self:RaySystem,
-    x,             # (R, C, H, W) images
-    y=None,        # (R,) labels; None: unknown, -1
-    arrival=None,  # (R,) s, rising: when they are sent; None: each after the answer to the one before
-    sample=None,   # (R,) numbers of the images, for policies that look them up; None: 0..R-1
-    before=None,   # called as before(r) before image r is sent, e.g. to kill a student
-)->Outcomes:       # measured; NaN: not measured
-    "Answer a stream of images; raises `ValueError` for times that do not fit."
-    R, nan = len(x), math.nan
-    rising = arrival is None or (
-        len(arrival) == R
-        and np.isfinite(arrival).all()
-        and (np.diff(arrival, prepend=0) >= 0).all()
-    )
-    check(rising, "arrival", arrival, f"{R} rising times from 0 on")
-    sample = np.arange(R) if sample is None else np.asarray(sample)
-    keys = []
-    came = []
-    lam = []
-    got = {}
-    check(
-        len(sample) == R > 0,
-        "len(sample)",
-        len(sample),
-        f"one for each of the {R} images, at least one",
-    )
-    check(y is None or len(y) == R, "y", y, f"{R} labels, or None")
-    start = time.monotonic()
-    now = lambda: time.monotonic() - start
-    for r in range(R):
-        if arrival is not None:
-            time.sleep(max(0.0, arrival[r] - now()))
-        if before is not None:
-            before(r)
-        came.append(now())
-        keys.append(self.submit(x[r], int(sample[r])))
-        lam.append(self.futures[keys[r]].lam)
-        if arrival is None:
-            got[r] = self.answer(keys[r])
-    got = [got[r] if r in got else self.answer(keys[r]) for r in range(R)]
+def _measured(self: RaySystem, got, came, sample, y, lam):
+    "The columns of `Outcomes`; NaN: not measured."
+    R, nan = len(got), math.nan
     each = lambda f: np.array([f(a) for a in got])
     return Outcomes(
         arrival=np.array(came),
@@ -601,10 +592,48 @@ def run(self:RaySystem,
         trace=[],
     )
 
+# %% ../../nbs/4_distree/actors.ipynb #a8cd2db9
+@patch
+def run(self:RaySystem,
+    x,             # (R, C, H, W) images
+    y=None,        # (R,) labels; None: unknown, -1
+    arrival=None,  # (R,) s, rising: when they are sent; None: each after the answer before
+    sample=None,   # (R,) numbers of the images, for policies that look them up; None: 0..R-1
+    before=None,   # called as before(r) before image r is sent, e.g. to kill a student
+)->Outcomes:       # measured; NaN: not measured
+    "Answer a stream of images; raises `ValueError` for times that do not fit."
+    R = len(x)
+    rising = arrival is None or (
+        len(arrival) == R
+        and np.isfinite(arrival).all()
+        and (np.diff(arrival, prepend=0) >= 0).all()
+    )
+    check(rising, "arrival", arrival, f"{R} rising times from 0 on")
+    sample = np.arange(R) if sample is None else np.asarray(sample)
+    keys, came, lam, got = [], [], [], {}
+    ok = len(sample) == R > 0
+    check(ok, "len(sample)", len(sample), f"one for each of the {R} images, at least one")
+    check(y is None or len(y) == R, "y", y, f"{R} labels, or None")
+    start = time.monotonic()
+    now = lambda: time.monotonic() - start
+    for r in range(R):
+        if arrival is not None:
+            time.sleep(max(0.0, arrival[r] - now()))
+        if before is not None:
+            before(r)
+        came.append(now())
+        keys.append(self.submit(x[r], int(sample[r])))
+        lam.append(self.futures[keys[r]].lam)
+        if arrival is None:
+            got[r] = self.answer(keys[r])
+    got = [got[r] if r in got else self.answer(keys[r]) for r in range(R)]
+    return self._measured(got, came, sample, y, lam)
+
 # %% ../../nbs/4_distree/actors.ipynb #c02a6340
 @patch
 def revive(self: RaySystem, student: int):
-    "Start a new actor for a student that died; returns when it is ready; raises `ValueError` for one that is alive."
+    """Start a new actor for a student that died;
+    returns when it is ready; raises `ValueError` for one that is alive."""
     dead = [n for n in range(self.N) if not self.alive[n]]
     check(student in dead, "student", student, f"one that is dead, {dead}")
     self._up(student, self._launch(student))
@@ -623,7 +652,8 @@ def wait_alive(self:RaySystem,
 # %% ../../nbs/4_distree/actors.ipynb #87a1be79
 @patch
 def kill(self: RaySystem, student: int):
-    "End the process of a student at once; returns when it is gone; raises `ValueError` for one that is dead already."
+    """End the process of a student at once; returns when it is gone;
+    raises `ValueError` for one that is dead already."""
     alive = [n for n in range(self.N) if self.alive[n]]
     check(student in alive, "student", student, f"one that is alive, {alive}")
     with self.lock:
@@ -631,6 +661,21 @@ def kill(self: RaySystem, student: int):
     self.ray.kill(actor)
     with self.lock:
         self.lock.wait_for(lambda: self.actors[student] is not actor or not self.alive[student], 10)
+
+# %% ../../nbs/4_distree/actors.ipynb #24ed6e58
+def _latencies(fig, row, o):
+    "One panel: a marker for each request."
+    import plotly.graph_objects as go
+    from darkdistill_nb.core.plots import style
+
+    gone = o.missing.any(1)
+    late = o.late.any(1) & ~gone
+    kinds = {"complete": ~o.degraded, "a student is missing": gone, "a student is late": late}
+    for i, (name, m) in enumerate(kinds.items()):
+        mark = dict(style(i)["marker"], symbol=["circle-open", "x", "triangle-up"][i], size=7)
+        dots = dict(x=np.flatnonzero(m).tolist(), y=(1000 * o.latency[m]).round(2).tolist())
+        legend = dict(name=name, legendgroup=name, showlegend=row == 1)
+        fig.add_trace(go.Scatter(**dots, **legend, mode="markers", marker=mark), row, 1)
 
 # %% ../../nbs/4_distree/actors.ipynb #1b3a97e3
 def plot_requests(
@@ -640,9 +685,8 @@ def plot_requests(
     height:int=500,      # pixels
 ):                       # plotly Figure
     "Latency of every request, one panel per run; the marker tells whether the answer is complete."
-    import plotly.graph_objects as go
     from plotly.subplots import make_subplots
-    from darkdistill_nb.core.plots import figure, style
+    from darkdistill_nb.core.plots import figure
 
     check(len(runs), "runs", runs, "one or more named Outcomes")
     deadline = None if deadline is None else number(deadline, "deadline", above=0)
@@ -655,27 +699,7 @@ def plot_requests(
         figure=figure(title=title, height=height),
     )
     for row, o in enumerate(runs.values(), 1):
-        gone = o.missing.any(1)
-        kinds = {
-            "complete": ~o.degraded,
-            "a student is missing": gone,
-            "a student is late": o.late.any(1) & ~gone,
-        }
-        for i, (name, m) in enumerate(kinds.items()):
-            mark = dict(style(i)["marker"], symbol=["circle-open", "x", "triangle-up"][i], size=7)
-            fig.add_trace(
-                go.Scatter(
-                    x=np.flatnonzero(m).tolist(),
-                    y=(1000 * o.latency[m]).round(2).tolist(),
-                    mode="markers",
-                    marker=mark,
-                    name=name,
-                    legendgroup=name,
-                    showlegend=row == 1,
-                ),
-                row,
-                1,
-            )
+        _latencies(fig, row, o)
         if deadline:
             fig.add_hline(
                 y=1000 * deadline, line=dict(color="black", width=1, dash="dot"), row=row, col=1

@@ -1,5 +1,5 @@
-"""Students on several devices have exits, but no device sees the joint answer; this page collects rules that stop them, adds up what each rule really costs, and chooses thresholds for the system as a whole.
-When each device, or all together, should stop; thresholds, budgets and guarantees for the system.
+"""Students on several devices have exits, but no device sees the joint answer; this page collects rules that stop them and adds up what each rule really costs.
+When each device, or all together, should stop, and what each rule costs.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/4_distree/policies.html.md"""
 
@@ -8,39 +8,21 @@ Docs: https://darkdistill.github.io/darkdistill_nb/4_distree/policies.html.md"""
 # %% auto #0
 __all__ = ['POLICIES', 'joint_right', 'mac_shares', 'SystemPolicy', 'LastExit', 'RandomExit', 'FeatureDifference',
            'NeighbourSimilarity', 'ProxyHead', 'decision_points', 'Together', 'PartialLogits', 'Quorum', 'SharedScore',
-           'policy_by_name', 'system_auroc', 'system_thresholds', 'evaluate_system', 'system_curve', 'system_table',
-           'align_exits', 'lambda_grid', 'system_losses', 'control_system']
+           'policy_by_name']
 
-# %% ../../nbs/4_distree/policies.ipynb #dda3e664
+# %% ../../nbs/4_distree/policies.ipynb #f459e938
 import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from dataclasses import replace
 from fastcore.basics import patch
-from ..core.checks import check, choice, finite, flag, number, whole
-from .students import SystemAnswers
-from darkdistill_nb.exits.guarantees import (
-    METHODS,
-    RiskControl,
-    last_of_prefix,
-    passes,
-    sample_losses,
-)
-from darkdistill_nb.exits.inference import (
-    _bisect,
-    _lagrange,
-    confidence,
-    failure_auroc,
-    oracle,
-    score_by_name,
-    static_mixture,
-    take_exit,
-    thresholds_for_budget,
-)
-from ..exits.thresholds import read_thresholds
-from ..core.seeds import Streams
+from ..core.checks import check, finite, flag, number, whole
 from ..core.registry import Registry
+from ..core.seeds import Streams
+from .students import SystemAnswers
+from ..exits.inference import take_exit
+from ..exits.scores import confidence, score_by_name
+from ..exits.thresholds import read_thresholds
 
 # %% ../../nbs/4_distree/policies.ipynb #8bc35dc7
 def _check_table(answers, name="answers"):
@@ -51,7 +33,8 @@ def _check_table(answers, name="answers"):
 def joint_right(
     answers:SystemAnswers,
 )->torch.Tensor: # (E, S) bool
-    "Is the joint answer right when all students stop at the same exit? Raises `ValueError` for what is no table."
+    """Is the joint answer right when all students stop at
+    the same exit? Raises `ValueError` for what is no table."""
     _check_table(answers)
     return torch.stack([answers.joint(e).argmax(-1) == answers.y for e in range(answers.n_exits)])
 
@@ -60,11 +43,13 @@ def mac_shares(
     costs,  # (N, E) MACs of student n up to and including exit e
     depth,  # (N, S) exit of each student, counted from 0
 )->tuple:   # latency (S,) and energy (S,), as shares of a full pass
-    "Largest and summed MACs over the students, for every image; raises `ValueError` for costs or exits that cannot be."
+    """Largest and summed MACs over the students, for every image;
+    raises `ValueError` for costs or exits that cannot be."""
     c, d = finite(torch.as_tensor(costs), "costs").double(), torch.as_tensor(depth)
     if c.ndim != 2 or d.ndim != 2 or len(c) != len(d) or not c.numel():
         raise ValueError(
-            f"costs {tuple(c.shape)} must be (students, exits) and depth {tuple(d.shape)} (students, images)"
+            f"costs {tuple(c.shape)} must be (students, exits) "
+            f"and depth {tuple(d.shape)} (students, images)"
         )
     check(
         (c >= 0).all() and (c[:, -1] > 0).all(),
@@ -80,7 +65,8 @@ def mac_shares(
     )
     if not ((d >= 0) & (d < c.shape[1])).all():
         raise ValueError(
-            f"depth must lie in 0..{c.shape[1] - 1}, the exits; it has {int(d.min())} to {int(d.max())}"
+            f"depth must lie in 0..{c.shape[1] - 1}, the exits; "
+            f"it has {int(d.min())} to {int(d.max())}"
         )
     d = d.long()
     spent = c.gather(1, d)
@@ -88,7 +74,8 @@ def mac_shares(
 
 # %% ../../nbs/4_distree/policies.ipynb #7a732d49
 class SystemPolicy:
-    "A rule that stops students; a subclass defines `of`, which returns scores (N, E, S), or (1, E, S) if `together`."
+    """A rule that stops students; a subclass defines `of`,
+    which returns scores (N, E, S), or (1, E, S) if `together`."""
 
     together = False  # do all students stop at the same exit?
     needs_features = False  # does `of` read `answers.features`?
@@ -100,7 +87,8 @@ class SystemPolicy:
     def scores(self,
         answers:SystemAnswers,
     )->torch.Tensor: # (N, E, S), or (1, E, S) if all stop together; float64
-        "Scores at all exits, as if nobody stopped; raises `ValueError` where features are needed and were not kept."
+        """Scores at all exits, as if nobody stopped;
+        raises `ValueError` where features are needed and were not kept."""
         if self.needs_features and _check_table(answers).features is None:
             raise ValueError(
                 f"{type(self).__name__} compares features, but answers.features is None: keep them"
@@ -120,7 +108,8 @@ class SystemPolicy:
 
     def default(self, n_exits):
         raise ValueError(
-            f"T=None: {type(self).__name__} has no thresholds of its own; pass one per exit, see `system_thresholds`"
+            f"T=None: {type(self).__name__} has no thresholds of its own; "
+            "pass one per exit, see `system_thresholds`"
         )
 
 # %% ../../nbs/4_distree/policies.ipynb #ff36b36a
@@ -128,7 +117,9 @@ class SystemPolicy:
 def depth(
     self: SystemPolicy,
     answers: SystemAnswers,
-    T=None,  # (E,) thresholds for all students, or (N, E); the last entry plays no role; None: the policy's own
+    # (E,) thresholds for all students, or (N, E);
+    # the last entry plays no role; None: the policy's own
+    T=None,
     scores=None,  # of the same answers, if they are there already
 ) -> torch.Tensor:  # (N, S) exit of each student, counted from 0
     "First exit whose score reaches its threshold, for every student and image."
@@ -140,7 +131,8 @@ def depth(
     t = torch.as_tensor(rows, dtype=torch.float64)
     if t.shape not in ((s.shape[1],), tuple(s.shape[:2])):
         raise ValueError(
-            f"T of shape {tuple(t.shape)} must be ({s.shape[1]},), one threshold per exit, or {tuple(s.shape[:2])}"
+            f"T of shape {tuple(t.shape)} must be ({s.shape[1]},), "
+            f"one threshold per exit, or {tuple(s.shape[:2])}"
         )
     t = t.clamp(min=-1e300).expand(
         s.shape[:2]
@@ -166,7 +158,8 @@ class RandomExit(SystemPolicy):
         shared:bool=False, # the same exit for all students
         seed:int=0,
     ):
-        self.together, self.seed = flag(shared, "shared"), whole(seed, "seed", None)
+        self.together = flag(shared, "shared")
+        self.seed = whole(seed, "seed", None)
 
     def of(self, answers):
         shape = (1 if self.together else answers.n_students, answers.n_exits, len(answers))
@@ -174,12 +167,13 @@ class RandomExit(SystemPolicy):
 
     def default(self, n_exits): return [1 - 1 / (n_exits - k) for k in range(n_exits)]
 
-# %% ../../nbs/4_distree/policies.ipynb #73392179
+# %% ../../nbs/4_distree/policies.ipynb #0eecee79
 def _paper_thresholds(n_exits):
     return ([1.0] + [round(1.08 + 0.04 * j, 2) for j in range(n_exits - 1)])[:n_exits]
 
+# %% ../../nbs/4_distree/policies.ipynb #73392179
 class FeatureDifference(SystemPolicy):
-    "DistrEE's own rule: stop where 1/cos(F_j, F_1) exceeds T_j, each student for itself (arXiv 2502.15735)."
+    "DistrEE's rule: stop where 1/cos(F_j, F_1) > T_j, each student alone (arXiv 2502.15735)."
 
     needs_features = strict = True
 
@@ -218,7 +212,7 @@ class ProxyHead(SystemPolicy):
     sends = "logits"
 
     def __init__(self,
-        score="margin", # a `Score` of exits.inference, or its name
+        score="margin", # a `Score` of exits.scores, or its name
     ):
         self.score = score_by_name(score)
 
@@ -232,20 +226,24 @@ def decision_points(
     n_exits = whole(n_exits, "n_exits")
     return tuple(sorted({max(0, round(n_exits * k / 7) - 1) for k in (3, 5, 6)} - {n_exits - 1}))
 
+# %% ../../nbs/4_distree/policies.ipynb #ebaac7d1
 class Together(SystemPolicy):
-    "Base of rules that ask at decision points; a subclass defines `ask`, which returns scores (P, S)."
+    """Base of rules that ask at decision points;
+    a subclass defines `ask`, which returns scores (P, S)."""
 
     together, sends = True, "logits"
 
     def __init__(self,
-        points=None,            # exits where the system may stop, counted from 0; None: `decision_points`
+        # exits where the system may stop, counted from 0; None: `decision_points`
+        points=None,
         rtt:float=0.,           # round trip to the aggregator, as a share of a full pass
         speculative:bool=True,  # go on computing while a question is open
     ):
         if points is not None:
             check(hasattr(points, "__len__"), "points", points, "exits counted from 0, or None")
             points = tuple(whole(p, "a point", 0) for p in points)
-        self.points, self.rtt = points, number(rtt, "rtt", 0)
+        self.points = points
+        self.rtt = number(rtt, "rtt", 0)
         self.speculative = flag(speculative, "speculative")
         self.vote = 0  # bytes of a question; 0: partial logits, the last of which are the answer
 
@@ -270,7 +268,7 @@ class PartialLogits(Together):
 
     def __init__(self,
         points=None, rtt:float=0., speculative:bool=True, # see `Together`
-        score="confidence", # a `Score` of exits.inference, or its name
+        score="confidence", # a `Score` of exits.scores, or its name
     ):
         super().__init__(points, rtt, speculative)
         self.score = score_by_name(score)
@@ -283,10 +281,12 @@ class Quorum(Together):
 
     def __init__(self,
         points=None, rtt:float=0., speculative:bool=True, # see `Together`
-        confident:bool=False, # votes carry a second byte, the head's confidence; its mean breaks ties
+        # votes carry a second byte, the head's confidence; its mean breaks ties
+        confident:bool=False,
     ):
         super().__init__(points, rtt, speculative)
-        self.confident, self.vote = flag(confident, "confident"), 2 if confident else 1
+        self.confident = flag(confident, "confident")
+        self.vote = 2 if confident else 1
 
     def ask(self, answers, points):
         z = answers.proxy[:, points]
@@ -299,7 +299,7 @@ class Quorum(Together):
 
 # %% ../../nbs/4_distree/policies.ipynb #ee7ebd42
 class SharedScore(Together):
-    "Stop all students where the mean of their local scores is high enough; a control for rules that stop each student alone."
+    "Stop all where the mean of local scores is high enough: a control for rules that stop alone."
 
     def __init__(self,
         local:SystemPolicy=None, # stops students alone; None: `FeatureDifference`
@@ -356,10 +356,11 @@ def delays(self:SystemPolicy,
     "Time and work that belong to no exit: here none."
     return (torch.zeros(depth.shape[1], dtype=torch.float64),) * 2
 
-# %% ../../nbs/4_distree/policies.ipynb #a48e0ee1
+# %% ../../nbs/4_distree/policies.ipynb #abf1b5ea
 @patch
 def _questions(self: Together, answers, depth):
-    "Questions asked (S,), whether the last one said stop (S,), and which later messages each student sends in vain (N, P + 1, S)."
+    """Questions asked (S,), whether the last one said stop (S,), and which later messages each
+    student sends in vain (N, P + 1, S)."""
     p = torch.tensor(self.at(answers.n_exits), dtype=torch.long)
     d = depth[0]
     c = answers.costs.double()
@@ -374,6 +375,7 @@ def _questions(self: Together, answers, depth):
         (after > 0) & (after < self.rtt * c[:, -1].amax()) & (stopped > 0) & self.speculative,
     )
 
+# %% ../../nbs/4_distree/policies.ipynb #a48e0ee1
 @patch
 def traffic(self:Together,
     answers:SystemAnswers,
@@ -425,285 +427,3 @@ def costs(self:SystemPolicy,
         self.traffic(answers, depth),
     )
     return dict(latency=latency + wait, energy=energy + waste, bytes=size + header * messages)
-
-# %% ../../nbs/4_distree/policies.ipynb #f4854fc2
-def system_auroc(
-    policy,  # a `SystemPolicy` or its name
-    answers: SystemAnswers,
-) -> (
-    list
-):  # E numbers in [0, 1]; nan where the exit cannot be taken, or is always right or always wrong
-    "AUROC of a policy's score for 'the system is right now', per exit, as a mean over students; raises `ValueError` without images."
-    check(len(_check_table(answers)), "len(answers)", len(answers), "at least 1 image")
-    s, right = policy_by_name(policy).scores(answers), joint_right(answers)
-    rows = np.array([failure_auroc(v, right) for v in s])
-    rows[(s == -math.inf).all(-1).numpy()] = math.nan
-    return rows.mean(0).tolist()
-
-# %% ../../nbs/4_distree/policies.ipynb #d4d0465f
-SYSTEM_SCHEMES = ("lagrange", "msdnet", "path")
-
-def _limits(policy, answers, scores, measure):
-    "Mean cost of thresholds, and the lowest and highest that the policy can have."
-    cost_of = lambda T: float(
-        policy.costs(answers, policy.depth(answers, T, scores))[measure].mean()
-    )
-    E = answers.n_exits
-    return cost_of, cost_of([-math.inf] * E), cost_of([math.inf] * E)
-
-def _path_thresholds(policy, scores, E, budget, cost_of):
-    v = policy.levels(scores)[:, :-1].flatten().unique()
-    v = torch.cat([v.new_tensor([-math.inf]), v[v.isfinite()], v.new_tensor([math.inf])]).tolist()
-    return policy.path(
-        v[
-            round(
-                _bisect(lambda i: cost_of(policy.path(v[round(i)], E)) - budget, 0, len(v) - 1, 30)
-            )
-        ],
-        E,
-    )
-
-# %% ../../nbs/4_distree/policies.ipynb #2685b069
-def system_thresholds(
-    policy,                  # a `SystemPolicy` or its name
-    valid:SystemAnswers,     # validation answers
-    budget:float,            # mean cost per image, as a share of a full pass
-    scheme:str="lagrange",   # lagrange | msdnet | path
-    measure:str="latency",   # what the budget is about: latency | energy
-)->list:                     # E thresholds for all students; the last is -inf
-    "Thresholds whose mean system cost on validation answers meets the budget; raises `ValueError` for a budget out of the policy's reach."
-    policy, E = policy_by_name(policy), _check_table(valid, "valid").n_exits
-    scheme, measure = (
-        choice(scheme, "scheme", SYSTEM_SCHEMES),
-        choice(measure, "measure", ("latency", "energy")),
-    )
-    check(len(valid), "len(valid)", len(valid), "at least 1 image")
-    s, budget = policy.scores(valid), number(budget, "budget") * (1 + 1e-9)
-    cost_of, low, high = _limits(policy, valid, s, measure)
-    if not low <= budget <= high * (1 + 1e-8):
-        raise ValueError(
-            f"budget={budget:.6g} must lie between {low:.6g} and {high:.6g}, the cheapest and the dearest of {type(policy).__name__}"
-        )
-    if low == high:
-        return [math.inf] * (E - 1) + [-math.inf]
-    if scheme == "path":
-        return _path_thresholds(policy, s, E, budget, cost_of)
-    c = valid.costs.double() / valid.costs[:, -1].amax()
-    c = (c.amax(0) if policy.together else c.mean(0)).tolist()
-    pooled = torch.cat(list(s), 1)
-    down = (
-        (lambda T: np.nextafter(T, -np.inf).tolist()) if policy.strict else (lambda T: T)
-    )  # > just below is >=
-    if scheme == "lagrange":
-        return down(
-            _lagrange(
-                pooled, joint_right(valid).repeat(1, len(s)), c, budget, lambda T: cost_of(down(T))
-            )
-        )
-    at = lambda b: down(thresholds_for_budget(pooled, None, c, b, "msdnet"))
-    first = min(k for k in range(E) if k == E - 1 or (pooled[k] > -math.inf).any())
-    return at(_bisect(lambda b: cost_of(at(b)) - budget, c[first], c[-1], 25))
-
-# %% ../../nbs/4_distree/policies.ipynb #e10c50c6
-def evaluate_system(
-    policy,  # a `SystemPolicy` or its name
-    answers: SystemAnswers,  # e.g. of test images
-    T=None,  # thresholds, as for `depth`; None: the policy's own
-    header: int = 0,  # bytes added to every message
-) -> dict:  # accuracy, cost (mean latency), energy, bytes, shares (E) of students and images, depth (N, S)
-    "Accuracy of the joint answer and mean costs when students stop by a policy; raises `ValueError` without images."
-    check(len(_check_table(answers)), "len(answers)", len(answers), "at least 1 image")
-    policy = policy_by_name(policy)
-    d = policy.depth(answers, T)
-    mean = {k: float(v.mean()) for k, v in policy.costs(answers, d, header).items()}
-    right = (answers.logits(d).argmax(-1) == answers.y).double().mean()
-    shares = torch.bincount(d.flatten(), minlength=answers.n_exits).double() / d.numel()
-    return dict(
-        accuracy=float(right),
-        cost=mean["latency"],
-        energy=mean["energy"],
-        bytes=mean["bytes"],
-        shares=shares.tolist(),
-        depth=d,
-    )
-
-# %% ../../nbs/4_distree/policies.ipynb #1283e65f
-def system_curve(
-    policy,  # a `SystemPolicy` or its name
-    valid: SystemAnswers,  # chooses the thresholds
-    test: SystemAnswers,  # is measured
-    budgets=None,  # mean costs; those out of the policy's reach are left out; None: 8 from the cheapest to the dearest
-    scheme: str = "lagrange",  # of `SYSTEM_SCHEMES`
-    measure: str = "latency",  # what the budgets are about: latency | energy
-    header: int = 0,  # bytes added to every message
-) -> dict:  # lists: budget, cost (mean latency), energy, bytes, accuracy, valid (accuracy there), thresholds
-    "Test accuracy and mean costs of one policy over a range of budgets; thresholds from validation answers only. Raises `ValueError` for NaN."
-    policy, measure = policy_by_name(policy), choice(measure, "measure", ("latency", "energy"))
-    check(len(_check_table(valid, "valid")), "len(valid)", len(valid), "at least 1 image")
-    budgets = None if budgets is None else [number(b, "a budget") for b in budgets]
-    _, low, high = _limits(policy, valid, policy.scores(valid), measure)
-    budgets = (
-        np.linspace(low, high, 8 if high > low else 1).tolist()
-        if budgets is None
-        else [b for b in budgets if low <= b <= high]
-    )
-    Ts = [system_thresholds(policy, valid, b, scheme, measure) for b in budgets]
-    got = [evaluate_system(policy, test, T, header) for T in Ts]
-    return dict(
-        budget=budgets,
-        valid=[evaluate_system(policy, valid, T)["accuracy"] for T in Ts],
-        thresholds=Ts,
-        **{k: [r[k] for r in got] for k in ("cost", "energy", "bytes", "accuracy")},
-    )
-
-# %% ../../nbs/4_distree/policies.ipynb #67e79708
-def system_table(
-    policies: dict,  # name -> `SystemPolicy`, or its name
-    valid: SystemAnswers,  # chooses the thresholds
-    test: SystemAnswers,  # is measured
-    budget: float,  # mean cost; a policy that cannot have it gets the nearest it can
-    scheme: str = "lagrange",  # of `SYSTEM_SCHEMES`
-    measure: str = "latency",  # what the budget is about: latency | energy
-) -> list:  # a dict per policy: name, auroc (mean over exits), cost, energy, bytes, accuracy, over_mixture, below_oracle, shares
-    "Print and return what every policy does with one budget."
-    budget, measure = number(budget, "budget"), choice(measure, "measure", ("latency", "energy"))
-    right, rows = joint_right(test), []
-    costs = mac_shares(test.costs, torch.arange(test.n_exits).expand(test.n_students, -1))[
-        measure == "energy"
-    ].tolist()
-    each = right.double().mean(1).tolist()
-    print(
-        f"{'policy':24s}{'AUROC':>7s}{'latency':>9s}{'energy':>8s}{'bytes':>7s}{'accuracy':>10s}{'over mixture':>14s}{'below oracle':>14s}"
-    )
-    for name, policy in policies.items():
-        policy = policy_by_name(policy)
-        _, low, high = _limits(policy, valid, policy.scores(valid), measure)
-        r = evaluate_system(
-            policy,
-            test,
-            system_thresholds(policy, valid, min(max(budget, low), high), scheme, measure),
-        )
-        a = np.array(system_auroc(policy, test))[:-1]
-        auroc = float(np.nanmean(a)) if np.isfinite(a).any() else math.nan
-        spent = min(max(r["cost" if measure == "latency" else "energy"], costs[0]), costs[-1])
-        over = r["accuracy"] - float(static_mixture(costs, each, spent))
-        below = oracle(right, costs, spent)["accuracy"] - r["accuracy"]
-        rows.append(
-            dict(
-                name=name,
-                auroc=auroc,
-                over_mixture=over,
-                below_oracle=below,
-                **{k: r[k] for k in ("cost", "energy", "bytes", "accuracy", "shares")},
-            )
-        )
-        print(
-            f"{name:24s}{auroc:7.3f}{r['cost']:9.3f}{r['energy']:8.3f}{r['bytes']:7.0f}{r['accuracy']:10.3f}{over:+14.3f}{below:14.3f}"
-        )
-    return rows
-
-# %% ../../nbs/4_distree/policies.ipynb #931f9bb2
-def align_exits(
-    answers:SystemAnswers,
-    reference:SystemAnswers, # validation answers of the same system
-)->SystemAnswers:            # with partial logits moved
-    "Give every exit of a student the mean partial logits of its last exit, so that messages from different depths fit together."
-    if (
-        _check_table(answers).partial.shape[:2]
-        != _check_table(reference, "reference").partial.shape[:2]
-    ):
-        raise ValueError(
-            f"reference has (students, exits) {tuple(reference.partial.shape[:2])}, answers {tuple(answers.partial.shape[:2])}: use one system"
-        )
-    mean = reference.partial.mean(2, keepdim=True)
-    return replace(answers, partial=answers.partial - mean + mean[:, -1:])
-
-# %% ../../nbs/4_distree/policies.ipynb #9018bb99
-def lambda_grid(
-    policy,                # a `SystemPolicy` or its name
-    answers:SystemAnswers, # other images than those that calibrate
-    size:int=40,           # values
-)->np.ndarray:             # (<= size,) falling: later exits first
-    "Values of lambda for `control_system`, spread evenly over the policy's scores; raises `ValueError` without scores."
-    policy, size = policy_by_name(policy), whole(size, "size")
-    v = policy.levels(policy.scores(answers))[:, :-1].flatten()
-    v = v[v.isfinite()].numpy()
-    if len(v) == 0:
-        raise ValueError(
-            f"{type(policy).__name__} has no scores on these answers, so no thresholds to try"
-        )
-    return np.unique(np.quantile(v, np.linspace(0, 1, size)))[::-1]
-
-def system_losses(
-    policy,                # a `SystemPolicy` or its name
-    answers:SystemAnswers,
-    lams,                  # (G,) falling
-    kind="consistency",    # loss of exits.guarantees, compared with the system at its last exit
-)->tuple:                  # L (G, S) losses of the aggregated answer, cost (G,) mean latency
-    "Run the whole system at every lambda; raises `ValueError` for values that do not fall."
-    policy, lams = policy_by_name(policy), finite(np.asarray(lams, float), "lams", inf=True)
-    if lams.ndim != 1 or not len(lams) or not (np.diff(lams) < 0).all():
-        raise ValueError("lams must fall strictly: the most conservative value comes first")
-    s, last, L, cost = policy.scores(answers), answers.joint(answers.n_exits - 1), [], []
-    for lam in lams:
-        d = policy.depth(answers, policy.path(float(lam), answers.n_exits), s)
-        L.append(sample_losses(torch.stack([answers.logits(d), last]), kind, answers.y)[0])
-        cost.append(float(policy.costs(answers, d)["latency"].mean()))
-    return np.array(L), np.array(cost)
-
-# %% ../../nbs/4_distree/policies.ipynb #e75919fe
-def control_system(
-    policy,                # a `SystemPolicy` or its name
-    answers:SystemAnswers, # calibration answers: not those that trained or chose anything
-    epsilon:float,         # promised risk
-    delta:float=.1,        # allowed error probability of "ucb" and "ltt"
-    method="ltt",          # naive | crc | ucb | ltt
-    lams=None,             # (G,) falling, fixed beforehand, e.g. by `lambda_grid` on other images
-    kind="consistency",    # loss of the aggregated answer, see `sample_losses`
-    bound:float=1.,        # largest possible loss
-    seed:int=0,            # "ucb" needs the images in random order: of the shuffle
-)->RiskControl:
-    "The most aggressive lambda whose risk on the answer of the whole system is at most `epsilon`, by the prefix rule (arXiv 2405.20915)."
-    if lams is None:
-        raise ValueError(
-            "lams=None: pass values fixed beforehand, e.g. lambda_grid(policy, other_answers)"
-        )
-    epsilon, delta = number(epsilon, "epsilon", 0), number(delta, "delta", above=0, below=1)
-    method, bound = choice(method, "method", METHODS), number(bound, "bound", above=0)
-    policy, E = policy_by_name(policy), _check_table(answers).n_exits
-    seed = whole(seed, "seed", 0)
-    L, cost = system_losses(policy, answers, lams, kind)
-    if method == "ucb":
-        L = L[:, np.random.default_rng(seed).permutation(L.shape[1])]
-    k = int(last_of_prefix(passes(L, epsilon, delta, method, bound)))
-    never = [math.inf] * (E - 1) + [-math.inf]
-    if k < 0:
-        return RiskControl(
-            method,
-            epsilon,
-            delta,
-            -1,
-            math.inf,
-            never,
-            0.0,
-            None,
-            evaluate_system(policy, answers, never)["cost"],
-        )
-    row = (np.maximum.accumulate(L, 0) if method == "crc" else L)[k : k + 1]
-    level = epsilon - _bisect(
-        lambda x: 1.0 - 2 * passes(row, max(epsilon - x, 0.0), delta, method, bound)[0],
-        0.0,
-        float(epsilon),
-        30,
-    )
-    return RiskControl(
-        method,
-        epsilon,
-        delta,
-        k,
-        float(lams[k]),
-        policy.path(float(lams[k]), E),
-        float(L[k].mean()),
-        level,
-        float(cost[k]),
-    )

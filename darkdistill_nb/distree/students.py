@@ -13,22 +13,23 @@ __all__ = ['Teacher', 'filter_graph', 'strongest_links', 'modularity', 'communit
 # %% ../../nbs/4_distree/students.ipynb #16fcf7ee
 import dataclasses, math, time
 from dataclasses import dataclass
+from functools import partial
 import torch
 import torch.nn.functional as F
 from ..core.checks import check, choice, finite, flag, number, whole
 from ..core.data import ArrayData
 from ..distill.losses import Views, kd_loss
 from ..exits.networks import EarlyExitNet, Exit, build_net
-from ..exits.training import _draws, _load_progress, _save_progress
 from ..core.training import check_batches, evaluating, start_training
 from ..core.plots import figure
-from ..core.records import fingerprints
+from ..core.records import drawn_state, fingerprints, load_progress, save_progress
 from fastcore.basics import patch
 from torch import nn
 
 # %% ../../nbs/4_distree/students.ipynb #59e1efd3
 class Teacher(nn.Module):
-    "The last exit of an early-exit network as a plain classifier; its submodule `last.reduce` outputs the features (B, C)."
+    """The last exit of an early-exit network as a plain classifier;
+    its submodule `last.reduce` outputs the features (B, C)."""
 
     def __init__(self,
         net, # `EarlyExitNet`
@@ -47,47 +48,34 @@ class Teacher(nn.Module):
 def _table(x, name, shape):
     "`x` as a tensor of numbers without NaN and infinity; `shape` names its dimensions."
     x = torch.as_tensor(x)
-    check(
-        x.ndim == len(shape) and x.numel(),
-        f"{name}.shape",
-        tuple(x.shape),
-        f"({', '.join(shape)}), none of them 0",
-    )
-    check(
-        not x.dtype.is_complex and x.dtype is not torch.bool,
-        f"{name}.dtype",
-        x.dtype,
-        "real numbers",
-    )
+    ok = x.ndim == len(shape) and x.numel()
+    check(ok, f"{name}.shape", tuple(x.shape), f"({', '.join(shape)}), none of them 0")
+    ok = not x.dtype.is_complex and x.dtype is not torch.bool
+    check(ok, f"{name}.dtype", x.dtype, "real numbers")
     return finite(x, name)
 
+# %% ../../nbs/4_distree/students.ipynb #c858e621
 def _graph(W, links=False, both_ways=True):
     "`W` as the weights of a graph; with `links` there must be one at least."
     W = _table(W, "W", ("filters", "filters"))
-    check(
-        W.shape[0] == W.shape[1],
-        "W.shape",
-        tuple(W.shape),
-        "(filters, filters), as many rows as columns",
-    )
+    ok = W.shape[0] == W.shape[1]
+    check(ok, "W.shape", tuple(W.shape), "(filters, filters), as many rows as columns")
     check((W >= 0).all(), "W.min()", W.min(), "at least 0")
-    check(
-        not both_ways or torch.allclose(W, W.T),
-        "(W - W.T).abs().max()",
-        (W - W.T).abs().max(),
-        "0: links have no direction",
-    )
+    ok = not both_ways or torch.allclose(W, W.T)
+    check(ok, "(W - W.T).abs().max()", (W - W.T).abs().max(), "0: links have no direction")
     check(not links or W.any(), "W.max()", W.max(), "above 0: a graph with at least one link")
     return W
 
 # %% ../../nbs/4_distree/students.ipynb #551a15b5
 @torch.no_grad()
 def filter_graph(
-    activity:torch.Tensor, # (S, C) activity of each filter in each image; negative values count as 0
+    # (S, C) activity of each filter in each image; negative values count as 0
+    activity:torch.Tensor,
     top:int=50,            # most active filters of an image that are linked
     scale:bool=True,       # divide by the largest activity of the image
 )->torch.Tensor:           # (C, C) float64, symmetric, zero diagonal
-    "Weights of NoNN's filter activation graph, summed over images (arXiv 1907.11804); raises `ValueError` for NaN."
+    """Weights of NoNN's filter activation graph, summed over images (arXiv 1907.11804);
+    raises `ValueError` for NaN."""
     a, top = (
         _table(activity, "activity", ("images", "filters")).double().clamp_min(0),
         whole(top, "top", 2),
@@ -133,7 +121,8 @@ def modularity(
     groups:list,         # lists of nodes, together all nodes
     resolution:float=1., # gamma
 )->float:
-    "How much more weight lies inside the groups than chance would put there; raises `ValueError` without links."
+    """How much more weight lies inside the groups than chance would put there;
+    raises `ValueError` without links."""
     W, resolution = _graph(W, links=True), number(resolution, "resolution", low=0)
     _check_parts(groups, len(W), "groups")
     check(sum(map(len, groups)) == len(W), "groups", groups, f"lists of all {len(W)} nodes")
@@ -169,10 +158,12 @@ def _spread(groups, I, n):
         load[k] += float(I[g].sum())
     return parts
 
+# %% ../../nbs/4_distree/students.ipynb #21a5ed08
 def _imbalance(parts, I):
     load = [float(I[p].sum()) if len(p) else 0.0 for p in parts]
     return max(load) * len(load) / sum(load) - 1
 
+# %% ../../nbs/4_distree/students.ipynb #e20b89a7
 def _authors_parts(W, n, resolution, seed):
     groups = communities(strongest_links(W), resolution, seed)
     alone = [i for g in groups if len(g) == 1 for i in g]
@@ -181,7 +172,8 @@ def _authors_parts(W, n, resolution, seed):
     )[1:]
     if len(groups) < n:
         raise ValueError(
-            f"n_parts={n}: the strong links form only {len(groups)} groups besides the largest; use rule='balanced'"
+            f"n_parts={n}: the strong links form only {len(groups)} groups besides the largest; "
+            "use rule='balanced'"
         )
     parts = [list(g) for g in groups[:n]]
     for g in groups[n:]:
@@ -200,12 +192,14 @@ def _importance(importance, n):
     )
     return I
 
+# %% ../../nbs/4_distree/students.ipynb #dfc81657
 def _split(groups, I):
     "The heaviest group that can be halved, halved alternately by importance."
     big = max((g for g in groups if len(g) > 1), key=lambda g: float(I[g].sum()))
     by = sorted(big, key=lambda i: -float(I[i]))
     return [g for g in groups if g is not big] + [by[::2], by[1::2]]
 
+# %% ../../nbs/4_distree/students.ipynb #be0d0587
 def _balanced_parts(W, I, n, cover, resolution, seed):
     strength = W.sum(1)
     weak = strength < 0.05 * strength.max()
@@ -230,10 +224,12 @@ def partition_filters(
     n_parts: int,  # N students
     cover: bool = True,  # hand out filters without strong links too
     rule: str = "balanced",  # balanced | authors (the released code of NoNN, which never covers)
-    resolution: float = None,  # of Louvain's method; None: 1 and more until there are N groups, or 1/0.7 for the authors' rule
+    # of Louvain's method; None: 1 and more until there are N groups, or 1/0.7 for the authors' rule
+    resolution: float = None,
     seed: int = 0,  # of Louvain's method
 ) -> list:  # N sorted lists of filters, disjoint, none empty
-    "Divide a teacher's filters among N students; raises `ValueError` for more students than filters, NaN, or a graph without links."
+    """Divide a teacher's filters among N students;
+    raises `ValueError` for more students than filters, NaN, or a graph without links."""
     W = _graph(W, links=True)
     n_parts, I = whole(n_parts, "n_parts", 1, len(W)), _importance(importance, len(W))
     cover, rule, seed = (
@@ -255,7 +251,8 @@ def partition_report(
     W:torch.Tensor,          # (C, C)
     importance:torch.Tensor, # (C,)
 )->dict:                     # sizes, importance (share per part), left_out (filters), Q
-    "Sizes, shares of importance and modularity of a division of the filters; raises `ValueError` for what is no division."
+    """Sizes, shares of importance and modularity of a division of the filters;
+    raises `ValueError` for what is no division."""
     W = _graph(W, links=True)
     importance = _importance(importance, len(W))
     _check_parts(parts, len(W))
@@ -268,6 +265,21 @@ def partition_report(
         left_out=len(W) - len(used),
         Q=round(modularity(inside, [[where[f] for f in p] for p in parts]), 4),
     )
+
+# %% ../../nbs/4_distree/students.ipynb #c230331a
+def _short(values):
+    "Numbers for a figure; None parts lines."
+    return [v if v is None else round(float(v), 3) for v in values]
+
+# %% ../../nbs/4_distree/students.ipynb #fce247aa
+def _links(at, edges):
+    "One trace of all links, from filter to filter."
+    import plotly.graph_objects as go
+
+    pairs = [(i, j) for i, j in edges if i != j]
+    x, y = (sum(([at[i][d], at[j][d], None] for i, j in pairs), []) for d in (0, 1))
+    look = dict(mode="lines", line=dict(color="rgba(120,120,120,.35)", width=1))
+    return go.Scatter(x=_short(x), y=_short(y), hoverinfo="skip", name="strong link", **look)
 
 # %% ../../nbs/4_distree/students.ipynb #1ca4c4b9
 def plot_filters(
@@ -288,28 +300,15 @@ def plot_filters(
     G = nx.from_numpy_array(strong.numpy())
     linked = [i for i in G if G.degree(i)]
     at = nx.spring_layout(G.subgraph(linked), weight="weight", seed=0, k=2 / math.sqrt(len(linked)))
-    lines = [[at[i][d], at[j][d], None] for d in (0, 1) for i, j in G.edges if i != j]
-    half = len(lines) // 2
-    x, y = sum(lines[:half], []), sum(lines[half:], [])
-    short = lambda v: [u if u is None else round(float(u), 3) for u in v]
-    traces = [
-        go.Scatter(
-            x=short(x),
-            y=short(y),
-            mode="lines",
-            line=dict(color="rgba(120,120,120,.35)", width=1),
-            hoverinfo="skip",
-            name="strong link",
-        )
-    ]
+    traces = [_links(at, G.edges)]
     size = 6 + 16 * (importance / importance.max()).sqrt()
     for n, p in enumerate(parts):
         p = [i for i in p if i in at]
         dot = {**class_look(n, "dot"), "size": [round(float(size[i]), 1) for i in p]}
         traces.append(
             go.Scatter(
-                x=short(at[i][0] for i in p),
-                y=short(at[i][1] for i in p),
+                x=_short(at[i][0] for i in p),
+                y=_short(at[i][1] for i in p),
                 mode="markers",
                 name=f"student {n + 1}",
                 text=[f"filter {i}" for i in p],
@@ -340,7 +339,8 @@ def student_net(
 
 # %% ../../nbs/4_distree/students.ipynb #d1d73e91
 class DistrEE(nn.Module):
-    "N students with exits and one joint linear classifier on their features (arXiv 2502.15735); with a single exit it is NoNN."
+    """N students with exits and one joint linear classifier on their features (arXiv 2502.15735);
+    with a single exit it is NoNN."""
 
     def __init__(self,
         students,      # `EarlyExitNet`s with equally many exits, see `student_net`
@@ -348,21 +348,16 @@ class DistrEE(nn.Module):
         n_classes:int, # K
     ):
         super().__init__()
-        students, sizes, n_classes = (
-            list(students),
-            [whole(m, "a size") for m in sizes],
-            whole(n_classes, "n_classes"),
-        )
-        check(
-            all(isinstance(s, EarlyExitNet) for s in students),
-            "students",
-            [type(s).__name__ for s in students],
-            "EarlyExitNets",
-        )
+        students = list(students)
+        sizes = [whole(m, "a size") for m in sizes]
+        n_classes = whole(n_classes, "n_classes")
+        ok = all(isinstance(s, EarlyExitNet) for s in students)
+        check(ok, "students", [type(s).__name__ for s in students], "EarlyExitNets")
         depths = [len(s) for s in students]
         if len(set(depths)) != 1 or len(students) != len(sizes):
             raise ValueError(
-                f"students with {depths} exits and {len(sizes)} sizes: there must be one size a student, and equally many exits"
+                f"students with {depths} exits and {len(sizes)} sizes: "
+                "there must be one size a student, and equally many exits"
             )
         for s, m in zip(students, sizes):
             widths = {v.norm.normalized_shape[0] for v in s.exits}
@@ -382,18 +377,25 @@ class DistrEE(nn.Module):
 
     def forward(self, x): return [torch.stack(s.features(s.stem(x))) for s in self.students]
 
-    def partial(self, n, F):
-        return F @ self.joint.weight[:, sum(self.sizes[:n]) : sum(self.sizes[: n + 1])].T
+# %% ../../nbs/4_distree/students.ipynb #62c6d310
+@patch
+def partial(self: DistrEE, n, F):
+    "(..., K) what student `n` adds to the joint logits, from its features."
+    return F @ self.joint.weight[:, sum(self.sizes[:n]) : sum(self.sizes[: n + 1])].T
 
-    def logits(self, features):
-        return sum(self.partial(n, f) for n, f in enumerate(features)) + self.joint.bias
+# %% ../../nbs/4_distree/students.ipynb #8baeaeff
+@patch
+def logits(self: DistrEE, features):
+    "(..., K) joint logits from the features of all students."
+    return sum(self.partial(n, f) for n, f in enumerate(features)) + self.joint.bias
 
 # %% ../../nbs/4_distree/students.ipynb #525fedfc
 def transfer_loss(
     student:torch.Tensor, # (..., B, m)
     teacher:torch.Tensor, # (B, m) features of the same filters
 )->torch.Tensor:          # (...) mean over the batch
-    "Squared distance of features scaled to length 1 (NoNN, arXiv 1907.11804); raises `ValueError` for other shapes."
+    """Squared distance of features scaled to length 1 (NoNN, arXiv 1907.11804);
+    raises `ValueError` for other shapes."""
     check(
         student.ndim >= 2 and student.shape[-2:] == teacher.shape,
         "student.shape",
@@ -445,34 +447,36 @@ class DistrEELoss:
         _check_parts(parts, 10**9)
         if [len(p) for p in parts] != system.sizes:
             raise ValueError(
-                f"parts have {[len(p) for p in parts]} filters, the students {system.sizes} features"
+                f"parts have {[len(p) for p in parts]} filters, "
+                f"the students {system.sizes} features"
             )
         self.system, self.parts = system, [list(map(int, p)) for p in parts]
-        self.alpha, self.tau = number(alpha, "alpha", 0, 1), number(tau, "tau", above=0)
-        self.beta, self.drop = number(beta, "beta", 0), number(drop, "drop", 0, below=1)
-        self.local, self.generator = flag(local, "local"), _generator(generator)
-        self.w = (
-            branch_weights(system.n_exits, w)
-            if isinstance(w, str)
-            else _table(w, "w", ("exits",)).float()
-        )
+        self.alpha = number(alpha, "alpha", 0, 1)
+        self.tau = number(tau, "tau", above=0)
+        self.beta = number(beta, "beta", 0)
+        self.drop = number(drop, "drop", 0, below=1)
+        self.local = flag(local, "local")
+        self.generator = _generator(generator)
+        rule = isinstance(w, str)
+        self.w = branch_weights(system.n_exits, w) if rule else _table(w, "w", ("exits",)).float()
         if len(self.w) != system.n_exits:
             raise ValueError(f"w has {len(self.w)} entries for {system.n_exits} exits")
-        check(
-            (self.w >= 0).all() and self.w.any(),
-            "w",
-            self.w.tolist(),
-            "nowhere negative, and somewhere above 0",
-        )
+        ok = (self.w >= 0).all() and self.w.any()
+        check(ok, "w", self.w.tolist(), "nowhere negative, and somewhere above 0")
 
-    def missing(self, N, B):
-        "(N, B) which students are missing; never all."
-        gone = torch.rand(N, B, generator=self.generator) < self.drop
-        gone[torch.randint(N, (B,), generator=self.generator), torch.arange(B)] = False
-        return gone
+# %% ../../nbs/4_distree/students.ipynb #217c1613
+@patch
+def missing(self: DistrEELoss, N, B):
+    "(N, B) which students are missing; never all."
+    gone = torch.rand(N, B, generator=self.generator) < self.drop
+    gone[torch.randint(N, (B,), generator=self.generator), torch.arange(B)] = False
+    return gone
 
-    def kd(self, z, t, y):
-        return (1 - self.alpha) * F.cross_entropy(z, y) + self.alpha * kd_loss(z, t, self.tau)
+# %% ../../nbs/4_distree/students.ipynb #7bd775f0
+@patch
+def kd(self: DistrEELoss, z, t, y):
+    "Cross-entropy mixed with the teacher's answers; scalar (nats)."
+    return (1 - self.alpha) * F.cross_entropy(z, y) + self.alpha * kd_loss(z, t, self.tau)
 
 # %% ../../nbs/4_distree/students.ipynb #6b7d7760
 def _check_batch(system, parts, features, t, y):
@@ -546,6 +550,7 @@ def _pass(system, loss, views, v, table, opt, rate, order, amp):
         total += value.detach() * len(y)
     return float(total) / len(views)
 
+# %% ../../nbs/4_distree/students.ipynb #ac513188
 def _epoch(e, epochs, lr, system, loss, views, table, opt, batch_size, generator, amp):
     "One epoch; returns its row."
     start, N = time.perf_counter(), len(views)
@@ -561,51 +566,28 @@ def _epoch(e, epochs, lr, system, loss, views, table, opt, batch_size, generator
 # %% ../../nbs/4_distree/students.ipynb #2dd7967b
 def _lesson(system, loss, data, table, batch_size):
     "The data as `Views`, if system, loss, data and the teacher's table belong together."
-    check(
-        isinstance(data, (ArrayData, Views)),
-        "data",
-        type(data).__name__,
-        "an ArrayData, or Views of one",
-    )
+    ok = isinstance(data, (ArrayData, Views))
+    check(ok, "data", type(data).__name__, "an ArrayData, or Views of one")
     views = data if isinstance(data, Views) else Views(data)
     check(isinstance(system, DistrEE), "system", type(system).__name__, "a DistrEE")
-    check(
-        isinstance(loss, DistrEELoss) and loss.system is system,
-        "loss",
-        type(loss).__name__,
-        "a DistrEELoss of this system",
-    )
-    check(
-        isinstance(views.data, ArrayData) and len(views),
-        "data",
-        type(views.data).__name__,
-        "an ArrayData with samples",
-    )
-    check(
-        {"logits", "features"} <= set(table),
-        "table",
-        list(table),
-        "a table with 'logits' and 'features', of `teacher_table`",
-    )
+    ok = isinstance(loss, DistrEELoss) and loss.system is system
+    check(ok, "loss", type(loss).__name__, "a DistrEELoss of this system")
+    ok = isinstance(views.data, ArrayData) and len(views)
+    check(ok, "data", type(views.data).__name__, "an ArrayData with samples")
+    ok = {"logits", "features"} <= set(table)
+    check(ok, "table", list(table), "a table with 'logits' and 'features', of `teacher_table`")
     for k in ("logits", "features"):
         if (shape := tuple(table[k].shape[:2])) != (views.n, len(views)):
             raise ValueError(
-                f"the teacher's {k} have shape {shape} in (views, images), the data {(views.n, len(views))}"
+                f"the teacher's {k} have shape {shape} in (views, images), "
+                f"the data {(views.n, len(views))}"
             )
         finite(table[k], f"table[{k!r}]")
     labels = int(views.data.y.min()), int(views.data.y.max())
-    check(
-        labels[0] >= 0 and labels[1] < system.n_classes,
-        "data.y",
-        labels,
-        f"labels from 0 to {system.n_classes - 1}",
-    )
-    check(
-        any(p.requires_grad for p in system.parameters()),
-        "system",
-        "one with all weights frozen",
-        "one with weights to train",
-    )
+    ok = labels[0] >= 0 and labels[1] < system.n_classes
+    check(ok, "data.y", labels, f"labels from 0 to {system.n_classes - 1}")
+    ok = any(p.requires_grad for p in system.parameters())
+    check(ok, "system", "one with all weights frozen", "one with weights to train")
     check_batches(system, len(views), batch_size, views.data[:1][0])
     return views
 
@@ -621,13 +603,14 @@ def _training_of(system, loss, views, table, opt, generator, **settings):
         weights=system,
         generator=generator,
         optimizer=[type(opt), groups],
-        rng=torch.get_rng_state() if _draws(system) else None,
+        rng=drawn_state(system),
     )
 
-def _resume(path, system, opt, drawn, loss, marks):
+# %% ../../nbs/4_distree/students.ipynb #d68992c2
+def _resume(path, system, opt, drawn, marks):
     "Rows of a checkpoint that belongs to this training; a damaged file is named with what to do."
     try:
-        return _load_progress(path, system, opt, drawn, loss, marks)
+        return load_progress(path, system, opt, drawn, marks)
     except (ValueError, KeyError, RuntimeError) as e:
         if "delete" in str(e):
             raise
@@ -648,45 +631,34 @@ def train_distree(
     generator=None,  # draws the order; None: the stored order
     optimizer=None,  # optimizer(parameters) -> torch optimiser; None: SGD with momentum .9
     amp: bool = False,  # compute the students in bfloat16 where that is safe
-    checkpoint=None,  # file that is written after each epoch, and read first if it is there and of this training
+    # file that is written after each epoch, and read first if it is there and of this training
+    checkpoint=None,
     on_epoch=None,  # called as on_epoch(row, system) after each epoch
 ) -> list:  # a dict per epoch: epoch, loss (mean per image), seconds
-    "Train all students; raises `ValueError` for bad settings or another training's checkpoint, `FloatingPointError` if the loss is not finite."
-    epochs, batch_size, amp = (
-        whole(epochs, "epochs", 0),
-        whole(batch_size, "batch_size"),
-        flag(amp, "amp"),
-    )
+    """Train all students; raises `ValueError` for bad settings or another training's checkpoint,
+    `FloatingPointError` if the loss is not finite."""
+    epochs = whole(epochs, "epochs", 0)
+    batch_size = whole(batch_size, "batch_size")
+    amp = flag(amp, "amp")
     lr, weight_decay = number(lr, "lr", 0), number(weight_decay, "weight_decay", 0)
     views = _lesson(system, loss, data, table, batch_size)
-    make = optimizer or (
-        lambda p: torch.optim.SGD(p, lr=lr, momentum=0.9, weight_decay=weight_decay)
-    )
+    usual = dict(lr=lr, momentum=0.9, weight_decay=weight_decay)
+    make = optimizer or partial(torch.optim.SGD, **usual)
     opt = make([p for p in system.parameters() if p.requires_grad])
     drawn, rows, marks = [g for g in (_generator(generator), loss.generator) if g], [], None
+    how = dict(epochs=epochs, lr=lr, batch_size=batch_size, amp=amp)
     if checkpoint:
-        marks = _training_of(
-            system,
-            loss,
-            views,
-            table,
-            opt,
-            generator,
-            epochs=epochs,
-            lr=lr,
-            batch_size=batch_size,
-            amp=amp,
-        )
-        rows = _resume(checkpoint, system, opt, drawn, loss, marks)
-    modes = [(m, m.training) for m in start_training(system).modules()]
+        marks = _training_of(system, loss, views, table, opt, generator, **how)
+        rows = _resume(checkpoint, system, opt, drawn, marks)
+    start_training(system)
+    modes = [(m, m.training) for m in system.modules()]
+    parts = system, loss, views, table, opt, batch_size, generator, amp
     for e in range(len(rows), epochs):
         for m, mode in modes:  # whatever `on_epoch` did to them
             m.training = mode
-        rows.append(
-            _epoch(e, epochs, lr, system, loss, views, table, opt, batch_size, generator, amp)
-        )
+        rows.append(_epoch(e, epochs, lr, *parts))
         if checkpoint:
-            _save_progress(checkpoint, system, opt, drawn, rows, marks)
+            save_progress(checkpoint, system, opt, drawn, rows, marks)
         if on_epoch:
             on_epoch(rows[-1], system)
     return rows
@@ -694,28 +666,18 @@ def train_distree(
 # %% ../../nbs/4_distree/students.ipynb #5d6da50c
 def _check_answers(a):
     "Shapes that fit together, without NaN; costs that rise. Parts that are None are not looked at."
-    check(
-        isinstance(a.partial, torch.Tensor) and a.partial.ndim == 4,
-        "partial",
-        type(a.partial).__name__,
-        "a tensor of shape (students, exits, images, classes)",
-    )
+    ok = isinstance(a.partial, torch.Tensor) and a.partial.ndim == 4
+    allowed = "a tensor of shape (students, exits, images, classes)"
+    check(ok, "partial", type(a.partial).__name__, allowed)
     N, E, S, K = a.partial.shape
-    check(
-        min(N, E, K) > 0,
-        "partial.shape",
-        (N, E, S, K),
-        "(students, exits, images, classes), at least one of each but images",
-    )
+    ok = min(N, E, K) > 0
+    allowed = "(students, exits, images, classes), at least one of each but images"
+    check(ok, "partial.shape", (N, E, S, K), allowed)
     shapes = dict(bias=(K,), proxy=(N, E, S, K), y=(S,), costs=(N, E))
     for name, wanted in shapes.items():
         if (v := getattr(a, name)) is not None:
-            check(
-                tuple(v.shape) == wanted,
-                f"{name}.shape",
-                tuple(v.shape),
-                f"{wanted}, as partial has {(N, E, S, K)}",
-            )
+            ok = tuple(v.shape) == wanted
+            check(ok, f"{name}.shape", tuple(v.shape), f"{wanted}, as partial has {(N, E, S, K)}")
     check(len(a.sizes) == N, "len(sizes)", len(a.sizes), f"the number of students, {N}")
     [whole(m, "a size") for m in a.sizes]
     for name in ("partial", "bias", "proxy", "costs"):
@@ -725,12 +687,8 @@ def _check_answers(a):
         rising = (
             (a.costs.diff(dim=1) >= 0).all() and (a.costs >= 0).all() and (a.costs[:, -1] > 0).all()
         )
-        check(
-            rising,
-            "costs",
-            a.costs.tolist(),
-            "MACs that never fall from exit to exit, and are above 0 at the last",
-        )
+        allowed = "MACs that never fall from exit to exit, and are above 0 at the last"
+        check(rising, "costs", a.costs.tolist(), allowed)
     if a.features is not None:
         wanted = [(E, S, m) for m in a.sizes]
         found = [tuple(f.shape) for f in a.features]
@@ -740,7 +698,8 @@ def _check_answers(a):
 # %% ../../nbs/4_distree/students.ipynb #85d7d129
 @dataclass
 class SystemAnswers:
-    "What the students of a system would send at each exit, for S images; raises `ValueError` for parts that do not fit."
+    """What the students of a system would send at each exit, for S images;
+    raises `ValueError` for parts that do not fit."""
 
     partial:torch.Tensor # (N, E, S, K) partial logits
     bias:torch.Tensor    # (K,) of the joint classifier
@@ -777,7 +736,8 @@ def logits(self:SystemAnswers,
     present=None,        # (N, S) bool: whose message came; None: all
     mean=None,           # (N, K) contribution of a missing student; None: nothing
 )->torch.Tensor:         # (S, K)
-    "Joint logits of students that stopped at different exits; raises `ValueError` for exits that do not exist."
+    """Joint logits of students that stopped at different exits;
+    raises `ValueError` for exits that do not exist."""
     N, E, S, K = self.partial.shape
     depth = torch.as_tensor(depth)
     exits = (
@@ -788,19 +748,11 @@ def logits(self:SystemAnswers,
         raise ValueError(f"depth must have shape {(N, S)} with exits 0..{E - 1}")
     z = self.partial.gather(1, depth.long()[:, None, :, None].expand(N, 1, S, K))[:, 0]
     if present is not None:
-        check(
-            tuple(present.shape) == (N, S) and present.dtype is torch.bool,
-            "present",
-            (present.dtype, tuple(present.shape)),
-            f"bool of shape {(N, S)}",
-        )
+        ok = tuple(present.shape) == (N, S) and present.dtype is torch.bool
+        check(ok, "present", (present.dtype, tuple(present.shape)), f"bool of shape {(N, S)}")
         if mean is not None:
-            check(
-                tuple(mean.shape) == (N, K),
-                "mean.shape",
-                tuple(mean.shape),
-                f"{(N, K)}, students and classes",
-            )
+            ok = tuple(mean.shape) == (N, K)
+            check(ok, "mean.shape", tuple(mean.shape), f"{(N, K)}, students and classes")
             finite(mean, "mean")
         z = torch.where(
             present[..., None],
@@ -819,12 +771,8 @@ def system_answers(
 )->SystemAnswers:       # on the CPU
     "Ask every student at every exit for a whole data set; raises `ValueError` for an empty one."
     check(isinstance(system, DistrEE), "system", type(system).__name__, "a DistrEE")
-    check(
-        isinstance(data, ArrayData) and len(data),
-        "data",
-        type(data).__name__,
-        "an ArrayData with samples",
-    )
+    ok = isinstance(data, ArrayData) and len(data)
+    check(ok, "data", type(data).__name__, "an ArrayData with samples")
     features, parts = flag(features, "features"), []
     with evaluating(system):
         for x, _ in data.batches(whole(batch_size, "batch_size")):
@@ -855,7 +803,8 @@ def make_answers(
     seed:int=0,
     length:int=16,     # m, the same for all students
 )->SystemAnswers:
-    "A synthetic table of answers in which easy images are right early, and deep exits are better; raises `ValueError` for sizes below 1."
+    """A synthetic table of answers in which easy images are right early, and deep exits are
+    better; raises `ValueError` for sizes below 1."""
     N, E, S = whole(n_students, "n_students"), whole(n_exits, "n_exits"), whole(n, "n")
     K, length = whole(n_classes, "n_classes"), whole(length, "length")
     g = torch.Generator().manual_seed(whole(seed, "seed", 0, 2**63 - 1))

@@ -14,38 +14,33 @@ from collections import deque
 import numpy as np
 from fastcore.basics import patch
 from ..core.checks import as_array, check, choice, number, whole
-from darkdistill_nb.exits.guarantees import (
-    _costs,
-    _grid,
-    _losses,
-    grid_losses,
-    last_of_prefix,
-    passes,
-)
+from .bounds import _costs, _grid, _losses, grid_losses, last_of_prefix
+from .guarantees import passes
 
 # %% ../../nbs/2_exits/control.ipynb #eb104223
 class LatencyController:
-    "Integral control of the exit threshold towards a mean latency, never below a safe threshold unless told so; raises `ValueError` for bad settings."
+    """Integral control of the exit threshold towards a mean latency, never below a safe threshold
+    unless told so; raises `ValueError` for bad settings."""
 
     def __init__(self,
         budget:float,       # mean latency to hold, any unit of time
         eta:float=.02,      # step size
         lam:float=None,     # first threshold; None: the safe threshold
         floor:float=0.,     # lowest threshold ever used
-        ceiling:float=1.,   # highest threshold ever used; above the largest score it means "never exit"
+        # highest threshold ever used; above the largest score it means "never exit"
+        ceiling:float=1.,
         safe=None,          # lambda_safe: a number, or a `ShadowMonitor`; None: the floor
         priority="quality", # when both constraints conflict: "quality" or "deadline" first
         half_life:float=20, # of the average of latencies, in requests; 0: none
     ):
         self.budget = number(budget, "budget", above=0)
         self.eta = number(eta, "eta", above=0, high=1)
-        self.floor, self.ceiling = number(floor, "floor"), number(ceiling, "ceiling")
+        self.floor = number(floor, "floor")
+        self.ceiling = number(ceiling, "ceiling")
         check(floor < ceiling, "floor", floor, f"below ceiling={ceiling}")
         self.priority = choice(priority, "priority", ("quality", "deadline"))
-        half_life, lam = (
-            number(half_life, "half_life", 0),
-            lam if lam is None else number(lam, "lam", inf=True),
-        )
+        half_life = number(half_life, "half_life", 0)
+        lam = lam if lam is None else number(lam, "lam", inf=True)
         moves = safe is None or hasattr(safe, "lam")
         self.safe = safe if moves else number(safe, "safe", inf=True)
         self.alpha = 1 - 2 ** (-1 / half_life) if half_life else 1.0
@@ -58,20 +53,24 @@ class LatencyController:
         self.log = []
         self.lam = self._clip(self.lam_safe if lam is None else lam)
 
-    @property
-    def lam_safe(self): # the threshold below which the promise does not hold
-        v = (
-            self.safe.lam
-            if hasattr(self.safe, "lam")
-            else self.floor
-            if self.safe is None
-            else self.safe
-        )
-        return min(max(v, self.floor), self.ceiling)
+# %% ../../nbs/2_exits/control.ipynb #132b8121
+@patch(as_prop=True)
+def lam_safe(self: LatencyController):
+    "The threshold below which the promise does not hold."
+    v = (
+        self.safe.lam
+        if hasattr(self.safe, "lam")
+        else self.floor
+        if self.safe is None
+        else self.safe
+    )
+    return min(max(v, self.floor), self.ceiling)
 
-    def _clip(self, v):
-        low = self.lam_safe if self.priority == "quality" else self.floor
-        return float(min(max(v, low), self.ceiling))
+# %% ../../nbs/2_exits/control.ipynb #24364d03
+@patch
+def _clip(self: LatencyController, v):
+    low = self.lam_safe if self.priority == "quality" else self.floor
+    return float(min(max(v, low), self.ceiling))
 
 # %% ../../nbs/2_exits/control.ipynb #5c9b15ac
 @patch
@@ -80,7 +79,8 @@ def update(self:LatencyController,
     shadow=None,   # (scores, losses), (E,) each, if the request became a shadow run
     gain=None,     # not used; other controllers want it
 )->float:          # the next threshold
-    "Learn the latency of one request and move the threshold by -eta times the mean relative lateness; raises `ValueError` for a latency below 0 or NaN."
+    """Learn the latency of one request and move the threshold by -eta times the mean relative
+    lateness; raises `ValueError` for a latency below 0 or NaN."""
     latency = latency if latency is None else number(latency, "latency", 0)
     if shadow is not None and hasattr(self.safe, "add"):
         self.safe.add(*shadow)
@@ -104,7 +104,8 @@ def update(self:LatencyController,
 
 # %% ../../nbs/2_exits/control.ipynb #255535b8
 class ShadowMonitor:
-    "Keeps lambda_safe current from shadow runs: `ucb` on a window, or `aci` (arXiv 2106.00170); raises `ValueError` for bad settings."
+    """Keeps lambda_safe current from shadow runs: `ucb` on a window, or `aci` (arXiv 2106.00170);
+    raises `ValueError` for bad settings."""
 
     def __init__(self,
         grid,            # (G,) thresholds from large to small
@@ -119,7 +120,8 @@ class ShadowMonitor:
         self.epsilon = number(epsilon, "epsilon", 0, 1)
         self.delta = number(delta, "delta", above=0, below=1)
         self.gamma = number(gamma, "gamma", above=0)
-        self.grid, self.every = _grid(grid, 1), whole(every, "every")
+        self.grid = _grid(grid, 1)
+        self.every = whole(every, "every")
         check(
             self.grid.ndim == 1,
             "grid's shape",
@@ -141,13 +143,15 @@ def _under_grid(self: ShadowMonitor, scores, losses):
     "Losses (G, n) under every threshold; those of at most 1 that both methods need."
     return grid_losses(scores, _losses(losses, "losses", 1), self.grid)[0]
 
+# %% ../../nbs/2_exits/control.ipynb #6c541505
 @patch
 def _choose(self: ShadowMonitor):
     L = np.array(self.rows)[::-1].T  # newest first
     if self.method == "ucb":
         ok = passes(L, self.epsilon, self.delta, "ucb")
     else:
-        ok = (L.mean(-1) <= self.level) & (self.level >= 0)
+        risk = L.mean(-1)
+        ok = (risk <= self.level) & (self.level >= 0)
     self.index = int(last_of_prefix(ok))
 
 # %% ../../nbs/2_exits/control.ipynb #d17decf7
@@ -187,7 +191,8 @@ def simulate_queue(
     rho:float=0.,  # share of requests that become shadow runs
     seed:int=0,    # of the choice of shadow runs
 )->dict:           # latency, lam, exit, each (T,)
-    "Simulate one first-come-first-served server whose exit threshold is set by a controller; raises `ValueError` for NaN, negative times and misfits."
+    """Simulate one first-come-first-served server whose exit threshold is set by a controller;
+    raises `ValueError` for NaN, negative times and misfits."""
     rho, seed = number(rho, "rho", 0, 1), whole(seed, "seed", 0)
     if rho and losses is None:
         raise ValueError(f"rho={rho} asks for shadow runs, which need losses")
@@ -207,16 +212,16 @@ def simulate_queue(
         leave[-1] = True
         e = int(leave.argmax())
         out.append((wait + c[e], lam, e))
-        controller.update(
-            wait + c[e], shadow=(s[:, i], l[:, i]) if coin[t] else None, gain=s[e, i] - s[0, i]
-        )
+        shadow = (s[:, i], l[:, i]) if coin[t] else None
+        controller.update(wait + c[e], shadow=shadow, gain=s[e, i] - s[0, i])
         wait = max(0.0, wait + (c[-1] if coin[t] else c[e]) - gap)
     latency, lam, e = zip(*out)
     return dict(latency=np.array(latency), lam=np.array(lam), exit=np.array(e))
 
 # %% ../../nbs/2_exits/control.ipynb #b8c66a83
 class BanditController:
-    "Sliding-window UCB1 over a few thresholds, with reward gain - kappa * latency / budget (arXiv 0805.3415); raises `ValueError` for bad settings."
+    """Sliding-window UCB1 over a few thresholds, with reward gain - kappa * latency / budget
+    (arXiv 0805.3415); raises `ValueError` for bad settings."""
 
     def __init__(self,
         arms,            # thresholds to choose from, 8 to 12 of them
@@ -228,7 +233,8 @@ class BanditController:
         self.arms = [number(a, "arms", inf=True) for a in arms]
         self.budget = number(budget, "budget", above=0)
         check(len(self.arms) > 1, "arms", self.arms, "at least two thresholds")
-        self.kappa, self.bonus = number(kappa, "kappa", 0), number(bonus, "bonus", 0)
+        self.kappa = number(kappa, "kappa", 0)
+        self.bonus = number(bonus, "bonus", 0)
         self.past, self.arm = deque(maxlen=whole(window, "window")), 0
 
     @property
@@ -236,7 +242,8 @@ class BanditController:
         return self.arms[self.arm]
 
     def update(self, latency, gain, shadow=None):
-        "Learn from a request (latencies above 3 budgets count as 3); returns the next threshold. Raises `ValueError` for NaN."
+        """Learn from a request (latencies above 3 budgets count as 3);
+        returns the next threshold. Raises `ValueError` for NaN."""
         latency, gain = number(latency, "latency", 0), number(gain, "gain")
         self.past.append((self.arm, gain - self.kappa * min(latency / self.budget, 3.0)))
         arm, reward = map(np.array, zip(*self.past))

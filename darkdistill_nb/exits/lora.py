@@ -12,6 +12,7 @@ __all__ = ['TARGETS', 'LoRALinear', 'add_lora', 'lora_state', 'merge_lora']
 import math
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 from ..core.checks import check, number, whole
 from .networks import EarlyExitNet
@@ -51,20 +52,24 @@ class LoRALinear(nn.Linear):
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         self.train(base.training)  # or dropout would be on in a network that is evaluating
 
-    def forward(self, x):
-        y, x = super().forward(x), self.dropout(x)
-        for k, (a, b) in self.parts.items():
-            y[..., a:b].add_(
-                F.linear(F.linear(x, self.lora_A[k]), self.lora_B[k]), alpha=self.scale
-            )
-        return y
+# %% ../../nbs/2_exits/lora.ipynb #12fc21f1
+@patch
+def forward(self: LoRALinear, x):
+    "The layer's output with the corrections of its parts."
+    y, x = super(LoRALinear, self).forward(x), self.dropout(x)
+    for k, (a, b) in self.parts.items():
+        y[..., a:b].add_(
+            F.linear(F.linear(x, self.lora_A[k]), self.lora_B[k]), alpha=self.scale
+        )
+    return y
 
-    def merged(self):
-        "The plain weight that computes the same: W + alpha/r * BA."
-        w = self.weight.detach().clone()
-        for k, (a, b) in self.parts.items():
-            w[a:b] += self.scale * self.lora_B[k].detach() @ self.lora_A[k].detach()
-        return w
+@patch
+def merged(self: LoRALinear):
+    "The plain weight that computes the same: W + alpha/r * BA."
+    w = self.weight.detach().clone()
+    for k, (a, b) in self.parts.items():
+        w[a:b] += self.scale * self.lora_B[k].detach() @ self.lora_A[k].detach()
+    return w
 
 # %% ../../nbs/2_exits/lora.ipynb #a5f99b6e
 TARGETS = {
@@ -95,7 +100,8 @@ def _find(net, targets):
         ]
         if not hits:
             raise ValueError(
-                f"targets={tuple(targets)}: no linear layer {path!r} in the stages of this network; LoRA adapts transformer blocks"
+                f"targets={tuple(targets)}: no linear layer {path!r} in "
+                "the stages of this network; LoRA adapts transformer blocks"
             )
         found += [(n, m, {t: TARGETS[t][1] for t in ts}, TARGETS[ts[0]][2]) for n, m in hits]
     return found
@@ -108,7 +114,8 @@ def add_lora(
     dropout:float=.01,   # on the input of the corrections, while training
     targets=("q", "v"),  # of q, k, v, proj, fc1, fc2
 )->EarlyExitNet:         # `net`
-    "Adapt a ViT by LoRA: only corrections and exits stay trainable; raises `ValueError` where there is nothing to adapt or it is done."
+    """Adapt a ViT by LoRA: only corrections and exits stay trainable;
+    raises `ValueError` where there is nothing to adapt or it is done."""
     targets = (targets,) if isinstance(targets, str) else tuple(dict.fromkeys(map(str, targets)))
     unknown = [t for t in targets if t not in TARGETS]
     check(targets and not unknown, "targets", targets, f"some of {', '.join(TARGETS)}")

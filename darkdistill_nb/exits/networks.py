@@ -25,6 +25,7 @@ def _sizes(low=1, **numbers):
     "Whole numbers of at least `low`, and not so large that no network can have them."
     return [whole(v, name, low, 100_000) for name, v in numbers.items()]
 
+# %% ../../nbs/2_exits/networks.ipynb #d0236f8d
 def _shape(input_shape, axes=3):
     "A shape as a tuple of whole numbers; `axes` None: any number of them."
     ok = isinstance(input_shape, (tuple, list, torch.Size)) and len(input_shape) == (
@@ -33,6 +34,7 @@ def _shape(input_shape, axes=3):
     check(ok, "input_shape", input_shape, "(C, H, W)" if axes else "a tuple of sizes")
     return tuple(whole(v, f"input_shape[{i}]", 1, 100_000) for i, v in enumerate(input_shape))
 
+# %% ../../nbs/2_exits/networks.ipynb #531d105c
 def _exits_at(exits, low, high, what):
     "Places of exits as rising whole numbers."
     exits = tuple(whole(e, f"exits[{i}]", None) for i, e in enumerate(exits))
@@ -78,10 +80,15 @@ class PooledMap(nn.Module):
 
 # %% ../../nbs/2_exits/networks.ipynb #3905e0a2
 class _Scale(torch.autograd.Function):
+    generate_vmap_rule = True  # many networks may run as one, see federated.stacked
+
     @staticmethod
-    def forward(ctx, x, s):
-        ctx.s = s
+    def forward(x, s):
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.s = inputs[1]
 
     @staticmethod
     def backward(ctx, g):
@@ -109,7 +116,8 @@ class EarlyExitNet(nn.Module):
         super().__init__()
         if len(stages) != len(exits) or not len(stages):
             raise ValueError(
-                f"{len(stages)} stages and {len(exits)} exits: both lists must be equally long and not empty"
+                f"{len(stages)} stages and {len(exits)} exits: "
+                "both lists must be equally long and not empty"
             )
         for name, part in dict(stem=[stem], stages=stages, exits=exits).items():
             check(all(isinstance(m, nn.Module) for m in part), name, part, "modules of PyTorch")
@@ -151,7 +159,8 @@ def take_rows(
 def prefix(self:EarlyExitNet,
     m:int # stages to keep, 1..len(self)
 )->EarlyExitNet:
-    "The first `m` blocks, sharing parameters and their names; raises `ValueError` if there are fewer."
+    """The first `m` blocks, sharing parameters and their names;
+    raises `ValueError` if there are fewer."""
     m = whole(m, "m", 1, len(self))
     return EarlyExitNet(
         self.stem, list(self.stages[:m]), list(self.exits[:m]), self.input_shape, self.n_classes
@@ -160,13 +169,14 @@ def prefix(self:EarlyExitNet,
 def block_of(
     name:str # name of a parameter or buffer of an `EarlyExitNet`
 )->int:      # 1-based block
-    "The block a parameter belongs to: stem, stage 1 and exit 1 are block 1; stage b and exit b are block b."
+    """The block a parameter belongs to: stem, stage 1 and exit 1 are block 1;
+    stage b and exit b are block b."""
     part, _, rest = str(name).partition(".")
     known = part == "stem" or (part in ("stages", "exits") and rest.partition(".")[0].isdecimal())
     check(known, "name", name, "one that starts with stem., stages.B. or exits.B.")
     return 1 if part == "stem" else int(rest.partition(".")[0]) + 1
 
-# %% ../../nbs/2_exits/networks.ipynb #d57f4c7c
+# %% ../../nbs/2_exits/networks.ipynb #e1f7db9b
 @torch.no_grad()
 def _count(f, *args):
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -177,16 +187,19 @@ def _count(f, *args):
         out = f(*args)
     return c.get_total_flops() // 2, out
 
+# %% ../../nbs/2_exits/networks.ipynb #89ed088d
 def _blank(net):
     "One black image on the network's device, in its type."
     p = next(net.parameters())
     return torch.zeros(1, *net.input_shape, device=p.device, dtype=p.dtype)
 
+# %% ../../nbs/2_exits/networks.ipynb #d57f4c7c
 @patch
 def macs(self:EarlyExitNet,
     heads:bool=True # False: stem and stages only, without the exits on the way
 )->list:            # one int per exit: MACs of an image that leaves there
-    "Multiply-accumulates of one image up to and including each exit, counted on a forward pass (convolutions and matrix products)."
+    """Multiply-accumulates of one image up to and including each exit, counted on a forward pass
+    (convolutions and matrix products)."""
     with evaluating(self):
         total, z = _count(self.stem, _blank(self))
         out = []
@@ -205,7 +218,7 @@ def latent_shape(self:EarlyExitNet)->tuple: # shape of one sample's latents
 
 # %% ../../nbs/2_exits/networks.ipynb #04e60e6d
 class ConvStage(nn.Module):
-    "A residual stage: `depth` pre-activated 3x3 convolutions, after an optional halving of the map."
+    "A residual stage: `depth` pre-activated 3x3 convolutions, the map halved before if asked."
 
     def __init__(self,
         width:int,        # channels in and out
@@ -232,9 +245,11 @@ def cnn(
     stages:int=4,                # stages, one exit each
     width:int=32,                # channels; a multiple of 4
     depth:int=1,                 # convolutions per stage
-    pool:int=4,                  # cells along each side that an exit averages to; 1 = global average
+    # cells along each side that an exit averages to; 1 = global average
+    pool:int=4,
 )->EarlyExitNet:
-    "A small residual CNN with an exit after every stage; raises `ValueError` for sizes that cannot be."
+    """A small residual CNN with an exit after every stage;
+    raises `ValueError` for sizes that cannot be."""
     C, H, W = input_shape = _shape(input_shape)
     if min(H, W) < 4:
         raise ValueError(
@@ -285,7 +300,8 @@ class WideBlock(nn.Module):
 
 # %% ../../nbs/2_exits/networks.ipynb #9357a97b
 class Project(nn.Module):
-    "A reduction followed by a linear map, so that exits of different width give features of one length."
+    """A reduction followed by a linear map,
+    so that exits of different width give features of one length."""
 
     def __init__(self,
         reduce:nn.Module, # stage output -> (B, width)
@@ -303,12 +319,15 @@ def wrn(
     widen: int = 1,  # k
     input_shape: tuple = (3, 32, 32),  # (C, H, W)
     n_classes: int = 10,  # K
-    exits: tuple = None,  # after which blocks (1-based), 0 = after the stem; None: the end of each group
+    # after which blocks (1-based), 0 = after the stem; None: the end of each group
+    exits: tuple = None,
     pool: int = 4,  # cells along each side that an exit averages to; 1 = global average pooling
-    features: int = None,  # length of every exit's features, by a linear map after pooling; None: channels * pool * pool
+    # length of every exit's features, by a linear map after pooling; None: channels * pool * pool
+    features: int = None,
     bias: bool = False,  # of the convolutions; the original has none
 ) -> EarlyExitNet:
-    "WideResNet-`depth`-`widen` with exits after chosen residual blocks; raises `ValueError` for sizes that cannot be."
+    """WideResNet-`depth`-`widen` with exits after chosen residual blocks;
+    raises `ValueError` for sizes that cannot be."""
     depth, input_shape = whole(depth, "depth", None), _shape(input_shape)
     check(10 <= depth <= 10_000 and depth % 6 == 4, "depth", depth, "6n+4: 10, 16, 22, 28, 40, ...")
     n = (depth - 4) // 6
@@ -360,14 +379,16 @@ def conv_norm(
 
 # %% ../../nbs/2_exits/networks.ipynb #40ea9f39
 class ScaleLayer(nn.Module):
-    "One layer of an MSDNet at one scale (arXiv 1703.09844, section 4): new channels are concatenated to the old ones."
+    """One layer of an MSDNet at one scale (arXiv 1703.09844, section 4):
+    new channels are concatenated to the old ones."""
 
     def __init__(self,
         scale:int,        # 0 = the finest
         cin:int,          # channels of this scale before the layer
         new:int,          # channels it adds
         fine:int=0,       # channels of the next finer scale; 0: the layer does not read it
-        out:int=None,     # a 1x1 convolution reduces the result to so many channels (transition); None: no
+        # a 1x1 convolution reduces the result to so many channels (transition); None: no
+        out:int=None,
         norm:str="batch", # as in `conv_norm`
     ):
         super().__init__()
@@ -400,7 +421,8 @@ def unpack(
     z:torch.Tensor, # what `pack` gave
     shapes,         # (C_i, H_i, W_i) each
 )->list:            # views of z: (B, C_i, H_i, W_i)
-    "The maps that `pack` laid end to end, without copying; raises `ValueError` for shapes that do not add up."
+    """The maps that `pack` laid end to end, without copying;
+    raises `ValueError` for shapes that do not add up."""
     shapes = list(shapes)
     check(
         sum(map(math.prod, shapes)) == z.shape[1],
@@ -419,7 +441,8 @@ class ScaleStage(nn.Module):
         layers: list,  # `ScaleLayer`s
         enter: dict,  # scale -> (C, H, W) of the maps that come in packed
         leave: dict,  # the same for what goes on
-        start: list = None,  # stage 1: convolutions that make scales 1, 2, ... out of the finest map that comes in
+        # stage 1: convolutions that make scales 1, 2, ... out of the finest map that comes in
+        start: list = None,
     ):
         super().__init__()
         self.layers, self.enter, self.leave = nn.ModuleList(layers), enter, leave
@@ -439,7 +462,8 @@ class ScaleStage(nn.Module):
 
 # %% ../../nbs/2_exits/networks.ipynb #cbc5affd
 class CoarseHead(nn.Module):
-    "Features of an MSDNet exit: two convolutions on the coarsest map of packed latents, then the average over it."
+    """Features of an MSDNet exit: two convolutions on the coarsest map of packed latents,
+    then the average over it."""
 
     def __init__(self,
         shape:tuple,      # (C, H, W) of the coarsest map
@@ -460,7 +484,8 @@ class CoarseHead(nn.Module):
 
 # %% ../../nbs/2_exits/networks.ipynb #bbdc223d
 class _Plan:
-    "Which layers an MSDNet of S scales and L layers has, and with how many channels; layers count from 1, scales from 0."
+    """Which layers an MSDNet of S scales and L layers has, and with how many channels;
+    layers count from 1, scales from 0."""
 
     def __init__(self, S, L, channels, growth, size, norm):
         self.S, self.part, self.growth, self.norm = S, math.ceil(L / S), growth, norm
@@ -484,35 +509,47 @@ class _Plan:
 
     def shape(self, s, l): return self.n[l] * self.factor[s], *self.size[s]
 
-    def start(self):
-        return [
-            conv_norm(self.n[0] * a, self.n[0] * b, stride=2, norm=self.norm)
-            for a, b in zip(self.factor, self.factor[1:])
-        ]
+# %% ../../nbs/2_exits/networks.ipynb #d61edf4a
+@patch
+def start(self: _Plan):
+    "Strided convolutions, from each scale to the next."
+    n, pairs = self.n[0], zip(self.factor, self.factor[1:])
+    return [
+        conv_norm(n * a, n * b, stride=2, norm=self.norm)
+        for a, b in pairs
+    ]
 
-    def layer(self, s, l):
-        f, n = self.factor, self.n
-        fine = n[l - 1] * f[s - 1] if self.reads_fine(s, l) else 0
-        out = n[l] * f[s] if self.transition(l) else None
-        return ScaleLayer(s, n[l - 1] * f[s], self.growth * f[s], fine, out, self.norm)
+# %% ../../nbs/2_exits/networks.ipynb #c0ad32f1
+@patch
+def layer(self: _Plan, s, l):
+    "Layer `l` of scale `s`."
+    f, n = self.factor, self.n
+    fine = n[l - 1] * f[s - 1] if self.reads_fine(s, l) else 0
+    out = n[l] * f[s] if self.transition(l) else None
+    return ScaleLayer(s, n[l - 1] * f[s], self.growth * f[s], fine, out, self.norm)
 
-    def layers(self, a, b):
-        return [
-            self.layer(s, self.level(s, t))
-            for t in range(a + 1, b + 1)
-            for s in range(self.S)
-            if self.level(s, t) > self.level(s, t - 1)
-        ]
+# %% ../../nbs/2_exits/networks.ipynb #05e400e5
+@patch
+def layers(self: _Plan, a, b):
+    "What is computed from step `a` to step `b`."
+    return [
+        self.layer(s, self.level(s, t))
+        for t in range(a + 1, b + 1)
+        for s in range(self.S)
+        if self.level(s, t) > self.level(s, t - 1)
+    ]
 
-    def alive(self, t):
-        "Scale -> shape of the maps that are still read after step t."
-        grows = lambda s: self.level(s, t) < self.last[s]
-        later = lambda s: (
-            s == self.S - 1
-            or grows(s)
-            or (grows(s + 1) and self.reads_fine(s + 1, self.level(s + 1, t) + 1))
-        )
-        return {s: self.shape(s, self.level(s, t)) for s in range(self.S) if later(s)}
+# %% ../../nbs/2_exits/networks.ipynb #2a872b3b
+@patch
+def alive(self: _Plan, t):
+    "Scale -> shape of the maps that are still read after step t."
+    grows = lambda s: self.level(s, t) < self.last[s]
+    later = lambda s: (
+        s == self.S - 1
+        or grows(s)
+        or (grows(s + 1) and self.reads_fine(s + 1, self.level(s + 1, t) + 1))
+    )
+    return {s: self.shape(s, self.level(s, t)) for s in range(self.S) if later(s)}
 
 # %% ../../nbs/2_exits/networks.ipynb #c43adb8c
 def msdnet(
@@ -527,7 +564,8 @@ def msdnet(
     head:int=64,                   # features of an exit; the published network has 128
     norm:str="batch",              # batch (as published) | group
 )->EarlyExitNet:
-    "Multi-scale dense network with exits on its coarsest scale (Huang et al. 2018, arXiv 1703.09844)."
+    """Multi-scale dense network with exits on its
+    coarsest scale (Huang et al. 2018, arXiv 1703.09844)."""
     input_shape = _shape(input_shape)
     size = min(input_shape[1:])
     S = (
@@ -542,12 +580,8 @@ def msdnet(
         n_classes=n_classes, channels=channels, head=head, growth=growth
     )
     choice(norm, "norm", ("batch", "group"))
-    check(
-        growth % 2 == 0,
-        "growth",
-        growth,
-        "even: half of the new channels come from the finer scale",
-    )
+    ok = growth % 2 == 0
+    check(ok, "growth", growth, "even: half of the new channels come from the finer scale")
     if size >> S - 1 < 2:
         raise ValueError(
             f"scales={S} is too many for input_shape={input_shape}: "
@@ -571,7 +605,8 @@ def msdnet(
 
 # %% ../../nbs/2_exits/networks.ipynb #41a7fd99
 class TokenStem(nn.Module):
-    "All that a timm ViT does before its first block, by timm's own code: (B, C, H, W) -> (B, T, h)."
+    """All that a timm ViT does before its first block, by timm's own code:
+    (B, C, H, W) -> (B, T, h)."""
 
     parts = (
         "patch_embed cls_token reg_token dist_token pos_embed pos_drop patch_drop norm_pre".split()
@@ -608,7 +643,8 @@ class TokenMean(nn.Module):
 def token_features(
     vit # a timm `VisionTransformer`
 )->nn.Module: # (B, T, h) -> (B, h)
-    "What the exits of a ViT classify: its class token, the mean of class and distillation token, or the mean of its patches."
+    """What the exits of a ViT classify:
+    its class token, the mean of class and distillation token, or the mean of its patches."""
     if getattr(vit, "dist_token", None) is not None:
         return TokenMean(0, 2)
     if vit.cls_token is not None and vit.global_pool not in ("avg", "avgmax", "max"):
@@ -617,7 +653,8 @@ def token_features(
 
 # %% ../../nbs/2_exits/networks.ipynb #f8c6d3a1
 def _timm_vit(name, pretrained, kwargs):
-    "timm's model `name` without its classifier; raises one clear error where there is none or its weights do not come."
+    """timm's model `name` without its classifier;
+    raises one clear error where there is none or its weights do not come."""
     from darkdistill_nb.core.compat import ensure_torchvision
 
     ensure_torchvision()
@@ -637,7 +674,8 @@ def _timm_vit(name, pretrained, kwargs):
         raise ValueError(f"name={name!r} cannot be built with {kwargs}: {e}") from None
     except OSError as e:
         raise ConnectionError(
-            f"the weights of {name!r} could not be fetched (no connection?): {on} [{type(e).__name__}]"
+            f"the weights of {name!r} could not be fetched (no connection?): "
+            f"{on} [{type(e).__name__}]"
         ) from e
     except RuntimeError as e:
         if not pretrained:
@@ -657,9 +695,12 @@ def vit(
     exits: tuple = None,  # after which blocks (1-based); None: after each quarter of them
     n_classes: int = 100,  # K
     pretrained: bool = False,  # timm's trained weights, downloaded or from a file
-    **kwargs,  # more for `timm.create_model`: img_size, patch_size, embed_dim, depth, num_heads, in_chans, pretrained_cfg_overlay
+    # more for `timm.create_model`: img_size, patch_size,
+    # embed_dim, depth, num_heads, in_chans, pretrained_cfg_overlay
+    **kwargs,
 ) -> EarlyExitNet:
-    "A timm ViT with exits after chosen blocks; raises `ValueError` for other models, `ConnectionError` if weights cannot be fetched."
+    """A timm ViT with exits after chosen blocks;
+    raises `ValueError` for other models, `ConnectionError` if weights cannot be fetched."""
     (n_classes,) = _sizes(n_classes=n_classes)
     for k in set(kwargs) & {"embed_dim", "depth", "num_heads", "in_chans"}:
         (kwargs[k],) = _sizes(**{k: kwargs[k]})
@@ -684,7 +725,8 @@ def build_net(
     n_classes:int,     # K
     **kwargs           # passed to the builder
 )->EarlyExitNet:
-    "An early-exit network by name for images of a given shape; raises `ValueError` for an unknown name or option."
+    """An early-exit network by name for images of a given shape;
+    raises `ValueError` for an unknown name or option."""
     input_shape, own = _shape(input_shape), dict(cnn=cnn, wrn=wrn, msdnet=msdnet)
     check(isinstance(arch, str), "arch", arch, f"{', '.join(own)}, or the name of a timm ViT")
     if arch in own:

@@ -7,10 +7,11 @@ Docs: https://darkdistill.github.io/darkdistill_nb/2_exits/runner.html.md"""
 
 # %% auto #0
 __all__ = ['loop_exits', 'onednn_route', 'route_is_exact', 'PackedLinear', 'FusedBlock', 'FusedStem', 'FusedExit', 'fuse',
-           'Group', 'merge_groups', 'split_group', 'Outcome', 'ExitRunner', 'ExitStream', 'export_onnx', 'OnnxRunner']
+           'Group', 'merge_groups', 'split_group', 'Outcome', 'matrix_rate', 'warn_if_slow', 'ExitRunner', 'record',
+           'size_for', 'Launches', 'Plan', 'ExitStream', 'export_onnx', 'OnnxRunner']
 
 # %% ../../nbs/2_exits/runner.ipynb #52ad71ce
-import copy, functools, json, sys, time
+import copy, functools, json, math, sys, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from ..core.checks import check, choice, flag, whole
 from .networks import ClassToken, EarlyExitNet, Exit, TokenStem, take_rows
 from ..core.registry import OBJECTIVES
 from .training import Joint, objective_by_name
-from .inference import Confidence, SCORES, score_by_name
+from .scores import Confidence, SCORES, score_by_name
 from .thresholds import read_thresholds, write_thresholds
 from fastcore.basics import patch
 from torch import nn
@@ -30,7 +31,8 @@ from torch import nn
 def loop_exits(
     net:EarlyExitNet,  # in eval mode
     x:torch.Tensor,    # (n, C, H, W)
-    thresholds,        # E thresholds, as numbers or as records hold them; the last exit takes everybody
+    # E thresholds, as numbers or as records hold them; the last exit takes everybody
+    thresholds,
     score=None,        # a `Score`; None: `Confidence()`
     objective=None,       # what decides, see exits.training; None: `Joint()`
 )->tuple:              # exit taken (n,), its deciding logits (n, K), all scores asked for: n lists
@@ -55,7 +57,8 @@ def loop_exits(
 
 # %% ../../nbs/2_exits/runner.ipynb #6f100a68
 class onednn_route:
-    "Inside this block fp32 matrix products on the CPU may go to oneDNN; the setting is put back afterwards."
+    """Inside this block fp32 matrix products on the CPU may go to oneDNN;
+    the setting is put back afterwards."""
 
     def __init__(self, on=True): self.on = on
 
@@ -68,9 +71,11 @@ class onednn_route:
         if self.on:
             torch.backends.mkldnn.matmul.fp32_precision = self.was
 
+# %% ../../nbs/2_exits/runner.ipynb #5a222f09
 @functools.cache
 def route_is_exact()->bool: # False as well where this PyTorch or processor has no such route
-    "Does oneDNN's route keep fp32 accuracy on this machine (error at most 1e-6 of the largest value, against float64)?"
+    """Does oneDNN's route keep fp32 accuracy on this machine
+    (error at most 1e-6 of the largest value, against float64)?"""
     g = torch.Generator().manual_seed(0)
     try:
         for shape in ((4, 65, 64), (2, 17, 192), (1, 200, 33)):
@@ -112,7 +117,8 @@ def _packs(dtype):
 
 # %% ../../nbs/2_exits/runner.ipynb #4588d6bc
 class PackedLinear:
-    "y = x W' + b, with GELU or a residual in the same pass where oneDNN's packed layers are available."
+    """y = x W' + b, with GELU or a residual in the same pass
+    where oneDNN's packed layers are available."""
 
     def __init__(self,
         weight:torch.Tensor, # (out, in)
@@ -152,7 +158,8 @@ def _affine(lin, scale=None):
 
 # %% ../../nbs/2_exits/runner.ipynb #015ad8ff
 class FusedBlock:
-    "A timm ViT block for inference: the same function in fewer passes, and `token`, its class token alone."
+    """A timm ViT block for inference: the same function in fewer passes,
+    and `token`, its class token alone."""
 
     def __init__(self,
         block,               # `timm.models.vision_transformer.Block`
@@ -254,26 +261,25 @@ def _agrees(fast, slow, z, dtype):
     "Does a fused form give its module's answer on z?"
     want = slow(z)
     tol = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 0.1) * (1 + want.abs().max())
-    return all(
-        (got.to(want.dtype) - ref).abs().max() <= tol for got, ref in fast(z.to(dtype), want)
-    )
+    pairs = fast(z.to(dtype), want)
+    return all((got.to(want.dtype) - ref).abs().max() <= tol for got, ref in pairs)
 
 # %% ../../nbs/2_exits/runner.ipynb #7a98f95d
 def _plain(*parts): return all(type(m) is nn.Identity for m in parts)
 
+# %% ../../nbs/2_exits/runner.ipynb #1ef468ae
 def _known_block(b):
     "Is b timm's ordinary block, with linear layers, GELU and nothing else inside?"
     from timm.layers import Attention, Mlp
     from timm.models.vision_transformer import Block
 
-    if (type(b), type(b.attn), type(b.mlp)) != (Block, Attention, Mlp) or not isinstance(
-        b.mlp.act, nn.GELU
-    ):
+    if (type(b), type(b.attn), type(b.mlp)) != (Block, Attention, Mlp):
         return False
-    return _plain(b.attn.q_norm, b.attn.k_norm, b.mlp.norm) and all(
-        type(l) is nn.Linear for l in (b.attn.qkv, b.attn.proj, b.mlp.fc1, b.mlp.fc2)
-    )
+    if not isinstance(b.mlp.act, nn.GELU) or not _plain(b.attn.q_norm, b.attn.k_norm, b.mlp.norm):
+        return False
+    return all(type(l) is nn.Linear for l in (b.attn.qkv, b.attn.proj, b.mlp.fc1, b.mlp.fc2))
 
+# %% ../../nbs/2_exits/runner.ipynb #9565ecac
 def _known_stem(s):
     "Is s a stem whose patches do not overlap and are not normalised?"
     from timm.layers import PatchEmbed
@@ -336,11 +342,12 @@ class Group:
             state,
         )
 
-# %% ../../nbs/2_exits/runner.ipynb #441da963
+# %% ../../nbs/2_exits/runner.ipynb #3e9a3721
 def _each(f, *z):
     "Apply f to tensors, or to each member of tuples of tensors."
     return type(z[0])(f(*t) for t in zip(*z)) if isinstance(z[0], (tuple, list)) else f(*z)
 
+# %% ../../nbs/2_exits/runner.ipynb #441da963
 def merge_groups(
     groups:list # before the same stage
 )->Group:
@@ -355,6 +362,7 @@ def merge_groups(
     )
     return Group(rows, _each(lambda *t: torch.cat(t), *(g.z for g in groups)), before, state)
 
+# %% ../../nbs/2_exits/runner.ipynb #24547099
 def split_group(
     g:Group,
     size:int # of the pieces; the last may be smaller
@@ -375,20 +383,7 @@ def split_group(
 
     return [piece(i) for i in range(0, len(g), size)]
 
-# %% ../../nbs/2_exits/runner.ipynb #b80e3fa9
-@dataclass
-class Outcome:
-    "What became of each image."
-
-    ids:list                   # names of the images, in this order
-    prediction:torch.Tensor    # (n,) class
-    exit:torch.Tensor          # (n,) exit taken, 0..E-1
-    score:torch.Tensor         # (n,) score at that exit
-    macs:torch.Tensor          # (n,) multiply-accumulates, as `net.macs()` counts them
-    logits:torch.Tensor = None # (n, K) deciding logits, if asked for
-
-    def __len__(self): return len(self.ids)
-
+# %% ../../nbs/2_exits/runner.ipynb #fc0877d3
 def _outcome(done, costs, n_classes, logits, ordered=False):
     "Outcome of what left: a list of (ids, deciding logits, exit, scores)."
     rows = [(i, d[2], s) for d in done for i, s in zip(d[0], d[3])]
@@ -408,12 +403,26 @@ def _outcome(done, costs, n_classes, logits, ordered=False):
     exit = [e for _, e, _ in rows]
     return Outcome(
         [i for i, _, _ in rows],
-        F_.argmax(-1),
+        F_.argmax(-1).cpu(),
         torch.tensor(exit, dtype=torch.long),
         torch.tensor([s for *_, s in rows]),
         torch.tensor([costs[e] for e in exit]),
         F_ if logits else None,
     )
+
+# %% ../../nbs/2_exits/runner.ipynb #b80e3fa9
+@dataclass
+class Outcome:
+    "What became of each image, on the CPU but for the logits."
+
+    ids:list                   # names of the images, in this order
+    prediction:torch.Tensor    # (n,) class
+    exit:torch.Tensor          # (n,) exit taken, 0..E-1
+    score:torch.Tensor         # (n,) score at that exit
+    macs:torch.Tensor          # (n,) multiply-accumulates, as `net.macs()` counts them
+    logits:torch.Tensor = None # (n, K) deciding logits, if asked for
+
+    def __len__(self): return len(self.ids)
 
 # %% ../../nbs/2_exits/runner.ipynb #22dce1e1
 def _set_rule(r, costs, thresholds, score, objective):
@@ -431,32 +440,90 @@ def _set_rule(r, costs, thresholds, score, objective):
     r.rounded = torch.tensor(r.thresholds, dtype=torch.float32).tolist()  # like the scores
     return r
 
+# %% ../../nbs/2_exits/runner.ipynb #ecf3e179
 @torch.inference_mode()
 def _cache_size(stem, r):
-    "Images whose latents fill 0.8 MB with fused blocks, 1.6 MB with modules: measured optima of small ViTs and CNNs."
+    """Images whose latents fill 0.8 MB with fused blocks,
+    1.6 MB with modules: measured optima of small ViTs and CNNs."""
     if r.device.type != "cpu":
         return sys.maxsize
     z = stem(torch.zeros(1, *r.input_shape, dtype=r.dtype))
     size = sum(t.numel() * t.element_size() for t in (z if isinstance(z, (tuple, list)) else (z,)))
     return max(1, round((8e5 if all(r.fused) else 1.6e6) / size))
 
+# %% ../../nbs/2_exits/runner.ipynb #dfc08f16
+@functools.cache
+def _rate(dtype, device, n):
+    a, b = (torch.randn(4, n, n).to(device, dtype) for _ in range(2))
+    sync = torch.cuda.synchronize if "cuda" in device else lambda: None
+    best = math.inf
+    for _ in range(5):
+        sync()
+        start = time.perf_counter()
+        torch.bmm(a, b)
+        sync()
+        best = min(best, time.perf_counter() - start)
+    return 8 * n**3 / best / 1e9
+
+# %% ../../nbs/2_exits/runner.ipynb #04a08785
+def matrix_rate(
+    dtype=torch.float32,
+    device="cpu",
+    n:int=256, # rows and columns of the matrices, batch of 4
+)->float:      # 10^9 operations per second, the best of a few products
+    """How fast this machine multiplies matrices, measured once in a process;
+    raises `ValueError` for n below 1."""
+    return _rate(dtype, str(device), whole(n, "n"))
+
+# %% ../../nbs/2_exits/runner.ipynb #7d320c80
+@functools.cache
+def _slower(dtype):
+    rates = {d: matrix_rate(d) for d in (torch.float32, dtype)}
+    name = str(dtype).removeprefix("torch.")
+    if rates[dtype] >= rates[torch.float32]:
+        return ""
+    own, full = rates[dtype], rates[torch.float32]
+    return f"{name} runs at {own:.0f} GFLOP/s here and float32 at {full:.0f}: float32 is faster"
+
+# %% ../../nbs/2_exits/runner.ipynb #ed7c1ea1
+def warn_if_slow(
+    dtype # that was asked for
+)->None:
+    """One warning for each type of 16 bits in which this
+    processor multiplies matrices slower than in fp32."""
+    if dtype in (torch.bfloat16, torch.float16) and (line := _slower(dtype)):
+        warnings.warn(line, stacklevel=3)
+
+# %% ../../nbs/2_exits/runner.ipynb #1d38b19f
+PLANS = ("gather", "look", "stop", "whole")
+
 # %% ../../nbs/2_exits/runner.ipynb #fc54d44e
 class ExitRunner:
-    "Early exit by a rule, stage by stage, on a snapshot of `net`: build a new runner after training. Raises `ValueError` for bad settings."
+    """Early exit by a rule, stage by stage, on a snapshot of `net`:
+    build a new runner after training. Raises `ValueError` for bad settings."""
 
     def __init__(
         self,
         net: EarlyExitNet,
-        thresholds,  # E thresholds on the score, as numbers or as records hold them; the last exit takes everybody
+        # E thresholds on the score, as numbers or as records hold them;
+        # the last exit takes everybody
+        thresholds,
         score=None,  # a `Score` or its name; None: `Confidence()`
         objective=None,  # what decides, see exits.training; None: `Joint()`
-        kernels="auto",  # auto: fused where recognised | modules: as they are | compile: `torch.compile` of every stage
+        # auto: fused where recognised | modules:
+        # as they are | compile: `torch.compile` of every stage
+        kernels="auto",
         dtype=None,  # of weights and latents, e.g. torch.bfloat16; None: the net's
         device=None,  # None: the net's
-        micro=None,  # largest group in one call; None: so many that their latents take about 1 MB on a CPU, all on a GPU
+        # largest group in one call;
+        # None: so many that their latents take about 1 MB on a CPU, all on a GPU
+        micro=None,
+        # how a batch runs, one of `PLANS`, or auto: gather on a CPU, the fastest on a GPU
+        plan="auto",
     ):
         check(isinstance(net, EarlyExitNet), "net", type(net).__name__, "an `EarlyExitNet`")
         choice(kernels, "kernels", ("auto", "modules", "compile"))
+        choice(plan, "plan", ("auto", *PLANS))
         micro = micro if micro is None else whole(micro, "micro")
         floating = dtype is None or isinstance(dtype, torch.dtype) and dtype.is_floating_point
         check(floating, "dtype", dtype, "a floating-point type of torch, or None")
@@ -465,6 +532,9 @@ class ExitRunner:
         net = copy.deepcopy(net).to(device or p.device).requires_grad_(False).eval()
         self.dtype = dtype or p.dtype
         self.device = next(net.parameters()).device
+        self.forced, self.plan, self.held = plan, {}, {}
+        if self.device.type == "cpu":
+            warn_if_slow(self.dtype)
         self.exits = net.exits
         fusing = kernels == "auto" and type(net.stem) is TokenStem
         wrap = (
@@ -499,6 +569,8 @@ class ExitRunner:
         )
         self.micro = _cache_size(stem or net.stem, self) if micro is None else micro
 
+    forced = "gather"  # the plan of runners that have no choice
+
     def __len__(self): return len(self.costs)
 
 # %% ../../nbs/2_exits/runner.ipynb #9c3bb01f
@@ -528,7 +600,8 @@ def advance(self:ExitRunner,
     e:int,   # stage, from 0
     g:Group,
 )->tuple:    # who left: (ids, deciding logits, exit, scores) or None; who goes on: `Group` or None
-    "Let a group through one stage and its exit; raises `ValueError` for a score that is not a number."
+    """Let a group through one stage and its exit;
+    raises `ValueError` for a score that is not a number."""
     a, f, z = self.stage(e, g.z)
     F_ = self.objective.step(f, g.before)
     s, state = self.score.step(F_, a, g.state)
@@ -556,15 +629,17 @@ def advance(self:ExitRunner,
         [values[i] for i in gone],
     ), Group(g.rows, z, F_, state).take(keep, where(keep))
 
-# %% ../../nbs/2_exits/runner.ipynb #8ce0d9fc
+# %% ../../nbs/2_exits/runner.ipynb #20b8a8e4
 @patch
-@torch.inference_mode()
-def __call__(self:ExitRunner,
-    x:torch.Tensor,    # (n, C, H, W)
-    logits:bool=False, # return the deciding logits too
-)->Outcome:            # in the order of x
-    "Run a batch; raises `ValueError` for an empty or misshapen batch and for scores that are NaN."
-    groups, done = split_group(Group(list(range(len(x))), self._check(x)), self.micro), []
+def _only_gathers(self: ExitRunner):
+    "Is there no other plan? On a CPU others are for tests."
+    return self.forced == "gather" or self.forced == "auto" and self.device.type != "cuda"
+
+# %% ../../nbs/2_exits/runner.ipynb #56cb4bb5
+@patch
+def _gathered(self: ExitRunner, x, logits=False):
+    "Stage by stage, the survivors gathered."
+    groups, done = split_group(Group(list(range(len(x))), x), self.micro), []
     for e in range(len(self)):
         stay = []
         for g in groups:
@@ -578,6 +653,7 @@ def __call__(self:ExitRunner,
         groups = split_group(merge_groups(stay), self.micro)
     return _outcome(done, self.costs, self.n_classes, logits, ordered=True)
 
+# %% ../../nbs/2_exits/runner.ipynb #27f35adf
 @patch
 def _check(self: ExitRunner, x):
     "Images on the runner's device and in its precision."
@@ -589,6 +665,20 @@ def _check(self: ExitRunner, x):
         raise ValueError("x has no images: a batch needs at least one")
     return x.to(self.device, self.dtype)
 
+# %% ../../nbs/2_exits/runner.ipynb #8ce0d9fc
+@patch
+@torch.inference_mode()
+def __call__(self:ExitRunner,
+    x:torch.Tensor,    # (n, C, H, W)
+    logits:bool=False, # return the deciding logits too
+)->Outcome:            # in the order of x
+    "Run a batch; raises `ValueError` for an empty or misshapen batch and for scores that are NaN."
+    x = self._check(x)
+    plan = "gather" if self._only_gathers() else self.plan_for(x)
+    if plan != "gather":
+        return self._launched(x, plan, logits)
+    return self._gathered(x, logits)
+
 # %% ../../nbs/2_exits/runner.ipynb #5f75f67d
 @patch
 @torch.inference_mode()
@@ -596,14 +686,17 @@ def always_last(self:ExitRunner,
     x:torch.Tensor # (n, C, H, W)
 )->torch.Tensor:   # (n, K) raw logits of the last exit
     "All images to the last exit, with the same kernels and no other exit asked."
-    out = []
-    for g in split_group(Group(range(len(x)), self._check(x)), self.micro):
+    out, x = [], self._check(x)
+    if not self._only_gathers() and not self._why_gather(len(x)):
+        return self._launches(x).always_last(x)
+    for g in split_group(Group(range(len(x)), x), self.micro):
         z = g.z
         for e in range(len(self) - 1):
             z = self.body(e, z)
         out.append(self.stage(len(self) - 1, z)[1])
     return torch.cat(out)
 
+# %% ../../nbs/2_exits/runner.ipynb #23e7701f
 @patch
 @torch.inference_mode()
 def all_exits(self:ExitRunner,
@@ -619,13 +712,340 @@ def all_exits(self:ExitRunner,
         out.append(torch.stack(F_))
     return torch.cat(out, 1)
 
+# %% ../../nbs/2_exits/runner.ipynb #d08bcdb9
+def record(
+    work,      # function without arguments; reads and writes tensors that stay where they are
+    device,    # where they are
+    pool=None, # memory that recordings share, `torch.cuda.graph_pool_handle()`
+    warm:int=2,# runs ahead of the recording, on a stream of their own
+):             # function that does the work again, as one launch; on a CPU `work` itself
+    "Record work on a GPU as a CUDA graph; raises `ValueError` for `warm` below 0."
+    warm = whole(warm, "warm", 0)
+    if torch.device(device).type != "cuda":
+        return work
+    here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(here)
+    with torch.cuda.stream(side):
+        for _ in range(warm):
+            work()
+    here.wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            work()
+    finally:
+        torch.cuda.set_stream(here)  # a recording that fails would leave its own behind
+    return graph.replay
+
+# %% ../../nbs/2_exits/runner.ipynb #28d504f9
+def size_for(
+    n:int # images
+)->int:   # of the recording that runs them
+    "The smallest size of a recording that holds `n` images; raises `ValueError` for n below 1."
+    n = whole(n, "n")
+    step = max(1, 2 ** ((n - 1).bit_length() - 3)) if n > 8 else 2 ** ((n - 1).bit_length())
+    return -(-n // step) * step
+
+# %% ../../nbs/2_exits/runner.ipynb #255638b4
+class Launches:
+    "A runner's stages as recordings, for batches of at most `most` images."
+
+    def __init__(self,
+        runner,   # an `ExitRunner`
+        most:int, # images
+    ):
+        self.r, self.most, self.works = runner, whole(most, "most"), {}
+        self.filled, self.cut_at, device = None, None, runner.device
+        E, K, zeros = len(runner), runner.n_classes, functools.partial(torch.zeros, device=device)
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        x = zeros(1, *runner.input_shape, dtype=runner.dtype)
+        self.z, self.state = [self._room(x)], [{}]
+        kind = self._measure(x)
+        self.seen = zeros(E, most, K + 1, dtype=kind)  # logits and score at each exit
+        self.answers = zeros(most + 1, K + 2, dtype=kind)  # logits, score, exit
+        self.number = [zeros(most, 1, dtype=kind) + e for e in range(E)]
+        self.cuts = zeros(E, dtype=torch.float64)
+        self.left = [zeros((), dtype=torch.long) for _ in range(E)]
+        self.spare = self.left[0] + most  # number of the spare row
+        self.rows = [zeros(most + 1, dtype=torch.long) + most for _ in range(E)]
+
+    def _room(self, z):
+        "Zeros for `most` images and a spare one, shaped as z."
+        return _each(lambda t: t.new_zeros(self.most + 1, *t.shape[1:]), z)
+
+    def _measure(self, z):
+        "Room for what enters each stage, found by one image; the type of what exits tell."
+        F_, state = None, None
+        for e in range(len(self.r)):
+            a, f, z = self.r.stage(e, z)
+            F_ = self.r.objective.step(f, F_)
+            s, state = self.r.score.step(F_, a, state)
+            self.z.append(self._room(z))
+            self.state.append({k: self._room(v) for k, v in state.items()})
+        self.double = s.dtype == torch.float64  # see `advance`
+        return torch.promote_types(F_.dtype, s.dtype)
+
+# %% ../../nbs/2_exits/runner.ipynb #03d2218c
+@patch
+def ask(self: Launches, e, b, before):
+    """Stage e and its exit on the first b rows:
+    deciding logits, scores, what the score remembers, latents."""
+    a, f, z = self.r.stage(e, _each(lambda t: t[:b], self.z[e]))
+    F_ = self.r.objective.step(f, before)
+    state = {k: v[:b] for k, v in self.state[e].items()} if e else None
+    return F_, *self.r.score.step(F_, a, state), z
+
+# %% ../../nbs/2_exits/runner.ipynb #fca30b74
+@patch
+def gathering(self: Launches, e, b):
+    "Stage e on the first b rows; answers are written down, and survivors move to the next stage."
+    K, rows = self.r.n_classes, self.rows[e][:b]
+    needs = e and type(self.r.objective).step is not Joint.step
+    before = self.answers.index_select(0, rows)[:, :K] if needs else None
+    F_, s, state, z = self.ask(e, b, before)
+    told = torch.cat([F_, s[:, None], self.number[e][:b]], 1)
+    self.answers.index_copy_(0, rows, told)
+    if e == len(self.r) - 1:
+        return
+    stays = (rows < self.most) & (s < self.cuts[e])
+    number = stays.cumsum(0)
+    to = torch.where(stays, number - 1, self.spare)
+    self.rows[e + 1].fill_(self.most)
+    self.rows[e + 1].index_copy_(0, to, rows)
+    _each(lambda room, new: room.index_copy_(0, to, new), self.z[e + 1], z)
+    for k, v in state.items():
+        self.state[e + 1][k].index_copy_(0, to, v)
+    self.left[e + 1].copy_(number[-1])
+
+# %% ../../nbs/2_exits/runner.ipynb #b85b11c5
+@patch
+def passing(self: Launches, e, b):
+    "Stage e on the first b rows, and all of them go on."
+    F_, s, state, z = self.ask(e, b, self.seen[e - 1, :b, : self.r.n_classes] if e else None)
+    torch.cat([F_, s[:, None]], 1, out=self.seen[e, :b])
+    _each(lambda room, new: room[:b].copy_(new), self.z[e + 1], z)
+    for k, v in state.items():
+        self.state[e + 1][k][:b].copy_(v)
+
+# %% ../../nbs/2_exits/runner.ipynb #b16baf82
+@patch
+def _all_stages(self: ExitRunner, z):
+    "Features and raw logits of all exits, every block run once."
+    skip = 0
+    for e in range(len(self)):
+        for f in self.bodies[e][skip:]:
+            z = f(z)
+        skip = int(self.tokens[e] is not None and e < len(self) - 1)
+        if skip:
+            z = self.bodies[e + 1][0](z)
+        ahead = self.tokens[e] and not skip
+        a = self.tokens[e](z) if ahead else self.exits[e].features(z)
+        a = a.float() if a.dtype in (torch.bfloat16, torch.float16) else a
+        yield a, self.answers[e](a)
+
+# %% ../../nbs/2_exits/runner.ipynb #51305dd2
+@patch
+def through(self: Launches, b):
+    "All stages and exits on the first b rows."
+    F_, state = None, None
+    for e, (a, f) in enumerate(self.r._all_stages(_each(lambda t: t[:b], self.z[0]))):
+        F_ = self.r.objective.step(f, F_)
+        s, state = self.r.score.step(F_, a, state)
+        torch.cat([F_, s[:, None]], 1, out=self.seen[e, :b])
+
+# %% ../../nbs/2_exits/runner.ipynb #8b57bba0
+@patch
+def last(self: Launches, b):
+    "All stages on the first b rows, only the last exit asked."
+    r, z = self.r, self.z[0][:b]
+    for e in range(len(r) - 1):
+        z = r.body(e, z)
+    self.answers[:b, : r.n_classes].copy_(r.stage(len(r) - 1, z)[1])
+
+# %% ../../nbs/2_exits/runner.ipynb #f5bbb615
+@patch
+def launch(self: Launches, name, b, *where):
+    "Send a recording; make it first if there is none."
+    key = name, b, *where
+    if key not in self.works:
+        work = functools.partial(getattr(self, name), *where, b)
+        self.works[key] = record(work, self.r.device, self.pool)
+    self.works[key]()
+
+# %% ../../nbs/2_exits/runner.ipynb #7f4e691c
+@patch
+def fill(self: Launches, x):
+    "A batch into the first stage's rows; the thresholds, if they changed."
+    n, r = len(x), self.r
+    if self.filled != n:
+        i = torch.arange(self.most + 1, device=r.device)
+        self.rows[0].copy_(torch.where(i < n, i, self.spare))
+        self.filled = n
+    if self.cut_at != r.thresholds:
+        self.cut_at = list(r.thresholds)
+        cuts = self.cut_at if self.double else torch.tensor(self.cut_at).tolist()
+        self.bar = torch.tensor([*cuts[:-1], -math.inf], dtype=torch.float64)[:, None]
+        self.cuts.copy_(self.bar[:, 0])
+    self.z[0][:n].copy_(x)
+
+# %% ../../nbs/2_exits/runner.ipynb #03de039c
+@patch
+def look(self: Launches, n):
+    """Stage by stage, in sizes that hold who is left;
+    what each of n images was answered, on the CPU."""
+    m, e = n, 0
+    while m and e < len(self.r):
+        self.launch("gathering", size_for(m), e)
+        e += 1
+        m = self.left[e].item() if e < len(self.r) else 0
+    return self.answers[:n].cpu()
+
+# %% ../../nbs/2_exits/runner.ipynb #d600b896
+@patch
+def stop(self: Launches, n):
+    "Stage by stage until nobody is left; what the exits told of n images, on the CPU."
+    seen, stays = [], torch.ones(n, dtype=torch.bool)
+    for e in range(len(self.r)):
+        self.launch("passing", size_for(n), e)
+        seen.append(self.seen[e, :n].cpu())
+        stays &= seen[-1][:, -1] < self.bar[e]
+        if not stays.any():
+            return torch.stack(seen)
+
+# %% ../../nbs/2_exits/runner.ipynb #5558375f
+@patch
+def decide(self: Launches, seen):
+    """The answer of each image at the first exit that lets it go,
+    from what exits told of all, (e, n, K + 1)."""
+    stays = seen[..., -1] < self.bar[: len(seen)]
+    exit = stays.long().cumprod(0).sum(0)
+    own = seen[exit, torch.arange(len(exit))]
+    return torch.cat([own, exit[:, None].to(own.dtype)], 1)
+
+# %% ../../nbs/2_exits/runner.ipynb #c56588bf
+@patch
+def run(self: Launches, x, plan):
+    "One batch by one plan: logits, score and exit of each image on the CPU, (n, K + 2)."
+    self.fill(x)
+    if plan == "look":
+        return self.look(len(x))
+    if plan == "stop":
+        return self.decide(self.stop(len(x)))
+    self.launch("through", size_for(len(x)))
+    return self.decide(self.seen[:, : len(x)].cpu())
+
+# %% ../../nbs/2_exits/runner.ipynb #93532073
+@patch
+def always_last(self: Launches, x):
+    "Raw logits of the last exit, (n, K)."
+    self.fill(x)
+    self.launch("last", size_for(len(x)))
+    return self.answers[: len(x), : self.r.n_classes].clone()
+
+# %% ../../nbs/2_exits/runner.ipynb #7e244778
+@patch
+def _launches(self: ExitRunner, x):
+    "The recordings for batches of this size, made once."
+    most = size_for(len(x))
+    if most not in self.held:
+        self.held[most] = Launches(self, most)
+    return self.held[most]
+
+# %% ../../nbs/2_exits/runner.ipynb #bd255cf3
+@patch
+def _launched(self: ExitRunner, x, plan, logits):
+    "The `Outcome` of a batch that ran as recordings."
+    told, K = self._launches(x).run(x, plan), self.n_classes
+    F_, score, exit = told[:, :K], told[:, K], told[:, K + 1].long()
+    if bad := int(score.isnan().sum()):
+        raise ValueError(f"{type(self.score).__name__} is NaN for {bad} of {len(x)} images")
+    costs = torch.tensor(self.costs)[exit]
+    kept = F_.to(self.device, copy=True) if logits else None
+    return Outcome(list(range(len(x))), F_.argmax(-1), exit, score, costs, kept)
+
+# %% ../../nbs/2_exits/runner.ipynb #b81ca6d3
+@dataclass
+class Plan:
+    "Which plan runs batches of one size, and why; raises `ValueError` for an unknown one."
+
+    name:str # one of `PLANS`
+    us:dict  # plan -> median microseconds per batch; empty: not tried
+    why:object = "the fastest"  # in words
+
+    def __post_init__(self): choice(self.name, "name", PLANS)
+
+    def __str__(self):
+        times = ", ".join(f"{k} {v:.0f}" for k, v in self.us.items())
+        return f"{self.name}: {self.why}" + (f" (us per batch: {times})" if times else "")
+
+# %% ../../nbs/2_exits/runner.ipynb #a73916df
+MOST = 1024  # images; a larger batch keeps a GPU busy without recordings
+
+# %% ../../nbs/2_exits/runner.ipynb #e5b78e31
+@patch
+def _why_gather(self: ExitRunner, n):
+    "What stands in the way of recordings; nothing: an empty text."
+    if n > min(MOST, self.micro if self.device.type == "cuda" else MOST):
+        return f"more than {min(MOST, self.micro)} images"
+    for part in (self.score, self.objective):
+        if not type(part).__module__.startswith("darkdistill_nb.exits."):
+            return f"{type(part).__name__} is not known to stay on the device"
+    return ""
+
+# %% ../../nbs/2_exits/runner.ipynb #ba6ccef2
+@patch
+def plan_for(self: ExitRunner, x):
+    "The name of the plan for a batch; tried with it, if it is the first of its size."
+    size = size_for(len(x))
+    if size in self.plan:
+        return self.plan[size].name
+    why = self._why_gather(len(x))
+    if why and self.forced == "auto":
+        self.plan[size] = Plan("gather", {}, why)
+    elif self.forced != "auto":
+        self.plan[size] = Plan(self.forced, {}, "asked for")
+    else:
+        self.plan[size] = self._try_plans(x)
+    return self.plan[size].name
+
+# %% ../../nbs/2_exits/runner.ipynb #68ce3ff0
+@patch
+def _try_plans(self: ExitRunner, x, warm=3, runs=9):
+    "Each plan on this batch; a plan that cannot be recorded is left out."
+    us, why = {}, "the fastest"
+    for name in PLANS:
+        work = (
+            (lambda: self._gathered(x))
+            if name == "gather"
+            else (lambda: self._launched(x, name, False))
+        )
+        try:
+            us[name] = _median_us(work, self.device, warm, runs)
+        except RuntimeError as e:
+            why = f"the fastest that runs; {name}: {str(e).splitlines()[0][:120]}"
+    return Plan(min(us, key=us.get), us, why)
+
+# %% ../../nbs/2_exits/runner.ipynb #dd49548d
+def _median_us(work, device, warm, runs):
+    times = []
+    for i in range(warm + runs):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e6)
+    return sorted(times[warm:])[runs // 2]
+
 # %% ../../nbs/2_exits/runner.ipynb #ec52e370
 @patch
 def latency(
     self: ExitRunner,
     x: torch.Tensor,  # (n, C, H, W) images, run as one batch
     repeats: int = 5,  # timed runs, after one that is not
-) -> dict:  # us: median microseconds per image, best: the fastest, macs: mean per image, shares: of images per exit
+    # us: median microseconds per image, best: the fastest,
+    # macs: mean per image, shares: of images per exit
+) -> dict:
     "Time per image beside the operations per image; raises `ValueError` for no repeats."
     repeats = whole(repeats, "repeats")
     o, times = self(x), []
@@ -645,7 +1065,8 @@ def latency(
 
 # %% ../../nbs/2_exits/runner.ipynb #70127e7a
 class ExitStream:
-    "A queue before each stage; a stage runs when `batch` images wait for it. Raises `ValueError` for a batch below 1."
+    """A queue before each stage; a stage runs when `batch` images wait for it.
+    Raises `ValueError` for a batch below 1."""
 
     def __init__(self,
         runner:ExitRunner,
@@ -697,6 +1118,7 @@ def push(self:ExitStream,
         self._run(full[-1], done)
     return self._outcome(done)
 
+# %% ../../nbs/2_exits/runner.ipynb #735a0b78
 @patch
 @torch.inference_mode()
 def flush(self: ExitStream) -> Outcome:
@@ -717,8 +1139,10 @@ def _onnx(package):
             f"{package} is not installed; `pip install darkdistill_nb[onnx]` adds what ONNX needs"
         ) from None
 
+# %% ../../nbs/2_exits/runner.ipynb #65034e50
 class _OnnxStage(nn.Module):
-    "One stage with its exit as a graph: latents (several tensors if they are a tuple) -> features, raw logits, latents."
+    """One stage with its exit as a graph:
+    latents (several tensors if they are a tuple) -> features, raw logits, latents."""
 
     def __init__(self, stem, stage, exit):
         super().__init__()
@@ -768,7 +1192,8 @@ def export_onnx(
     objective="joint",     # name of an objective
     objective_options=None,# its options, e.g. dict(w=.5) for boostnet
 )->Path:                # of the manifest
-    "Write one ONNX file per stage and a manifest; raises `ValueError` for a rule that cannot be written down by name."
+    """Write one ONNX file per stage and a manifest;
+    raises `ValueError` for a rule that cannot be written down by name."""
     _onnx("onnx")
     _onnx("onnxscript")
     for kind, name, known in (
@@ -804,17 +1229,10 @@ def export_onnx(
     return folder / "manifest.json"
 
 # %% ../../nbs/2_exits/runner.ipynb #af20ecbb
-_MANIFEST = dict(
-    input_shape=list,
-    n_classes=int,
-    macs=list,
-    files=list,
-    thresholds=list,
-    score=str,
-    policy=str,
-    policy_options=dict,
-)
+_MANIFEST = dict(input_shape=list, n_classes=int, macs=list, files=list, thresholds=list)
+_MANIFEST |= dict(score=str, policy=str, policy_options=dict)
 
+# %% ../../nbs/2_exits/runner.ipynb #76fdb468
 def _manifest(folder):
     "The manifest of `export_onnx`, or a sentence that names the file and what is wrong with it."
     path = Path(folder) / "manifest.json"
@@ -835,7 +1253,8 @@ def _manifest(folder):
 
 # %% ../../nbs/2_exits/runner.ipynb #6b8da7af
 class OnnxRunner(ExitRunner):
-    "Early exit over the files of `export_onnx`, run by onnxruntime. Raises `FileNotFoundError`, or `ValueError` for a damaged manifest or bad settings."
+    """Early exit over the files of `export_onnx`, run by onnxruntime.
+    Raises `FileNotFoundError`, or `ValueError` for a damaged manifest or bad settings."""
 
     def __init__(self,
         folder,          # with manifest.json
@@ -843,8 +1262,8 @@ class OnnxRunner(ExitRunner):
         micro=None,      # largest group in one call; None: 16
         threads:int=1,   # of onnxruntime
     ):
-        ort, m = _onnx("onnxruntime"), _manifest(folder)
         micro, threads = 16 if micro is None else whole(micro, "micro"), whole(threads, "threads")
+        ort, m = _onnx("onnxruntime"), _manifest(folder)
         choice(m["policy"], "policy", OBJECTIVES)  # a file names no class to be imported
         choice(m["score"], "score", SCORES)
         objective = objective_by_name(m["policy"], **m["policy_options"])

@@ -35,11 +35,14 @@ def write_thresholds(
     return [t if math.isfinite(t) else str(t) for t in T]
 
 def read_thresholds(
-    T,  # E thresholds: numbers, "inf" or "-inf"; None (in old records) at the last exit: -inf, before it: +inf
+    # E thresholds: numbers, "inf" or "-inf";
+    # None (in old records) at the last exit: -inf, before it: +inf
+    T,
     exits=None,  # E, if it is known
     name: str = "T",  # of the argument, for messages
 ) -> list:  # E floats
-    "Thresholds as numbers, from a list, array, tensor or record; raises `ValueError` for NaN, words, another shape or number."
+    """Thresholds as numbers, from a list, array, tensor or record;
+    raises `ValueError` for NaN, words, another shape or number."""
     T = T.tolist() if hasattr(T, "tolist") else T
     if isinstance(T, str) or not hasattr(T, "__len__") or not hasattr(T, "__iter__"):
         raise ValueError(f"{name}={T!r} must be a list of thresholds, one per exit")

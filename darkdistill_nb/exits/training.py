@@ -12,26 +12,26 @@ __all__ = ['WEIGHTINGS', 'CENTRES', 'RATES', 'RATE_WAYS', 'exit_weights', 'Joint
            'difficulty_cell', 'learning_rates', 'by_rate', 'rate_table', 'rate_claim', 'gradient_share']
 
 # %% ../../nbs/2_exits/training.ipynb #d0f5e6d7
-import math, time
+import functools, math, operator, time
 from functools import partial
 import torch
 import torch.nn.functional as F
 from ..core.checks import check, choice, finite, flag, number, same_shape, whole
 from ..core.data import ArrayData
-from ..distill.losses import _stream, _up, kd_loss
+from ..distill.losses import kd_loss
 from ..distill.online import self_distillation
 from ..core.datasets import of_file, short_name
 from ..core.cells import run_grid, t_interval, verdict
 from darkdistill_nb.core.records import (
     Record,
-    check_fingerprints,
+    drawn_state,
     fingerprints,
-    load_tensors,
+    load_progress,
+    save_progress,
     save_record,
-    save_tensors,
 )
 from ..core.registry import OBJECTIVES
-from ..core.seeds import Streams
+from ..core.seeds import Streams, follower
 from darkdistill_nb.core.training import (
     SGD,
     accuracy,
@@ -40,6 +40,7 @@ from darkdistill_nb.core.training import (
     predict,
     start_training,
 )
+from ..core.tensors import at_least_32
 from fastcore.basics import patch
 from pathlib import Path
 from torch import nn
@@ -58,20 +59,23 @@ def exit_weights(
     weights, # None (all 1), one of `WEIGHTINGS`, or a list of numbers >= 0 with at least E entries
     E:int,   # exits
 )->list:     # omega_1..omega_E
-    "Weight of each exit's loss; raises `ValueError` for an unknown name, a list that is too short, or one without a positive entry."
+    """Weight of each exit's loss; raises `ValueError` for an unknown name, a list that is too
+    short, or one without a positive entry."""
     E = whole(E, "E")
     if weights is None:
         return [1.0] * E
     if isinstance(weights, str):
         if weights not in WEIGHTINGS:
             raise ValueError(
-                f"weights={weights!r} is unknown; choose one of {', '.join(WEIGHTINGS)}, or give a list"
+                f"weights={weights!r} is unknown; "
+                f"choose one of {', '.join(WEIGHTINGS)}, or give a list"
             )
         return [WEIGHTINGS[weights](e, E) for e in range(1, E + 1)]
     w = _numbers(weights)
     if len(w) < E:
         raise ValueError(
-            f"weights={w} has {len(w)} entries, but the network has {E} exits; give one weight per exit"
+            f"weights={w} has {len(w)} entries, but the network has {E} exits; "
+            "give one weight per exit"
         )
     check(sum(w[:E]) > 0, "weights", w, "numbers that are not all 0")
     return w[:E]
@@ -88,12 +92,13 @@ def _numbers(weights):
 
 # %% ../../nbs/2_exits/training.ipynb #c0f92d07
 class Joint:
-    "Joint training: a weighted sum of the cross-entropies of all exits (arXiv 1709.01686, 1703.09844)."
+    "Joint training: a weighted sum of all exits' cross-entropies (arXiv 1709.01686, 1703.09844)."
 
     def __init__(self,
         weights=None,  # omega_e: as in `exit_weights`
         ge:str="none", # gradient equilibrium of the network: none | full | released
-        kl:float=0.,   # weight of T^2 KL(last exit || exit), summed over the earlier exits; EENet: 0.01
+        # weight of T^2 KL(last exit || exit), summed over the earlier exits; EENet: 0.01
+        kl:float=0.,
         T:float=3.,    # its temperature, > 0
         late:float=.75,# share of training after which it sets in, in [0, 1]
     ):
@@ -101,8 +106,10 @@ class Joint:
             exit_weights(weights, 1)
         elif weights is not None:
             weights = exit_weights(weights, len(_numbers(weights)))
-        self.weights, self.ge = weights, choice(ge, "ge", ("full", "released", "none"))
-        self.kl, self.T = number(kl, "kl", low=0), number(T, "T", above=0)
+        self.weights = weights
+        self.ge = choice(ge, "ge", ("full", "released", "none"))
+        self.kl = number(kl, "kl", low=0)
+        self.T = number(T, "T", above=0)
         self.late = number(late, "late", 0, 1)
         self.at(0)
 
@@ -136,22 +143,7 @@ def predict(self:Joint,
         out.append(self.step(f, out[-1] if out else None))
     return out
 
-# %% ../../nbs/2_exits/training.ipynb #36ef40e1
-@patch
-def loss(self:Joint,
-    raw:list,       # E tensors (B, K)
-    y:torch.Tensor, # (B,) labels
-)->tuple:           # scalar (nats), list of E deciding logits
-    "Weighted sum of the exits' cross-entropies, and their logits; raises `ValueError` for unequal shapes."
-    _check_raw(raw, y)
-    F_ = self.predict(raw)
-    total = sum(
-        w * F.cross_entropy(_up(f), y) for w, f in zip(exit_weights(self.weights, len(F_)), F_) if w
-    )
-    if self.kl and self._of and self._t >= self.late * self._of:
-        total = total + self.kl * sum(kd_loss(f, F_[-1], self.T) for f in F_[:-1])
-    return total, F_
-
+# %% ../../nbs/2_exits/training.ipynb #3e392438
 def _check_raw(raw, y=None):
     "Logits of all exits must have one shape (B, K), and as many rows as there are labels."
     ok = isinstance(raw, (list, tuple)) and raw and all(getattr(f, "ndim", 0) == 2 for f in raw)
@@ -163,13 +155,34 @@ def _check_raw(raw, y=None):
             "there must be one label per sample"
         )
 
+# %% ../../nbs/2_exits/training.ipynb #36ef40e1
+@patch
+def loss(self:Joint,
+    raw:list,       # E tensors (B, K)
+    y:torch.Tensor, # (B,) labels
+)->tuple:           # scalar (nats), list of E deciding logits
+    """Weighted sum of the exits' cross-entropies, and their logits;
+    raises `ValueError` for unequal shapes."""
+    _check_raw(raw, y)
+    F_ = self.predict(raw)
+    parts = [
+        (w, F.cross_entropy(at_least_32(f), y))
+        for w, f in zip(exit_weights(self.weights, len(F_)), F_)
+        if w
+    ]
+    total = functools.reduce(operator.add, [v if w == 1 else w * v for w, v in parts])
+    if self.kl and self._of and self._t >= self.late * self._of:
+        total = total + self.kl * sum(kd_loss(f, F_[-1], self.T) for f in F_[:-1])
+    return total, F_
+
 # %% ../../nbs/2_exits/training.ipynb #bc4dc43d
 class BoostNet(Joint):
-    "BoostNet: every exit adds a correction to the (detached) decision of the exit before (arXiv 2211.16726)."
+    "BoostNet: every exit corrects the (detached) decision of the exit before (arXiv 2211.16726)."
 
     def __init__(
         self,
-        w: float = 0.2,  # share of the previous decision that is added; DarkDistill uses 0.2, BoostNet's scripts 0.5
+        # share of the previous decision that is added; DarkDistill uses 0.2, BoostNet's scripts 0.5
+        w: float = 0.2,
         ge: str = "full",  # gradient equilibrium: full | released | none
         weights=None,  # as in `exit_weights`
     ):
@@ -199,17 +212,7 @@ def exit_shares(
     )
     return [v / sum(q) for v in q]
 
-# %% ../../nbs/2_exits/training.ipynb #feaf701f
-def exit_partition(
-    logits:list,   # E tensors (B, K)
-    P:float=30,    # as in `exit_shares`
-)->list:           # E LongTensors of sample indices; disjoint, together the whole batch; may be empty
-    "Which samples of a batch would leave at each exit, by `exit_shares`; raises `ValueError` for NaN."
-    _check_raw(logits)
-    for e, f in enumerate(logits, 1):
-        finite(f, f"logits of exit {e}", inf=True)
-    return _partition(logits, P)
-
+# %% ../../nbs/2_exits/training.ipynb #9af8508a
 def _partition(logits, P):
     B, E = len(logits[0]), len(logits)
     left, parts = torch.arange(B, device=logits[0].device), []
@@ -220,6 +223,19 @@ def _partition(logits, P):
         left = left[order[n:]]
     return parts
 
+# %% ../../nbs/2_exits/training.ipynb #feaf701f
+def exit_partition(
+    logits:list,   # E tensors (B, K)
+    P:float=30,    # as in `exit_shares`
+    # E LongTensors of sample indices; disjoint, together the whole batch; may be empty
+)->list:
+    """Which samples of a batch would leave at each exit, by `exit_shares`;
+    raises `ValueError` for NaN."""
+    _check_raw(logits)
+    for e, f in enumerate(logits, 1):
+        finite(f, f"logits of exit {e}", inf=True)
+    return _partition(logits, P)
+
 # %% ../../nbs/2_exits/training.ipynb #fdc17b63
 def exit_losses(
     raw:list,       # E tensors (B, K)
@@ -227,7 +243,7 @@ def exit_losses(
 )->torch.Tensor:    # (B, E) in nats
     "Cross-entropy of every sample at every exit; raises `ValueError` for unequal shapes."
     _check_raw(raw, y)
-    return torch.stack([F.cross_entropy(_up(f), y, reduction="none") for f in raw], 1)
+    return torch.stack([F.cross_entropy(at_least_32(f), y, reduction="none") for f in raw], 1)
 
 # %% ../../nbs/2_exits/training.ipynb #83ef66c1
 CENTRES = {
@@ -239,9 +255,11 @@ CENTRES = {
 def sample_weights(
     u: torch.Tensor,  # (B, E), outputs of the weight net in (-1, 1)
     eps: float = 0.8,  # how far weights may move away from 1, in [0, 1]
-    mode: str = "col",  # col: mean over the exits of each sample; row: over the samples at each exit; mat: over both
+    # col: mean over the exits of each sample; row: over the samples at each exit; mat: over both
+    mode: str = "col",
 ) -> torch.Tensor:  # (B, E); the mean over the batch and the exits is 1
-    "Weights 1 + eps * (u - mean u) of L2W-DEN (arXiv 2209.08310); raises `ValueError` for an unknown mode or eps outside [0, 1]."
+    """Weights 1 + eps * (u - mean u) of L2W-DEN (arXiv 2209.08310);
+    raises `ValueError` for an unknown mode or eps outside [0, 1]."""
     choice(mode, "mode", CENTRES)
     eps = number(eps, "eps", 0, 1)
     check(getattr(u, "ndim", 0) == 2, "u", u, "a tensor (B, E)")
@@ -249,7 +267,8 @@ def sample_weights(
 
 # %% ../../nbs/2_exits/training.ipynb #4a2ecf43
 class WeightNet(nn.Module):
-    "From a sample's losses at E exits to E numbers in (-1, 1); with fewer columns it uses its first inputs and outputs."
+    """From a sample's losses at E exits to E numbers in (-1, 1);
+    with fewer columns it uses its first inputs and outputs."""
 
     def __init__(self,
         exits:int,       # E of the deepest network
@@ -263,7 +282,8 @@ class WeightNet(nn.Module):
         E = losses.shape[1]
         if E > self.outer.out_features:
             raise ValueError(
-                f"losses have {E} columns, but this weight net was made for {self.outer.out_features} exits"
+                f"losses have {E} columns, "
+                f"but this weight net was made for {self.outer.out_features} exits"
             )
         h = F.relu(
             F.linear(losses.to(self.inner.weight.dtype), self.inner.weight[:, :E], self.inner.bias)
@@ -276,7 +296,8 @@ def sgd_step(
     grads:dict,      # parameter name -> gradient; may carry a graph
     optimizer,       # `torch.optim.SGD` over parameters of `net`; left as it is
 )->dict:             # parameter name -> value after the step, for those in `grads`
-    "The weights one step of SGD would lead to, as a differentiable function of the gradients; raises `ValueError` for another optimiser."
+    """The weights one step of SGD would lead to, as a differentiable function of the gradients;
+    raises `ValueError` for another optimiser."""
     known = isinstance(optimizer, (SGD, torch.optim.SGD))
     check(known, "optimizer", type(optimizer).__name__, "an SGD: torch's, or that of `fit`")
     names, out = {id(p): n for n, p in net.named_parameters()}, {}
@@ -294,7 +315,7 @@ def sgd_step(
 
 # %% ../../nbs/2_exits/training.ipynb #dd2f670a
 class L2W(Joint):
-    "L2W-DEN: a small network, learned along, weighs every sample at every exit (Han et al., ECCV 2022, arXiv 2209.08310)."
+    "L2W-DEN: a small network weighs every sample at every exit (ECCV 2022, arXiv 2209.08310)."
 
     def __init__(self,
         eps:float=.8,       # how far weights move from 1; up to 0.5 all are positive
@@ -304,7 +325,8 @@ class L2W(Joint):
         hidden:int=500,     # units of the weight net
         lr:float=1e-3,      # Adam on the weight net; the paper has 1e-4 for 300 epochs
         weight_decay:float=1e-4, # of that Adam
-        exits:int=None,     # exits of the deepest network; None: those of the first network it meets
+        # exits of the deepest network; None: those of the first network it meets
+        exits:int=None,
         seed:int=0,         # of the weight net's first weights
     ):
         super().__init__()
@@ -312,26 +334,29 @@ class L2W(Joint):
         self.eps = number(eps, "eps", 0, 1)
         self.mode = choice(mode, "mode", CENTRES)
         self.P = number(P, "P", above=0)
-        self.interval, self.hidden = whole(interval, "interval"), whole(hidden, "hidden")
+        self.interval = whole(interval, "interval")
+        self.hidden = whole(hidden, "hidden")
         self.lr = number(lr, "lr", low=0)
         self.weight_decay = number(weight_decay, "weight_decay", low=0)
         self.exits = None if exits is None else whole(exits, "exits")
         self.seed = whole(seed, "seed", None)
         self._net, self._adam, self._calls = None, None, 0
 
-    def weights_of(self,
-        losses:torch.Tensor # (B, E), as of `exit_losses`; no gradient flows into them
-    )->torch.Tensor:        # (B, E), differentiable in the weight net
-        "Weight of every sample at every exit."
-        return sample_weights(
-            self.weight_net(losses.shape[1], losses.device)(losses.detach()), self.eps, self.mode
-        )
-
     def loss(self, raw, y):
         losses = exit_losses(raw, y)
         with torch.no_grad():
             w = self.weights_of(losses)
         return (w * losses).mean(0).sum(), self.predict(raw)
+
+# %% ../../nbs/2_exits/training.ipynb #3e3cc3cf
+@patch
+def weights_of(self: L2W,
+    losses:torch.Tensor # (B, E), as of `exit_losses`; no gradient flows into them
+)->torch.Tensor:        # (B, E), differentiable in the weight net
+    "Weight of every sample at every exit."
+    return sample_weights(
+        self.weight_net(losses.shape[1], losses.device)(losses.detach()), self.eps, self.mode
+    )
 
 # %% ../../nbs/2_exits/training.ipynb #ebbe71aa
 @patch
@@ -341,6 +366,7 @@ def weight_net(self: L2W, E, device="cpu"):
         self._make(self.exits or E, device)
     return self._net
 
+# %% ../../nbs/2_exits/training.ipynb #e66ee441
 @patch
 def _make(self: L2W, E, device):
     with Streams(self.seed).scope("l2w"):
@@ -357,7 +383,8 @@ def meta_loss(self:L2W,
     judge:tuple,    # (images, labels) that it is judged by
     optimizer,      # the `torch.optim.SGD` of `net`, left as it is
 )->torch.Tensor:    # scalar (nats), differentiable in the weight net
-    "Loss of the samples each exit would answer for, after a virtual SGD step on the weighted losses of others."
+    """Loss of the samples each exit would answer for,
+    after a virtual SGD step on the weighted losses of others."""
     from torch.func import functional_call
 
     run = lambda weights, x: functional_call(
@@ -377,7 +404,7 @@ def meta_loss(self:L2W,
     )
     y = judge[1]
     parts = _partition([f.detach() for f in raw], self.P)
-    return sum(F.cross_entropy(_up(f[i]), y[i]) for f, i in zip(raw, parts) if len(i))
+    return sum(F.cross_entropy(at_least_32(f[i]), y[i]) for f, i in zip(raw, parts) if len(i))
 
 # %% ../../nbs/2_exits/training.ipynb #823dc345
 @patch
@@ -387,7 +414,8 @@ def meta_step(self:L2W,
     y:torch.Tensor,   # (B,) labels
     optimizer,        # the `torch.optim.SGD` of `net`
 )->torch.Tensor:      # mean meta loss of both halves (nats); None when it was not the turn
-    "Learn the weight net on the two halves of a batch, each judging the other; network and optimiser stay as they are."
+    """Learn the weight net on the two halves of a batch, each judging the other;
+    network and optimiser stay as they are."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     self._calls, n = self._calls + 1, len(x) // 2
@@ -465,7 +493,8 @@ class SelfDistillation(Joint):
         T:float=3.,     # temperature, > 0
     ):
         super().__init__()
-        self.alpha, self.T = number(alpha, "alpha", 0, 1), number(T, "T", above=0)
+        self.alpha = number(alpha, "alpha", 0, 1)
+        self.T = number(T, "T", above=0)
 
     def loss(self, raw, y):
         _check_raw(raw, y)
@@ -474,14 +503,15 @@ class SelfDistillation(Joint):
 
 # %% ../../nbs/2_exits/training.ipynb #02320961
 class Mutual(Joint):
-    "Every exit learns from all others, more and more as training goes on (DepthFL, Kim et al., ICLR 2023)."
+    "Every exit learns from all others, more and more as training goes on (DepthFL, ICLR 2023)."
 
     def __init__(self,
         ramp:int=300, # rounds or epochs until the full weight; 0: full weight from the start
         T:float=1.,   # temperature, > 0
     ):
         super().__init__()
-        self.ramp, self.T = whole(ramp, "ramp", 0), number(T, "T", above=0)
+        self.ramp = whole(ramp, "ramp", 0)
+        self.T = number(T, "T", above=0)
 
     def share(self):
         return math.exp(-5 * (1 - min(self._t, self.ramp) / self.ramp) ** 2) if self.ramp else 1.0
@@ -490,7 +520,7 @@ class Mutual(Joint):
         total, F_ = Joint.loss(self, raw, y)
         if len(F_) == 1:
             return total, F_
-        log_p = F.log_softmax(torch.stack([_up(f) for f in F_]) / self.T, -1)  # (E, B, K)
+        log_p = F.log_softmax(torch.stack([at_least_32(f) for f in F_]) / self.T, -1)  # (E, B, K)
         t = log_p.detach()[:, None]  # teachers j against students e
         kl = self.T**2 * (t.exp() * (t - log_p)).sum((0, 1, 3)).mean() / (len(F_) - 1)
         return total + self.share() * kl, F_
@@ -504,11 +534,6 @@ def objective_by_name(
     return OBJECTIVES.make(name, **kwargs)
 
 # %% ../../nbs/2_exits/training.ipynb #3b2a1504
-def _draws(net):
-    "Does training draw random numbers inside the network, as dropout does?"
-    shares = (getattr(m, k, 0) for m in net.modules() for k in ("p", "drop_prob", "dropout"))
-    return any(isinstance(v, (int, float)) and v > 0 for v in shares)
-
 def _training_of(net, data, objective, opt, generator, **settings):
     "Fingerprints of everything that the weights of a training follow from."
     groups = [{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups]
@@ -519,45 +544,17 @@ def _training_of(net, data, objective, opt, generator, **settings):
         weights=net,
         generator=generator,
         optimizer=[type(opt), groups],
-        rng=torch.get_rng_state() if _draws(net) else None,
+        rng=drawn_state(net),
     )
 
-def _save_progress(path, net, opt, generators, rows, marks=None):
-    "Weights, optimiser, random generators and the rows so far in one file, replaced as a whole."
-    state = {
-        f"opt.{i}.{k}": torch.as_tensor(v)
-        for i, s in opt.state_dict()["state"].items()
-        for k, v in s.items()
-        if v is not None
-    }
-    state |= {f"net.{k}": v for k, v in net.state_dict().items()} | {"rng": torch.get_rng_state()}
-    state |= {f"rng.{i}": g.get_state() for i, g in enumerate(generators)}
-    save_tensors(path, state, dict(rows=rows, training=marks))
-
 # %% ../../nbs/2_exits/training.ipynb #ed2df658
-def _load_progress(path, net, opt, generators, objective, marks=None):
-    "Put back what `_save_progress` wrote, if it did and for this training; returns the rows."
-    if hasattr(objective, "weight_net"):
-        raise ValueError(
-            f"checkpoint={str(path)!r} must be None with L2W: its weight net is not kept there"
-        )
-    if not Path(path).exists():
+def _rows_so_far(path, net, opt, generators, objective, marks):
+    "Rows of the checkpoint, if there is one; L2W's weight net would be lost."
+    if not path:
         return []
-    check(Path(path).is_file(), "checkpoint", str(path), "the name of a file")
-    state, meta = load_tensors(path)
-    if marks is not None:
-        check_fingerprints(path, meta.get("training"), marks)
-    part = lambda head: {k[len(head) :]: v for k, v in state.items() if k.startswith(head)}
-    net.load_state_dict(part("net."))
-    torch.set_rng_state(state["rng"])
-    for i, g in enumerate(generators):
-        g.set_state(state[f"rng.{i}"])
-    moments = {}
-    for k, v in part("opt.").items():
-        i, name = k.split(".")
-        moments.setdefault(int(i), {})[name] = v
-    opt.load_state_dict(dict(state=moments, param_groups=opt.state_dict()["param_groups"]))
-    return meta["rows"]
+    allowed = "None with L2W: its weight net is not kept there"
+    check(not hasattr(objective, "weight_net"), "checkpoint", str(path), allowed)
+    return load_progress(path, net, opt, generators, marks)
 
 # %% ../../nbs/2_exits/training.ipynb #35994c04
 def _check_exits(net, data, objective, batch_size):
@@ -574,10 +571,12 @@ def _check_exits(net, data, objective, batch_size):
             parts=2 if hasattr(objective, "weight_net") else 1,
         )
 
+# %% ../../nbs/2_exits/training.ipynb #2ce88bdd
 def _sgd(**settings):
     "The settings of SGD as numbers."
     return {k: number(v, k, low=0) for k, v in settings.items()}
 
+# %% ../../nbs/2_exits/training.ipynb #5a3e3f80
 def _passes(epochs, batch_size, cosine, amp):
     "The settings of the passes, checked."
     return (
@@ -587,8 +586,10 @@ def _passes(epochs, batch_size, cosine, amp):
         flag(amp, "amp"),
     )
 
+# %% ../../nbs/2_exits/training.ipynb #5e6c085d
 def _begin_epoch(modes, objective, e, epochs):
-    "Modules in the modes they had, whatever `on_epoch` did to them; the objective knows how far training is."
+    """Modules in the modes they had, whatever `on_epoch` did to them;
+    the objective knows how far training is."""
     for m, mode in modes:
         m.training = mode
     objective.at(e, epochs)
@@ -613,6 +614,7 @@ def _epoch(net, batches, objective, opt, rate, augment, amp, e):
         raise FloatingPointError(f"the training loss is {loss}; lower lr={opt.defaults['lr']}")
     return dict(epoch=e, loss=loss, seconds=time.perf_counter() - start)
 
+# %% ../../nbs/2_exits/training.ipynb #792080f1
 def _falling(lr, e, epochs, n):
     "Learning rate of step i of epoch e: half a cosine from `lr` to 0."
     return lambda i: lr * (1 + math.cos(math.pi * (e + i / n) / epochs)) / 2
@@ -631,23 +633,25 @@ def fit_exits(
     generator:torch.Generator=None, # draws the order; None: the order of `data`
     amp:bool=False,           # compute the network in bfloat16 where that is safe
     on_epoch=None,            # called as on_epoch(row, net) after each epoch
-    optimizer=None,           # optimizer(parameters) -> torch optimiser, e.g. AdamW for a ViT; None: SGD
+    # optimizer(parameters) -> torch optimiser, e.g. AdamW for a ViT; None: SGD
+    optimizer=None,
     checkpoint=None,          # file that is written after each epoch, and read first if it is there
 )->list:                      # a dict per epoch: epoch, loss (nats, mean per image), seconds
-    "Train all exits; raises `ValueError` for another training's checkpoint, `FloatingPointError` for a loss of NaN."
+    """Train all exits; raises `ValueError` for another training's checkpoint,
+    `FloatingPointError` for a loss of NaN."""
     epochs, batch_size, cosine, amp = _passes(epochs, batch_size, cosine, amp)
     _check_exits(net, data, objective, batch_size)
     sgd = _sgd(lr=lr, momentum=momentum, weight_decay=weight_decay)
     opt = (optimizer or partial(torch.optim.SGD, **sgd))(
         [p for p in net.parameters() if p.requires_grad]
     )
-    g = _stream(generator, "augment")
+    g = follower(generator, "augment")
     modes = [(m, m.training) for m in start_training(net).modules()]
     drawn = [x for x in (generator, g if augment else None) if x]
     changed = augment and (lambda x: augment(x, g))
     how = dict(epochs=epochs, batch_size=batch_size, cosine=cosine, amp=amp, augment=augment, **sgd)
     marks = _training_of(net, data, objective, opt, generator, **how) if checkpoint else None
-    rows = _load_progress(checkpoint, net, opt, drawn, objective, marks) if checkpoint else []
+    rows = _rows_so_far(checkpoint, net, opt, drawn, objective, marks)
     for e in range(len(rows), epochs):
         _begin_epoch(modes, objective, e, epochs)
         rate = _falling(sgd["lr"], e, epochs, math.ceil(len(data) / batch_size)) if cosine else None
@@ -655,14 +659,15 @@ def fit_exits(
             _epoch(net, data.batches(batch_size, generator), objective, opt, rate, changed, amp, e)
         )
         if checkpoint:
-            _save_progress(checkpoint, net, opt, drawn, rows, marks)
+            save_progress(checkpoint, net, opt, drawn, rows, marks)
         if on_epoch:
             on_epoch(rows[-1], net)
     return rows
 
 # %% ../../nbs/2_exits/training.ipynb #f05266b0
 def train_exits(
-    build,        # () -> early-exit network; called with the stream "init" as torch's global generator
+    # () -> early-exit network; called with the stream "init" as torch's global generator
+    build,
     train,        # `ArrayData`
     test,         # `ArrayData` it is evaluated on
     objective,       # a fresh objective: L2W carries a network of its own
@@ -670,7 +675,8 @@ def train_exits(
     device="cpu",
     **kwargs      # passed to `fit_exits`: epochs, lr, batch_size, augment, ...
 )->dict:          # net (trained), objective, seed, rows, accuracy (list, one per exit, in [0, 1])
-    "Train an early-exit network with an objective; what is random follows from `seed` alone, so that objectives are compared in pairs."
+    """Train an early-exit network with an objective;
+    what is random follows from `seed` alone, so that objectives are compared in pairs."""
     s = Streams(seed)
     with s.scope("init"):
         net = build().to(device)
@@ -680,6 +686,13 @@ def train_exits(
     return dict(
         net=net, objective=objective, seed=seed, rows=rows, accuracy=accuracy(F_, test.y).tolist()
     )
+
+# %% ../../nbs/2_exits/training.ipynb #9a81961e
+def _seeds(seeds):
+    seeds = [whole(s, f"seeds[{i}]", None) for i, s in enumerate(seeds)]
+    ok = seeds and len(set(seeds)) == len(seeds)
+    check(ok, "seeds", seeds, "different whole numbers, at least one")
+    return seeds
 
 # %% ../../nbs/2_exits/training.ipynb #b7c8c0f8
 def compare_exits(
@@ -691,7 +704,8 @@ def compare_exits(
     on_run=None,        # called as on_run(name, result) after each training
     **kwargs            # passed to `train_exits`
 )->dict:                # name -> list of the results of `train_exits`, one per seed
-    "Train every way with every seed; raises `ValueError` without ways, or for seeds that are not whole numbers."
+    """Train every way with every seed;
+    raises `ValueError` without ways, or for seeds that are not whole numbers."""
     known = isinstance(ways, dict) and ways and all(map(callable, ways.values()))
     check(known, "ways", ways, "a dict: name -> () -> fresh objective")
     seeds = _seeds(seeds)
@@ -703,21 +717,14 @@ def compare_exits(
                 on_run(name, out[name][-1])
     return out
 
-def _seeds(seeds):
-    seeds = [whole(s, f"seeds[{i}]", None) for i, s in enumerate(seeds)]
-    check(
-        seeds and len(set(seeds)) == len(seeds),
-        "seeds",
-        seeds,
-        "different whole numbers, at least one",
-    )
-    return seeds
-
+# %% ../../nbs/2_exits/training.ipynb #c50c0cd5
 def paired_gain(
     results:dict,      # of `compare_exits`
     base:str="Joint",  # whom to compare with
-)->dict:               # name -> (seeds, exits) tensor, difference in accuracy to `base` with the same seed
-    "What each way gains over another one, seed by seed and exit by exit; raises `ValueError` if seeds do not match."
+    # name -> (seeds, exits) tensor, difference in accuracy to `base` with the same seed
+)->dict:
+    """What each way gains over another one, seed by seed and exit by exit;
+    raises `ValueError` if seeds do not match."""
     if not isinstance(base, str) or base not in results:
         raise ValueError(f"base={base!r} was not trained; choose one of {', '.join(results)}")
     acc = {
@@ -731,42 +738,46 @@ def paired_gain(
             )
     return {n: a - acc[base] for n, a in acc.items()}
 
+# %% ../../nbs/2_exits/training.ipynb #0807700a
+def _drawn_shapes(n, seed, power):
+    "Shapes whose difficulty is u**power with uniform u."
+    from darkdistill_nb.core.scenes import shapes
+
+    u = torch.rand(n, generator=Streams(seed).generator("difficulty"))
+    return shapes(n, seed, u.double() ** power)
+
+# %% ../../nbs/2_exits/training.ipynb #c424e155
+def _images_for(name, n_train, n_test, power):
+    "(train, test) of shapes with known difficulty, or of another data set."
+    from darkdistill_nb.core.datasets import load
+
+    if name != "shapes":
+        return load(name, n_train, n_test)
+    train, test = _drawn_shapes(n_train, 1, power), _drawn_shapes(n_test, 2, power)
+    return train, ArrayData(test.x, test.y, test.classes, train.mean, train.std, test.difficulty)
+
 # %% ../../nbs/2_exits/training.ipynb #8f9de348
 def difficulty_experiment(
     name: str = "shapes",  # "shapes", or another data set that `load` knows, e.g. "cifar10"
     n_train: int = 2000,  # images to train on
     n_test: int = 2000,  # images to test on
-    ways: dict = None,  # as in `compare_exits`; None: Joint with and without equilibrium, BoostNet, and L2W with a meta step in every fifth step
+    # as in `compare_exits`; None: Joint with and without equilibrium,
+    # BoostNet, and L2W with a meta step in every fifth step
+    ways: dict = None,
     seeds=(0, 1, 2),  # each is one pair
     width: int = 8,  # channels of the small CNN with four exits
     power: float = 3.0,  # shapes: difficulty is u**power with uniform u
     **kwargs,  # passed to `fit_exits`; preset: epochs=8, lr=.01, batch_size=32
 ) -> tuple:  # (results of `compare_exits`, train, test)
-    "Train the same network on the same images with several objectives, for the same number of epochs."
-    n_train, n_test, power = (
-        whole(n_train, "n_train"),
-        whole(n_test, "n_test"),
-        number(power, "power", above=0),
-    )
-    from darkdistill_nb.core.data import ArrayData
-    from darkdistill_nb.core.datasets import load
-    from darkdistill_nb.core.scenes import shapes
+    """Train the same network on the same images with several objectives,
+    for the same number of epochs."""
     from darkdistill_nb.distill.losses import CropFlip
     from darkdistill_nb.exits.networks import cnn
 
-    def draw(n, seed):
-        return shapes(
-            n,
-            seed,
-            torch.rand(n, generator=Streams(seed).generator("difficulty")).double() ** power,
-        )
-
-    if name == "shapes":
-        train, test = draw(n_train, 1), draw(n_test, 2)
-        test = ArrayData(test.x, test.y, test.classes, train.mean, train.std, test.difficulty)
-    else:
-        train, test = load(name, n_train, n_test)
-        kwargs = {"augment": CropFlip(4) if name.startswith("cifar") else None, **kwargs}
+    n_train, n_test = whole(n_train, "n_train"), whole(n_test, "n_test")
+    train, test = _images_for(name, n_train, n_test, number(power, "power", above=0))
+    crops = CropFlip(4) if name.startswith("cifar") else None
+    how = {} if name == "shapes" else dict(augment=crops)
     ways = ways or {
         "Joint": Joint,
         "Joint, equilibrium": lambda: Joint(ge="full"),
@@ -774,13 +785,8 @@ def difficulty_experiment(
         "L2W": lambda: L2W(interval=5),
     }
     build = lambda: cnn(train.shape, train.n_classes, width=width)
-    return (
-        compare_exits(
-            ways, build, train, test, seeds, **{"epochs": 8, "lr": 0.01, "batch_size": 32, **kwargs}
-        ),
-        train,
-        test,
-    )
+    how |= {"epochs": 8, "lr": 0.01, "batch_size": 32, **kwargs}
+    return compare_exits(ways, build, train, test, seeds, **how), train, test
 
 # %% ../../nbs/2_exits/training.ipynb #19e71f15
 RATES = (0.005, 0.01, 0.02, 0.04)
@@ -796,7 +802,8 @@ RATE_WAYS = {  # name -> (objective, options, learning rates)
 }
 
 def difficulty_cell(
-    cell:dict, # data, policy (its objective), options, seed, lr, epochs, n_train, n_test, width, batch_size
+    # data, policy (its objective), options, seed, lr, epochs, n_train, n_test, width, batch_size
+    cell:dict,
     folder,    # unused; jobs of `run_grid` take one
 )->dict:       # accuracy: one number per exit
     "One training of `difficulty_experiment`, as a cell."
@@ -815,7 +822,8 @@ def learning_rates(
     on_cell=None,   # see `run_grid`
     **how           # epochs, n_train, n_test, width, batch_size
 )->Record:
-    "`difficulty_experiment` with every way to train at several learning rates; stored as exits_rates_DATA."
+    """`difficulty_experiment` with every way to train at several learning rates;
+    stored as exits_rates_DATA."""
     fixed = dict(
         data=str(data), epochs=8, n_train=2000, n_test=2000, width=8, batch_size=32, **of_file(data)
     )
@@ -850,11 +858,19 @@ def by_rate(
         out.setdefault((r["way"], r["lr"]), []).append(sum(r["accuracy"]) / len(r["accuracy"]))
     return out
 
+# %% ../../nbs/2_exits/training.ipynb #c63a276a
+def _best_in_bold(values):
+    "Name -> text in percent; the largest of several values is bold."
+    best = max(values.values()) if len(values) > 1 else None
+    text = {k: f"{100 * v:.1f}" for k, v in values.items()}
+    return {k: f"**{t}**" if values[k] == best else t for k, t in text.items()}
+
 # %% ../../nbs/2_exits/training.ipynb #fbaf6b79
 def rate_table(
     record:Record # of `learning_rates`
 )->str:           # markdown
-    "Mean accuracy over exits and seeds (%), a row per way, a column per learning rate, the best bold."
+    """Mean accuracy over exits and seeds (%), a row per way,
+    a column per learning rate, the best bold."""
     acc = by_rate(record)
     ways, rates = (list(dict.fromkeys(k[i] for k in acc)) for i in (0, 1))
     lines = [
@@ -863,13 +879,8 @@ def rate_table(
     ]
     for w in ways:
         mean = {lr: mean_std(acc[w, lr])[0] for lr in rates if (w, lr) in acc}
-        best = max(mean.values())
-        show = lambda v: f"**{100 * v:.1f}**" if v == best and len(mean) > 1 else f"{100 * v:.1f}"
-        lines.append(
-            f"| {w} | "
-            + " | ".join(show(mean[lr]) if lr in mean else "" for lr in sorted(rates))
-            + " |"
-        )
+        cells = _best_in_bold(mean)
+        lines.append(f"| {w} | " + " | ".join(cells.get(lr, "") for lr in sorted(rates)) + " |")
     return "\n".join(lines)
 
 # %% ../../nbs/2_exits/training.ipynb #bc2310b5
@@ -882,17 +893,17 @@ def rate_claim(
     "Is one way better, judged seed by seed? Raises `ValueError` for ways that were not trained."
     acc = by_rate(record)
 
-    def values(w):
+    def values(w, name):
         found = {k[1]: v for k, v in acc.items() if k[0] == w and lr in (None, k[1])}
         check(
             found,
-            "way",
+            name,
             w,
             f"one of {', '.join(dict.fromkeys(k[0] for k in acc))}, trained at that learning rate",
         )
         return max(found.values(), key=sum)
 
-    interval = t_interval([100 * (a - b) for a, b in zip(values(way), values(base))])
+    interval = t_interval([100 * (a - b) for a, b in zip(values(way, "way"), values(base, "base"))])
     return interval, verdict(interval)
 
 # %% ../../nbs/2_exits/training.ipynb #a7239324
@@ -903,7 +914,8 @@ def gradient_share(
     difficulty:torch.Tensor, # (N,) in [0, 1]
     bins:int=5,              # equal ranges of difficulty
 )->torch.Tensor:             # (E, bins); each row adds to 1
-    "Share of each exit's gradient that comes from each range of difficulty; raises `ValueError` for NaN."
+    """Share of each exit's gradient that comes from each range of difficulty;
+    raises `ValueError` for NaN."""
     bins = whole(bins, "bins")
     same_shape(y=y, difficulty=difficulty)
     check(

@@ -46,7 +46,8 @@ def against_stored(
     on_cell=None,  # see `run_grid`
     stored=None,   # `Record` of the experiment main; None: the one of the package
 )->Record:         # the stored runs of this gamma, and those of the method
-    "Train a method on the seeds, clients and draws of the stored runs; raises `ValueError` where they are no pairs."
+    """Train a method on the seeds, clients and draws of the stored runs;
+    raises `ValueError` where they are no pairs."""
     METHODS.find(method)
     stored = paper_record("main") if stored is None else stored
     check(stored is not None, "stored", None, "a record of the experiment main")
@@ -64,11 +65,21 @@ def against_stored(
     save_record(record, Path(folder) / "against")
     return record
 
+# %% ../../nbs/5_experiments/against.ipynb #ec70c28d
+def _difference(record, mine, row):
+    "Interval and verdict of the new method against a row."
+    both = [paper_values(record, r) for r in (mine, row)]
+    if row == mine or len(both[0].keys() & both[1].keys()) < 2:
+        return ["", ""]
+    gain = t_interval(paper_gain(record, mine, row))
+    return ["%+.2f [%+.2f, %+.2f]" % gain, verdict(gain)]
+
 # %% ../../nbs/5_experiments/against.ipynb #5fb5622c
 def against_table(
     record:Record, # of `against_stored`
 )->str:            # markdown
-    "Mean accuracy of every exit (%), and the new method's paired difference to each stored one (95 %)."
+    """Mean accuracy of every exit (%),
+    and the new method's paired difference to each stored one (95 %)."""
     mine, runs = record.config["method"], record.runs
     E = max(len(r.get("exits", ())) for r in runs)
     exits = [f"exit {e}" for e in range(1, E + 1)]
@@ -79,11 +90,3 @@ def against_table(
         told = [f"{sum(v) / len(v):.1f}" if v else "diverged" for v in per]
         lines.append(f"| {row} | " + " | ".join([*told, *_difference(record, mine, row)]) + " |")
     return "\n".join(lines)
-
-def _difference(record, mine, row):
-    "Interval and verdict of the new method against a row."
-    both = [paper_values(record, r) for r in (mine, row)]
-    if row == mine or len(both[0].keys() & both[1].keys()) < 2:
-        return ["", ""]
-    gain = t_interval(paper_gain(record, mine, row))
-    return ["%+.2f [%+.2f, %+.2f]" % gain, verdict(gain)]

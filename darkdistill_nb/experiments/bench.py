@@ -8,18 +8,19 @@ Docs: https://darkdistill.github.io/darkdistill_nb/5_experiments/bench.html.md""
 # %% auto #0
 __all__ = ['GOALS', 'SHARES', 'REALISED', 'END_TO_END', 'interleave', 'ratios', 'plain_wrn', 'torchdistill_job', 'distill_jobs',
            'bench_distill', 'Replay', 'exit_list', 'stream_job', 'exit_jobs', 'exit_rows', 'exit_table', 'bench_exits',
-           'main']
+           'Workload', 'federated_table', 'main']
 
 # %% ../../nbs/5_experiments/bench.ipynb #7278ea5b
-import argparse, copy, functools, statistics, sys, tempfile, time
+import argparse, contextlib, copy, functools, itertools, json, os, shutil, statistics
+import subprocess, sys, tempfile, time
 from pathlib import Path
 import torch
-from ..core.checks import check, choice, whole
+from ..core.checks import check, choice, number, whole
 from ..core.data import ArrayData
 from ..distill.losses import distill, teacher_table
 from ..exits.networks import WideBlock, vit
 from ..distill.features import method_loss
-from ..exits.inference import Confidence, Score
+from ..exits.scores import Confidence, Score
 from ..exits.runner import ExitRunner
 from ..core.records import Record, save_record, write_atomic
 from ..core.training import pick_device
@@ -95,7 +96,8 @@ def torchdistill_job(
     data,          # `ArrayData`
     batch:int=32,  # images a step
 ):                 # function that returns seconds per step; None: torchdistill is not installed
-    "A job that makes the same Hinton step with torchdistill."
+    "A job that makes the same Hinton step with torchdistill; raises `ValueError`."
+    batch = whole(batch, "batch")
     from darkdistill_nb.core.compat import ensure_torchvision
 
     ensure_torchvision()
@@ -151,6 +153,7 @@ def distill_jobs(
     device="cpu",
 )->dict:           # name -> function that returns seconds per step
     "The jobs of `bench distill`: one student in equal copies, WRN-16-2, with WRN-40-2 as teacher."
+    batch, steps = whole(batch, "batch"), whole(steps, "steps")
     g, n = torch.Generator().manual_seed(0), steps * batch
     data = ArrayData(
         torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=g),
@@ -169,13 +172,9 @@ def distill_jobs(
     table = teacher_table(teacher, data, teacher_layers)
 
     def job(teacher, loss, **kw):
-        net = copy.deepcopy(student)
-        return lambda: (
-            _seconds(
-                lambda: distill(net, teacher, data, loss, lr=0.01, batch_size=batch, **kw), device
-            )
-            / steps
-        )
+        parts = copy.deepcopy(student), teacher, data, loss
+        work = functools.partial(distill, *parts, lr=0.01, batch_size=batch, **kw)
+        return lambda: _seconds(work, device) / steps
 
     jobs = {
         "ce": job(None, method_loss("ce")),
@@ -196,6 +195,7 @@ def bench_distill(
     device="cpu",
 )->str:             # the table as text
     "Cost of a distillation step in units of the same student's cross-entropy step."
+    rounds = whole(rounds, "rounds")
     jobs = distill_jobs(batch, steps, device)
     result = ratios(interleave(jobs, rounds, rare=("kd, online", "torchdistill")), "ce")
     lines = [
@@ -268,15 +268,13 @@ def stream_job(
     score:Replay,
     device="cpu",
 ):                  # function that returns seconds per arrival, the last with the flush
-    "Images arrive b at a time."
+    "Images arrive b at a time; raises `ValueError`."
+    b = whole(b, "b")
 
     def run():
-        score.at, s, out = 0, runner.stream(), []
-        for i in range(0, len(x), b):
-            out.append(
-                _seconds(lambda: (s.push(x[i : i + b]), i + b >= len(x) and s.flush()), device)
-            )
-        return out
+        score.at, s = 0, runner.stream()
+        arrive = lambda i: (s.push(x[i : i + b]), i + b >= len(x) and s.flush())
+        return [_seconds(functools.partial(arrive, i), device) for i in range(0, len(x), b)]
 
     return run
 
@@ -290,16 +288,15 @@ def exit_jobs(
     device="cpu",
     ones:int=80,       # images of the rows with batch 1
 )->dict:               # (precision, row, batch) -> function that returns seconds per call, one per batch
-    "The jobs of `bench exits`."
+    "The jobs of `bench exits`; raises `ValueError`."
+    ones = whole(ones, "ones")
 
     def job(f, b, score=None):
         def run():
             if score:
                 score.at = 0
-            return [
-                _seconds(lambda: f(x[i : i + b]), device)
-                for i in range(0, ones if b == 1 else len(x), b)
-            ]
+            batch, last = (lambda i: f(x[i : i + b])), ones if b == 1 else len(x)
+            return [_seconds(functools.partial(batch, i), device) for i in range(0, last, b)]
 
         return run
 
@@ -330,7 +327,9 @@ def exit_rows(
     n:int=256,       # images per job
     ones:int=80,     # images of the rows with batch 1
 )->list:             # one dict per row
-    "Fastest time per image, speed-ups, and the share of the saved operations that the clock shows."
+    "Fastest time per image, speed-ups, and the share of saved operations that the clock shows; raises `ValueError`."
+    n, ones = whole(n, "n"), whole(ones, "ones")
+    check(times, "times", times, "the times of at least one job")
     us = {
         k: sum(map(min, zip(*filter(None, t)))) / (ones if k[2] == 1 else n) * 1e6
         for k, t in times.items()
@@ -382,7 +381,8 @@ def bench_exits(
     net=None,      # an `EarlyExitNet` with four exits; None: the ViT of the text
     batches=(1, 8, 32, 256),
 )->tuple:          # the table as text, a `Record`
-    "How much of the saved operations is saved time."
+    "How much of the saved operations is saved time; raises `ValueError`."
+    rounds = whole(rounds, "rounds")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if net is None:
@@ -407,48 +407,540 @@ def bench_exits(
         rows=rows,
     )
 
+# %% ../../nbs/5_experiments/bench.ipynb #b3eda541
+def _linear(): return [nn.Flatten(), nn.Linear(3072, 10)]
+
+def _mlp():
+    body = [nn.Linear(3072, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU()]
+    return [nn.Flatten(), *body, nn.Linear(64, 10)]
+
+# %% ../../nbs/5_experiments/bench.ipynb #109b5551
+def _lenet():
+    first = [nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2)]
+    second = [nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    head = [nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)]
+    return [*first, *second, *head]
+
+# %% ../../nbs/5_experiments/bench.ipynb #98662af8
+def _small_cnn():
+    body = [nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2)]
+    return [*body, nn.Flatten(), nn.Linear(12544, 128), nn.ReLU(), nn.Linear(128, 10)]
+
+WORKS = dict(linear=_linear, mlp=_mlp, lenet=_lenet, cnn=_small_cnn)
+
+# %% ../../nbs/5_experiments/bench.ipynb #8c4bf833
+class Workload:
+    "What every simulator is asked to do; raises `ValueError`."
+
+    def __init__(self,
+        name:str="linear", # linear | mlp | lenet | cnn: 31 thousand, 402 thousand, 62 thousand, 1.6 million weights
+        clients:int=100,
+        samples:int=50,    # images of a client
+        batch:int=25,      # images a step
+        lr:float=0.02,
+    ):
+        self.name, self.clients = choice(name, "name", WORKS), whole(clients, "clients")
+        self.samples, self.batch = whole(samples, "samples"), whole(batch, "batch")
+        self.lr, self.steps = number(lr, "lr", low=0), clients * -(-samples // batch)
+
+    def net(self):
+        "The network with its first weights."
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return nn.Sequential(*WORKS[self.name]())
+
+    def images(self, most=200):
+        "Images (n, S, 3, 32, 32) and labels (n, S) of the clients; more than `most` share theirs."
+        g, n = torch.Generator().manual_seed(0), min(self.clients, most)
+        x = torch.randn(n, self.samples, 3, 32, 32, generator=g)
+        return x, torch.randint(10, (n, self.samples), generator=g)
+
+    def gflop(self):
+        "Operations of a round, forwards and backwards, in 10^9."
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as count:
+            out = self.net()(torch.zeros(self.samples, 3, 32, 32))
+            out.sum().backward()
+        return count.get_total_flops() * self.clients / 1e9
+
+# %% ../../nbs/5_experiments/bench.ipynb #24a2aafe
+class _Last(nn.Linear):
+    "The last layer as an exit."
+
+    def features(self, z): return z
+
+    def classify(self, a): return super().forward(a)
+
+    def forward(self, a): return self.classify(a)
+
+# %% ../../nbs/5_experiments/bench.ipynb #b43f7052
+class _Stop(Exception):
+    pass
+
+# %% ../../nbs/5_experiments/bench.ipynb #e6f915cf
+def _as_exits(work):
+    "The same weights as an `EarlyExitNet` with a single exit."
+    from darkdistill_nb.exits.networks import EarlyExitNet
+
+    *body, last = work.net()
+    exit = _Last(last.in_features, last.out_features)
+    exit.load_state_dict(last.state_dict())
+    return EarlyExitNet(nn.Identity(), [nn.Sequential(*body)], [exit], (3, 32, 32), 10)
+
+# %% ../../nbs/5_experiments/bench.ipynb #ca90680e
+def _play_ours(work, turns, workers=1):
+    from darkdistill_nb.exits.training import Joint
+    from darkdistill_nb.federated.method import EEFL, Client, simulate
+
+    x, y = work.images()
+    n, S = x.shape[:2]
+    plain = dict(mean=[0.0] * 3, std=[1.0] * 3)
+    data = ArrayData(x.flatten(0, 1), y.flatten(), range(10), **plain)
+    own = lambda i: torch.arange(S) + S * (i % n)
+    clients = [Client(i, 1, own(i), torch.arange(0)) for i in range(work.clients)]
+    settings = dict(lr=work.lr, decay=1.0, momentum=0.0, weight_decay=0.0, batch_size=work.batch)
+    method = EEFL(Joint(), participation=1.0, **settings)
+
+    def next_round(row):
+        if not turns():
+            raise _Stop
+
+    turns()
+    how = dict(eval_every=10**9, on_round=next_round, workers=workers, progress=False)
+    with contextlib.suppress(_Stop):
+        simulate(method, lambda: _as_exits(work), data, data.subset(range(9)), clients, 10**9, **how)
+
+# %% ../../nbs/5_experiments/bench.ipynb #726b400b
+def _play_two(work, turns): _play_ours(work, turns, workers=2)
+
+# %% ../../nbs/5_experiments/bench.ipynb #1871e2c1
+def _play_lean(work, turns):
+    "Nothing but the steps: one network whose weights are views of a vector."
+    x, y = work.images()
+    net = work.net()
+    params, loss = list(net.parameters()), nn.functional.cross_entropy
+    flat = torch.cat([p.detach().reshape(-1) for p in params])
+    for p, v in zip(params, flat.split([p.numel() for p in params])):
+        p.data = v.view_as(p)
+    start, total = flat.clone(), torch.zeros_like(flat)
+    while turns():
+        total.zero_()
+        for c in range(work.clients):
+            flat.copy_(start)
+            own = x[c % len(x)].split(work.batch), y[c % len(x)].split(work.batch)
+            for xb, yb in zip(*own):
+                g = torch.autograd.grad(loss(net(xb), yb), params)
+                with torch.no_grad():
+                    torch._foreach_add_(params, g, alpha=-work.lr)
+            total += flat
+        start = total / work.clients
+    return start
+
+# %% ../../nbs/5_experiments/bench.ipynb #28019d18
+def _play_pfl(work, turns):
+    import types
+    from pfl.aggregate.simulate import SimulatedBackend
+    from pfl.algorithm.base import NNAlgorithmParams
+    from pfl.algorithm.federated_averaging import FederatedAveraging
+    from pfl.callback.base import TrainingProcessCallback
+    from pfl.data.federated_dataset import FederatedDataset
+    from pfl.data.pytorch import PyTorchTensorDataset
+    from pfl.hyperparam import NNEvalHyperParams, NNTrainHyperParams
+    from pfl.metrics import Metrics
+    from pfl.model.pytorch import PyTorchModel
+
+    x, y = work.images()
+    net, ids = work.net(), itertools.cycle(range(work.clients))
+    ce = lambda self, a, b, eval=False: nn.functional.cross_entropy(self(a), b)
+    net.loss = types.MethodType(ce, net)
+    net.metrics = types.MethodType(lambda self, a, b, eval=False: {}, net)
+    model = PyTorchModel(net, torch.optim.SGD, torch.optim.SGD(net.parameters(), lr=1.0))
+    of = lambda i: PyTorchTensorDataset((x[i % len(x)], y[i % len(x)]), user_id=str(i))
+    data = FederatedDataset(of, lambda: next(ids))
+
+    class Turn(TrainingProcessCallback):
+        def after_central_iteration(self, metrics, model, *, central_iteration):
+            return not turns(), Metrics()
+
+    turns()
+    rounds = dict(central_num_iterations=10**9, evaluation_frequency=10**9)
+    FederatedAveraging().run(
+        NNAlgorithmParams(**rounds, train_cohort_size=work.clients, val_cohort_size=0),
+        SimulatedBackend(training_data=data, val_data=data),
+        model,
+        NNTrainHyperParams(
+            local_num_epochs=1, local_learning_rate=work.lr, local_batch_size=work.batch
+        ),
+        NNEvalHyperParams(local_batch_size=None),
+        [Turn()],
+    )
+
+# %% ../../nbs/5_experiments/bench.ipynb #e511eb22
+def _play_fedlab(work, turns):
+    from darkdistill_nb.core.compat import ensure_torchvision
+
+    ensure_torchvision()  # FedLab imports it
+    from fedlab.contrib.algorithm.basic_client import SGDSerialClientTrainer
+    from fedlab.contrib.algorithm.basic_server import SyncServerHandler
+    from fedlab.core.standalone import StandalonePipeline
+    from torch.utils.data import DataLoader, TensorDataset
+
+    x, y = work.images()
+
+    class Data:
+        def get_dataloader(self, i, batch_size):
+            return DataLoader(TensorDataset(x[i % len(x)], y[i % len(x)]), batch_size)
+
+    class Pipeline(StandalonePipeline):
+        def evaluate(self):
+            if not turns():
+                raise _Stop
+
+    net = work.net()
+    trainer = SGDSerialClientTrainer(net, work.clients)
+    trainer.setup_dataset(Data())
+    trainer.setup_optim(1, work.batch, work.lr)
+    turns()
+    with contextlib.suppress(_Stop):
+        Pipeline(SyncServerHandler(net, 10**9, 1.0), trainer).main()
+
+# %% ../../nbs/5_experiments/bench.ipynb #d3fa9385
+def _in_jax(net):
+    "The layers of a `Sequential` as a function of (weights, images)."
+    import jax, jax.numpy as jnp
+
+    def forward(p, h):
+        it = iter(p)
+        for m in net:
+            if isinstance(m, nn.Conv2d):
+                how = dict(dimension_numbers=("NCHW", "OIHW", "NCHW"))
+                h = jax.lax.conv_general_dilated(h, next(it), (1, 1), "VALID", **how)
+                h = h + next(it)[:, None, None]
+            elif isinstance(m, nn.Linear):
+                h = h @ next(it).T + next(it)
+            elif isinstance(m, nn.ReLU):
+                h = jax.nn.relu(h)
+            elif isinstance(m, nn.MaxPool2d):
+                two = (1, 1, 2, 2)
+                h = jax.lax.reduce_window(h, -jnp.inf, jax.lax.max, two, two, "VALID")
+            else:
+                h = h.reshape(h.shape[0], -1)
+        return h
+
+    return forward
+
+# %% ../../nbs/5_experiments/bench.ipynb #b3b6a98c
+def _play_fedjax(work, turns):
+    import jax
+
+    jax.tree_map = jax.tree_util.tree_map  # gone from JAX since FedJAX was written
+    import fedjax, jax.numpy as jnp
+    from fedjax.algorithms.fed_avg import federated_averaging
+
+    x, y = (t.numpy() for t in work.images())
+    net = work.net()
+    forward = _in_jax(net)
+
+    def loss(p, batch, rng):
+        logs = jax.nn.log_softmax(forward(p, batch["x"]))
+        return -jnp.mean(jnp.take_along_axis(logs, batch["y"][:, None], 1))
+
+    sgd, order = fedjax.optimizers.sgd, dict(num_epochs=1, skip_shuffle=True)
+    batches = fedjax.ShuffleRepeatBatchHParams(batch_size=work.batch, **order)
+    method = federated_averaging(jax.grad(loss), sgd(work.lr), sgd(1.0), batches)
+    of = lambda i: fedjax.ClientDataset(dict(x=x[i % len(x)], y=y[i % len(x)].astype("int32")))
+    rng = jax.random.PRNGKey(0)
+    clients = [(str(i), of(i), rng) for i in range(work.clients)]
+    state = method.init([jnp.asarray(p.detach().numpy()) for p in net.parameters()])
+    while turns():
+        state, _ = method.apply(state, clients)
+        jax.block_until_ready(state.params)
+
+# %% ../../nbs/5_experiments/bench.ipynb #958dee01
+def _play_limit(work, turns):
+    "A round: five products of matrices with 1024 rows and columns."
+    a = torch.randn(1024, 1024)
+    while turns():
+        for _ in range(5):
+            a @ a
+
+SYSTEMS = {  # name -> (function that plays, module that it needs)
+    "darkdistill_nb": (_play_ours, None),
+    "darkdistill_nb, 2 processes": (_play_two, None),
+    "lean loop": (_play_lean, None),
+    "pfl": (_play_pfl, "pfl"),
+    "FedLab": (_play_fedlab, "fedlab"),
+    "FedJAX": (_play_fedjax, "fedjax"),
+    "limit": (_play_limit, None),
+}
+
+# %% ../../nbs/5_experiments/bench.ipynb #dbd4bfab
+def _tree(pid):
+    "A process and all that descend from it; where the system does not tell, the process alone."
+    parent = {}
+    for p in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            parent[int(p.name)] = int((p / "stat").read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for p in found:
+        found += [c for c, mother in parent.items() if mother == p]
+    return found
+
+# %% ../../nbs/5_experiments/bench.ipynb #87a77ec5
+def _cpu_of(pids):
+    "Processor seconds of processes, thread by thread, as Linux's scheduler counts them."
+    total = 0
+    for pid in pids:
+        for t in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+            with contextlib.suppress(OSError, ValueError):
+                total += int(t.read_text().split()[0])
+    return total / 1e9
+
+# %% ../../nbs/5_experiments/bench.ipynb #2fe6d2ff
+def _memory_of(pids):
+    "Proportional memory of processes in MB."
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(OSError, StopIteration, ValueError):
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            total += int(next(t for t in lines if t.startswith("Pss:")).split()[1])
+    return total / 1024
+
+# %% ../../nbs/5_experiments/bench.ipynb #0159f5df
+class _Turns:
+    "Called between rounds: reports the one that ends, waits for the next. False: there is none."
+
+    def __init__(self, out):
+        self.out, self.before = out, None
+
+    def __call__(self):
+        if self.before:
+            cpu, wall = self.now()
+            spent = dict(cpu=cpu - self.before[0], wall=wall - self.before[1])
+            print(json.dumps(spent), file=self.out, flush=True)
+        more = bool(sys.stdin.readline().strip())
+        self.before = self.now()
+        return more
+
+    def now(self):
+        others = _tree(os.getpid())[1:]
+        return time.process_time() + _cpu_of(others), time.perf_counter()
+
+# %% ../../nbs/5_experiments/bench.ipynb #28b8798c
+def _play(name, settings):
+    "In a process of its own: play rounds of one system, as stdin asks."
+    out, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    SYSTEMS[name][0](Workload(**settings), _Turns(out))
+
+# %% ../../nbs/5_experiments/bench.ipynb #b6a0ce08
+class _Player:
+    "A system in its process."
+
+    def __init__(self, name, settings, python):
+        words = [python, "-m", "darkdistill_nb.experiments.bench", "play", name, json.dumps(settings)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "XLA_FLAGS": ONE_CORE}
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.name, self.rounds, self.memory = name, [], 0
+        self.process = subprocess.Popen(words, text=True, env=env, **pipes)
+
+    def __call__(self):
+        "One round; its processor seconds. Raises `RuntimeError` with the last words of a process that has ended."
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            said = self.process.stderr.read().strip().splitlines() or ["it ended"]
+            raise RuntimeError(said[-1][:200])
+        self.rounds.append(json.loads(line))
+        self.memory = max(self.memory, _memory_of(_tree(self.process.pid)))
+        return self.rounds[-1]["cpu"]
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        for stream in (self.process.stdout, self.process.stderr):
+            stream.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+
+# %% ../../nbs/5_experiments/bench.ipynb #3854400f
+def _installed(module, python):
+    "Can that Python import it?"
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+    return subprocess.run([python, "-c", code], capture_output=True).returncode == 0
+
+# %% ../../nbs/5_experiments/bench.ipynb #c643dc81
+def _row(player, work, limit):
+    "What one system took, per client-step; the first two rounds, which warm up, are left out."
+    rounds = player.rounds[2:]
+    walls = sorted(r["wall"] for r in rounds)
+    best = min(r["cpu"] for r in rounds)
+    return dict(
+        system=player.name,
+        cpu_ms=1e3 * best / work.steps,
+        wall_ms=1e3 * walls[0] / work.steps,
+        slowest=walls[-1] / statistics.median(walls),
+        memory=player.memory,
+        limit=best / limit,
+    )
+
+# %% ../../nbs/5_experiments/bench.ipynb #077e0b58
+def federated_rows(
+    work:Workload,
+    rounds:int=5,      # measured rounds; two more run before
+    python:str=None,   # interpreter that has the peers; None: this one
+    systems=None,      # names of `SYSTEMS`; None: all that are installed
+)->tuple:              # (one dict per system, GFLOP/s of a large matrix product, missing systems)
+    "Let simulators play rounds in turn; one that breaks down at once counts as missing. Raises `ValueError`."
+    check(isinstance(work, Workload), "work", work, "a Workload")
+    rounds, python = whole(rounds, "rounds"), sys.executable if python is None else str(python)
+    check(shutil.which(python), "python", python, "an interpreter")
+    wanted = SYSTEMS if systems is None else systems
+    names = [choice(s, "system", SYSTEMS) for s in wanted if s != "limit"]
+    peer = lambda n: SYSTEMS[n][1]
+    missing = [n for n in names if peer(n) and not _installed(peer(n), python)]
+    names = [n for n in names if n not in missing]
+    settings = {k: getattr(work, k) for k in ("name", "clients", "samples", "batch", "lr")}
+    players = []
+    try:
+        for n in [*names, "limit"]:
+            players.append(_Player(n, settings, python if peer(n) else sys.executable))
+        for p in players[:]:
+            try:
+                p()
+            except (RuntimeError, OSError) as e:
+                missing.append(f"{p.name} (broken: {e})")
+                players.remove(p)
+                p.close()
+        interleave({p.name: p for p in players}, rounds)
+    finally:
+        for p in players:
+            p.close()
+    rate = 5 * 2 * 1024**3 / 1e9 / min(r["cpu"] for r in players[-1].rounds)
+    return [_row(p, work, work.gflop() / rate) for p in players[:-1]], rate, missing
+
+# %% ../../nbs/5_experiments/bench.ipynb #e276acb0
+def federated_table(
+    rows:list,    # of `federated_rows`
+    title:str,
+    missing=(),   # names of systems that are not installed
+)->str:
+    "The rows as text; raises `ValueError` for none."
+    check(isinstance(title, str), "title", title, "a text")
+    check(rows, "rows", rows, "a list of at least one row")
+    base = next((r for r in rows if r["system"] == "pfl"), None)
+    base = base or next((r for r in rows if r["system"] == "lean loop"), rows[0])
+    head = f"{'system':28s} {'CPU ms/step':>11s} {'wall':>7s} {'x ' + base['system']:>11s} {'x limit':>8s}"
+    lines = [title, f"{head} {'slowest':>8s} {'MB':>6s}"]
+    for r in rows:
+        times = f"{r['cpu_ms']:11.3f} {r['wall_ms']:7.3f} {r['cpu_ms'] / base['cpu_ms']:11.2f}"
+        rest = f"{r['limit']:8.1f} {r['slowest']:8.2f} {r['memory']:6.0f}"
+        lines.append(f"{r['system']:28s} {times} {rest}")
+    if missing:
+        lines.append(f"not installed: {', '.join(missing)}; --python names an interpreter that has them")
+    return "\n".join(lines)
+
+# %% ../../nbs/5_experiments/bench.ipynb #9e532839
+def bench_federated(
+    works=("linear", "mlp", "lenet"), # names of `WORKS`
+    clients=(100,),    # numbers of clients; from the second on our own row alone
+    rounds:int=5,      # measured rounds
+    samples:int=50,    # images of a client
+    batch:int=25,      # images a step
+    python:str=None,   # as in `federated_rows`
+    systems=None,      # as in `federated_rows`
+)->tuple:              # the tables as text, a `Record`
+    "Measure federated training beside other simulators, on one thread each; raises `ValueError`."
+    from darkdistill_nb.core.parallel import machine
+
+    sizes = dict(samples=samples, batch=batch)
+    texts, found = [], []
+    for name, n in itertools.product(works, clients):
+        work, own = Workload(name, n, **sizes), n != clients[0]
+        which = ["darkdistill_nb"] if own else systems
+        rows, rate, missing = federated_rows(work, rounds, python, which)
+        title = f"{name}: {n} clients, {samples} images each, batch {batch}; "
+        title += f"matrix product {rate:.0f} GFLOP/s; {machine()}"
+        texts.append(federated_table(rows, title, missing))
+        found.append(dict(work=name, clients=n, rate=rate, rows=rows, missing=missing))
+    config = dict(bench="federated", rounds=rounds, works=list(works), clients=list(clients), **sizes)
+    return "\n\n".join(texts), Record.begin(config, tables=found, machine=machine())
+
+# %% ../../nbs/5_experiments/bench.ipynb #789c455e
+_COUNTS = dict(
+    rounds="measured rounds",
+    threads="threads of PyTorch",
+    batch="images a step",
+    steps="steps per measurement",
+)
+
+def _add_counts(parser, **defaults):
+    "Options that count something, and the device."
+    for name, default in defaults.items():
+        text = f"{_COUNTS[name]} (default {default})"
+        parser.add_argument(f"--{name}", type=int, default=default, help=text)
+    parser.add_argument("--device", default="cpu", help="cpu | cuda | auto (default cpu)")
+
+def _add_federated(p):
+    "Options of `bench federated`."
+    p.set_defaults(device="cpu", threads=1)
+    for name, default in dict(rounds=5, samples=50, batch=25).items():
+        text = f"{_COUNTS.get(name, 'images of a client')} (default {default})"
+        p.add_argument(f"--{name}", type=int, default=default, help=text)
+    text = "numbers of clients; from the second on our own row alone (default 100)"
+    p.add_argument("--clients", type=int, nargs="+", default=[100], help=text)
+    works = list(WORKS)
+    p.add_argument("--works", nargs="+", default=works[:3], help=f"of {', '.join(works)}")
+    p.add_argument("--python", help="interpreter that has the peers (default: this one)")
+    p.add_argument("--systems", nargs="+", metavar="NAME", help=", ".join(SYSTEMS))
+
 # %% ../../nbs/5_experiments/bench.ipynb #406a0836
 def main(
     argv:list=None # words after the module's name; None: those of this process
 )->int:            # exit status
     "`python -m darkdistill_nb.experiments.bench NAME`: measure on this machine and print a table."
     p = argparse.ArgumentParser(
-        prog="darkdistill bench",
-        description="Measure costs on this machine; ratios of one run.",
+        prog="darkdistill bench", description="Measure costs on this machine; ratios of one run."
     )
     sub = p.add_subparsers(dest="name", required=True)
     d = sub.add_parser("distill", help="distillation steps beside a plain training step")
     e = sub.add_parser("exits", help="early exits beside always the last exit")
-    counts = dict(
-        rounds="measured rounds",
-        threads="threads of PyTorch",
-        batch="images a step",
-        steps="steps per measurement",
-    )
-    for q, names in (
-        (d, dict(rounds=32, threads=1, batch=32, steps=1)),
-        (e, dict(rounds=3, threads=1)),
-    ):
-        for name, default in names.items():
-            q.add_argument(
-                f"--{name}", type=int, default=default, help=f"{counts[name]} (default {default})"
-            )
-        q.add_argument("--device", default="cpu", help="cpu | cuda | auto (default cpu)")
-    e.add_argument("--save", help="file that receives the record as JSON")
+    f = sub.add_parser("federated", help="federated training beside other simulators")
+    _add_counts(d, rounds=32, threads=1, batch=32, steps=1)
+    _add_counts(e, rounds=3, threads=1)
+    _add_federated(f)
+    for q in (e, f):
+        q.add_argument("--save", help="file that receives the record as JSON")
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["play"]:  # a process of `federated_rows`
+        _play(argv[1], json.loads(argv[2]))
+        return 0
     a = p.parse_args(argv)
-    if bad := [k for k in counts if getattr(a, k, 1) < 1]:
+    if bad := [k for k in _COUNTS if getattr(a, k, 1) < 1]:
         p.error(f"--{bad[0]} {getattr(a, bad[0])} must be at least 1")
+    start = time.perf_counter()
     try:
         device = pick_device(a.device)
+        torch.set_num_threads(a.threads)
+        torch.manual_seed(0)
+        if a.name == "distill":
+            print(bench_distill(a.rounds, a.batch, a.steps, device))
+            return 0
+        if a.name == "exits":
+            table, record = bench_exits(a.rounds, device)
+        else:
+            how = a.works, a.clients, a.rounds, a.samples, a.batch, a.python, a.systems
+            table, record = bench_federated(*how)
     except ValueError as error:
         p.error(str(error))
-    torch.set_num_threads(a.threads)
-    torch.manual_seed(0)
-    if a.name == "distill":
-        print(bench_distill(a.rounds, a.batch, a.steps, device))
-        return 0
-    start = time.perf_counter()
-    table, record = bench_exits(a.rounds, device)
     print(table)
     record.seconds = time.perf_counter() - start
     if a.save:

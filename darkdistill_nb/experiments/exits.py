@@ -10,7 +10,7 @@ __all__ = ['WAYS', 'BUDGETS', 'exit_cell', 'new_net', 'train_net', 'answers', 'k
            'gains', 'gain_table', 'plot_pays', 'exit_record', 'main']
 
 # %% ../../nbs/5_experiments/exits.ipynb #4b3d65c6
-import argparse, json, sys
+import json, sys
 
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import torch
 
 from darkdistill_nb.core.cells import (
     cell_key,
+    experiment_parser,
     key_values,
     run_command,
     run_grid,
@@ -38,7 +39,9 @@ from darkdistill_nb.exits.stored import NETS
 
 from darkdistill_nb.exits.training import fit_exits, learning_rates, objective_by_name
 
-from darkdistill_nb.exits.inference import confidence, exit_outputs, policy_curve
+from darkdistill_nb.exits.evaluation import policy_curve
+from darkdistill_nb.exits.inference import exit_outputs
+from darkdistill_nb.exits.scores import confidence
 from darkdistill_nb.experiments.settings import todays_names
 
 # %% ../../nbs/5_experiments/exits.ipynb #c90106d9
@@ -59,7 +62,8 @@ def exit_cell(
     options=None,      # of the objective
     **changes          # n_train, n_test, amp, net_options (e.g. dict(width=8))
 )->dict:
-    "Everything that the result of one training depends on, as JSON values; raises `ValueError` for an unknown network or setting."
+    """Everything that the result of one training depends on, as JSON values;
+    raises `ValueError` for an unknown network or setting."""
     check(isinstance(data, (str, Path)), "data", data, "a name of data or the path of an .npz file")
     choice(net, "net", NETS)
     known = dict(n_train=None, n_test=None, amp=net == "vit", net_options={})
@@ -73,18 +77,12 @@ def exit_cell(
         check(isinstance(v, dict), k, v, "a dict of settings")
     objective_by_name(objective, **(options or {}))
     lr = dict(cnn=0.02, wrn=0.1, vit=1e-3)[net] if lr is None else number(lr, "lr", above=0)
-    return dict(
-        data=str(data),
-        net=net,
-        policy=objective,  # the key of stored cells
-        options=options or {},
-        seed=whole(seed, "seed", None),
-        epochs=whole(epochs, "epochs"),
-        lr=lr,
-        batch_size=whole(batch_size, "batch_size"),
-        **more,
-        **of_file(data),
-    )
+    what = dict(
+        data=str(data), net=net, policy=objective, options=options or {}
+    )  # policy: an old key
+    how = dict(seed=whole(seed, "seed", None), epochs=whole(epochs, "epochs"), lr=lr)
+    how["batch_size"] = whole(batch_size, "batch_size")
+    return what | how | more | of_file(data)
 
 # %% ../../nbs/5_experiments/exits.ipynb #01cdb82e
 def new_net(
@@ -98,6 +96,7 @@ def new_net(
         **{**NETS[cell["net"]], **cell["net_options"]},
     )
 
+# %% ../../nbs/5_experiments/exits.ipynb #035932ea
 def train_net(
     cell:dict,       # from `exit_cell`
     checkpoint=None, # file to continue from, see `fit_exits`
@@ -111,11 +110,7 @@ def train_net(
         net = new_net(cell, train).to(device)
     large = min(train.shape[1:]) >= 16  # smaller images lose too much by a crop
     photo = large and cell["data"] not in ("digits", "shapes")
-    adam = (
-        (lambda p: torch.optim.AdamW(p, lr=cell["lr"], weight_decay=0.05))
-        if cell["net"] == "vit"
-        else None
-    )
+    adamw = lambda p: torch.optim.AdamW(p, lr=cell["lr"], weight_decay=0.05)
     with st.scope("train"):
         rows = fit_exits(
             net,
@@ -129,7 +124,7 @@ def train_net(
             generator=st.generator("order"),
             amp=cell["amp"],
             on_epoch=on_epoch,
-            optimizer=adam,
+            optimizer=adamw if cell["net"] == "vit" else None,
             checkpoint=checkpoint,
         )
     return net, objective, rows
@@ -156,7 +151,8 @@ def keep_trained(
     cell:dict,
     rows:list, # of `train_net`
 )->dict:       # the header: cell, costs, accuracy, ...
-    "Write weights and answers of a trained network into one safetensors file, floating-point numbers in 16 bits."
+    """Write weights and answers of a trained network into one safetensors file,
+    floating-point numbers in 16 bits."""
     out = answers(net, objective, cell)
     classes = three_parts(cell["data"], cell["n_train"], cell["n_test"])[0].classes
     meta = dict(
@@ -181,7 +177,8 @@ def train_trained(
     device="cpu",
     **how           # see `exit_cell`
 )->Record:
-    "Train one network with a checkpoint per epoch, and store it as exits_DATA_NET (weights and answers, and a record)."
+    """Train one network with a checkpoint per epoch,
+    and store it as exits_DATA_NET (weights and answers, and a record)."""
     cell, name = exit_cell(data, net, **how), f"exits_{short_name(data)}_{net}"
     record = Record.begin(cell)
     trained, objective, rows = train_net(
@@ -240,7 +237,8 @@ def pays(
     on_cell=None,  # see `run_grid`
     **how          # see `exit_cell`
 )->Record:
-    "Train the same network in several ways with equal epochs and paired seeds; stored as exits_pays_DATA."
+    """Train the same network in several ways with equal epochs and paired seeds;
+    stored as exits_pays_DATA."""
     ways = [choice(w, "way", WAYS) for w in ways or WAYS]
     cells = [
         exit_cell(data, seed=s, objective=WAYS[w][0], options=WAYS[w][1], **how)
@@ -269,11 +267,16 @@ def gains(
     record: Record,  # from `pays`
     way: str,  # of `WAYS`
     base="Joint",  # whom to compare with
-    what="curve",  # "curve": mean accuracy over budgets; "exits": mean over exits; a number: one budget of `BUDGETS`
+    # "curve": mean accuracy over budgets;
+    # "exits": mean over exits; a number: one budget of `BUDGETS`
+    what="curve",
 ) -> list:  # one difference per seed
-    "Paired gain of one way to train over another; raises `ValueError` for ways that the record does not have."
+    """Paired gain of one way to train over another;
+    raises `ValueError` for ways that the record does not have."""
     if what not in ("curve", "exits"):
         choice(float(number(what, "what")), "what", map(float, record.config["budgets"]))
+    known = dict.fromkeys(r["way"] for r in record.runs)
+    way, base = choice(way, "way", known), choice(base, "base", known)
 
     def value(r):
         if what == "exits":
@@ -287,14 +290,16 @@ def gains(
     by = {
         w: {r["seed"]: float(value(r)) for r in record.runs if r["way"] == w} for w in (way, base)
     }
-    if not all(by.values()) or by[way].keys() != by[base].keys():
+    if by[way].keys() != by[base].keys():
         raise ValueError(f"the record has no pairs of {way!r} and {base!r}")
     return [by[way][s] - by[base][s] for s in sorted(by[way])]
 
+# %% ../../nbs/5_experiments/exits.ipynb #0515ba59
 def gain_table(
     record:Record, # from `pays`
 )->str:            # markdown
-    "Mean accuracy over budgets, its paired gain over both joint trainings (points, 95 %), and the verdict."
+    """Mean accuracy over budgets,
+    its paired gain over both joint trainings (points, 95 %), and the verdict."""
     lines = [
         "| way | mean over budgets | over Joint | over Joint, equilibrium |",
         "|---|---|---|---|",
@@ -355,9 +360,8 @@ def exit_record(
     kept_as = what in ("pays", "rates")
     train = f"train --data {'_'.join([what, *rest[:-1]])} --net {(rest or [what])[-1]}"
     words = f"{what} --data {'_'.join(rest)}" if kept_as else train
-    return stored_record(
-        name, f"python -m darkdistill_nb.experiments.exits {words} --out runs/exits --assets assets"
-    )
+    command = f"python -m darkdistill_nb.experiments.exits {words}"
+    return stored_record(name, f"{command} --out runs/exits --assets assets")
 
 # %% ../../nbs/5_experiments/exits.ipynb #70efa25e
 def _experiment(a):
@@ -397,9 +401,11 @@ def _settings(a):
         )
     return how
 
+# %% ../../nbs/5_experiments/exits.ipynb #641ce01f
 def _tell_epoch(row, net):
     print(f"epoch {row['epoch'] + 1}: loss {row['loss']:.3f} ({row['seconds']:.0f} s)", flush=True)
 
+# %% ../../nbs/5_experiments/exits.ipynb #39ec1cd1
 def _tell_cell(i, n, r):
     c, exits = r["cell"], [round(v, 3) for v in r.get("exits") or r["accuracy"]]
     print(f"{i}/{n} {c['policy']} seed {c['seed']}: exits {exits} ({r['seconds']} s)", flush=True)
@@ -409,29 +415,16 @@ def main(
     argv=None, # words of the command line; default: those of this process
 )->int:        # exit code: 0, 2 for bad input, 130 when interrupted
     "Train and store one network, or compare ways to train, from the command line."
-    p = argparse.ArgumentParser(
-        prog="darkdistill experiment exits",
-        description="Trained early-exit networks. Killed or interrupted, the same command continues.",
+    p = experiment_parser(
+        "darkdistill experiment exits",
+        "Trained early-exit networks. Killed or interrupted, the same command continues.",
+        net=dict(choices=NETS, default="cnn"),
+        seeds=dict(help="pays, rates: pairs"),
+        workers=dict(help="pays, rates: processes, default one per core"),
+        device=dict(default="cpu", help="train: cpu or cuda"),
+        set=dict(help="other settings, e.g. epochs=30 lr=0.05 objective=boostnet n_train=5000"),
     )
     p.add_argument("experiment", choices=("train", "pays", "rates"))
-    p.add_argument(
-        "--data",
-        required=True,
-        help="a data set that load() knows (shapes, cifar10, fashion_mnist, ...), or the path of an .npz file",
-    )
-    p.add_argument("--out", required=True, help="folder for results and checkpoints")
-    p.add_argument("--net", choices=NETS, default="cnn")
-    p.add_argument("--seeds", type=int, default=3, help="pays, rates: pairs")
-    p.add_argument("--workers", type=int, help="pays, rates: processes, default one per core")
-    p.add_argument("--device", default="cpu", help="train: cpu or cuda")
-    p.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="other settings, e.g. epochs=30 lr=0.05 objective=boostnet n_train=5000",
-    )
-    p.add_argument("--assets", help="folder that also gets the result")
     a = p.parse_args(argv)
     return run_command(lambda: f"done: {_experiment(a).seconds:.0f} s of training")
 

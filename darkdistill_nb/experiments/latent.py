@@ -13,7 +13,7 @@ __all__ = ['CANDIDATES', 'METRICS', 'AXES', 'PUBLISHED', 'CLAIMS', 'SIGNS', 'EXP
            'claims_table', 'comparison_table', 'trend', 'slopes', 'main']
 
 # %% ../../nbs/5_experiments/latent.ipynb #9f12929b
-import argparse, functools, itertools, json, math, os, sys, time
+import functools, itertools, json, math, os, sys, time
 from pathlib import Path
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from darkdistill_nb.core.cells import (
     cell_key,
     each,
     json_or_text,
+    experiment_parser,
     key_values,
     run_command,
     run_grid,
@@ -66,58 +67,25 @@ from darkdistill_nb.core.seeds import Streams
 from darkdistill_nb.core.training import accuracy, mean_std, plus_minus, predict
 
 # %% ../../nbs/5_experiments/latent.ipynb #1747465e
-SETUPS = {  # networks of `latent_net`; l is the width d of the teacher's perception, or half of it on shapes16; lr and batch_size of Adam
+_SMALL = dict(student="mini", l=32, epochs=30, lr=2e-3, batch_size=32, ls=(4, 16, 64, 256))
+_LARGE = dict(epochs=40, lr=1e-3, batch_size=32, transfer="tinyimagenet20_32")
+SETUPS = {  # networks of `latent_net`; lr and batch_size are those of Adam
+    # l is the width d of the teacher's perception, or half of it on shapes16
     "shapes16": dict(
-        teacher="midi",
-        teacher_epochs=8,
-        teacher_lr=2e-3,
-        student="mini",
-        l=32,
-        n=256,
-        epochs=30,
-        lr=2e-3,
-        batch_size=32,
-        ls=(4, 16, 64, 256),
-        transfer="shapes",
+        **dict(teacher="midi", teacher_epochs=8, teacher_lr=2e-3),
+        **dict(_SMALL, n=256, transfer="shapes"),
     ),
     "digits": dict(
-        teacher="midi",
-        teacher_epochs=20,
-        teacher_lr=2e-3,
-        student="mini",
-        l=32,
-        n=128,
-        epochs=30,
-        lr=2e-3,
-        batch_size=32,
-        ls=(4, 16, 64, 256),
-        transfer="shapes",
+        **dict(teacher="midi", teacher_epochs=20, teacher_lr=2e-3),
+        **dict(_SMALL, n=128, transfer="shapes"),
     ),
     "fashion_mnist": dict(
-        teacher="student-1",
-        teacher_epochs=8,
-        teacher_lr=1e-3,
-        student="half",
-        l=64,
-        n=1024,
-        epochs=40,
-        lr=1e-3,
-        batch_size=32,
-        ls=(8, 16, 32, 64, 128, 256),
-        transfer="tinyimagenet20_32",
+        **dict(teacher="student-1", teacher_epochs=8, teacher_lr=1e-3),
+        **dict(_LARGE, student="half", l=64, n=1024, ls=(8, 16, 32, 64, 128, 256)),
     ),
     "cifar10": dict(
-        teacher="student-2",
-        teacher_epochs=12,
-        teacher_lr=1e-3,
-        student="student-1",
-        l=128,
-        n=1024,
-        epochs=40,
-        lr=1e-3,
-        batch_size=32,
-        ls=(16, 32, 64, 128, 256, 512),
-        transfer="tinyimagenet20_32",
+        **dict(teacher="student-2", teacher_epochs=12, teacher_lr=1e-3),
+        **dict(_LARGE, student="student-1", l=128, n=1024, ls=(16, 32, 64, 128, 256, 512)),
     ),
 }
 
@@ -128,6 +96,18 @@ GAMMAS = (0.25, 0.5, 1, 2.5, 5, 5000)
 
 NS = (128, 256, 512, 1024, 2048, 4096)
 
+# %% ../../nbs/5_experiments/latent.ipynb #0f56e168
+@functools.lru_cache(maxsize=4)
+def _images(name, split, stamp):
+    train, test = small_shapes() if name == "shapes16" else load(name)
+    val = every_tenth(train.y)
+    return train.subset(~val), test if split == "test" else train.subset(val)
+
+# %% ../../nbs/5_experiments/latent.ipynb #9f72d498
+def _stamp(name):
+    "When a file was changed last: then it is read again."
+    return os.stat(name).st_mtime_ns if os.path.isfile(name) else None
+
 # %% ../../nbs/5_experiments/latent.ipynb #8f04aeb9
 def images(
     name:str,     # "shapes16", a name that `load` knows, or the path of an npz
@@ -136,16 +116,6 @@ def images(
     "The pool of teacher and clients, and test or validation images; `ValueError` as in `load`."
     check(isinstance(name, (str, Path)), "name", name, "a name of data or the path of an .npz file")
     return _images(os.fspath(name), choice(split, "split", ("test", "val")), _stamp(name))
-
-@functools.lru_cache(maxsize=4)
-def _images(name, split, stamp):
-    train, test = small_shapes() if name == "shapes16" else load(name)
-    val = every_tenth(train.y)
-    return train.subset(~val), test if split == "test" else train.subset(val)
-
-def _stamp(name):
-    "When a file was changed last: then it is read again."
-    return os.stat(name).st_mtime_ns if os.path.isfile(name) else None
 
 # %% ../../nbs/5_experiments/latent.ipynb #b7887a6e
 def setup(
@@ -184,6 +154,7 @@ def _digest(data, stamp):
     "What the images of a data set are, in 16 hexadecimal digits each for pool and test."
     return "-".join(data_digest(d) for d in images(data))
 
+# %% ../../nbs/5_experiments/latent.ipynb #44f9ad0f
 def _settings(s, changes):
     "A setup with changes, as JSON values; raises `ValueError` for those out of range."
     if bad := set(changes) - set(s):
@@ -201,15 +172,15 @@ def _settings(s, changes):
     check(is_name, "transfer", s["transfer"], "the name of a data set or the path of an npz file")
     return {**s, **counts, **rates, "transfer": os.fspath(s["transfer"])}
 
+# %% ../../nbs/5_experiments/latent.ipynb #3323c818
 def _teacher_spec(data, s, l, own):
     'The entry "teacher" of a cell; takes what is the teacher\'s out of the settings `s`.'
     s.pop("ls")
     base = s.pop("l")
     base_l, l = (None, base) if l is None else (base, whole(l, "l"))
     net, epochs, lr = (s.pop(k) for k in ("teacher", "teacher_epochs", "teacher_lr"))
-    return dict(
-        data=data, net=net, l=l, base_l=base_l, epochs=epochs, lr=lr, batch_size=64, seed=0, **own
-    )
+    spec = dict(data=data, net=net, l=l, base_l=base_l)
+    return spec | dict(epochs=epochs, lr=lr, batch_size=64, seed=0, **own)
 
 # %% ../../nbs/5_experiments/latent.ipynb #99cc6463
 def _hyper(method, hyper):
@@ -274,7 +245,8 @@ def train_teacher(
     spec:dict,  # the entry "teacher" of a cell
     base=None,  # for another l: the teacher that gives its perception
 )->LatentNet:   # in evaluation mode
-    "A teacher trained with cross-entropy, or new last layers on another's perception; on one thread."
+    """A teacher trained with cross-entropy,
+    or new last layers on another's perception; on one thread."""
     pool, _ = images(spec["data"])
     st = Streams(spec["seed"])
     with st.scope("teacher", spec["l"]), one_thread():
@@ -350,7 +322,8 @@ def make_loss(
     z_t:torch.Tensor, # (n, l) the teacher's latents of the client's images
     y:torch.Tensor,   # (n,) their labels
 ):                    # loss(student, teacher, labels, indices) -> scalar
-    "The loss of a method in the form that `distill` takes; CRD on a client with a single class, where it has no negatives, is plain cross-entropy."
+    """The loss of a method in the form that `distill` takes;
+    CRD on a client with a single class, where it has no negatives, is plain cross-entropy."""
     l = z_t.shape[1]
     if method == "CE" or method == "CRD" and len(y.unique()) == 1:
         return method_loss("ce")
@@ -368,6 +341,21 @@ def make_loss(
         )
     raise ValueError(f"method={method!r} must be one of {', '.join(METHODS)}")
 
+# %% ../../nbs/5_experiments/latent.ipynb #3cbe65a0
+def _match(net, teacher, pool, z, cell, st):
+    "Let the student see the transfer set first, matched in latents or in logits."
+    public = images(cell["transfer"])[0]
+    some = torch.randperm(len(public), generator=st.generator("transfer"))[:5000]
+    public = match_shape(public.subset(some), pool)
+    order = st.generator("transfer order")
+    how = dict(epochs=5, lr=cell["lr"], generator=order)
+    if cell["match"] == "latent":
+        how["scale"] = latent_variance(z)
+    with st.scope("transfer"):
+        match_transfer(net, teacher, public, cell["match"], **how)
+    if cell["match"] == "latent":
+        net.output.load_state_dict(teacher.output.state_dict())
+
 # %% ../../nbs/5_experiments/latent.ipynb #cd9a9bc3
 def train_cell(
     cell:dict, # from `latent_cell`
@@ -384,24 +372,7 @@ def train_cell(
         )
     z = latents(teacher, task.data)
     if cell["match"]:
-        public = images(cell["transfer"])[0]
-        public = match_shape(
-            public.subset(torch.randperm(len(public), generator=st.generator("transfer"))[:5000]),
-            pool,
-        )
-        with st.scope("transfer"):
-            match_transfer(
-                net,
-                teacher,
-                public,
-                cell["match"],
-                epochs=5,
-                lr=cell["lr"],
-                scale=latent_variance(z) if cell["match"] == "latent" else None,
-                generator=st.generator("transfer order"),
-            )
-        if cell["match"] == "latent":
-            net.output.load_state_dict(teacher.output.state_dict())
+        _match(net, teacher, pool, z, cell, st)
     with st.scope("train"):
         distill(
             net,
@@ -448,7 +419,8 @@ def run_cell(
     cell:dict, # from `latent_cell`
     folder,    # folder of the experiments
 )->dict:       # {"cell", "priv", "uni", "present", "absent", "seconds", ...}
-    "Train and test one cell and keep its result in FOLDER/cells; a result that is there is read instead."
+    """Train and test one cell and keep its result in FOLDER/cells;
+    a result that is there is read instead."""
     if not cell_file(cell, folder).is_file():
         latent_teacher(cell["teacher"], folder)  # before the clock starts
     return run_stored(_measure, cell, folder)
@@ -485,6 +457,9 @@ def save_experiment(
     **info        # more numbers for the record
 )->Record:
     "Write FOLDER/latent_NAME_DATA/record.json; its seconds are those of all cells and teachers."
+    choice(name, "name", ("gamma", "n", "l", "transfer", "compare", "tune", "space"))
+    data_name(data)
+    check(len(results), "results", results, "those of at least one cell")
     last = results[-1]["cell"]
     metas = [
         load_tensors(teacher_file(t, folder))[1]
@@ -508,9 +483,10 @@ def save_experiment(
     save_record(record, Path(folder) / f"latent_{name}_{data_name(data)}")
     return record
 
-# %% ../../nbs/5_experiments/latent.ipynb #67309505
+# %% ../../nbs/5_experiments/latent.ipynb #386b3d1a
 def _grid(**axes): return [dict(zip(axes, v)) for v in itertools.product(*axes.values())]
 
+# %% ../../nbs/5_experiments/latent.ipynb #67309505
 CANDIDATES = {
     "CE": [dict()],
     "KD": _grid(alpha=(0.1, 0.5, 0.9), tau=(0.5, 1.0)),
@@ -571,7 +547,7 @@ def chosen_hyper(
     same = record.config.get("data") == os.fspath(data)  # not another file of this name
     return {**HYPER, **best_hyper(record)} if same else dict(HYPER)
 
-# %% ../../nbs/5_experiments/latent.ipynb #5937d655
+# %% ../../nbs/5_experiments/latent.ipynb #95c1c389
 def _sweep(name, data, folder, axes, seeds, hyper=None, workers=None, on_cell=None, **changes):
     "Cells for all combinations of `axes`, seed by seed: an interrupted run has whole seeds first."
     for k, v in axes.items():
@@ -583,6 +559,7 @@ def _sweep(name, data, folder, axes, seeds, hyper=None, workers=None, on_cell=No
     cells = [latent_cell(data, hyper=hyper[g["method"]], **{**changes, **g}) for g in grid]
     return save_experiment(name, data, run_cells(cells, folder, workers, on_cell), folder)
 
+# %% ../../nbs/5_experiments/latent.ipynb #5937d655
 def sweep_gamma(
     data:str,         # see `setup`
     folder,           # of the experiments
@@ -630,7 +607,9 @@ def sweep_transfer(
     **how             # see `sweep_gamma`
 )->Record:
     "Accuracy with and without matching on a transfer set first; stored as latent_transfer_DATA."
-    n = min(512, setup(data)["n"]) if n is None and data not in SETUPS else 512 if n is None else n
+    own = setup(data)["n"]
+    if n is None:
+        n = 512 if data in SETUPS else min(512, own)
     return _sweep("transfer", data, folder, dict(match=values, method=methods), seeds, n=n, **how)
 
 # %% ../../nbs/5_experiments/latent.ipynb #5b97abb1
@@ -655,6 +634,7 @@ def latent_space(
     **how             # changes to the setup
 )->Record:
     "Latents of the first test images in two dimensions; stored as latent_space_DATA."
+    data_name(data)
     keep, test = whole(keep, "keep", 8), images(os.fspath(data))[1]
     check(len(test) >= 8, "data", data, "a data set of at least 8 test images")
     hyper = {**chosen_hyper(data, folder), **(hyper or {})}
@@ -690,6 +670,8 @@ def differences(
     metric = choice(metric, "metric", METRICS)
     for k in where:
         choice(k, "where", AXES)
+    known = dict.fromkeys(r["method"] for r in record.runs)
+    a, b = choice(a, "a", known), choice(b, "b", known)
     value = {}
     for r in record.runs:
         if all(r[k] == v for k, v in where.items()) and r[metric] is not None:
@@ -716,6 +698,8 @@ def _panels(record, axis, measure, title, y, height, skip=None):
     "Two panels of a curve per method; `measure(method, metric, x)`: (mean, half the bar's length)."
     from plotly.subplots import make_subplots
 
+    check(isinstance(title, str), "title", title, "a text")
+    height = whole(height, "height", 10)
     fig = make_subplots(1, 2, subplot_titles=("T_priv", "T_uni"), horizontal_spacing=0.08)
     kinds = ("method", choice(axis, "axis", AXES))
     methods, xs = (list(dict.fromkeys(r[k] for r in record.runs)) for k in kinds)
@@ -751,7 +735,8 @@ def plot_sweep(
     title:str="",
     height:int=360,   # pixels
 ):                    # plotly Figure
-    "Accuracy of each method over the swept axis, on both tests: mean and spread (standard deviation) over seeds."
+    """Accuracy of each method over the swept axis, on both tests:
+    mean and spread (standard deviation) over seeds."""
     values = lambda m, metric, x: [
         r[metric] for r in record.runs if r["method"] == m and r[axis] == x
     ]
@@ -834,7 +819,8 @@ def claims_table(
     "The claims with mean difference, 95 % interval (both in percentage points) and verdict."
     head = "| test | claim | difference | 95 % interval | verdict |\n|---|---|---|---|---|\n"
     return head + "\n".join(
-        f"| {r['test']} | {r['claim']} | {100 * r['mean']:+.1f} | {100 * r['low']:+.1f} to {100 * r['high']:+.1f} | {r['verdict']} |"
+        f"| {r['test']} | {r['claim']} | {100 * r['mean']:+.1f} | "
+        f"{100 * r['low']:+.1f} to {100 * r['high']:+.1f} | {r['verdict']} |"
         for r in rows
     )
 
@@ -843,7 +829,8 @@ def comparison_table(
     record:Record,  # e.g. from `compare`
     **where         # keep runs with these values only
 )->str:             # markdown
-    "Accuracy in percent per method and test, mean and spread over seeds, and the paired difference to KD, beside the published numbers."
+    """Accuracy in percent per method and test, mean and spread over seeds, and the paired
+    difference to KD, beside the published numbers."""
     runs = [r for r in record.runs if all(r[k] == v for k, v in where.items())]
     methods = list(dict.fromkeys(r["method"] for r in runs))
     lines = ["| test | | " + " | ".join(methods) + " |", "|---|---|" + "---|" * len(methods)]
@@ -860,7 +847,7 @@ def comparison_table(
             diff.append(f"{d:+.1f} [{low:+.1f}, {high:+.1f}]")
         lines += [
             f"| T_{metric} | ours | " + " | ".join(ours) + " |",
-            f"| | minus KD | " + " | ".join(diff) + " |",
+            "| | minus KD | " + " | ".join(diff) + " |",
             "| | published | "
             + " | ".join(f"{100 * PUBLISHED[metric][m]:.1f}" for m in methods)
             + " |",
@@ -894,38 +881,18 @@ def slopes(
 
 # %% ../../nbs/5_experiments/latent.ipynb #78720727
 def _parser():
-    p = argparse.ArgumentParser(
-        prog="darkdistill experiment latent",
-        description="Experiments on latent-space distillation. Killed or interrupted, the same command continues.",
+    swept = "values of the swept quantity, e.g. 0.25 5000"
+    p = experiment_parser(
+        "darkdistill experiment latent",
+        "Latent-space distillation. Killed or interrupted, the same command continues.",
+        data=dict(help=f"{', '.join(SETUPS)}, another data set, or the path of an .npz"),
+        out=dict(help="folder; experiments that share it share their cells and teachers"),
+        seeds=dict(default=None, help="number of clients"),
+        methods=dict(nargs="+", choices=METHODS),
+        values=dict(nargs="+", type=json_or_text, help=swept),
+        set=dict(help="other settings, e.g. n=512 epochs=20 student=mini"),
     )
     p.add_argument("experiment", choices=EXPERIMENTS)
-    p.add_argument(
-        "--data",
-        required=True,
-        help=f"{', '.join(SETUPS)}, another data set that `darkdistill` knows, or the path of an npz file",
-    )
-    p.add_argument(
-        "--out",
-        required=True,
-        help="folder for results; experiments that share it share their cells and teachers",
-    )
-    p.add_argument("--seeds", type=int, help="number of clients")
-    p.add_argument("--methods", nargs="+", choices=METHODS)
-    p.add_argument(
-        "--values",
-        nargs="+",
-        type=json_or_text,
-        help="values of the swept quantity, e.g. 0.25 5000",
-    )
-    p.add_argument("--workers", type=int, help="processes, default one per core")
-    p.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="other settings, e.g. n=512 epochs=20 student=mini",
-    )
-    p.add_argument("--assets", help="folder that also gets the record as latent_NAME_DATA.json")
     return p
 
 # %% ../../nbs/5_experiments/latent.ipynb #f501ee55

@@ -76,6 +76,7 @@ def step_differences(
 )->list:               # one number per seed: accuracy at `to` minus accuracy at `base`
     "What a step along an axis changes for a method, by seed; `ValueError` if nothing pairs up."
     axis, metric = choice(axis, "axis", AXES), choice(metric, "metric", ("priv", "uni"))
+    choice(method, "method", dict.fromkeys(r["method"] for r in record.runs))
     at = {
         v: {r["seed"]: r[metric] for r in record.runs if r["method"] == method and r[axis] == v}
         for v in (to, base)
@@ -195,7 +196,7 @@ def verdict_table(
     return "\n".join(lines)
 
 def _deciding(judged):
-    "(the part with the smallest mean of those with the verdict, its name where there are several); (None, \"\") without data."
+    '(the part with the smallest mean of those with the verdict, its name where there are several); (None, "") without data.'
     deciding = [p for p in judged["parts"] if p["verdict"] == judged["verdict"]]
     if not deciding:
         return None, ""

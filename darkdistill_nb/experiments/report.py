@@ -8,8 +8,8 @@ Docs: https://darkdistill.github.io/darkdistill_nb/5_experiments/report.html.md"
 # %% auto #0
 __all__ = ['DRAW_JS', 'measure_run', 'describe', 'summary', 'spread', 'agreement', 'table_cells', 'text_table', 'alone_rows',
            'summary_table', 'accuracy_figure', 'cost_figure', 'clients_figure', 'mean_effective_classes',
-           'difficulty_figure', 'reported_figure', 'alone_figure', 'traffic_figure', 'html_table', 'in_words',
-           'in_short', 'figure_html', 'write_report', 'differing', 'compare_table', 'write_compare']
+           'difficulty_figure', 'reported_figure', 'alone_figure', 'traffic_figure', 'html_table', 'attendance_cells',
+           'in_words', 'in_short', 'figure_html', 'write_report', 'differing', 'compare_table', 'write_compare']
 
 # %% ../../nbs/5_experiments/report.ipynb #e133d798
 import html, json, math
@@ -56,6 +56,7 @@ def measure_run(
     bin_width:float=1., # nats per bin of difficulty
 )->dict:         # JSON-able: method, seed, rounds, final
     "The entry of a record for one finished run; raises `ValueError` for a width that is none."
+    bin_width = number(bin_width, "bin_width", above=0)
     t, v = test.to(device), torch.cat([c.valid for c in clients])
     logits, log = run.logits(t), run.log
     acc = accuracy(logits, test.y.cpu()).tolist()
@@ -82,7 +83,8 @@ def measure_run(
 
 # %% ../../nbs/5_experiments/report.ipynb #7154e43d
 def _tier_difficulty(run, train, clients, device, width=1.0):
-    "{tier: counts of images by bin of difficulty} of the tiers' training images under the final network."
+    """{tier: counts of images by bin of difficulty} of
+    the tiers' training images under the final network."""
     net, out = run.net(), {}
     for m in sorted({c.tier for c in clients}):
         data = train.subset(torch.cat([c.train for c in clients if c.tier == m])).to(device)
@@ -91,6 +93,14 @@ def _tier_difficulty(run, train, clients, device, width=1.0):
         out[str(m)] = found.counts.sum(0).tolist()
     return out
 
+# %% ../../nbs/5_experiments/report.ipynb #d92c3447
+def _fields_of(net):
+    "Windows of the exits' maps in pixels; None for networks that are not made of `ConvStage`s."
+    try:
+        return receptive_fields(net)
+    except ValueError:
+        return None
+
 # %% ../../nbs/5_experiments/report.ipynb #986da3fe
 def describe(
     net,          # the global `EarlyExitNet`
@@ -98,7 +108,8 @@ def describe(
     clients:dict, # seed -> list of `Client`s
     costs=None,   # MACs per exit; None: counted
 )->dict:          # JSON-able
-    "What all runs of an experiment share: costs, sizes, classes, and who holds what; raises `ValueError` unless `costs` has one number per exit."
+    """What all runs of an experiment share: costs, sizes, classes, and who holds what;
+    raises `ValueError` unless `costs` has one number per exit."""
     if costs is not None:
         for c in costs:
             number(c, "costs", above=0)
@@ -118,13 +129,6 @@ def describe(
         receptive_fields=_fields_of(net),
     )
 
-def _fields_of(net):
-    "Windows of the exits' maps in pixels; None for networks that are not made of `ConvStage`s."
-    try:
-        return receptive_fields(net)
-    except ValueError:
-        return None
-
 # %% ../../nbs/5_experiments/report.ipynb #dbd722f5
 def _check_records(records, names=None):
     "Raise unless there are `Record`s, and one name for each."
@@ -133,8 +137,10 @@ def _check_records(records, names=None):
         check(isinstance(r, Record), "record", r, "a `Record`, see `load_record`")
     if names is not None:
         ok = not isinstance(names, str) and len(names) == len(records)
-        check(ok, "names", names, f"{len(records)} names, one per record")
+        allowed = f"{len(records)} names, one per record"
+        check(ok, "names", names, allowed)
 
+# %% ../../nbs/5_experiments/report.ipynb #77d5c0f3
 def _finite(values, name):
     "`values` as a list of finite floats."
     return [number(v, name) for v in values]
@@ -152,12 +158,23 @@ PAIRED = (
     "valid",
 )  # settings that decide who holds which images
 
+# %% ../../nbs/5_experiments/report.ipynb #aa005bbc
+def _labels(records):
+    """Method -> what readers see: its class,
+    or its whole name where two classes are called the same."""
+    methods = dict.fromkeys(run["method"] for r in records for run in r.runs)
+    labels = [METHODS.label(m) for m in methods]
+    return {m: label if labels.count(label) == 1 else m for m, label in zip(methods, labels)}
+
 # %% ../../nbs/5_experiments/report.ipynb #a18900e3
 def summary(
     *records,  # `Record`s
     names=None,  # one name per record, put before the method; None: no names
-) -> list:  # one dict per row: name, method, seeds, exits (E lists over seeds), mean (over seeds), versus (paired differences), record
-    "Rows of the table, with paired differences to the first record's EEFL (or first method); raises `ValueError` for what is no record."
+    # one dict per row: name, method, seeds, exits (E lists over seeds),
+    # mean (over seeds), versus (paired differences), record
+) -> list:
+    """Rows of the table, with paired differences to the first record's EEFL (or first method);
+    raises `ValueError` for what is no record."""
     _check_records(records, names)
     rows, labels = [], _labels(records)
     for i, r in enumerate(records):
@@ -182,15 +199,10 @@ def summary(
         w["base"], w["versus"] = base, None if w is base else _paired(w, base)
     return rows
 
-def _labels(records):
-    "Method -> what readers see: its class, or its whole name where two classes are called the same."
-    methods = dict.fromkeys(run["method"] for r in records for run in r.runs)
-    labels = [METHODS.label(m) for m in methods]
-    return {m: label if labels.count(label) == 1 else m for m, label in zip(methods, labels)}
-
 # %% ../../nbs/5_experiments/report.ipynb #7a357278
 def _paired(row, base):
-    "Differences of the seeds that two rows share, if both had the same clients; else an empty list."
+    """Differences of the seeds that two rows share,
+    if both had the same clients; else an empty list."""
     if any(row["record"].config.get(k) != base["record"].config.get(k) for k in PAIRED):
         return []
     if row["record"].info.get("data_sha256") != base["record"].info.get("data_sha256"):
@@ -225,12 +237,8 @@ def _even(head, body):
     "Raise unless every row of `body` is as long as `head`."
     check(len(head) > 0, "head", head, "one title per column, at least one")
     for row in body:
-        check(
-            len(row) == len(head),
-            "body",
-            row,
-            f"made of rows of {len(head)} entries, one per column",
-        )
+        allowed = f"made of rows of {len(head)} entries, one per column"
+        check(len(row) == len(head), "body", row, allowed)
 
 # %% ../../nbs/5_experiments/report.ipynb #8bd230de
 def table_cells(
@@ -261,7 +269,8 @@ def text_table(
     head:list, # column titles
     body:list, # rows of strings
 )->str:
-    "A table for the terminal: first column left, the others right; raises `ValueError` for a row of another length."
+    """A table for the terminal: first column left, the others right;
+    raises `ValueError` for a row of another length."""
     _even(head, body)
     w = [max(map(len, c)) for c in zip(head, *body)]
     line = lambda r: "  ".join(
@@ -286,7 +295,8 @@ def alone_rows(
     )
 
 def summary_table(record: Record) -> str:
-    "What `darkdistill run` prints: the table, the clients alone, what ± means, and what the run shows."
+    """What `darkdistill run` prints: the table,
+    the clients alone, what ± means, and what the run shows."""
     rows, alone = summary(record), alone_rows(record)
     seeds = record.config.get("seeds", rows[0]["seeds"])
     lines = [text_table(*table_cells(rows))]
@@ -338,6 +348,7 @@ def _x_title(fig, place, text):
     for r, c in {c: (r, c) for r, c in place}.values():
         fig.update_xaxes(title_text=text, row=r, col=c)
 
+# %% ../../nbs/5_experiments/report.ipynb #870c94d6
 _LEGEND = dict(
     orientation="h",
     traceorder="normal",
@@ -358,9 +369,23 @@ def _curves(run):
     at = [r for r in run["rounds"] if "accuracy" in r]
     return [r["round"] for r in at], [[100 * a for a in r["accuracy"]] for r in at]
 
+# %% ../../nbs/5_experiments/report.ipynb #96b2a7d2
+def _exit_curves(fig, w, look, x, each, place, legend):
+    "One panel: thin lines for single seeds, a thick one for their mean."
+    r, c = place
+    thin = dict(color=look["line"]["color"], width=1)
+    shared = dict(x=x, mode="lines", legendgroup=w["name"], row=r, col=c)
+    for y in each if len(each) > 1 else []:
+        faint = dict(line=thin, opacity=0.3, hoverinfo="skip", showlegend=False)
+        fig.add_scatter(y=y, **faint, **shared)
+    thick = dict(line={**look["line"], "width": 2.5}, hovertemplate="round %{x}: %{y:.1f} %")
+    mean = [sum(v) / len(v) for v in zip(*each)]
+    fig.add_scatter(y=mean, name=w["name"], showlegend=legend, **thick, **shared)
+
 # %% ../../nbs/5_experiments/report.ipynb #b830bd20
 def accuracy_figure(record: Record):
-    "Test accuracy of each exit over rounds: thick lines are means over seeds, thin ones single seeds."
+    """Test accuracy of each exit over rounds:
+    thick lines are means over seeds, thin ones single seeds."""
     rows = summary(record)
     E = len(rows[0]["exits"])
     fig, place = _panels([f"exit {e + 1}" for e in range(E)], shared_xaxes=True)
@@ -369,31 +394,7 @@ def accuracy_figure(record: Record):
         x = curves[0][0]
         for e, (r, c) in enumerate(place):
             each = [[a[e] for a in ys] for _, ys in curves]
-            for y in each if len(each) > 1 else []:
-                fig.add_scatter(
-                    x=x,
-                    y=y,
-                    mode="lines",
-                    line=dict(color=look["line"]["color"], width=1),
-                    opacity=0.3,
-                    hoverinfo="skip",
-                    showlegend=False,
-                    legendgroup=w["name"],
-                    row=r,
-                    col=c,
-                )
-            fig.add_scatter(
-                x=x,
-                y=[sum(v) / len(v) for v in zip(*each)],
-                mode="lines",
-                name=w["name"],
-                legendgroup=w["name"],
-                showlegend=e == 0,
-                line={**look["line"], "width": 2.5},
-                hovertemplate="round %{x}: %{y:.1f} %",
-                row=r,
-                col=c,
-            )
+            _exit_curves(fig, w, look, x, each, (r, c), e == 0)
     fig.update_yaxes(range=[0, 101])
     fig.update_yaxes(title_text="test accuracy (%)", col=1)
     _x_title(fig, place, "round")
@@ -406,36 +407,45 @@ def _threshold(t, digits):
         return "differs"  # none leaves with one seed, all leave with another
     return f"{t:.{digits}f}" if abs(t) < math.inf else "none leaves" if t > 0 else "all leave"
 
+# %% ../../nbs/5_experiments/report.ipynb #3f83f013
+def _titles(fig):
+    "The legend above, and titles of the axes in one size."
+    fig.update_layout(legend=_LEGEND, margin=dict(t=70, r=15))
+    return fig.update_xaxes(title_font_size=13).update_yaxes(title_font_size=13)
+
+# %% ../../nbs/5_experiments/report.ipynb #490de094
+def _budget_trace(w, look, unit):
+    "The curve over budgets; None where there are none."
+    import plotly.graph_objects as go
+
+    P = mean_budgets(w["runs"])
+    said = lambda p: ", ".join(_threshold(t, 2) for t in p["thresholds"])
+    line = dict(color=look["line"]["color"], width=2.5)
+    return P and go.Scatter(
+        x=[p["cost"] / unit for p in P],
+        y=[100 * p["accuracy"] for p in P],
+        text=[f"P = {p['P']}<br>thresholds {said(p)}" for p in P],
+        name=f"{w['name']}, budgets",
+        mode="lines",
+        line=line,
+        hovertemplate="%{text}<br>%{x:.3g}: %{y:.2f} %",
+    )
+
 # %% ../../nbs/5_experiments/report.ipynb #11c58baf
 def cost_figure(
     *records,      # one or several `Record`s
     names=None,    # as in `summary`
 ):
-    "Test accuracy against mean cost: budget curves, exits, and the static mixture of exits (dashed)."
+    """Test accuracy against mean cost: budget curves,
+    exits, and the static mixture of exits (dashed)."""
     import plotly.graph_objects as go
 
     rows, traces = summary(*records, names=names), []
     unit, words = unit_of([c for r in records for c in r.info["macs"]])
     for w in rows:
-        look, P = _look(w, rows), mean_budgets(w["runs"])
-        tip = [
-            "P = {}<br>thresholds {}".format(
-                p["P"], ", ".join(_threshold(t, 2) for t in p["thresholds"])
-            )
-            for p in P
-        ]
-        if P:
-            traces.append(
-                go.Scatter(
-                    x=[p["cost"] / unit for p in P],
-                    y=[100 * p["accuracy"] for p in P],
-                    text=tip,
-                    name=f"{w['name']}, budgets",
-                    mode="lines",
-                    line=dict(color=look["line"]["color"], width=2.5),
-                    hovertemplate="%{text}<br>%{x:.3g}: %{y:.2f} %",
-                )
-            )
+        look = _look(w, rows)
+        if trace := _budget_trace(w, look, unit):
+            traces.append(trace)
         traces.append(
             go.Scatter(
                 x=[c / unit for c in w["record"].info["macs"]],
@@ -447,26 +457,22 @@ def cost_figure(
                 hovertemplate="exit at %{x:.3g}: %{y:.2f} %",
             )
         )
-    return (
-        figure(*traces, x=f"mean cost per image ({words})", y="test accuracy (%)", height=420)
-        .update_layout(legend=_LEGEND, margin=dict(t=70, r=15))
-        .update_xaxes(title_font_size=13)
-        .update_yaxes(title_font_size=13)
-    )
+    axes = dict(x=f"mean cost per image ({words})", y="test accuracy (%)")
+    return _titles(figure(*traces, **axes, height=420))
 
 # %% ../../nbs/5_experiments/report.ipynb #dc1dbc7a
 def clients_figure(
     record:Record,
     seed:int=None, # None: the first one
 ):
-    "Stacked bars: how many images of each class each client holds, sorted by tier, in the colours of `class_look`."
+    """Stacked bars: how many images of each class each client holds,
+    sorted by tier, in the colours of `class_look`."""
     import plotly.graph_objects as go
 
     seed = list(record.info["clients"])[0] if seed is None else str(seed)
     if seed not in record.info["clients"]:
-        raise ValueError(
-            f"seed={seed} is not in this record, which has {', '.join(record.info['clients'])}"
-        )
+        known = ", ".join(record.info["clients"])
+        raise ValueError(f"seed={seed} is not in this record, which has {known}")
     who, names = record.info["clients"][seed], record.info["classes"]
     order = sorted(range(len(who["tier"])), key=lambda i: (who["tier"][i], i))
     x = [[f"tier {who['tier'][i]}" for i in order], [str(i) for i in order]]
@@ -482,30 +488,18 @@ def clients_figure(
         )
         for k, n in enumerate(names)
     ]
-    fig = figure(
-        *bars,
-        x="client",
-        y="images (training and validation)",
-        height=400,
-        barmode="stack",
-        bargap=0.15,
-    )
-    return (
-        fig.update_layout(
-            legend={**_LEGEND, "title": dict(text="class")},
-            showlegend=len(names) <= 20,
-            margin=dict(t=70, r=15),
-        )
-        .update_xaxes(title_font_size=13)
-        .update_yaxes(title_font_size=13)
-    )
+    axes = dict(x="client", y="images (training and validation)", height=400)
+    fig = _titles(figure(*bars, **axes, barmode="stack", bargap=0.15))
+    legend = {**_LEGEND, "title": dict(text="class")}
+    return fig.update_layout(legend=legend, showlegend=len(names) <= 20)
 
 # %% ../../nbs/5_experiments/report.ipynb #fa892a65
 def mean_effective_classes(
     record:Record,
     seed, # of the run
 )->float: # between 1 and K
-    "Effective number of classes per client that a split really has: 1 / mean of sum p^2; raises `ValueError` for a seed without clients."
+    """Effective number of classes per client that a split really has: 1 / mean of sum p^2;
+    raises `ValueError` for a seed without clients."""
     known = list(record.info["clients"])
     check(str(seed) in known, "seed", seed, f"one of {', '.join(known)}, the seeds of this record")
     shares = [
@@ -519,11 +513,13 @@ def _bins(record):
     final = record.runs[0]["final"]
     return final.get("bin_width", 1.0), len(next(iter(final["difficulty"].values())))
 
+# %% ../../nbs/5_experiments/report.ipynb #78afa14e
 def _bin_name(j, width, bins):
     "What bin j holds."
     low = f"{j * width:g}"
     return f"{low} and more" if j == bins - 1 else f"{low}–{(j + 1) * width:g}"
 
+# %% ../../nbs/5_experiments/report.ipynb #66643d46
 def _tier_counts(row, tier):
     "Counts of a tier's images by bin, pooled over seeds."
     return [sum(v) for v in zip(*(run["final"]["difficulty"][tier] for run in row["runs"]))]
@@ -543,7 +539,8 @@ def _difficulty_axes(fig, place, width):
 
 # %% ../../nbs/5_experiments/report.ipynb #67c26c0f
 def difficulty_figure(record: Record):
-    "Share of each tier's training images per bin of difficulty, under each method's final network; pooled over seeds."
+    """Share of each tier's training images per bin of difficulty,
+    under each method's final network; pooled over seeds."""
     rows, (width, bins) = summary(record), _bins(record)
     tiers = sorted(rows[0]["runs"][0]["final"]["difficulty"], key=int)
     fig, place = _panels([w["name"] for w in rows])
@@ -566,24 +563,26 @@ def difficulty_figure(record: Record):
             )
     return _difficulty_axes(fig, place, width)
 
+# %% ../../nbs/5_experiments/report.ipynb #c508f859
+def _hard_share(row, tier):
+    "Percentage of the images of a tier that were reported with 1 nat or more in a round."
+    n = row["difficulty"][tier]
+    first = math.ceil(1 / row.get("bin_width", 1.0))  # the first bin of 1 nat or more
+    return 100 * sum(n[first:]) / max(sum(n), 1)
+
 # %% ../../nbs/5_experiments/report.ipynb #b25376e7
 def reported_figure(record: Record):
-    "Share of images of at least one nat that DarkDistill's clients reported, per tier and round; mean over seeds."
+    """Share of images of at least one nat that DarkDistill's clients reported,
+    per tier and round; mean over seeds."""
     import plotly.graph_objects as go
 
     runs = [run for run in record.runs if all("difficulty" in row for row in run["rounds"])]
     if not runs:
         raise ValueError("no run of this record reports difficulties; DarkDistill does")
 
-    def share(row, m):
-        n, first = (
-            row["difficulty"][m],
-            math.ceil(1 / row.get("bin_width", 1.0)),
-        )  # the first bin of 1 nat or more
-        return 100 * sum(n[first:]) / max(sum(n), 1)
-
     def mean(r, m):
-        found = [share(run["rounds"][r], m) for run in runs if m in run["rounds"][r]["difficulty"]]
+        rows = [run["rounds"][r] for run in runs]
+        found = [_hard_share(row, m) for row in rows if m in row["difficulty"]]
         return sum(found) / len(found) if found else None
 
     tiers = sorted({m for run in runs for row in run["rounds"] for m in row["difficulty"]}, key=int)
@@ -604,26 +603,15 @@ def reported_figure(record: Record):
         y="images of 1 nat or more (%)",
         height=330,
     )
-    return (
-        fig.update_layout(legend=_LEGEND, margin=dict(t=70, r=15))
-        .update_yaxes(rangemode="tozero", title_font_size=13)
-        .update_xaxes(title_font_size=13)
-    )
+    return _titles(fig).update_yaxes(rangemode="tozero")
 
-# %% ../../nbs/5_experiments/report.ipynb #d430f081
-def alone_figure(record: Record):
-    "Clients that trained alone (dots, by tier) and the same exits of each method's global network (marks)."
+# %% ../../nbs/5_experiments/report.ipynb #2e804084
+def _alone_dots(every):
+    "One dot per client that trained alone, beside its tier."
     import plotly.graph_objects as go
 
-    if not record.info.get("alone"):
-        raise ValueError(
-            "this record has no clients that trained alone (it was made with --no-alone)"
-        )
-    rows = summary(record)
-    every = [(int(s), c) for s, cs in record.info["alone"].items() for c in cs]
-    tiers = sorted({c["tier"] for _, c in every})
     jitter = lambda s, c: c["tier"] + 0.3 * (((c["client"] * 7 + s * 3) % 13) / 12 - 0.5)
-    dots = go.Scatter(
+    return go.Scatter(
         x=[jitter(s, c) for s, c in every],
         y=[100 * c["accuracy"] for _, c in every],
         mode="markers",
@@ -632,6 +620,19 @@ def alone_figure(record: Record):
         text=[f"client {c['client']}, seed {s}" for s, c in every],
         hovertemplate="%{text}: %{y:.1f} %",
     )
+
+# %% ../../nbs/5_experiments/report.ipynb #d430f081
+def alone_figure(record: Record):
+    """Clients that trained alone (dots, by tier)
+    and the same exits of each method's global network (marks)."""
+    import plotly.graph_objects as go
+
+    if not record.info.get("alone"):
+        why = "it was made with --no-alone"
+        raise ValueError(f"this record has no clients that trained alone ({why})")
+    rows = summary(record)
+    every = [(int(s), c) for s, cs in record.info["alone"].items() for c in cs]
+    tiers = sorted({c["tier"] for _, c in every})
     marks = [
         go.Scatter(
             x=[m + 0.06 * (2 * i - len(rows) + 1) for m in tiers],
@@ -643,24 +644,15 @@ def alone_figure(record: Record):
         )
         for i, w in enumerate(rows)
     ]
-    fig = figure(
-        dots,
-        *marks,
-        x="tier of the client",
-        y="test accuracy, mean of the tier's exits (%)",
-        height=400,
-    )
+    axes = dict(x="tier of the client", y="test accuracy, mean of the tier's exits (%)")
+    fig = figure(_alone_dots(every), *marks, **axes, height=400)
     fig.update_xaxes(tickvals=tiers, range=[tiers[0] - 0.5, tiers[-1] + 0.5])
     fig.update_yaxes(range=[0, 101])
-    return (
-        fig.update_layout(legend=_LEGEND, margin=dict(t=70, r=15))
-        .update_xaxes(title_font_size=13)
-        .update_yaxes(title_font_size=13)
-    )
+    return _titles(fig)
 
 # %% ../../nbs/5_experiments/report.ipynb #a6c2c58f
 def traffic_figure(record: Record):
-    "Megabytes up and down and seconds of clients and server, per round: means over rounds and seeds."
+    "Megabytes and seconds per round, of clients and server: means over rounds and seeds."
     rows = summary(record)
     fig, place = _panels(["traffic (MB per round)", "work (s per round)"])
     fig.update_yaxes(matches=None, showticklabels=True)
@@ -701,7 +693,8 @@ def html_table(
     body:list,       # rows of strings
     wide:bool=True,  # may scroll sideways on a small screen
 )->str:
-    "An HTML table whose headings say what they head; everything in it is escaped; raises `ValueError` for a row of another length."
+    """An HTML table whose headings say what they head; everything in it is escaped;
+    raises `ValueError` for a row of another length."""
     _even(head, body)
     flag(wide, "wide")
     left = lambda i: "" if i else " class=l"
@@ -730,39 +723,23 @@ def _cost_data(*records, names=None):
     rows = summary(*records, names=names)
     unit, words = unit_of([c for r in records for c in r.info["macs"]])
     E = max(len(w["exits"]) for w in rows)
-    head = [
-        "method",
-        "budget P",
-        f"mean cost, {words}",
-        "accuracy, %",
-        *(f"threshold {e + 1}" for e in range(E - 1)),
-    ]
-    t = lambda v: _threshold(v, 3)
-    budget = [
-        [
-            w["name"],
-            str(p["P"]),
-            f"{p['cost'] / unit:.3g}",
-            f"{100 * p['accuracy']:.2f}",
-            *map(t, p["thresholds"]),
-            *[""] * (E - 1 - len(p["thresholds"])),
-        ]
-        for w in rows
-        for p in mean_budgets(w["runs"])
-        if p["P"] % 4 == 0 or p["P"] in (1, 39)
-    ]
-    exits = [
-        [
-            w["name"],
-            f"exit {e + 1} for all",
-            f"{c / unit:.3g}",
-            f"{100 * mean_std(v)[0]:.2f}",
-            *[""] * (E - 1),
-        ]
-        for w in rows
-        for e, (c, v) in enumerate(zip(w["record"].info["macs"], w["exits"]))
-    ]
-    return head, exits + budget
+    thresholds = [f"threshold {e + 1}" for e in range(E - 1)]
+    head = ["method", "budget P", f"mean cost, {words}", "accuracy, %", *thresholds]
+    numbers = lambda cost, accuracy: [f"{cost / unit:.3g}", f"{100 * accuracy:.2f}"]
+
+    def budget(w, p):
+        T = [_threshold(v, 3) for v in p["thresholds"]]
+        row = [w["name"], str(p["P"]), *numbers(p["cost"], p["accuracy"]), *T]
+        return row + [""] * (E - 1 - len(T))
+
+    def exit(w, e, cost, accuracy):
+        row = [w["name"], f"exit {e + 1} for all", *numbers(cost, mean_std(accuracy)[0])]
+        return row + [""] * (E - 1)
+
+    shown = lambda p: p["P"] % 4 == 0 or p["P"] in (1, 39)
+    budgets = [budget(w, p) for w in rows for p in mean_budgets(w["runs"]) if shown(p)]
+    macs = lambda w: enumerate(zip(w["record"].info["macs"], w["exits"]))
+    return head, [exit(w, e, c, v) for w in rows for e, (c, v) in macs(w)] + budgets
 
 # %% ../../nbs/5_experiments/report.ipynb #d2649864
 def _difficulty_data(record):
@@ -789,6 +766,32 @@ def _clients_data(record):
         ],
     )
 
+# %% ../../nbs/5_experiments/report.ipynb #47485b9e
+def attendance_cells(
+    record:Record # of a run with the setting `availability`
+)->tuple:         # (head, body): lists of strings
+    "Who was missing, in percent of all visits, and accuracy on clients' own mix of classes; raises `ValueError`."
+    known = all("served" in run["final"] for run in record.runs)
+    check(known and record.runs, "record", record.config.get("data"), "of a run with availability")
+    head = ["method", "visits", "dropped out, %", "too slow, %"]
+    return [*head, "accuracy, clients that were drawn", "never drawn"], [
+        [w["name"], *_absences(w["runs"]), *(_served_by(w["runs"], k) for k in ("seen", "unseen"))]
+        for w in summary(record)
+    ]
+
+def _absences(runs):
+    "Visits of all rounds, and the shares of them that were missing for each reason."
+    rounds = [row for run in runs for row in run["rounds"]]
+    visits = sum(len(row["clients"]) for row in rounds)
+    why = [reason for row in rounds for reason in row["missing"].values()]
+    share = lambda word: f"{100 * sum(v.startswith(word) for v in why) / visits:.1f}"
+    return [str(visits), share("dropped out"), share("too slow")]
+
+def _served_by(runs, who):
+    found = [run["final"]["served"][who] for run in runs]
+    return "–" if None in found else spread(found)
+
+# %% ../../nbs/5_experiments/report.ipynb #50816a8a
 def _alone_data(record):
     return (
         ["seed, client", "tier", "alone, %"],
@@ -803,14 +806,16 @@ def _alone_data(record):
 def _traffic_data(record):
     def row(w):
         n = sum(len(run["rounds"]) for run in w["runs"])
-        per = lambda k, d: f"{sum(run['final'][k] for run in w['runs']) / n / d:.3f}"
+        total = lambda k: sum(run["final"][k] for run in w["runs"])
+        per = lambda k, d: f"{total(k) / n / d:.3f}"
+        both = total("bytes_down") + total("bytes_up")
         return [
             w["name"],
             per("bytes_down", 1e6),
             per("bytes_up", 1e6),
             per("seconds_clients", 1),
             per("seconds_server", 1),
-            f"{sum(run['final']['bytes_down'] + run['final']['bytes_up'] for run in w['runs']) / len(w['runs']) / 1e6:.1f}",
+            f"{both / len(w['runs']) / 1e6:.1f}",
         ]
 
     return [
@@ -836,7 +841,8 @@ def in_words(record: Record) -> str:
         else f"{T} depth tier{'s' * (T > 1)} ({', '.join(f'{s:.0%}' for s in c['tiers'])})"
     )
     return (
-        f"{data}: {c['clients']} clients in {tiers}, Dirichlet gamma {c['gamma']:g} (family {c['family']}), network {c['arch']}{start}, "
+        f"{data}: {c['clients']} clients in {tiers}, "
+        f"Dirichlet gamma {c['gamma']:g} (family {c['family']}), network {c['arch']}{start}, "
         f"exits trained with {c['objective']}, {c['rounds']} rounds, {n} seed{'s' * (n > 1)}."
     )
 
@@ -874,15 +880,12 @@ def figure_html(
     fig,      # a plotly figure, or what a notebook stores of one: dict(data, layout, frames)
     name:str, # `id` of its element, one per page
 )->str:
-    "A figure as data that `DRAW_JS` draws in the width of its column; raises `ValueError` for what is no figure."
+    """A figure as data that `DRAW_JS` draws in the width of its column;
+    raises `ValueError` for what is no figure."""
     check(isinstance(name, str), "name", name, "a text")
     spec = json.loads(fig.to_json()) if hasattr(fig, "to_json") else fig
-    check(
-        isinstance(spec, dict) and "data" in spec,
-        "fig",
-        fig,
-        "a plotly figure, or a dict with data and layout",
-    )
+    ok = isinstance(spec, dict) and "data" in spec
+    check(ok, "fig", fig, "a plotly figure, or a dict with data and layout")
     kept = {"data": spec["data"], **{k: spec[k] for k in ("layout", "frames") if spec.get(k)}}
     kept["config"] = {**PLOT_CONFIG, "responsive": False, "modeBarButtonsToRemove": _BUTTONS}
     layout = spec.get("layout") or {}
@@ -891,8 +894,10 @@ def figure_html(
     label = html.escape(f"Figure: {title}" if title else "Figure")
     text = json.dumps(kept, ensure_ascii=False).replace("<", "\\u003c")
     return (
-        f'<div class="plotly-graph-div drawing" id="{html.escape(name)}" role="figure" aria-label="{label}"'
-        f' style="width:100%;min-height:{layout.get("height") or 450}px">The figure appears here when its script has run.</div>'
+        '<div class="plotly-graph-div drawing" '
+        f'id="{html.escape(name)}" role="figure" aria-label="{label}"'
+        f' style="width:100%;min-height:{layout.get("height") or 450}px">The '
+        'figure appears here when its script has run.</div>'
         f'<script type="application/json">{text}</script>'
     )
 
@@ -937,16 +942,23 @@ function smallFonts(node) {
   }
 }
 
-function wrapAxes(layout, width) {   // axis titles and panel titles; returns the height that these take
+"""
+
+# %% ../../nbs/5_experiments/report.ipynb #e1cee8f5
+_JS_AXES = """
+// axis titles and panel titles; returns the height that these take
+function wrapAxes(layout, width) {
   let more = 0;
   for (const [key, axis] of Object.entries(layout)) {
     if (!key.startsWith("xaxis")) continue;
     axis.title = typeof axis.title === "string" ? {text: axis.title} : axis.title || {};
-    const share = axis.domain ? axis.domain[1] - axis.domain[0] : 1, size = (axis.title.font || {}).size || 12;
+    const share = axis.domain ? axis.domain[1] - axis.domain[0] : 1;
+    const size = (axis.title.font || {}).size || 12;
     if (axis.title.text) axis.title.text = wrap(axis.title.text, share * width, size);
     const [left, right] = axis.domain || [0, 1];
     for (const a of layout.annotations || []) {
-      if (a.xref !== "paper" || a.showarrow !== false || Math.abs(a.x - (left + right) / 2) > .01) continue;
+      if (a.xref !== "paper" || a.showarrow !== false) continue;
+      if (Math.abs(a.x - (left + right) / 2) > .01) continue;
       const before = rows(a.text), high = (a.font || {}).size || 12;
       a.text = wrap(a.text, share * width, high);
       more = Math.max(more, (rows(a.text) - before) * high * 1.3);
@@ -954,26 +966,35 @@ function wrapAxes(layout, width) {   // axis titles and panel titles; returns th
   }
   return more;
 }
+"""
 
+# %% ../../nbs/5_experiments/report.ipynb #07777ef5
+_JS_LEGEND = """
 function legendBelow(layout, data) {
   const names = data.filter(t => t.showlegend !== false && t.name).map(t => t.name);
-  if ((layout.legend || {}).orientation === "h" || layout.showlegend === false || names.length < 2) return;
+  if ((layout.legend || {}).orientation === "h") return;
+  if (layout.showlegend === false || names.length < 2) return;
   const wide = 45 + LETTER * 11 * Math.max(...names.map(n => n.length));
   const lines = Math.ceil(names.length / Math.max(1, Math.floor((layout.width - 20) / wide)));
-  const below = {orientation: "h", x: 0, xanchor: "left", y: 0, yanchor: "bottom", yref: "container", xref: "container"};
-  layout.legend = {...layout.legend, ...below};
+  const left = {x: 0, xanchor: "left", xref: "container"};
+  const bottom = {y: 0, yanchor: "bottom", yref: "container"};
+  layout.legend = {...layout.legend, orientation: "h", ...left, ...bottom};
   layout.height += 22 * lines + 8;
 }
 """
 
 # %% ../../nbs/5_experiments/report.ipynb #9454a9d7
-_JS_DRAW = """
+_JS_FIT = """
 function fit(spec, width) {
-  const layout = structuredClone(spec.layout || {}), natural = layout.width || width, height = layout.height || 450;
-  Object.assign(layout, {autosize: false, width: Math.min(natural, width), height, uirevision: "kept"});
+  const layout = structuredClone(spec.layout || {});
+  const natural = layout.width || width, height = layout.height || 450;
+  Object.assign(layout, {autosize: false, width: Math.min(natural, width), height});
+  layout.uirevision = "kept";
   const m = layout.margin = {l: 80, r: 80, t: 100, b: 80, ...layout.margin};
-  if (natural > width && spec.data.every(t => t.type === "image"))   // a sheet of images keeps its shape
-    layout.height = m.t + m.b + (height - m.t - m.b) * Math.max(.1, (width - m.l - m.r) / (natural - m.l - m.r));
+  if (natural > width && spec.data.every(t => t.type === "image")) {  // a sheet keeps its shape
+    const shrunk = (width - m.l - m.r) / (natural - m.l - m.r);
+    layout.height = m.t + m.b + (height - m.t - m.b) * Math.max(.1, shrunk);
+  }
   if (width < NARROW) {
     smallFonts(layout);
     legendBelow(layout, spec.data);
@@ -983,7 +1004,10 @@ function fit(spec, width) {
   m.t += more, layout.height += more;
   return layout;
 }
+"""
 
+# %% ../../nbs/5_experiments/report.ipynb #e7ccc2ae
+_JS_DRAW = """
 async function draw(div) {
   const spec = JSON.parse(div.nextElementSibling.textContent);
   let width = div.clientWidth;
@@ -1013,29 +1037,41 @@ function all() {
       div.dataset.drawn = "no";
     });
 }
-if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", all); else all();
+if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", all);
+else all();
 """
-DRAW_JS = (
-    "(() => {" + _JS_TEXT + _JS_NARROW + _JS_DRAW + _JS_ALL + "})();"
-)  # draws every `figure_html` of a page
+_JS_PARTS = _JS_TEXT, _JS_NARROW, _JS_AXES, _JS_LEGEND, _JS_FIT, _JS_DRAW, _JS_ALL
+DRAW_JS = "(() => {" + "".join(_JS_PARTS) + "})();"  # draws every `figure_html` of a page
 
 # %% ../../nbs/5_experiments/report.ipynb #fb490ee5
-_CSS = """
-:root{color-scheme:light dark;--ink:#1b1f24;--soft:#4a5560;--page:#fff;--line:#dfe3e8;--head:#f5f7f9;--link:#0b5fa5}
+_CSS_PAGE = """
+:root{color-scheme:light dark;--ink:#1b1f24;--soft:#4a5560;
+--page:#fff;--line:#dfe3e8;--head:#f5f7f9;--link:#0b5fa5}
 *{box-sizing:border-box}
-body{font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;color:var(--ink);background:var(--page);
+body{font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;
+color:var(--ink);background:var(--page);
 margin:0 auto;max-width:1120px;padding:20px 20px 60px}
 h1{font-size:1.65rem;line-height:1.25;margin:0 0 .3rem;overflow-wrap:anywhere}
 h2{font-size:1.2rem;margin:2.6rem 0 .4rem;padding-top:.9rem;border-top:1px solid var(--line)}
 p{margin:.4rem 0 .8rem}.sub{color:var(--soft);overflow-wrap:anywhere}a{color:var(--link)}
-.story{display:grid;grid-template-columns:minmax(0,1.05fr) minmax(0,1fr);gap:6px 26px;margin:.6rem 0 1.2rem}
+.story{display:grid;grid-template-columns:minmax(0,1.05fr) minmax(0,1fr);
+gap:6px 26px;margin:.6rem 0 1.2rem}
 .story figure{margin:0;min-width:0}figcaption{color:var(--soft);font-size:.8rem;line-height:1.4}
 .story ul{list-style:none;margin:0;padding:0;font-size:.92rem;line-height:1.42}
 .story li{margin:0 0 .55rem;padding-left:11px;border-left:3px solid var(--line)}
-.story li.holds{border-color:#009E73}.story li.does{border-color:#D55E00}.story li.undecided{border-color:#999}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:1.3rem 0}
+.story li.holds{border-color:#009E73}.story li.does{border-color:#D55E00}
+.story li.undecided{border-color:#999}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));
+gap:12px;margin:1.3rem 0}
 .tile{border:1px solid var(--line);border-radius:8px;padding:11px 14px}
-.tile b{display:block;font-size:1.05rem;line-height:1.3;font-variant-numeric:tabular-nums}.tile span{color:var(--soft);font-size:.86rem}
+.tile b{display:block;font-size:1.05rem;line-height:1.3;font-variant-numeric:tabular-nums}
+.tile span{color:var(--soft);font-size:.86rem}
+"""
+
+# %% ../../nbs/5_experiments/report.ipynb #89d3da7a
+_CSS = (
+    _CSS_PAGE
+    + """
 table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;width:100%}
 th,td{padding:5px 8px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{font-weight:600;background:var(--head);vertical-align:bottom}th.l,td.l{text-align:left}
@@ -1043,15 +1079,21 @@ thead th{position:sticky;top:0;z-index:1}tbody th{font-weight:400}
 .wide{overflow:auto;max-height:420px;border:1px solid var(--line);border-radius:6px;margin:.6rem 0}
 .wide tr:last-child td,.wide tr:last-child th{border-bottom:0}
 .facts th{vertical-align:top;font-weight:600}.facts td{white-space:normal;overflow-wrap:anywhere}
-details{margin:.2rem 0 .6rem}summary{cursor:pointer;color:var(--soft);font-size:.9rem}figure{margin:.6rem 0}
-code{font:.86rem/1.5 ui-monospace,Menlo,Consolas,monospace;background:var(--head);border-radius:4px;padding:2px 5px;overflow-wrap:anywhere}
-.lead{display:none}@media(max-width:860px){.story{grid-template-columns:minmax(0,1fr)}.lead{display:block;margin:.5rem 0 0}}
-@media(max-width:600px){body{padding:14px 12px 40px;font-size:15px}.sub{font-size:.85rem;line-height:1.4}h1{font-size:1.35rem}.facts th{white-space:normal}}
+details{margin:.2rem 0 .6rem}summary{cursor:pointer;color:var(--soft);font-size:.9rem}
+figure{margin:.6rem 0}
+code{font:.86rem/1.5 ui-monospace,Menlo,Consolas,monospace;background:var(--head);
+border-radius:4px;padding:2px 5px;overflow-wrap:anywhere}
+.lead{display:none}
+@media(max-width:860px){.story{grid-template-columns:minmax(0,1fr)}
+.lead{display:block;margin:.5rem 0 0}}
+@media(max-width:600px){body{padding:14px 12px 40px;font-size:15px}
+.sub{font-size:.85rem;line-height:1.4}h1{font-size:1.35rem}.facts th{white-space:normal}}
 @media screen and (prefers-color-scheme:dark){
 :root{--ink:#e3e7eb;--soft:#a9b3bd;--page:#1a1a1a;--line:#3b4148;--head:#262a2e;--link:#7db8ee}
 .drawing:not(.pictures){filter:invert(.9) hue-rotate(180deg)}}
 @media print{details{display:none}}
 """
+)
 
 _MARK = '<meta name="generator" content="darkdistill_nb">'
 
@@ -1061,49 +1103,68 @@ def _page(title, parts):
     from plotly.offline import get_plotlyjs
 
     head = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{_MARK}<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{_MARK}<meta '
+        'name="viewport" content="width=device-width,initial-scale=1">'
         f'<title>{html.escape(title)}</title><link rel="icon" href="data:,"><style>{_CSS}</style>'
     )
     return (
         f"{head}<script>{get_plotlyjs()}</script></head><body>\n"
         + "\n".join(parts)
         + f"\n<script>{DRAW_JS}</script>"
-        + "\n<noscript><p>The figures need JavaScript; the tables below each of them do not.</p></noscript></body></html>\n"
+        + "\n<noscript><p>The figures need JavaScript; "
+        "the tables below each of them do not.</p></noscript></body></html>\n"
     )
 
+# %% ../../nbs/5_experiments/report.ipynb #818c3fb3
 def _figure(name, fig, data, label):
     "A figure with the table of its numbers."
     label = html.escape(label)
-    return (
-        f'<figure aria-label="{label}">{figure_html(fig, name)}</figure>'
-        f"<details><summary>{label}: the numbers</summary>{html_table(*data)}</details>"
-    )
+    drawn = f'<figure aria-label="{label}">{figure_html(fig, name)}</figure>'
+    numbers = f"<details><summary>{label}: the numbers</summary>{html_table(*data)}</details>"
+    return drawn + numbers
 
 # %% ../../nbs/5_experiments/report.ipynb #96e1510c
 _TEXT = dict(
-    story="Marks: one exit for all images, mean and 95 % interval over seeds; dashed: exits chosen by chance. "
-    "Solid: thresholds for rising shares of early leavers; star: thresholds for half of the full cost. All are set on validation images.",
-    table="Accuracy on the test set. Each number is the mean over seeds, ± the spread over seeds (sample standard deviation), not over exits. "
+    missing="Clients that were drawn but did not answer, over all rounds and seeds. "
+    "On the right: mean accuracy over clients, each with the test images weighted by its own "
+    "mix of classes, at the exit of its tier, for clients that could be drawn "
+    "and for those that never were.",
+    story="Marks: one exit for all images, mean and 95 % interval over seeds; "
+    "dashed: exits chosen by chance. "
+    "Solid: thresholds for rising shares of early leavers; "
+    "star: thresholds for half of the full cost. All are set on validation images.",
+    table="Accuracy on the test set. Each number is the mean over seeds, "
+    "± the spread over seeds (sample standard deviation), not over exits. "
     "Differences are taken seed by seed, on the same clients, first weights and order of images.",
-    accuracy="One panel per exit of the global network. Thick lines are means over seeds, thin ones single seeds.",
-    cost="Solid: confidence thresholds for 39 budgets P, set on the clients' pooled validation images and applied to the test set. "
-    "Dashed: the exits themselves, joined; choosing exits by chance reaches this line, so only what lies above it is due to the confidences.",
-    clients="Images of each class at each client, sorted by tier, for seed {seed}; the other seeds are in the table. "
-    "Clients hold {real:.1f} effective classes on average; a Dirichlet({gamma:g}) mix has {ideal:.1f}.",
-    difficulty="Difficulty is the loss of exit 1. Shares of each tier's own training images, under the final network; "
+    accuracy="One panel per exit of the global network. "
+    "Thick lines are means over seeds, thin ones single seeds.",
+    cost="Solid: confidence thresholds for 39 budgets P, "
+    "set on the clients' pooled validation images and applied to the test set. "
+    "Dashed: the exits themselves, joined; choosing exits by chance reaches this line, "
+    "so only what lies above it is due to the confidences.",
+    clients="Images of each class at each client, sorted by tier, for seed {seed}; "
+    "the other seeds are in the table. "
+    "Clients hold {real:.1f} effective classes on average; "
+    "a Dirichlet({gamma:g}) mix has {ideal:.1f}.",
+    difficulty="Difficulty is the loss of exit 1. "
+    "Shares of each tier's own training images, under the final network; "
     "a mark is a bin of {width:g} nat, and a bin that holds nothing has none. Logarithmic axis.",
-    reported="What DarkDistill's clients tell the server in each round, before they train: the share of their images whose difficulty is 1 nat or more. "
+    reported="What DarkDistill's clients tell the server in each round, before they train: "
+    "the share of their images whose difficulty is 1 nat or more. "
     "Mean over seeds.",
-    alone="Each grey dot is a client that trained alone for as many epochs as it would have taken part in. "
+    alone="Each grey dot is a client that trained alone for "
+    "as many epochs as it would have taken part in. "
     "Marks: the same exits of the global network, mean over seeds.",
-    traffic="Means over rounds and seeds. Seconds are those of the simulation, in which the clients of one job run one after the other.",
+    traffic="Means over rounds and seeds. "
+    "Seconds are those of the simulation, in which the clients of one job run one after the other.",
 )
 
 # %% ../../nbs/5_experiments/report.ipynb #7330f614
 def _story(record):
     "The first screen: what the run shows, in sentences and in one figure."
     text = "".join(
-        f'<li class="{f.verdict.split()[0]}"><b>{html.escape(f.headline)}</b> {html.escape(f.text)}</li>'
+        f'<li class="{f.verdict.split()[0]}"><b>{html.escape(f.headline)}</b> '
+        f'{html.escape(f.text)}</li>'
         for f in findings(record)
     )
     drawn = figure_html(story_figure(record), "story")
@@ -1139,6 +1200,7 @@ def _machine(record):
     what = f"{h.get('system', '')} {h.get('machine', '')}, {h.get('cpus', '?')} CPUs"
     return ", ".join([what, *filter(None, (model, h.get("gpu")))])
 
+# %% ../../nbs/5_experiments/report.ipynb #92b01b24
 def _facts(record):
     "Rows of (what, value) on where the numbers come from."
     again = " since it was last resumed" if record.info.get("resumed") else ""
@@ -1173,90 +1235,45 @@ def _made(record):
         + f"{html_table(['setting', 'value'], settings)}</details>"
     )
 
+# %% ../../nbs/5_experiments/report.ipynb #36dedea1
+def _reported_data(fig):
+    "The numbers of `reported_figure` as a table."
+    number = lambda t, i: "–" if t.y[i] is None else f"{t.y[i]:.1f}"
+    rows = [[str(x), *(number(t, i) for t in fig.data)] for i, x in enumerate(fig.data[0].x)]
+    return ["round", *(t.name for t in fig.data)], rows
+
 # %% ../../nbs/5_experiments/report.ipynb #3df48526
 def _sections(record):
     "The parts of the report, in order."
     seed, I = list(record.info["clients"])[0], record.info
-    yield (
-        "Accuracy of each exit",
-        f"<p>{_TEXT['table']}</p>" + html_table(*table_cells(summary(record))),
-    )
-    yield (
-        "Accuracy over rounds",
-        f"<p>{_TEXT['accuracy']}</p>"
-        + _figure(
-            "accuracy",
-            accuracy_figure(record),
-            _accuracy_data(record),
-            "Accuracy of each exit over rounds",
-        ),
-    )
-    yield (
-        "Accuracy against cost",
-        f"<p>{_TEXT['cost']}</p>"
-        + _figure(
-            "cost",
-            cost_figure(record),
-            _cost_data(record),
-            "Accuracy against mean cost, and the thresholds",
-        ),
-    )
+    said = lambda key, **words: f"<p>{_TEXT[key].format(**words) if words else _TEXT[key]}</p>"
+    part = lambda key, fig, data, head: said(key) + _figure(key, fig, data, head)
+    yield "Accuracy of each exit", said("table") + html_table(*table_cells(summary(record)))
+    fig, data = accuracy_figure(record), _accuracy_data(record)
+    text = part("accuracy", fig, data, "Accuracy of each exit over rounds")
+    yield "Accuracy over rounds", text
+    fig, data = cost_figure(record), _cost_data(record)
+    text = part("cost", fig, data, "Accuracy against mean cost, and the thresholds")
+    yield "Accuracy against cost", text
     if I.get("alone"):
-        yield (
-            "Alone or together",
-            f"<p>{_TEXT['alone']}</p>"
-            + _figure(
-                "alone", alone_figure(record), _alone_data(record), "Clients that trained alone"
-            ),
-        )
-    words = _TEXT["clients"].format(
-        seed=seed,
-        real=mean_effective_classes(record, seed),
-        gamma=record.config["gamma"],
-        ideal=effective_classes(record.config["gamma"], len(I["classes"])),
-    )
-    yield (
-        "Who holds what",
-        f"<p>{words}</p>"
-        + _figure(
-            "clients", clients_figure(record), _clients_data(record), "Images per client and class"
-        ),
-    )
-    yield (
-        "Difficulty per tier",
-        f"<p>{_TEXT['difficulty'].format(width=_bins(record)[0])}</p>"
-        + _figure(
-            "difficulty",
-            difficulty_figure(record),
-            _difficulty_data(record),
-            "Difficulty histograms, in percent per bin",
-        ),
-    )
+        fig, data = alone_figure(record), _alone_data(record)
+        yield "Alone or together", part("alone", fig, data, "Clients that trained alone")
+    gamma, real = record.config["gamma"], mean_effective_classes(record, seed)
+    ideal = effective_classes(gamma, len(I["classes"]))
+    words = said("clients", seed=seed, real=real, gamma=gamma, ideal=ideal)
+    fig, data = clients_figure(record), _clients_data(record)
+    yield "Who holds what", words + _figure("clients", fig, data, "Images per client and class")
+    words = said("difficulty", width=_bins(record)[0])
+    fig, data = difficulty_figure(record), _difficulty_data(record)
+    head = "Difficulty histograms, in percent per bin"
+    yield "Difficulty per tier", words + _figure("difficulty", fig, data, head)
     if any("difficulty" in run["rounds"][0] for run in record.runs):
-        fig = reported_figure(record)
-        yield (
-            "Difficulty as reported",
-            f"<p>{_TEXT['reported']}</p>"
-            + _figure(
-                "reported",
-                fig,
-                (
-                    ["round", *(t.name for t in fig.data)],
-                    [
-                        [str(x), *("–" if t.y[i] is None else f"{t.y[i]:.1f}" for t in fig.data)]
-                        for i, x in enumerate(fig.data[0].x)
-                    ],
-                ),
-                "Images of 1 nat or more, in percent",
-            ),
-        )
-    yield (
-        "Traffic and work",
-        f"<p>{_TEXT['traffic']}</p>"
-        + _figure(
-            "traffic", traffic_figure(record), _traffic_data(record), "Traffic and work per round"
-        ),
-    )
+        fig, head = reported_figure(record), "Images of 1 nat or more, in percent"
+        yield "Difficulty as reported", part("reported", fig, _reported_data(fig), head)
+    if record.config.get("availability"):
+        yield "Who was missing", said("missing") + html_table(*attendance_cells(record))
+    fig, data = traffic_figure(record), _traffic_data(record)
+    yield "Traffic and work", part("traffic", fig, data, "Traffic and work per round")
     yield "How this was made", _made(record)
 
 # %% ../../nbs/5_experiments/report.ipynb #5290d4e0
@@ -1279,6 +1296,11 @@ def write_report(
     ]
     return write_atomic(path, _page(title, parts).encode())
 
+# %% ../../nbs/5_experiments/report.ipynb #02045807
+def _settings(record):
+    "The settings of a record by today's names, with those that came later, without empty tables."
+    return {k: v for k, v in (LATER | todays_names(record.config)).items() if v != {}}
+
 # %% ../../nbs/5_experiments/report.ipynb #a1923638
 def differing(
     *records # `Record`s
@@ -1290,10 +1312,6 @@ def differing(
     each = [(k, [c.get(k) for c in configs]) for k in keys]
     return [(k, values) for k, values in each if any(v != values[0] for v in values)]
 
-def _settings(record):
-    "The settings of a record by today's names, with those that came later, without empty tables."
-    return {k: v for k, v in (LATER | todays_names(record.config)).items() if v != {}}
-
 def compare_table(
     *records,
     names:list, # one name per record
@@ -1301,7 +1319,8 @@ def compare_table(
     "What `darkdistill compare` prints: one table over several runs, and the settings that differ."
     lines = [text_table(*table_cells(summary(*records, names=names)))]
     lines += [
-        "mean ± spread over seeds; differences are paired by seed and taken only where the same clients hold the same images"
+        "mean ± spread over seeds; "
+        "differences are paired by seed and taken only where the same clients hold the same images"
     ]
     d = differing(*records)
     if d:
@@ -1314,7 +1333,8 @@ def write_compare(
     names:list, # one name per record
     path,       # of the HTML file
 )->Path:
-    "Write the comparison of several records, with their accuracy-cost curves, as one self-contained HTML file."
+    """Write the comparison of several records,
+    with their accuracy-cost curves, as one self-contained HTML file."""
     _check_records(records, names)
     title = "Comparison of " + ", ".join(names)
     d = differing(*records)
@@ -1324,7 +1344,8 @@ def write_compare(
             f"<p class=sub><b>{html.escape(n)}</b>: {html.escape(in_words(r))}</p>"
             for n, r in zip(names, records)
         ),
-        f"<h2>Accuracy of each exit</h2><p>{_TEXT['table']} They are left out where the runs did not have the same clients.</p>"
+        f"<h2>Accuracy of each exit</h2><p>{_TEXT['table']} They are "
+        "left out where the runs did not have the same clients.</p>"
         + html_table(*table_cells(summary(*records, names=names))),
         f"<h2>Accuracy against cost</h2><p>{_TEXT['cost']}</p>"
         + _figure(

@@ -10,13 +10,13 @@ __all__ = ['read_start', 'put_start', 'Experiment', 'jobs_of', 'job_name', 'job_
            'resume_experiment']
 
 # %% ../../nbs/5_experiments/runs.ipynb #8747843a
-import contextlib, hashlib, json, os, re, shutil, sys
+import contextlib, functools, hashlib, json, os, re, shutil, sys
 import time
 from pathlib import Path
 from fastcore.basics import patch
-from ..core.checks import check, number, shown, whole
+from ..core.checks import check, choice, flag, number, shown, whole
 from ..core.parallel import UNGUARDED, Workers, WorkerLost, only_from_main, tell
-from ..core.registry import CONTROL, METHODS, OBJECTIVES, keywords_of, near
+from ..core.registry import CONTROL, METHODS, OBJECTIVES, grouped, keywords_of, near
 from .settings import GROUPS, LATER, STARTS, make_config
 
 # %% ../../nbs/5_experiments/runs.ipynb #0242250a
@@ -26,6 +26,7 @@ def _keywords(what, given, allowed):
             hint = near(k, allowed) if allowed else "; it has none"
             raise ValueError(f"{what}={shown(k)} is unknown{hint}")
 
+# %% ../../nbs/5_experiments/runs.ipynb #45dce322
 def _check_tiers(tiers, E):
     T, shares = len(tiers), shown([round(t, 4) for t in tiers])
     if T > E:
@@ -38,6 +39,7 @@ def _check_tiers(tiers, E):
             f"the last; give {E} tiers, or a network with {T} exits"
         )
 
+# %% ../../nbs/5_experiments/runs.ipynb #9f3566ef
 def _check_classes(data, train, test):
     "Two classes at least to learn from, and no test image of a class that does not exist."
     n, K = len(train.y.unique()), train.n_classes
@@ -54,7 +56,8 @@ def _check_classes(data, train, test):
 def read_start(
     start:str, # a name of `STARTS`, or the path of a .safetensors file
 )->tuple:      # (weights of stem and stages in 32 bits, sha256 of the file)
-    "The weights that clients fine-tune from; raises `FileNotFoundError` or `ValueError` where there are none."
+    """The weights that clients fine-tune from;
+    raises `FileNotFoundError` or `ValueError` where there are none."""
     from darkdistill_nb.core.records import asset, from_16_bits, load_tensors
 
     check(isinstance(start, (str, os.PathLike)) and str(start), "start", start, "a name or a path")
@@ -68,16 +71,18 @@ def read_start(
     trunk = {k: v for k, v in weights.items() if not k.startswith("exits.")}
     return trunk, hashlib.sha256(path.read_bytes()).hexdigest()
 
-# %% ../../nbs/5_experiments/runs.ipynb #a2cb2f9b
+# %% ../../nbs/5_experiments/runs.ipynb #8c500a95
 def _shape(shapes, name):
     return f"of shape {shapes[name]}" if name in shapes else "not"
 
+# %% ../../nbs/5_experiments/runs.ipynb #a2cb2f9b
 def put_start(
     net,          # an `EarlyExitNet`
     weights:dict, # of its stem and stages, see `read_start`
     start="start",# what the message calls them
 ):                # the same network
-    "Give a network the stem and the stages of a start; raises `ValueError` unless it is a start of this very form."
+    """Give a network the stem and the stages of a start;
+    raises `ValueError` unless it is a start of this very form."""
     own = net.state_dict()
     needed = {k: tuple(v.shape) for k, v in own.items() if not k.startswith("exits.")}
     found = {k: tuple(v.shape) for k, v in weights.items()}
@@ -93,10 +98,12 @@ def put_start(
 
 # %% ../../nbs/5_experiments/runs.ipynb #c96bb6cf
 class Experiment:
-    "Data, network, methods and clients that follow from a set of settings; raises `ValueError` for what does not fit."
+    """Data, network, methods and clients that follow from a set of settings;
+    raises `ValueError` for what does not fit."""
 
     def __init__(self,
-        config:dict=None # settings, see `make_config`
+        config:dict=None, # settings, see `make_config`
+        costs:bool=True,  # count what the network computes; False: a client's machine, which need not know
     ):
         from darkdistill_nb.core.datasets import load
         from darkdistill_nb.federated.method import make_clients
@@ -123,15 +130,18 @@ class Experiment:
         _check_tiers(c["tiers"], len(self.net))
         how = {k: c[k] for k in ("clients", "gamma", "tiers", "family", "valid", "cover")}
         self.clients = {s: make_clients(self.train.y, seed=s, **how) for s in c["seeds"]}
-        self.costs = self.net.macs()
+        self.seen = {s: self.may_be_drawn(s) for s in c["seeds"]}
+        self.costs = self.net.macs() if flag(costs, "costs") else None
 
 # %% ../../nbs/5_experiments/runs.ipynb #ac42c3ae
 @patch
 def build(self: Experiment):
-    "A fresh network, with the stem and stages of the start; raises `ValueError` for what does not fit."
+    """A fresh network, with the stem and stages of the start;
+    raises `ValueError` for what does not fit."""
     net = _drawn(self.config, self.train)
     return net if self.start is None else put_start(net, self.start, self.config["start"])
 
+# %% ../../nbs/5_experiments/runs.ipynb #d90b6a06
 def _drawn(c, train):
     "A network with its first weights, from torch's global generator."
     import inspect
@@ -151,17 +161,43 @@ def _drawn(c, train):
 TRAINING = [o.name for o in GROUPS["training"]]  # settings that a method may take
 
 def _made(registry, name, own, **common):
-    "What `name` means, with keywords of its own and those in `common` that it takes; raises `ValueError`."
+    """What `name` means, with keywords of its own and those in `common` that it takes;
+    raises `ValueError`."""
     cls = registry.find(name)
     allowed = keywords_of(cls)
     _keywords(name, own, [k for k in allowed if k not in common])
     try:
-        return cls(**{k: v for k, v in common.items() if k in allowed}, **own)
+        shared = {k: v for k, v in common.items() if k in allowed}
+        return cls(**shared, **grouped(cls, own))
     except (TypeError, ValueError, ArithmeticError) as e:
         raise ValueError(f"{name}={shown(own)} does not fit: {e}") from None
 
+# %% ../../nbs/5_experiments/runs.ipynb #288e991a
+@patch
+def availability(self: Experiment):
+    "Who answers in a round; None: everybody. Raises `ValueError` for keywords that do not fit."
+    from dataclasses import fields
+    from darkdistill_nb.federated.availability import Availability
+
+    own = self.config["availability"]
+    _keywords("availability", own, [f.name for f in fields(Availability)])
+    try:
+        return Availability(**own) if own else None
+    except ValueError as e:
+        raise ValueError(f"availability={shown(own)} does not fit: {e}") from None
+
+@patch
+def may_be_drawn(self: Experiment, seed):
+    "The clients of a seed that may be drawn."
+    from darkdistill_nb.core.seeds import Streams
+
+    who = self.availability()
+    return self.clients[seed] if who is None else who.seen(self.clients[seed], Streams(seed))
+
+# %% ../../nbs/5_experiments/runs.ipynb #6d144676
 def _check_made(exp):
-    "Make each method and objective that is named in the settings; raises `ValueError` for what does not fit."
+    """Make each method and objective that is named in the settings;
+    raises `ValueError` for what does not fit."""
     exp.objective()
     for name in dict.fromkeys([*exp.config["methods"], *exp.config]):
         if name in exp.config["methods"] or name in METHODS:
@@ -169,12 +205,16 @@ def _check_made(exp):
         elif name in OBJECTIVES:
             _made(OBJECTIVES, name, exp.config[name])
 
+# %% ../../nbs/5_experiments/runs.ipynb #741fa14f
 @patch
 def objective(self: Experiment):
-    "A fresh object that says how exits are trained; raises `ValueError` for keywords that do not fit."
+    """A fresh object that says how exits are trained;
+    raises `ValueError` for keywords that do not fit."""
     name = self.config["objective"]
-    return _made(OBJECTIVES, name, self.config.get(name, {}))
+    own = self.config.get(name, {})
+    return _made(OBJECTIVES, name, own)
 
+# %% ../../nbs/5_experiments/runs.ipynb #b86150a4
 @patch
 def method(self: Experiment, name):
     "A fresh method object by name; raises `ValueError` for keywords of its own that do not fit."
@@ -218,7 +258,8 @@ def job_steps(
 
 # %% ../../nbs/5_experiments/runs.ipynb #5c1f3d12
 def _alone_so_far(path, clients, mark):
-    "Clients in a checkpoint of `_run_alone`; raises `ValueError` if it is damaged or of other settings."
+    """Clients in a checkpoint of `_run_alone`;
+    raises `ValueError` if it is damaged or of other settings."""
     from darkdistill_nb.core.records import read_json
 
     if not path.exists():
@@ -251,6 +292,7 @@ def _as_before(config):
     "Settings in the words of older runs, whose checkpoints stay valid."
     return {k: v for k, v in config.items() if k not in LATER or v != LATER[k]}
 
+# %% ../../nbs/5_experiments/runs.ipynb #d0cb6958
 def _run_alone(exp, seed, path, on_step):
     "Every client alone, one after the other; finished ones are kept in a small file."
     from darkdistill_nb.federated.method import train_alone
@@ -282,6 +324,17 @@ def _news(on_step):
 
     return on_round
 
+# %% ../../nbs/5_experiments/runs.ipynb #3a929592
+def _served(exp, run, seed):
+    "What is known of clients that were drawn and of those that never were; empty where all answer."
+    from darkdistill_nb.federated.availability import seen_and_unseen
+
+    if exp.availability() is None:
+        return {}
+    test = exp.test.to(exp.device)
+    return dict(served=seen_and_unseen(run, exp.train, test, exp.clients[seed], exp.seen[seed]))
+
+# %% ../../nbs/5_experiments/runs.ipynb #87a66629
 def _check_finite(run, c):
     "Raise `FloatingPointError` where training has diverged."
     if not all(bool(v.isfinite().all()) for v in run.state["net"].values()):
@@ -296,34 +349,28 @@ def run_job(
     seed:int,
     folder,          # the run folder
     on_step=lambda done, text: None, # called after every step
-    workers:int=1,   # processes for the clients of a round
+    workers=1,       # processes for the clients of a round, or "auto", see `simulate`
+    engine=None,     # where clients are, as for `simulate`
 ):                   # entry for the record: a dict, or a list of clients for "alone"
-    "Run one job from its checkpoint, or anew; raises `ValueError`, naming a bad checkpoint, `FloatingPointError`."
+    """Run one job from its checkpoint, or anew;
+    raises `ValueError`, naming a bad checkpoint, `FloatingPointError`."""
     from darkdistill_nb.federated.method import simulate
     from darkdistill_nb.experiments.report import measure_run
 
+    choice(seed, "seed", exp.clients)
     name, jobs, c = job_name(kind, seed), Path(folder) / "jobs", exp.config
     if kind == "alone":
         return _run_alone(exp, seed, jobs / f"{name}.json", on_step)
-    clients = exp.clients[seed]
-    run = simulate(
-        exp.method(kind),
-        exp.build,
-        exp.train,
-        exp.test,
-        clients,
-        c["rounds"],
-        seed,
-        c["eval_every"],
-        jobs / f"{name}.safetensors",
-        _news(on_step),
-        exp.device,
-        workers,
-        progress=False,
-    )
+    clients, data = exp.clients[seed], (exp.train, exp.test)
+    length = c["rounds"], seed, c["eval_every"]
+    where = jobs / f"{name}.safetensors", _news(on_step), exp.device, workers
+    parts = exp.method(kind), exp.build, *data, clients
+    who = dict(engine=engine, availability=exp.availability())
+    run = simulate(*parts, *length, *where, progress=False, **who)
     _check_finite(run, c)
     how = dict(device=exp.device, bin_width=c["difficulty_bin"])
-    entry = measure_run(run, exp.train, exp.test, clients, exp.costs, **how)
+    entry = measure_run(run, *data, exp.seen[seed], exp.costs, **how)
+    entry["final"] |= _served(exp, run, seed)
     return {**entry, "method": kind, "weights": f"weights/{name}.safetensors"}
 
 # %% ../../nbs/5_experiments/runs.ipynb #b9d7b8ea
@@ -332,6 +379,7 @@ class RunError(RuntimeError):
 
     again, begun = False, True  # may resuming help? was anything trained?
 
+# %% ../../nbs/5_experiments/runs.ipynb #47067311
 def _failed(job, e):
     "The `RunError` for an exception in a job."
     text = str(e) if isinstance(e, (FloatingPointError, ValueError)) else f"{type(e).__name__}: {e}"
@@ -339,6 +387,7 @@ def _failed(job, e):
     failed.again = isinstance(e, (OSError, MemoryError))
     return failed
 
+# %% ../../nbs/5_experiments/runs.ipynb #dc6cc992
 def _lost(job, gone):
     "The `RunError` for a job whose process is gone: a `WorkerLost`."
     begun = gone.code != UNGUARDED
@@ -348,7 +397,8 @@ def _lost(job, gone):
 
 # %% ../../nbs/5_experiments/runs.ipynb #b353dd7b
 def _jobs_of_a_run(config, folder, workers):
-    "In a worker: the function that runs jobs, and returns a result or the words and the chances of a `RunError`."
+    """In a worker: the function that runs jobs,
+    and returns a result or the words and the chances of a `RunError`."""
     exp = Experiment(config)
 
     def answer(*job):
@@ -360,21 +410,24 @@ def _jobs_of_a_run(config, folder, workers):
 
     return answer
 
+# %% ../../nbs/5_experiments/runs.ipynb #b7724476
 def _hold(file):
     "Something to send to a process: it keeps `file`, and a lock on it, open as long as it lives."
     from multiprocessing.connection import Connection
 
     return Connection(os.dup(file.fileno()))  # a connection, since those can be sent
 
+# %% ../../nbs/5_experiments/runs.ipynb #d18ecb10
 def _workers(n, config, folder, workers, lock=None):
-    "Processes that run jobs, each with `workers` of its own; they hold the lock as long as they live."
+    """Processes that run jobs, each with `workers` of its own;
+    they hold the lock as long as they live."""
     keep = [_hold(lock)] if lock else []
     return Workers(n, _jobs_of_a_run, config, folder, workers, keep=keep, nested=True)
 
 # %% ../../nbs/5_experiments/runs.ipynb #6064ee84
-def _parallel(config, folder, todo, cores, on_step, lock=None):
+def _parallel(config, folder, todo, cores, on_step, lock=None, auto=False):
     "Run jobs in worker processes: {job: result}; raises `RunError` as soon as one fails."
-    results, own = {}, max(1, cores // len(todo))
+    results, own = {}, "auto" if auto and len(todo) == 1 else max(1, cores // len(todo))
     with _workers(min(cores, len(todo)), config, str(folder), own, lock) as workers:
         try:
             for i, (kind, what) in workers.run(todo, lambda i, *step: on_step(todo[i], *step)):
@@ -387,6 +440,10 @@ def _parallel(config, folder, todo, cores, on_step, lock=None):
             raise _lost(todo[e.job], e) from None
     return results
 
+# %% ../../nbs/5_experiments/runs.ipynb #998390f0
+def _in_processes(exp, cores):
+    return cores > 1 and exp.device.type == "cpu"
+
 # %% ../../nbs/5_experiments/runs.ipynb #8d16fbf5
 def run_jobs(
     exp:Experiment,
@@ -394,20 +451,23 @@ def run_jobs(
     cores:int=1,      # 1: everything in this process
     on_step=lambda job, done, text: None,
     lock=None,        # open file whose lock worker processes hold, too
+    engine_of=None,   # (`Experiment`, kind, seed) -> where a job's clients are; None: in this process
+    auto:bool=False,  # for the clients of a single job only as many processes as pay
 )->dict:              # (kind, seed) -> result
-    "Run all jobs of an experiment; on a GPU or with one core one after the other in this process."
+    """Run all jobs of an experiment;
+    on a GPU, with one core or an engine one after the other in this process."""
+    cores, auto = whole(cores, "cores"), flag(auto, "auto")
     todo, results = jobs_of(exp.config), {}
-    if _in_processes(exp, cores):
-        return _parallel(exp.config, folder, todo, cores, on_step, lock)
+    if engine_of is None and _in_processes(exp, cores):
+        return _parallel(exp.config, folder, todo, cores, on_step, lock, flag(auto, "auto"))
     for job in todo:
         try:
-            results[job] = run_job(exp, *job, folder, lambda done, text: on_step(job, done, text))
+            engine = engine_of(exp, *job) if engine_of else None
+            step = functools.partial(on_step, job)
+            results[job] = run_job(exp, *job, folder, step, engine=engine)
         except Exception as e:
             raise _failed(job, e) from e
     return results
-
-def _in_processes(exp, cores):
-    return cores > 1 and exp.device.type == "cpu"
 
 # %% ../../nbs/5_experiments/runs.ipynb #76d48b3a
 def _free(data, where):
@@ -423,6 +483,7 @@ def _free(data, where):
     ]
     return Path(where) / f"{stem}-{max(taken, default=0) + 1:03d}"
 
+# %% ../../nbs/5_experiments/runs.ipynb #d14eac20
 def _check_new(folder):
     "Raise if `folder` is there already or plainly cannot be made."
     name = f"out={shown(str(folder))}"
@@ -496,12 +557,14 @@ def _try_lock(file, folder, seconds):
         except OSError:  # a file system without locks
             return
 
+# %% ../../nbs/5_experiments/runs.ipynb #ab12cebe
 @contextlib.contextmanager
 def _locked(
     folder,
     seconds=5, # workers of a killed process hold the lock until they have ended, too
 ):
-    "Only one process, with its workers, works in a run folder; the lock goes with them, however they end."
+    """Only one process, with its workers, works in a run folder;
+    the lock goes with them, however they end."""
     with open(Path(folder) / "config.json", "rb") as f:
         _try_lock(f, folder, seconds)
         yield f
@@ -544,7 +607,8 @@ class _Bar:
             disable=not show,
             dynamic_ncols=True,
             mininterval=0.2 if self.shown else 10,
-            bar_format="{percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+            bar_format="{percentage:3.0f}% |{bar:20}| "
+            "{n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )
 
     def __call__(self, job, done, text):
@@ -556,11 +620,13 @@ class _Bar:
 
     def __exit__(self, *_): self.bar.close()
 
+# %% ../../nbs/5_experiments/runs.ipynb #05ca4b64
 def _cpu_seconds():
     "Processor seconds of this process and of its workers that have ended."
     t = os.times()
     return t.user + t.system + t.children_user + t.children_system
 
+# %% ../../nbs/5_experiments/runs.ipynb #c444eefe
 def _cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -579,12 +645,13 @@ def _saying_where(folder):
         raise failed from e
 
 # %% ../../nbs/5_experiments/runs.ipynb #0ef638f9
-def _execute(exp, folder, saved, workers, progress, resumed):
+def _execute(exp, folder, saved, workers, progress, resumed, engine_of=None):
     "Run what is left, then write weights, record and report, and remove the checkpoints."
     from darkdistill_nb.federated.method import load_state
     from darkdistill_nb.experiments.report import describe, write_report
     from darkdistill_nb.core.records import Record, save_record
 
+    auto, workers = workers == "auto", None if workers == "auto" else workers
     start, c, cores = time.perf_counter(), exp.config, workers or _cores()
     worked = _cpu_seconds()
     if progress:
@@ -593,7 +660,7 @@ def _execute(exp, folder, saved, workers, progress, resumed):
         for p in folder.rglob(".*.tmp"):
             p.unlink(missing_ok=True)  # halves that a killed process left
         with _Bar(c, progress) as bar:
-            results = run_jobs(exp, folder, cores, bar, lock)
+            results = run_jobs(exp, folder, cores, bar, lock, engine_of, auto)
         about = describe(exp.net, exp.train, exp.clients, exp.costs)
         about |= {k: saved[k] for k in ("data_sha256", "start_sha256") if saved.get(k)}
         record = Record.begin(c, **about, resumed=resumed)
@@ -611,18 +678,28 @@ def _execute(exp, folder, saved, workers, progress, resumed):
         shutil.rmtree(folder / "jobs", ignore_errors=True)
     return record
 
+# %% ../../nbs/5_experiments/runs.ipynb #55cd9527
+def _check_start(workers, progress):
+    flag(progress, "progress")
+    known = workers is None or workers == "auto"
+    only_from_main(_cores() if known else whole(workers, "workers"))
+
 # %% ../../nbs/5_experiments/runs.ipynb #f35b00a4
 def run_experiment(
     config:dict=None,   # settings that differ from the defaults, see `make_config`
     folder=None,        # the new run folder; None: the next free runs/NAME-001
-    workers:int=None,   # cores to use; None: all
+    workers=None,       # cores to use; None: all; "auto": for one job as many processes as pay
     progress:bool=True, # show a progress bar
     command:str=None,   # kept in the record; None: the command line of this process
+    # (`Experiment`, method, seed) -> where a job's clients are, as for `simulate`; None: here
+    engine_of=None,
 )->tuple:               # (Record, its folder)
-    "Run an experiment and leave a run folder; raises `ValueError` or `OSError` before any work, `RuntimeError` when a job fails."
+    """Run an experiment and leave a run folder;
+    raises `ValueError` or `OSError` before any work, `RuntimeError` when a job fails."""
     from darkdistill_nb.core.records import environment
 
-    _check_workers(workers)
+    _check_start(workers, progress)
+    check(command is None or isinstance(command, str), "command", command, "a text or None")
     if folder is not None:
         _check_new(Path(folder))
     exp = Experiment(config)
@@ -636,18 +713,13 @@ def run_experiment(
     )
     made = _new_folder(folder, exp, saved)
     try:
-        return _execute(exp, made, saved, workers, progress, False), made
+        return _execute(exp, made, saved, workers, progress, False, engine_of), made
     except RunError as e:
         if not e.begun:
             shutil.rmtree(made, ignore_errors=True)
             with contextlib.suppress(OSError):
                 folder or made.parent.rmdir()  # runs/, if nothing else is in it
         raise
-
-def _check_workers(workers):
-    if workers is not None:
-        whole(workers, "workers")
-    only_from_main(workers or _cores())
 
 # %% ../../nbs/5_experiments/runs.ipynb #6967c731
 def _new_folder(folder, exp, saved):
@@ -666,12 +738,13 @@ def resume_experiment(
     folder,             # a run folder
     workers:int=None,   # as in `run_experiment`
     progress:bool=True,
+    engine_of=None,     # as in `run_experiment`
 )->tuple:               # (Record, True if there was something left to do)
     "Continue a run from its checkpoints; it ends with the very weights of an uninterrupted one."
     from darkdistill_nb.experiments.report import write_report
     from darkdistill_nb.core.records import load_record
 
-    _check_workers(workers)
+    _check_start(workers, progress)
     folder = Path(folder)
     saved = _read_config(folder)
     if (folder / "record.json").exists():
@@ -683,7 +756,7 @@ def resume_experiment(
         return record, False
     exp = Experiment(saved["config"])
     _check_same(exp, saved, folder)
-    return _execute(exp, folder, saved, workers, progress, True), True
+    return _execute(exp, folder, saved, workers, progress, True, engine_of), True
 
 # %% ../../nbs/5_experiments/runs.ipynb #7ef3395a
 def _check_same(exp, saved, folder):
@@ -695,6 +768,7 @@ def _check_same(exp, saved, folder):
                 f"{k}={shown(exp.config[k])} is not the {k} that the run in {folder} began with"
             )
 
+# %% ../../nbs/5_experiments/runs.ipynb #b54ef5e2
 @contextlib.contextmanager
 def _shown_from(path):
     "A record that lacks what is to be shown of it is a `ValueError` that names it."

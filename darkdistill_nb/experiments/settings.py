@@ -20,27 +20,38 @@ def _own(v):
     "Numbers and arrays of numpy as Python's own."
     return v.tolist() if hasattr(v, "tolist") else v
 
+# %% ../../nbs/5_experiments/settings.ipynb #3d47f891
 def _int(v):
     return int(v) if isinstance(v, str) else whole(v, "value", None)
 
+def _cores_or_auto(v):
+    return v if v == "auto" else _int(v)
+
+# %% ../../nbs/5_experiments/settings.ipynb #eea05dda
 def _float(v):
     return float(v) if isinstance(v, str) else number(v, "value", inf=True)
 
+# %% ../../nbs/5_experiments/settings.ipynb #1fdf9166
 def _flag(v):
     return flag(v, "value")
 
+# %% ../../nbs/5_experiments/settings.ipynb #80b2ccd6
 def _path(v):
-    if not isinstance(v, (str, os.PathLike)) or not str(v) or "\0" in str(v):
+    text = str(v)
+    if not isinstance(v, (str, os.PathLike)) or not text or "\0" in text:
         raise ValueError
-    return str(v)
+    return text
 
+# %% ../../nbs/5_experiments/settings.ipynb #c2602eaa
 def _text(v):
     _path(v).encode()  # raises for half a character, as odd names of files may hold
     return str(v)
 
+# %% ../../nbs/5_experiments/settings.ipynb #ed735b25
 def _start(v):
     return None if v == "none" else _text(v)
 
+# %% ../../nbs/5_experiments/settings.ipynb #35536be0
 def _words(v):
     if isinstance(v, str):
         return [w.strip() for w in v.split(",") if w.strip()]
@@ -53,11 +64,13 @@ def _seeds(v):
     "3 -> [0, 1, 2];  '4,5' -> [4, 5];  '4,' -> [4]"
     v = _own(v)
     if isinstance(v, str):
-        v = [int(w) for w in v.split(",") if w.strip()] if "," in v else int(v)
+        several = [w for w in v.split(",") if w.strip()]
+        v = [int(w) for w in several] if "," in v else int(v)
     if isinstance(v, int):
         return list(range(whole(v, "value", 1, MOST)))
     return [_int(s) for s in v]
 
+# %% ../../nbs/5_experiments/settings.ipynb #509694e4
 def _tiers(v):
     "4 -> four equal shares;  '0.5,0.25,0.25' -> as given;  None: one tier per exit"
     v = _own(v)
@@ -79,6 +92,7 @@ def _value(text):
         return text
     return found["v"] if list(found) == ["v"] else text
 
+# %% ../../nbs/5_experiments/settings.ipynb #25469119
 def _jsonable(v):
     "A keyword's value as JSON keeps it; dates become text; raises `ValueError` for anything else."
     v = _own(v)
@@ -92,6 +106,7 @@ def _jsonable(v):
         raise ValueError
     return v
 
+# %% ../../nbs/5_experiments/settings.ipynb #5aa43248
 def _table(v):
     "{'width': 16} or ['width=16', ...] -> dict"
     if isinstance(v, dict):
@@ -119,7 +134,8 @@ class Option:
         return {_table: "K=V", _flag: None, **words}.get(self.read, "LIST")
 
     def value(self, v):
-        "`v` as a checked value; raises `ValueError` naming the setting, the value and what is allowed."
+        """`v` as a checked value;
+        raises `ValueError` naming the setting, the value and what is allowed."""
         if v is None and self.default is None:
             return None
         try:
@@ -132,7 +148,7 @@ class Option:
 
 # %% ../../nbs/5_experiments/settings.ipynb #76b7afdd
 FAMILIES = ("client", "class")
-STARTS = ("stage_start",)  # stored with the package, as NAME.safetensors
+STARTS = ("stage_start", "stage_start_vit")  # stored with the package, as NAME.safetensors
 TRAINED = ["eefl", "darkdistill"]  # where nothing else is asked for
 
 _whole = dict(allowed="a whole number of at least 1", ok=lambda v: v >= 1)
@@ -185,6 +201,17 @@ CLIENT_OPTIONS = [
     ),
     Option("valid", _float, 0.2, "share of a client's images for validation", **_from_zero),
 ]
+
+# %% ../../nbs/5_experiments/settings.ipynb #b91e974c
+CLIENT_OPTIONS.append(
+    Option(
+        "availability",
+        _table,
+        {},
+        "who does not answer: dropout=0.2 slow=1 deadline=2 unseen=0.1",
+        "keywords such as dropout=0.2",
+    )
+)
 
 # %% ../../nbs/5_experiments/settings.ipynb #cfedebff
 METHOD_OPTIONS = [
@@ -294,7 +321,14 @@ GROUPS = {
     "training": TRAIN_OPTIONS + SGD_OPTIONS,
 }
 OPTIONS = {o.name: o for group in GROUPS.values() for o in group}
-WORKERS = Option("workers", _int, None, "cores to use; the result is the same", **_whole)
+WORKERS = Option(
+    "workers",
+    _cores_or_auto,
+    None,
+    "cores to use; the result is the same",
+    "a whole number of at least 1, or auto",
+    lambda v: v == "auto" or v >= 1,
+)
 OUT = Option("out", _path, None, "new folder for the results", "the path of a new folder")
 
 # %% ../../nbs/5_experiments/settings.ipynb #1a5a267f
@@ -317,12 +351,18 @@ def defaults_for(
     data:str,      # name of a data set, or the path of an .npz file
     arch:str=None, # name of a network; None: the usual one
 )->dict:           # every setting
-    "The settings of an experiment with these data where nothing else is asked for; raises `ValueError` for what is no text."
+    """The settings of an experiment with these data where nothing else is asked for;
+    raises `ValueError` for what is no text."""
     data = OPTIONS["data"].value(data)
     own = PRESETS.get(data, {})
     if arch is not None and OPTIONS["arch"].value(arch) != own.get("arch"):
         own = {k: v for k, v in own.items() if k not in ("arch", "net", "start")}
     return {k: o.default for k, o in OPTIONS.items()} | dict(data=data) | own
+
+# %% ../../nbs/5_experiments/settings.ipynb #6005328c
+def _names():
+    "Settings, and what has keywords of its own."
+    return [*OPTIONS, *METHODS, *OBJECTIVES]
 
 # %% ../../nbs/5_experiments/settings.ipynb #3c809860
 def option_of(
@@ -335,12 +375,8 @@ def option_of(
         raise ValueError(f"setting {shown(name)} is unknown{near(name, _names())}")
     return Option(name, _table, {}, "keywords of its own", "keywords such as tau=1")
 
-def _names():
-    "Settings, and what has keywords of its own."
-    return [*OPTIONS, *METHODS, *OBJECTIVES]
-
 # %% ../../nbs/5_experiments/settings.ipynb #bd5892ec
-LATER = dict(start=None, difficulty_bin=1.0)  # unknown to older runs, and what these did
+LATER = dict(start=None, difficulty_bin=1.0, availability={})  # unknown to older runs, and what these did
 
 def todays_names(
     config:dict, # settings, also of an old record
@@ -361,6 +397,13 @@ def _whole_path(name, value, ending):
     except (RuntimeError, OSError) as e:  # no such user; a circle of links
         raise ValueError(f"{name}={shown(value)} is not a path: {e}") from None
 
+# %% ../../nbs/5_experiments/settings.ipynb #5154f1ab
+def _check_addresses(config, tables):
+    "Raise for keywords of a class that has no part in the experiment."
+    for k, v in tables.items():
+        part = not is_address(k) or k in (*config["methods"], config["objective"])
+        check(part, k, v, "left out: the class is neither among the methods nor the objective")
+
 # %% ../../nbs/5_experiments/settings.ipynb #6ba500c7
 def make_config(
     given:dict=None, # settings that differ from the defaults; values or texts
@@ -379,12 +422,6 @@ def make_config(
     _check_addresses(config, tables)
     return config | {k: v for k, v in tables.items() if v}
 
-def _check_addresses(config, tables):
-    "Raise for keywords of a class that has no part in the experiment."
-    for k, v in tables.items():
-        part = not is_address(k) or k in (*config["methods"], config["objective"])
-        check(part, k, v, "left out: the class is neither among the methods nor the objective")
-
 # %% ../../nbs/5_experiments/settings.ipynb #8a66f7c1
 def _toml_text(data):
     "The text of a TOML file; Windows programs begin it with a mark, and some write UTF-16."
@@ -398,7 +435,8 @@ def _toml_text(data):
 def read_toml(
     path, # a TOML file of settings; may also hold `out` and `workers`
 )->dict:
-    "Settings from a file; raises `ValueError` for broken TOML and unknown keys, `FileNotFoundError` if it is not there."
+    """Settings from a file; raises `ValueError` for broken TOML and unknown keys,
+    `FileNotFoundError` if it is not there."""
     import tomllib
 
     name, keys = f"config={shown(str(path))}", ("out", "workers", "policy", *_names())

@@ -19,7 +19,8 @@ from ..core.plots import figure, style
 from ..core.records import Record
 from ..core.registry import CONTROL, METHODS
 from ..core.seeds import Streams
-from ..exits.inference import Confidence, policy_curve, static_mixture
+from ..exits.evaluation import policy_curve, static_mixture
+from ..exits.scores import Confidence
 from ..exits.thresholds import read_thresholds
 from ..federated.alignment import tier_models, unalignment
 from ..federated.difficulty import measure_difficulty
@@ -32,7 +33,8 @@ def at_half(
     test_y:torch.Tensor,  # (N_t,)
     costs:list,           # E costs of leaving at each exit, rising
 )->dict:                  # accuracy, cost, static; None where half of the full cost buys no exit
-    "Accuracy with thresholds at half of the full cost, and what the static mixture has there; raises `ValueError` for what does not fit."
+    """Accuracy with thresholds at half of the full cost, and what the static mixture has there;
+    raises `ValueError` for what does not fit."""
     if number(costs[-1], "costs", above=0) / 2 < number(costs[0], "costs", above=0):
         return None
     score = [Confidence().score(z) for z in (valid, test)]
@@ -50,6 +52,7 @@ def _trains_prefixes(method, state, clients):
     got = {m: method.receive(method.send(state, c), m) for m, c in one_each}
     return all(shapes(net) == shapes(method.net.prefix(m)) for m, net in got.items())
 
+# %% ../../nbs/5_experiments/story.ipynb #32ac9a7c
 def _by_text(table):
     "A table with texts as keys, as JSON has them."
     return {k: {str(e): v for e, v in row.items()} for k, row in table.items()}
@@ -60,8 +63,10 @@ def measure_unalignment(
     train,        # `ArrayData` that the clients' indices point into
     clients:list, # of the run
     test,         # `ArrayData`; where it knows true difficulties, these are used, too
-)->dict:          # unalignment (nats), unalignment_true (0..1): tables by exit; empty where it has no meaning
-    "How much harder images an exit handles in its tier than in the deepest one, and in one global network; as JSON keeps it."
+    # unalignment (nats), unalignment_true (0..1): tables by exit; empty where it has no meaning
+)->dict:
+    """How much harder images an exit handles in its tier than in the deepest one, and in one
+    global network; as JSON keeps it."""
     method, streams = run.method, Streams(run.seed)
     if not _trains_prefixes(method, run.state, clients):
         return {}
@@ -78,9 +83,11 @@ def measure_unalignment(
 
 # %% ../../nbs/5_experiments/story.ipynb #9f7af6f7
 def receptive_fields(
-    net, # an `EarlyExitNet` whose stem and stages are made of `Conv2d` and halvings, such as `cnn(...)`
+    # an `EarlyExitNet` whose stem and stages are made of `Conv2d` and halvings, such as `cnn(...)`
+    net,
 )->list: # side in pixels of the window that a cell sees, for every exit
-    "Receptive field of each stage's map, from kernel sizes and strides; `ValueError` for other networks."
+    """Receptive field of each stage's map, from kernel sizes and strides;
+    `ValueError` for other networks."""
     stem = getattr(net, "stem", None)
     check(isinstance(stem, torch.nn.Conv2d), "net", type(net), "one with a convolution as stem")
     side, step, out = stem.kernel_size[0], stem.stride[0], []
@@ -92,8 +99,19 @@ def receptive_fields(
         out.append(side)
     return out
 
+# %% ../../nbs/5_experiments/story.ipynb #2c4b2b2f
+def _middle(E):
+    "The exit whose unalignment is told: exit 2 of 4."
+    return max(1, E // 2)
+
+# %% ../../nbs/5_experiments/story.ipynb #ca02f1d6
+def _mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
 # %% ../../nbs/5_experiments/story.ipynb #8c9a8d3e
 FULL = 0.05  # share of the images from which a bin of difficulty counts
+
 LIMITS = dict(depth=0, thresholds=0, bins=3, unaligned=0, gain=0)
 
 def claim_values(
@@ -103,7 +121,8 @@ def claim_values(
     unaligned:dict=None, # a table of `measure_unalignment`
     control:list=None,   # accuracies of the control's exits, same seed
 )->dict:                 # claim of `LIMITS` -> number: points, points, bins, nats, points
-    "The number that one run gives for each claim; raises `ValueError` for accuracies that are none."
+    """The number that one run gives for each claim;
+    raises `ValueError` for accuracies that are none."""
     check(len(exits) > 0, "exits", exits, "one accuracy per exit")
     mean = lambda v: _mean(number(a, "accuracy", 0, 1) for a in v)
     out = dict(depth=100 * (exits[-1] - exits[0]))
@@ -117,18 +136,11 @@ def claim_values(
         out["gain"] = 100 * (mean(exits) - mean(control))
     return out
 
-def _middle(E):
-    "The exit whose unalignment is told: exit 2 of 4."
-    return max(1, E // 2)
-
-def _mean(values):
-    values = list(values)
-    return sum(values) / len(values)
-
 # %% ../../nbs/5_experiments/story.ipynb #214f1960
 @dataclass
 class Judged:
-    "A number per seed, judged against a limit: mean, interval (None for one seed) and verdict; raises `ValueError` for no number."
+    """A number per seed, judged against a limit: mean, interval (None for one seed) and verdict;
+    raises `ValueError` for no number."""
 
     values:list    # one per seed
     above:float=0. # the limit
@@ -205,6 +217,7 @@ def _runs_of(record, method):
     "{seed: its run}"
     return {run["seed"]: run for run in record.runs if run["method"] == method}
 
+# %% ../../nbs/5_experiments/story.ipynb #3b6d9529
 def _shares(final):
     "Shares of the clients' training images by bin of difficulty."
     n = [sum(v) for v in zip(*final["difficulty"].values())]
@@ -224,7 +237,8 @@ def _judged(record, method, control):
 
 # %% ../../nbs/5_experiments/story.ipynb #f9c96959
 class _Told:
-    "Runs, claims and labels of the method whose story is told, and of the control (None without one)."
+    """Runs, claims and labels of the method whose story is told,
+    and of the control (None without one)."""
 
     def __init__(self, record):
         self.record, (self.control, self.method) = record, told_methods(record)
@@ -237,6 +251,7 @@ class _Told:
         self.exits = [100 * _mean(a) for a in zip(*(f["accuracy"] for f in self.finals))]
         self.E = len(self.exits)
 
+# %% ../../nbs/5_experiments/story.ipynb #aed063b1
 def _listed(items):
     "a, b and c"
     *some, last = map(str, items)
@@ -284,9 +299,11 @@ def _tell_thresholds(t):
     a, s = (100 * _mean(h[k] for h in halves) for k in ("accuracy", "static"))
     return (
         f"Thresholds from validation images reach {a:.1f} % at half of the full cost; a coin toss "
-        f"between exits, the static mixture, has {s:.1f} % there: {t.got['thresholds'].text('points')}."
+        f"between exits, the static mixture, has {s:.1f} % there: "
+        f"{t.got['thresholds'].text('points')}."
     )
 
+# %% ../../nbs/5_experiments/story.ipynb #6e7686b0
 def _tell_bins(t):
     width = t.finals[0].get("bin_width", 1.0)
     shares = [_mean(v) for v in zip(*filter(None, map(_shares, t.finals)))]
@@ -301,8 +318,10 @@ def _tell_unaligned(t):
     e = _middle(t.E)
     naive, null = (_mean(table[k][str(e)] for table in tables) for k in ("naive", "null"))
     return (
-        f"Images that leave at exit {e} are harder in tier {e} than in tier {t.E} by {naive:.2f} nat; "
-        f"prefixes of one network already show {null:.2f}: {t.got['unaligned'].text('nat')} is left."
+        f"Images that leave at exit {e} are harder in "
+        f"tier {e} than in tier {t.E} by {naive:.2f} nat; "
+        f"prefixes of one network already show {null:.2f}: "
+        f"{t.got['unaligned'].text('nat')} is left."
     )
 
 # %% ../../nbs/5_experiments/story.ipynb #8fe0e80c
@@ -332,7 +351,8 @@ _TELL |= dict(unaligned=_tell_unaligned, gain=_tell_gain)
 def findings(
     record:Record # of `darkdistill run`
 )->list:          # of `Finding`s; what was not measured is not told
-    "What a run shows, in sentences that follow from its numbers; raises `ValueError` for a record of something else."
+    """What a run shows, in sentences that follow from its numbers;
+    raises `ValueError` for a record of something else."""
     check(isinstance(record, Record), "record", record, "a `Record`, see `load_record`")
     t, out = _Told(record), []
     for claim in [c for c in _TELL if c in t.got]:
@@ -373,6 +393,7 @@ def mean_budgets(runs):
         for ps in zip(*curves)
     ]
 
+# %% ../../nbs/5_experiments/story.ipynb #3156b38f
 def _whisker(values):
     "Half of the 95 % interval of shares, in percent; 0 for one seed."
     judged = Judged([100 * v for v in values])
@@ -395,7 +416,8 @@ def _exit_trace(go, t, unit, look):
 
 # %% ../../nbs/5_experiments/story.ipynb #1195a993
 def _threshold_traces(go, t, unit, look):
-    "The mean budget curve, and the accuracy at half of the cost; what was not measured is left out."
+    """The mean budget curve, and the accuracy at half of the cost;
+    what was not measured is left out."""
     color, out = look["line"]["color"], []
     curve, halves = mean_budgets(t.runs), [f["half"] for f in t.finals if f.get("half")]
     if curve:
@@ -416,6 +438,7 @@ def _only(record, method):
     runs = [run for run in record.runs if run["method"] == method]
     return Record(record.config, runs=runs, info=record.info)
 
+# %% ../../nbs/5_experiments/story.ipynb #b7d96702
 def _span(traces):
     "Range of the accuracies with their intervals, inside 0 to 100 %."
     ends = []
@@ -428,7 +451,8 @@ def _span(traces):
 def story_figure(
     record:Record # of `darkdistill run`
 ):                # plotly Figure
-    "Accuracy against cost of the exits, control and the method whose story is told, with intervals over seeds; raises `ValueError` as `findings` does."
+    """Accuracy against cost of the exits, control and the method whose story is told, with
+    intervals over seeds; raises `ValueError` as `findings` does."""
     import plotly.graph_objects as go
 
     check(isinstance(record, Record), "record", record, "a `Record`, see `load_record`")

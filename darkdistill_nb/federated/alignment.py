@@ -20,6 +20,13 @@ from ..exits.training import exit_partition
 from .difficulty import sample_difficulty
 from .method import EEFL, _split, average, block_average
 
+# %% ../../nbs/3_federated/alignment.ipynb #83a9d70f
+def _with(net, weights):
+    "A copy of `net` that takes the weights of its own names."
+    net = copy.deepcopy(net)
+    net.load_state_dict({k: weights[k] for k in net.state_dict()})
+    return net
+
 # %% ../../nbs/3_federated/alignment.ipynb #dc9733ec
 def tier_models(
     method:EEFL,
@@ -43,12 +50,6 @@ def tier_models(
     nets = {m: _with(method.net.prefix(m), {**state["net"], **w}) for m, (w, _) in tiers.items()}
     return nets, _with(method.net, full)
 
-def _with(net, weights):
-    "A copy of `net` that takes the weights of its own names."
-    net = copy.deepcopy(net)
-    net.load_state_dict({k: weights[k] for k in net.state_dict()})
-    return net
-
 # %% ../../nbs/3_federated/alignment.ipynb #0986e8b4
 def handled(
     net:EarlyExitNet,
@@ -57,7 +58,8 @@ def handled(
     d:torch.Tensor,    # (N,) difficulties of the samples
     P:float=30,        # shares of the exits, see `exit_shares`
 )->list:               # mean difficulty of the samples that leave at each exit, in the unit of `d`
-    "Mean difficulty that each exit handles (DarkDistill, figure 1); raises `ValueError` unless `d` fits."
+    """Mean difficulty that each exit handles (DarkDistill, figure 1);
+    raises `ValueError` unless `d` fits."""
     check(tuple(d.shape) == (len(data),), "d", tuple(d.shape), f"of shape ({len(data)},)")
     parts = exit_partition(objective.predict(list(predict(net, data))), number(P, "P", above=0))
     check(all(len(p) for p in parts), "data", len(data), "enough samples for all exits")
@@ -72,7 +74,8 @@ def unalignment(
     d=None,           # (N,) difficulties; None: the loss at exit 1 of `net`
     P:float=30,       # shares of the exits, see `exit_shares`
 )->dict:              # naive, null, difference: {exit: nats}; handled, handled_null: {tier: list}
-    "How much harder samples exit e handles in tier e than in the deepest tier, and in one common network; `ValueError` without the deepest tier."
+    """How much harder samples exit e handles in tier e than in the deepest tier, and in one common
+    network; `ValueError` without the deepest tier."""
     E = len(net)
     check(
         E in tier_nets,

@@ -17,21 +17,22 @@ from torch import nn
 from ..core.checks import check, choice, number, same_shape, whole
 from ..core.data import ArrayData
 from ..core.training import accuracy, predict
-from ..distill.losses import _up
+from ..core.tensors import at_least_32
 from ..exits.networks import EarlyExitNet, block_of
 from ..exits.training import Joint
 from .method import EEFL, Client, _tie, block_average
 
 # %% ../../nbs/3_federated/baselines.ipynb #6d645b6f
 class ExclusiveFL(EEFL):
-    "Only clients that can hold the whole network take part; the rest is FedAvg (as in DepthFL, ICLR 2023)."
+    "Only clients that can hold the whole network take part, by FedAvg (as in DepthFL, ICLR 2023)."
 
     name = "exclusivefl"
 
     def __init__(
         self,
         objective=None,  # how exits are trained; None: `Joint()`
-        level: int = None,  # depth of the network, trained by all clients of this tier and above; None: all stages
+        # depth of the network, trained by all clients of this tier and above; None: all stages
+        level: int = None,
         **kwargs,  # passed to `EEFL`
     ):
         super().__init__(objective or Joint(), **kwargs)
@@ -56,7 +57,8 @@ class ExclusiveFL(EEFL):
 def layer_names(
     net:EarlyExitNet
 )->list: # per stage: a list of the first parts of its layers' names
-    "The layers of every stage: the members of a sequence such as a ViT's blocks, else the stage itself."
+    """The layers of every stage:
+    the members of a sequence such as a ViT's blocks, else the stage itself."""
     return [
         [f"stages.{b}.{i}." for i in range(len(stage))]
         if isinstance(stage, nn.Sequential)
@@ -66,19 +68,23 @@ def layer_names(
 
 # %% ../../nbs/3_federated/baselines.ipynb #0de96e48
 class InclusiveFL(EEFL):
-    "Each depth has its own last layer, which also follows the changes of the next larger network (KDD 2022)."
+    "Each depth has its own last layer, which follows the next larger network too (KDD 2022)."
 
     name = "inclusivefl"
 
     def __init__(
         self,
         objective=None,  # how exits are trained, for exits="all"; None: `Joint()`
-        beta: float = 0.2,  # share of the larger network's change in that of a last layer, in [0, 1]
-        exits: str = "last",  # last (the paper): only the last exit of a tier is trained | all (DarkDistill's authors)
+        # share of the larger network's change in that of a last layer, in [0, 1]
+        beta: float = 0.2,
+        # last (the paper): only the last exit of a tier is trained | all (DarkDistill's authors)
+        exits: str = "last",
+        server_lr: float = 0.0,  # of Adam on each tier's change; 0: the change as it is
         **kwargs,  # passed to `EEFL`
     ):
         super().__init__(objective or Joint(), **kwargs)
         self.beta = number(beta, "beta", 0, 1)
+        self.server_lr = number(server_lr, "server_lr", low=0)
         self.exits = choice(exits, "exits", ("last", "all"))
 
     def setup(self, net):
@@ -99,6 +105,7 @@ def _segment(self: InclusiveFL, m):
     "Layers L_m to L_{m+1}: the last one of tier m, and those that tier m+1 has beyond it."
     return self._layers[m - 1][-1:] + self._layers[m]
 
+# %% ../../nbs/3_federated/baselines.ipynb #1e75db8c
 @patch
 def _check_layers(self: InclusiveFL, net):
     "Layers whose changes are averaged must have the same names and shapes."
@@ -148,41 +155,18 @@ def decide(self: InclusiveFL, net, data):
 # %% ../../nbs/3_federated/baselines.ipynb #97cd4e99
 def blended(
     own:torch.Tensor, # change of a tier's last layer in this round
-    larger:list,      # changes of layers L_i to L_{i+1} of the next larger tier, each of the same shape
+    # changes of layers L_i to L_{i+1} of the next larger tier, each of the same shape
+    larger:list,
     beta:float=.2,    # share of the larger tier, in [0, 1]
 )->torch.Tensor:      # what the last layer changes by
-    "Momentum distillation of InclusiveFL: beta * mean of the larger tier's changes + (1 - beta) * own change."
+    """Momentum distillation of InclusiveFL:
+    beta * mean of the larger tier's changes + (1 - beta) * own change."""
     beta = number(beta, "beta", 0, 1)
     check(len(larger), "larger", larger, "a list of at least one change")
     same_shape(own=own, **{f"larger[{i}]": v for i, v in enumerate(larger)})
     return beta * torch.stack(list(larger)).mean(0) + (1 - beta) * own
 
-# %% ../../nbs/3_federated/baselines.ipynb #b28e8c89
-@patch
-def server_step(self: InclusiveFL, state, tiers, updates, rnd, streams):
-    "Momentum distillation from each tier into the next smaller one; then private parts are put aside."
-    before = {m: self.send(state, Client(-1, m, None, None)) for m in tiers}
-    change = lambda m, k: tiers[m][0][k] - before[m][k]
-    new = {m: dict(w) for m, (w, _) in tiers.items()}
-    for m in tiers:
-        if self.beta and m + 1 in tiers:
-            last = self._layers[m - 1][-1]
-            for k in (k for k in new[m] if k.startswith(last) and k in tiers[m + 1][0]):
-                larger = [change(m + 1, l + k.removeprefix(last)) for l in self._segment(m)]
-                new[m][k] = before[m][k] + blended(change(m, k), larger, self.beta)
-    private = {
-        f"tier{m}.{k}": v
-        for m, w in new.items()
-        for k, v in w.items()
-        if m < len(self.net) and self._private(m, k)
-    }
-    return {m: (new[m], n) for m, (_, n) in tiers.items()}, {**state["server"], **private}, {}
-
-@patch
-def merge(self: InclusiveFL, old, tiers, updates):
-    "Average what is shared. An exit that only its own tier trains is that tier's."
-    return block_average(old, tiers, self._shares)
-
+# %% ../../nbs/3_federated/baselines.ipynb #320f0bea
 @patch
 def _shares(self: InclusiveFL, m, name):
     "Does tier m write into the global tensor `name`?"
@@ -192,13 +176,67 @@ def _shares(self: InclusiveFL, m, name):
         return m == block_of(name)
     return m == len(self.net) or not self._private(m, name)
 
+# %% ../../nbs/3_federated/baselines.ipynb #ae842718
+BETAS, TINY = (0.9, 0.999), 1e-8  # memories of Adam's step and of its size, and its epsilon
+
+def _adam_step(old, d, mean, square, t, lr, betas, tiny):
+    "`old` after Adam's step number `t` along the change `d`, and what Adam then remembers."
+    mean = betas[0] * mean + (1 - betas[0]) * d
+    square = betas[1] * square + (1 - betas[1]) * d * d
+    size = (square / (1 - betas[1] ** t)).sqrt() + tiny
+    return old + lr * mean / (1 - betas[0] ** t) / size, mean, square
+
+@patch
+def _adam(self: InclusiveFL, new, before, kept):
+    "Adam's step along each tier's change, written into `new`; returns what it remembers."
+    told, trained = {}, {k for k, p in self.net.named_parameters() if p.requires_grad}
+    for m, weights in new.items():
+        t = kept.get(f"adam{m}.t", torch.zeros(())) + 1
+        told[f"adam{m}.t"] = t
+        how = t, self.server_lr, BETAS, TINY
+        for k in (k for k in weights if k in trained):
+            old, (a, b) = before[m][k], (f"adam{m}.{word}.{k}" for word in ("mean", "square"))
+            step = _adam_step(old, weights[k] - old, kept.get(a, 0), kept.get(b, 0), *how)
+            weights[k], told[a], told[b] = step
+    return told
+
+# %% ../../nbs/3_federated/baselines.ipynb #b28e8c89
+@patch
+def server_step(self: InclusiveFL, state, tiers, updates, rnd, streams):
+    """Momentum distillation from each tier into the next smaller one;
+    then private parts are put aside."""
+    before = {m: self.send(state, Client(-1, m, None, None)) for m in tiers}
+    change = lambda m, k: tiers[m][0][k] - before[m][k]
+    new = {m: dict(w) for m, (w, _) in tiers.items()}
+    for m in tiers:
+        if self.beta and m + 1 in tiers:
+            last = self._layers[m - 1][-1]
+            for k in (k for k in new[m] if k.startswith(last) and k in tiers[m + 1][0]):
+                larger = [change(m + 1, l + k.removeprefix(last)) for l in self._segment(m)]
+                new[m][k] = before[m][k] + blended(change(m, k), larger, self.beta)
+    memory = self._adam(new, before, state["server"]) if self.server_lr else {}
+    private = {
+        f"tier{m}.{k}": v
+        for m, w in new.items()
+        for k, v in w.items()
+        if m < len(self.net) and self._private(m, k)
+    }
+    server = {**state["server"], **private, **memory}
+    return {m: (new[m], n) for m, (_, n) in tiers.items()}, server, {}
+
+@patch
+def merge(self: InclusiveFL, old, tiers, updates):
+    "Average what is shared. An exit that only its own tier trains is that tier's."
+    return block_average(old, tiers, self._shares)
+
 # %% ../../nbs/3_federated/baselines.ipynb #17c7baba
 def own_accuracy(
     method:EEFL,     # after `setup`
     state:dict,      # e.g. `Run.state`
     data:ArrayData,
 )->list:             # per tier: accuracy of the last exit of the tier's own network, in [0, 1]
-    "How well each tier would be served by the network that its clients receive; raises `ValueError` for empty data."
+    """How well each tier would be served by the network that its clients receive;
+    raises `ValueError` for empty data."""
     out = []
     for m in range(1, len(method.net) + 1):
         net = method.receive(method.send(state, Client(-1, m, None, None)), m)
@@ -218,10 +256,11 @@ def ramp(
 def peer_divergence(
     logits:list # E tensors (B, K)
 )->torch.Tensor: # scalar (nats); 0 for a single exit
-    "Mean divergence of every exit from its peers, summed over exits; no gradient flows into a teacher (DepthFL, ICLR 2023)."
+    """Mean divergence of every exit from its peers, summed over exits;
+    no gradient flows into a teacher (DepthFL, ICLR 2023)."""
     check(len(logits), "logits", logits, "a list with a tensor (B, K) of every exit")
     same_shape(**{f"logits of exit {e}": f for e, f in enumerate(logits, 1)})
-    log_p = torch.stack([_up(f).log_softmax(-1) for f in logits])
+    log_p = torch.stack([at_least_32(f).log_softmax(-1) for f in logits])
     teacher = log_p.detach()[:, None]  # (E, 1, B, K) against students (1, E, B, K)
     kl = (teacher.exp() * (teacher - log_p[None])).sum(-1).mean(-1)
     return kl.sum() / max(len(logits) - 1, 1)
@@ -244,7 +283,8 @@ class DepthFL(EEFL):
         **kwargs,  # passed to `EEFL`
     ):
         super().__init__(objective or Joint(), **kwargs)
-        self.alpha, self.kd = number(alpha, "alpha", 0), number(kd, "kd", 0)
+        self.alpha = number(alpha, "alpha", 0)
+        self.kd = number(kd, "kd", 0)
         self.ramp_rounds = whole(ramp_rounds, "ramp_rounds", 0)
 
     def setup(self, net):
@@ -292,7 +332,8 @@ def local_loss(self: DepthFL, net, weights, data, rnd):
 # %% ../../nbs/3_federated/baselines.ipynb #4351f19a
 @patch
 def _tilt(self: DepthFL, net, weights):
-    "Function without arguments: -<theta, g_k> + alpha/2 |theta - theta_g|^2 at the current weights."
+    """Function without arguments: -<theta,
+    g_k> + alpha/2 |theta - theta_g|^2 at the current weights."""
     parts = [
         (p, p.detach().clone(), weights.get(_MEMORY + k))
         for k, p in net.named_parameters()

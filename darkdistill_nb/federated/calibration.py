@@ -66,7 +66,8 @@ def noisy_counts(
     epsilon:float,             # privacy, above 0; small = much noise
     generator:torch.Generator, # a CPU generator
 )->torch.Tensor:               # (K,) float32, may be negative
-    "Counts with Laplace noise of scale 1/epsilon: epsilon-differential privacy for one image more or less (Dwork et al., 2006)."
+    """Counts with Laplace noise of scale 1/epsilon:
+    epsilon-differential privacy for one image more or less (Dwork et al., 2006)."""
     epsilon = number(epsilon, "epsilon", above=0)
     u = torch.rand(counts.shape, generator=generator, dtype=torch.double) - 0.5
     noise = -u.sign() * torch.log1p(-2 * u.abs().clamp_max(0.5 - 1e-12)) / epsilon
@@ -198,29 +199,45 @@ def aggregate(self: PriorCalibration, state, updates, rnd, streams):
     return {**new, "server": {**new["server"], **kept, **said}}, info
 
 # %% ../../nbs/3_federated/calibration.ipynb #23e85c1d
-MEMORY = 0.8  # share of the earlier answers' weight that is left after a round
-
 @patch
-def _errors(self: PriorCalibration, state, train, client):
-    "(validation images that exit 1 gets wrong, how many there are) of one client."
+def answer(self: PriorCalibration, question, weights, train, client, streams):
+    "To 'errors': how many validation images exit 1 gets wrong, and how many there are."
+    if question != "errors":
+        return super(PriorCalibration, self).answer(question, weights, train, client, streams)
     if not len(client.valid):
-        return torch.zeros(2)
+        return dict(errors=torch.zeros(2))
     data = train.subset(client.valid)
-    net = self.receive(self.send(state, client), client.tier)
+    net = self.receive(weights, client.tier)
     decided = self.objective.predict(list(predict(net.prefix(1), data)))[0]
-    return torch.tensor([float((decided.argmax(-1) != data.y.cpu()).sum()), len(data)])
+    wrong = float((decided.argmax(-1) != data.y.cpu()).sum())
+    return dict(errors=torch.tensor([wrong, len(data)]))
+
+# %% ../../nbs/3_federated/calibration.ipynb #0ae5b095
+@patch
+def check_answer(self: PriorCalibration, question, answer, client):
+    "As the method checks; and no more errors than images, no more images than the client has."
+    answer = super(PriorCalibration, self).check_answer(question, answer, client)
+    if question == "errors":
+        e = answer.get("errors")
+        check(e is not None and tuple(e.shape) == (2,), "errors", e, "two numbers")
+        wrong, seen = e.tolist()
+        check(0 <= wrong <= seen <= len(client.valid), "errors", e, "wrong ones of those seen")
+    return answer
+
+# %% ../../nbs/3_federated/calibration.ipynb #86080c04
+MEMORY = 0.8  # share of the earlier answers' weight that is left after a round
 
 # %% ../../nbs/3_federated/calibration.ipynb #a33ac794
 @patch
-def survey(self: PriorCalibration, state, train, clients, rnd, streams, judged=True):
+def survey(self: PriorCalibration, state, ask, clients, rnd, streams, judged=True):
     "For calibration='auto' the clients of the next round report their errors at exit 1."
-    state, told = super(PriorCalibration, self).survey(state, train, clients, rnd, streams, judged)
+    state, told = super(PriorCalibration, self).survey(state, ask, clients, rnd, streams, judged)
     if self.calibration != "auto":
         return state, told
     told = {**told, "tau": self._tau(state)}
     errors = MEMORY * state["server"].get("tau.errors", torch.zeros(2)).cpu()
-    for client in self.configure(rnd + 1, clients, streams):
-        errors = errors + self._errors(state, train, client)
+    for said in ask("errors", state, self.configure(rnd + 1, clients, streams)).values():
+        errors = errors + said["errors"]
     return {**state, "server": {**state["server"], "tau.errors": errors}}, told
 
 # %% ../../nbs/3_federated/calibration.ipynb #0ccede79
@@ -328,7 +345,8 @@ class ExitVotes(EEFL):
         **kwargs                # passed to the method
     ):
         super().__init__(objective, **kwargs)
-        self.votes, self._weights = choice(votes, "votes", VOTES), None
+        self.votes = choice(votes, "votes", VOTES)
+        self._weights = None
 
 # %% ../../nbs/3_federated/calibration.ipynb #88c9e119
 @patch
@@ -370,25 +388,45 @@ def decide(self: ExitVotes, net, data):
 
 # %% ../../nbs/3_federated/calibration.ipynb #f73470e5
 @patch
-def survey(self: ExitVotes, state, train, clients, rnd, streams, judged=True):
+def answer(self: ExitVotes, question, weights, train, client, streams):
+    "To 'votes': the sums of the client's exits, and how many validation images of each class it has."
+    if question != "votes":
+        return super(ExitVotes, self).answer(question, weights, train, client, streams)
+    data = train.subset(client.valid)
+    net = self.receive(weights, client.tier)
+    F_ = torch.stack(self.objective.predict(list(predict(net, data))))
+    return dict(sums=vote_sums(F_, data.y), counts=_label_counts(data, self.net.n_classes))
+
+@patch
+def survey(self: ExitVotes, state, ask, clients, rnd, streams, judged=True):
     "For votes='validation' all clients report the sums of their exits on their validation images."
-    state, told = super(ExitVotes, self).survey(state, train, clients, rnd, streams, judged)
+    state, told = super(ExitVotes, self).survey(state, ask, clients, rnd, streams, judged)
     c = self._coverage(state["server"])
     if self.votes != "validation" or not judged or c is None:
         return state, told
-    asked = [k for k in clients if len(k.valid)]
-    reports, counts = zip(*(self._report(state, train, k) for k in asked)) if asked else ((), ())
-    W = stacked_votes(reports, counts, c)
+    said = ask("votes", state, [k for k in clients if len(k.valid)]).values()
+    W = stacked_votes([a["sums"] for a in said], [a["counts"] for a in said], c)
     told = {**told, "votes": [[round(float(w), 4) for w in row] for row in W]}
     return {**state, "server": {**state["server"], "vote_weights": W}}, told
 
+# %% ../../nbs/3_federated/calibration.ipynb #7805e446
 @patch
-def _report(self: ExitVotes, state, train, client):
-    "What one client answers: its sums, and how many validation images of each class it has."
-    data = train.subset(client.valid)
-    net = self.receive(self.send(state, client), client.tier)
-    F_ = torch.stack(self.objective.predict(list(predict(net, data))))
-    return vote_sums(F_, data.y), _label_counts(data, self.net.n_classes)
+def check_answer(self: ExitVotes, question, answer, client):
+    "As the method checks; and sums of the client's exits, over as many images as it validates on."
+    answer = super(ExitVotes, self).check_answer(question, answer, client)
+    if question == "votes":
+        m, K = len(self.tier_net(client.tier)), self.net.n_classes
+        sums, counts = answer.get("sums"), answer.get("counts")
+        fits = sums is not None and tuple(sums.shape) == (K, m, m + 1)
+        check(fits, "sums", sums, f"of shape ({K}, {m}, {m + 1})")
+        fits = counts is not None and tuple(counts.shape) == (K,) and int(counts.min()) >= 0
+        check(
+            fits and int(counts.sum()) == len(client.valid),
+            "counts",
+            counts,
+            f"{len(client.valid)} images",
+        )
+    return answer
 
 # %% ../../nbs/3_federated/calibration.ipynb #4b873724
 class CalibratedEEFL(PriorCalibration, ExitVotes, EEFL):
@@ -407,15 +445,15 @@ def calibrated(
     if method is EEFL:
         return CalibratedEEFL
     name = f"Calibrated{method.__name__}"
-    own = dict(name=f"calibrated_{method.name}", __reduce__=_take_apart, plain=method)
+    own = dict(name=f"calibrated_{method.name}", __reduce__=_take_apart, made=(calibrated, (method,)))
     return type(name, (PriorCalibration, ExitVotes, method), own)
 
 def _take_apart(self):
-    "How a method of a class made by `calibrated` travels to another process."
-    return _put_together, (self.plain, self.__dict__)
+    "How a method of a class that a function has made travels to another process."
+    return _put_together, (*self.made, self.__dict__)
 
-def _put_together(method, settings):
-    new = object.__new__(calibrated(method))
+def _put_together(make, parts, settings):
+    new = object.__new__(make(*parts))
     new.__dict__.update(settings)
     return new
 
@@ -443,34 +481,46 @@ class DifficultyFeedback(EEFL):
         **kwargs            # passed to the method
     ):
         super().__init__(objective, **kwargs)
-        self.feedback, self.images = number(feedback, "feedback", low=0), whole(images, "images")
+        self.feedback = number(feedback, "feedback", low=0)
+        self.images = whole(images, "images")
         self._bias = None
 
 # %% ../../nbs/3_federated/calibration.ipynb #31ce2a90
 @patch
-def survey(self: DifficultyFeedback, state, train, clients, rnd, streams, judged=True):
-    "All clients report difficulties of a model that will be used, class by class."
-    state, info = super(DifficultyFeedback, self).survey(
-        state, train, clients, rnd, streams, judged
-    )
-    if self.feedback == 0 or not judged:
-        return state, info
-    K = self.net.n_classes
-    total, seen = torch.zeros(K, dtype=torch.double), torch.zeros(K, dtype=torch.long)
-    for c in clients:
-        data = self._looked_at(train, c, streams)
-        net = self.receive(self.send(state, c), c.tier)
-        d = measure_difficulty(net, self.objective, data)
-        total.index_add_(0, data.y.cpu(), d.double())
-        seen += _label_counts(data, K)
-    bias = self.feedback * class_bias(total, seen)
-    return {**state, "server": {**state["server"], "feedback.bias": bias}}, info
+def answer(self: DifficultyFeedback, question, weights, train, client, streams):
+    "To 'difficulty': the sum of its difficulties of each class, and how many images it looked at."
+    if question != "difficulty":
+        return super(DifficultyFeedback, self).answer(question, weights, train, client, streams)
+    n, g = len(client.train), streams.generator("feedback", client.id)
+    data = train.subset(client.train[torch.randperm(n, generator=g)[: self.images]])
+    d = measure_difficulty(self.receive(weights, client.tier), self.objective, data)
+    total = torch.zeros(self.net.n_classes, dtype=torch.double)
+    total.index_add_(0, data.y.cpu(), d.double())
+    return dict(total=total, seen=_label_counts(data, self.net.n_classes))
 
 @patch
-def _looked_at(self: DifficultyFeedback, train, client, streams):
-    "At most `images` of a client's training images, always the same ones."
-    n, g = len(client.train), streams.generator("feedback", client.id)
-    return train.subset(client.train[torch.randperm(n, generator=g)[: self.images]])
+def survey(self: DifficultyFeedback, state, ask, clients, rnd, streams, judged=True):
+    "All clients report difficulties of a model that will be used, class by class."
+    state, told = super(DifficultyFeedback, self).survey(state, ask, clients, rnd, streams, judged)
+    if self.feedback == 0 or not judged:
+        return state, told
+    said, K = ask("difficulty", state, clients).values(), self.net.n_classes
+    total = sum((a["total"] for a in said), torch.zeros(K, dtype=torch.double))
+    seen = sum((a["seen"] for a in said), torch.zeros(K, dtype=torch.long))
+    bias = self.feedback * class_bias(total, seen)
+    return {**state, "server": {**state["server"], "feedback.bias": bias}}, told
+
+# %% ../../nbs/3_federated/calibration.ipynb #b2690c22
+@patch
+def check_answer(self: DifficultyFeedback, question, answer, client):
+    "As the method checks; and one sum and one count for each class."
+    answer = super(DifficultyFeedback, self).check_answer(question, answer, client)
+    if question == "difficulty":
+        K = (self.net.n_classes,)
+        shapes = [tuple(answer[k].shape) if k in answer else None for k in ("total", "seen")]
+        check(shapes == [K, K], "difficulty", shapes, f"of shapes {K} and {K}")
+        whole(int(answer["seen"].sum()), "seen", 0, len(client.train))
+    return answer
 
 # %% ../../nbs/3_federated/calibration.ipynb #8a379c77
 @patch

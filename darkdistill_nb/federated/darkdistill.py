@@ -11,6 +11,7 @@ __all__ = ['alignment_weights', 'pair_loss', 'DarkDistill']
 # %% ../../nbs/3_federated/darkdistill.ipynb #e4d3b9a0
 import copy
 from collections import Counter
+from dataclasses import replace
 import torch
 from fastcore.basics import patch
 from ..core.checks import check, choice, finite, number, whole
@@ -24,7 +25,7 @@ from darkdistill_nb.federated.difficulty import (
 from ..distill.losses import RKD
 from ..exits.training import exit_partition
 from .method import EEFL, Client, Update
-from .generator import CE, DIF, Generator, train_generator
+from .generator import GeneratorSettings, train_generator
 from ..core.seeds import Streams
 from ..core.training import evaluating
 
@@ -34,7 +35,8 @@ def alignment_weights(
     mu:torch.Tensor,    # (E,) mean difficulty of each student exit
     tau:float=.1,       # temperature, at least 1e-6; 1/|S| is the released code
 )->torch.Tensor:        # (E,) weights, adding to 1
-    "Weight of each student exit: larger the nearer its difficulty range is (DarkDistill, KDD 2025); uniform when all ranges agree."
+    """Weight of each student exit: larger the nearer its difficulty range is (DarkDistill, KDD
+    2025); uniform when all ranges agree."""
     tau = number(tau, "tau", low=1e-6)
     for name, v in (("d", d), ("mu", mu)):
         check(
@@ -53,6 +55,20 @@ def alignment_weights(
 
 # %% ../../nbs/3_federated/darkdistill.ipynb #8c46bb28
 WEIGHTS = ("distance", "uniform", "random")
+PAPER_RKD = RKD(5, 10)  # weights of distances and angles
+
+# %% ../../nbs/3_federated/darkdistill.ipynb #e15175f4
+def _asked_of(student, x, S):
+    "The student's features of the samples `S`, with gradients, and of all samples, without."
+    a, rest = student.features(x[S]), torch.ones(len(x), dtype=torch.bool, device=x.device)
+    rest[S] = False
+    rest = rest.nonzero()[:, 0]
+    if not len(rest):
+        return a, a
+    with torch.no_grad():
+        place = torch.cat([S, rest]).argsort()
+        others = student.features(x[rest])
+        return a, [torch.cat([u, v])[place] for u, v in zip(a, others)]
 
 # %% ../../nbs/3_federated/darkdistill.ipynb #7f45edf7
 def pair_loss(
@@ -61,28 +77,27 @@ def pair_loss(
     x:torch.Tensor,     # (B, ...) latents of tier m's generator
     d:torch.Tensor,     # (B,) difficulties they were made for (nats)
     objective,
-    rkd=RKD(5, 10),     # relational loss, with `relations`
+    rkd=PAPER_RKD,      # relational loss, with `relations`
     tau:float=.1,       # of `alignment_weights`
     weights:str="distance", # distance | uniform | random
     generator=None,     # for weights="random"
     P:float=30,         # of the exit partition
 )->torch.Tensor:        # scalar, or None when there is nothing to compare
-    "Reverse distillation from the teacher's last exit to all exits of the next tier (DarkDistill, KDD 2025)."
+    """Reverse distillation from the teacher's last exit to
+    all exits of the next tier (DarkDistill, KDD 2025)."""
     choice(weights, "weights", WEIGHTS)
     tau = number(tau, "tau", low=1e-6)
-    check(
-        tuple(d.shape) == (len(x),),
-        "d",
-        tuple(d.shape),
-        f"of shape ({len(x)},), as many as latents",
-    )
+    ok = tuple(d.shape) == (len(x),)
+    check(ok, "d", tuple(d.shape), f"of shape ({len(x)},), as many as latents")
     with torch.no_grad():
         at = teacher.features(x)
         S = exit_partition(objective.predict(teacher.classify(at)), P)[-1]
-    a = student.features(x)
+    if len(S) < 2:
+        return None
+    a, every = _asked_of(student, x, S)
     with torch.no_grad():
-        Q = exit_partition(objective.predict(student.classify(a)), P)
-    if len(S) < 2 or min(map(len, Q)) == 0:
+        Q = exit_partition(objective.predict(student.classify(every)), P)
+    if min(map(len, Q)) == 0:
         return None
     if weights == "random":
         d = torch.randint(0, 10, d.shape, generator=generator).to(d)
@@ -92,7 +107,7 @@ def pair_loss(
         w = alignment_weights(d[S], torch.stack([d[q].mean() for q in Q]), tau)
     with torch.no_grad():
         target = rkd.relations(at[-1][S])  # once, for all exits of the student
-    return sum(w[e] * rkd(a[e][S], target) for e in range(len(a))) / len(a)
+    return sum(w[e] * rkd(a[e], target) for e in range(len(a))) / len(a)
 
 # %% ../../nbs/3_federated/darkdistill.ipynb #8d867adf
 def _rkd(rkd):
@@ -106,13 +121,17 @@ def _rkd(rkd):
     return tuple(number(v, "rkd", low=0) for v in rkd)
 
 # %% ../../nbs/3_federated/darkdistill.ipynb #b59493df
-def _from_zero(read, **values):
-    "Settings that must be 0 or more, read by `number` or `whole`."
-    return {name: read(v, name, 0) for name, v in values.items()}
+GENERATOR = GeneratorSettings()
+
+def _generator(settings):
+    "A copy, so that no two methods share an object."
+    allowed = "GeneratorSettings(...)"
+    check(isinstance(settings, GeneratorSettings), "generator", settings, allowed)
+    return replace(settings)
 
 # %% ../../nbs/3_federated/darkdistill.ipynb #a9434d1d
 class DarkDistill(EEFL):
-    "EEFL with difficulty-aligned progressive reverse distillation on the server (KDD 2025, paper profile)."
+    "EEFL with difficulty-aligned reverse distillation on the server (KDD 2025, paper profile)."
 
     name = "darkdistill"
 
@@ -123,38 +142,26 @@ class DarkDistill(EEFL):
         kd_steps: int = 5,  # distillation steps per server epoch
         kd_weight_decay: float = 1e-3,  # of the SGD that distils
         server_epochs: int = 2,  # rounds of generating and distilling on the server
-        gen_steps: int = 1,  # generator steps per server epoch
-        gen_lr: float = 3e-3,  # of Adam, made anew every round (1e-2 in the released code)
-        lam_ce: float = 0.1,  # weight of the generators' class loss (1 in the released code, with dif="mse")
-        lam_dif: float = 1.0,  # weight of their difficulty loss
-        lam_div: float = 0.0,  # weight of their diversity loss (1 in the released code)
-        ce: str = "all",  # as in `generator_losses`
-        dif: str = "l1",  # as in `generator_losses`
-        d_eps: int = 64,  # noise that a generator starts from
-        d_h: int = 128,  # its hidden units
-        norm: str = "layer",  # of the generators
         server_batch: int = 32,  # latents a step
         rkd=(5.0, 10.0),  # weights of distance and angle loss
         tau: float = 0.1,  # of `alignment_weights`
         weights: str = "distance",  # distance | uniform | random
         P: float = 30,  # of the exit partition, from 0.001 to 1000
         bin_width: float = 1.0,  # nats per bin of the histograms, from 0.01 to 9.99
+        generator=GENERATOR,  # `GeneratorSettings`
         **kwargs,  # passed to `EEFL`
     ):
         super().__init__(objective, **kwargs)
-        vars(self).update(
-            _from_zero(number, kd_lr=kd_lr, gen_lr=gen_lr, kd_weight_decay=kd_weight_decay)
-        )
-        vars(self).update(_from_zero(number, lam_ce=lam_ce, lam_dif=lam_dif, lam_div=lam_div))
-        vars(self).update(
-            _from_zero(whole, kd_steps=kd_steps, gen_steps=gen_steps, server_epochs=server_epochs)
-        )
-        self.ce, self.dif = choice(ce, "ce", CE), choice(dif, "dif", DIF)
-        self.d_eps, self.d_h = whole(d_eps, "d_eps"), whole(d_h, "d_h")
-        self.norm = choice(norm, "norm", ("layer", "batch"))
+        self.generator = _generator(generator)
+        self.kd_lr = number(kd_lr, "kd_lr", low=0)
+        self.kd_steps = whole(kd_steps, "kd_steps", 0)
+        self.kd_weight_decay = number(kd_weight_decay, "kd_weight_decay", low=0)
+        self.server_epochs = whole(server_epochs, "server_epochs", 0)
+        least = 2 if self.generator.norm == "batch" else 1
+        self.server_batch = whole(server_batch, "server_batch", least)
+        self.rkd = _rkd(rkd)
+        self.tau = number(tau, "tau", low=1e-6)
         self.weights = choice(weights, "weights", WEIGHTS)
-        self.server_batch = whole(server_batch, "server_batch", 2 if norm == "batch" else 1)
-        self.rkd, self.tau = _rkd(rkd), number(tau, "tau", low=1e-6)
         self.P = number(P, "P", low=1e-3, high=1000)
         self.bin_width = number(bin_width, "bin_width", low=0.01, high=CAP)
 
@@ -184,12 +191,8 @@ def check_update(self: DarkDistill, update, sent, client):
     h, shape = update.extra.get("histogram"), (self.net.n_classes, bins_of(self.bin_width))
     if h is None:
         raise ValueError("extra has no histogram")
-    check(
-        tuple(h.shape) == shape and not h.is_floating_point() and h.dtype != torch.bool,
-        "histogram",
-        f"{h.dtype} {tuple(h.shape)}",
-        f"whole numbers of shape {shape}",
-    )
+    ok = tuple(h.shape) == shape and not h.is_floating_point() and h.dtype != torch.bool
+    check(ok, "histogram", f"{h.dtype} {tuple(h.shape)}", f"whole numbers of shape {shape}")
     check(int(h.min()) >= 0, "histogram", int(h.min()), "free of negative counts")
     total = int(h.double().sum())  # whole numbers may be so large that their sum begins again at 0
     check(total == update.samples, "histogram", total, f"of {update.samples} samples")
@@ -200,7 +203,7 @@ def check_update(self: DarkDistill, update, sent, client):
 def _new_generator(self: DarkDistill):
     with evaluating(self.net):
         shape = self.net.latent_shape()
-    return Generator(shape, self.net.n_classes, self.d_eps, self.d_h, norm=self.norm)
+    return self.generator.build(shape, self.net.n_classes)
 
 # %% ../../nbs/3_federated/darkdistill.ipynb #40b6d343
 @patch
@@ -230,6 +233,7 @@ class _Drawn:
 
     def sample(self, n, generator): return self.batch
 
+# %% ../../nbs/3_federated/darkdistill.ipynb #42e9c9e3
 @patch
 def _fit_generator(self: DarkDistill, gen, teacher, batch, g, opt):
     return train_generator(
@@ -238,22 +242,18 @@ def _fit_generator(self: DarkDistill, gen, teacher, batch, g, opt):
         self._reference,
         self.objective,
         _Drawn(batch),
-        self.gen_steps,
+        self.generator.gen_steps,
         g,
+        self.generator,
         self.server_batch,
-        self.gen_lr,
-        self.lam_ce,
-        self.lam_dif,
-        self.lam_div,
-        self.ce,
-        self.dif,
         opt,
     )
 
 # %% ../../nbs/3_federated/darkdistill.ipynb #9d99d16f
 @patch
 def _distil(self: DarkDistill, pairs, nets, gens, drawn, share, g, opt):
-    "One joint step on all students: (sum of the pair losses at the current weights, teachers that had something to say)."
+    """One joint step on all students:
+    (sum of the pair losses at the current weights, teachers that had something to say)."""
     losses = {}
     for m in pairs:
         y, d = drawn[m]
@@ -297,12 +297,14 @@ def _idle(self: DarkDistill, pairs, nets):
 # %% ../../nbs/3_federated/darkdistill.ipynb #49197c5d
 @patch
 def _said(self: DarkDistill, pairs, nets, spoke):
-    "The log's sentence on a server step; `spoke`: the tiers whose last exit was compared with something."
+    """The log's sentence on a server step;
+    `spoke`: the tiers whose last exit was compared with something."""
     why = self._idle(pairs, nets)
     if not why and not spoke:
         why = f"no batch of {self.server_batch} latents left samples at every exit of a student"
     return f"nothing: {why}" if why else ", ".join(f"{m} -> {m + 1}" for m in pairs if m in spoke)
 
+# %% ../../nbs/3_federated/darkdistill.ipynb #cc7c19bd
 @patch
 def _working_nets(self: DarkDistill, state, tiers):
     "The tier models as networks in evaluation mode; what is frozen was not sent."
@@ -311,6 +313,7 @@ def _working_nets(self: DarkDistill, state, tiers):
         nets[m].load_state_dict({k: w.get(k, state["net"][k]) for k in nets[m].state_dict()})
     return nets
 
+# %% ../../nbs/3_federated/darkdistill.ipynb #303e704c
 @patch
 def _pools(self: DarkDistill, tiers, updates):
     "One histogram per tier: the sum of what its clients reported."
@@ -328,7 +331,8 @@ def _teach(self: DarkDistill, state, pairs, nets, pools, share, streams, g):
         self._reference = copy.deepcopy(self.net.prefix(1))
     self._reference.load_state_dict({k: state["net"][k] for k in self._reference.state_dict()})
     gens, info, spoke = self.generators(state["server"], streams), {}, set()
-    gen_opt = {m: torch.optim.Adam(gens[m].parameters(), self.gen_lr) for m in pairs}
+    lr = self.generator.gen_lr
+    gen_opt = {m: torch.optim.Adam(gens[m].parameters(), lr) for m in pairs}
     kd_opt = torch.optim.SGD(
         [p for m in pairs for p in nets[m + 1].stages.parameters()],
         lr=self.kd_lr,
@@ -343,19 +347,25 @@ def _teach(self: DarkDistill, state, pairs, nets, pools, share, streams, g):
             spoke |= set(new)
     return gens, info, spoke
 
+# %% ../../nbs/3_federated/darkdistill.ipynb #a6ecfc01
 @patch
 def _check_finite(self: DarkDistill, rnd, *parts):
     "Raise if the server itself has diverged: no client is to blame."
     if not all(bool(v.isfinite().all()) for part in parts for v in part.values()):
         raise FloatingPointError(
-            f"the server step of round {rnd + 1} left weights that are not finite; "
-            f"lower kd_lr={self.kd_lr} or gen_lr={self.gen_lr}"
+            f"the server step of round {rnd + 1} left weights that are not finite; {self._advice()}"
         )
+
+# %% ../../nbs/3_federated/darkdistill.ipynb #51135f8f
+@patch
+def _advice(self: DarkDistill):
+    return f"lower kd_lr={self.kd_lr} or gen_lr={self.generator.gen_lr}"
 
 # %% ../../nbs/3_federated/darkdistill.ipynb #6842e2d4
 @patch
 def server_step(self: DarkDistill, state, tiers, updates, rnd, streams):
-    "Train the generators, then distil from each tier into the next; returns (tiers, server state, info)."
+    """Train the generators, then distil from each tier into the next;
+    returns (tiers, server state, info)."""
     g = streams.generator("server", rnd)
     nets, pools = self._working_nets(state, tiers), self._pools(tiers, updates)
     pairs = [m for m in sorted(tiers) if m + 1 in tiers]
@@ -371,8 +381,7 @@ def server_step(self: DarkDistill, state, tiers, updates, rnd, streams):
         gens, more, spoke = self._teach(state, pairs, nets, pools, share, streams, g)
     except ValueError as e:  # settings were checked when the method was made: numbers ran away
         raise FloatingPointError(
-            f"the server step of round {rnd + 1} cannot go on ({e}); "
-            f"lower kd_lr={self.kd_lr} or gen_lr={self.gen_lr}"
+            f"the server step of round {rnd + 1} cannot go on ({e}); {self._advice()}"
         ) from e
     info.update(more, server_step=self._said(pairs, nets, spoke))
     new = {
@@ -387,6 +396,7 @@ def server_step(self: DarkDistill, state, tiers, updates, rnd, streams):
     self._check_finite(rnd, server, *(w for w, _ in new.values()))
     return new, server, info
 
+# %% ../../nbs/3_federated/darkdistill.ipynb #fe4015ce
 @patch
 def remark(self: DarkDistill, log):
     "A warning for a run whose server step never did anything, though it was not switched off."
@@ -396,4 +406,5 @@ def remark(self: DarkDistill, log):
     ):
         return ""
     why = Counter(said).most_common(1)[0][0].removeprefix("nothing: ")
-    return f"DarkDistill's server step did nothing in any of {len(log)} rounds ({why}): this run is one of EEFL"
+    idle = f"DarkDistill's server step did nothing in any of {len(log)} rounds ({why})"
+    return f"{idle}: this run is one of EEFL"

@@ -13,14 +13,13 @@ import math
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from ..core.checks import check, finite, number, whole
 from ..core.data import ArrayData
 from ..exits.networks import EarlyExitNet
 from ..core.training import evaluating
 
-# %% ../../nbs/3_federated/difficulty.ipynb #c7d2e7f6
-CAP = 9.99
-
+# %% ../../nbs/3_federated/difficulty.ipynb #8c1510f4
 def _check_labels(y, n, n_classes, name="y"):
     "`n` whole numbers from 0 to below `n_classes`."
     kind = isinstance(y, torch.Tensor) and not y.is_floating_point() and y.dtype != torch.bool
@@ -35,12 +34,16 @@ def _check_labels(y, n, n_classes, name="y"):
             f"labels from 0 to {n_classes - 1}",
         )
 
+# %% ../../nbs/3_federated/difficulty.ipynb #c7d2e7f6
+CAP = 9.99
+
 def sample_difficulty(
     logits:torch.Tensor, # (B, K) logits of exit 1
     y:torch.Tensor,      # (B,) labels
     cap:float=CAP,       # largest value (nats), > 0
 )->torch.Tensor:         # (B,) in [0, cap]
-    "Difficulty of each sample: its cross-entropy at exit 1, capped (DarkDistill, KDD 2025); raises `ValueError`."
+    """Difficulty of each sample: its cross-entropy at exit 1,
+    capped (DarkDistill, KDD 2025); raises `ValueError`."""
     cap = number(cap, "cap", above=0)
     if logits.ndim != 2:
         raise ValueError(f"logits must have shape (B, K), not {tuple(logits.shape)}")
@@ -55,8 +58,10 @@ def measure_difficulty(
     data:ArrayData,
     batch_size:int=512,  # images a forward pass
 )->torch.Tensor:         # (N,) on the CPU
-    "Difficulty of every sample of `data`, in evaluation mode; the network, its buffers and all random streams are left as they were."
-    batch_size, out = whole(batch_size, "batch_size"), []
+    """Difficulty of every sample of `data`, in evaluation mode;
+    the network, its buffers and all random streams are left as they were."""
+    batch_size = whole(batch_size, "batch_size")
+    out = []
     with evaluating(net):
         first = net.prefix(1).eval()
         for xb, yb in data.batches(batch_size):
@@ -73,7 +78,7 @@ def bins_of(
 # %% ../../nbs/3_federated/difficulty.ipynb #85139a4c
 @dataclass
 class DifficultyHistogram:
-    "Counts of samples over labels and difficulty bins: all that a client reports about its samples."
+    "Counts of samples over labels and difficulty bins: all that a client reports about them."
 
     counts:torch.Tensor # (K, bins) int64
     width:float=1.      # nats per bin, > 0
@@ -92,7 +97,8 @@ class DifficultyHistogram:
         bins:int=10,
         width:float=1., # nats per bin
     ):
-        "The histogram of a set of samples; difficulties beyond the last bin count in it. Raises `ValueError`."
+        """The histogram of a set of samples;
+        difficulties beyond the last bin count in it. Raises `ValueError`."""
         n_classes, bins = whole(n_classes, "n_classes"), whole(bins, "bins")
         width = number(width, "width", above=0)
         check(isinstance(d, torch.Tensor) and d.ndim == 1, "d", d, "a tensor of difficulties, (N,)")
@@ -102,21 +108,24 @@ class DifficultyHistogram:
         counts = torch.bincount(y.cpu() * bins + j, minlength=n_classes * bins)
         return cls(counts.view(n_classes, bins), width)
 
-    def __add__(self, other):
-        check(
-            self.width == other.width,
-            "width",
-            other.width,
-            f"{self.width}, as in the other histogram",
-        )
-        return DifficultyHistogram(self.counts + other.counts, self.width)
+# %% ../../nbs/3_federated/difficulty.ipynb #7068ca5e
+@patch
+def __add__(self: DifficultyHistogram, other):
+    ok = self.width == other.width
+    check(ok, "width", other.width, f"{self.width}, as in the other histogram")
+    return DifficultyHistogram(self.counts + other.counts, self.width)
 
-    @property
-    def total(self):
-        return int(self.counts.sum())
+# %% ../../nbs/3_federated/difficulty.ipynb #2502ebe4
+@patch(as_prop=True)
+def total(self: DifficultyHistogram):
+    "How many samples are counted."
+    return int(self.counts.sum())
 
-    def density(self):
-        return self.counts.sum(0).double() / max(self.total, 1) / self.width
+# %% ../../nbs/3_federated/difficulty.ipynb #dbe63d60
+@patch
+def density(self: DifficultyHistogram):
+    "Samples per nat, as shares, bin by bin (bins,)."
+    return self.counts.sum(0).double() / max(self.total, 1) / self.width
 
 # %% ../../nbs/3_federated/difficulty.ipynb #1038dd59
 from fastcore.basics import patch
@@ -127,7 +136,8 @@ def sample(self:DifficultyHistogram,
     generator:torch.Generator, # a CPU generator
     smoothing:float=1e-3,      # added to every bin of the classes that were seen
 )->tuple:                      # (n,) labels, (n,) difficulties (nats)
-    "Draw (label, difficulty) pairs: a cell in proportion to its count, then uniform inside its bin."
+    """Draw (label, difficulty) pairs:
+    a cell in proportion to its count, then uniform inside its bin."""
     n, smoothing = whole(n, "n"), number(smoothing, "smoothing", low=0)
     if self.total == 0:
         raise ValueError("the histogram is empty; no client has reported")

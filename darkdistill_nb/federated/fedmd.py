@@ -57,7 +57,8 @@ def consensus(
     scores:list,  # one (N, C) tensor per party
     weights=None, # one number per party; None: all equal
 )->torch.Tensor:  # (N, C)
-    "Weighted mean of what the parties say; raises `ValueError` for unequal shapes, NaN and infinity."
+    """Weighted mean of what the parties say;
+    raises `ValueError` for unequal shapes, NaN and infinity."""
     if len({tuple(t.shape) for t in scores}) != 1:
         raise ValueError(
             f"scores have shapes {[tuple(t.shape) for t in scores]}; "
@@ -117,11 +118,10 @@ class FedMD:
         for k in ("public_epochs", "private_epochs", "digest_epochs", "revisit_epochs"):
             setattr(self, k, whole(getattr(self, k), k, 0))
         for k in ("n_align", "batch_size"):  # the digest leaves out batches of one
-            setattr(self, k, whole(getattr(self, k), k, 2))
-        self.lr, self.digest_lr = (
-            number(self.lr, "lr", low=0),
-            number(self.digest_lr, "digest_lr", low=0),
-        )
+            v = getattr(self, k)
+            setattr(self, k, whole(v, k, 2))
+        self.lr = number(self.lr, "lr", low=0)
+        self.digest_lr = number(self.digest_lr, "digest_lr", low=0)
 
     def say(self, net):
         return net if self.what == "logits" else nn.Sequential(net.perception, net.representation)
@@ -138,13 +138,10 @@ def digest(self:FedMD,
     epochs:int,
     generator:torch.Generator,
 )->float:                      # mean loss of the last epoch
-    "Train a party to say `targets`, shared layers only; raises `ValueError` for targets that do not fit."
-    check(
-        len(targets) == len(data),
-        "targets",
-        targets,
-        f"a tensor with {len(data)} rows, one per image",
-    )
+    """Train a party to say `targets`, shared layers only;
+    raises `ValueError` for targets that do not fit."""
+    ok = len(targets) == len(data)
+    check(ok, "targets", targets, f"a tensor with {len(data)} rows, one per image")
     finite(targets, "targets")
     epochs = whole(epochs, "epochs", 0)
     say, distance, total = self.say(net), digest_loss(self.loss), 0.0
@@ -168,6 +165,22 @@ def digest(self:FedMD,
             )
     return total / max(len(data), 1)
 
+# %% ../../nbs/3_federated/fedmd.ipynb #aec2ea52
+@patch
+def _fit(self: FedMD, net, data, epochs, generator):
+    fit(net, data, epochs, self.lr, batch_size=self.batch_size, generator=generator)
+
+# %% ../../nbs/3_federated/fedmd.ipynb #9ab560c6
+@patch
+def _check_teacher(self: FedMD, party, teacher):
+    "A teacher whose latents the party can learn to give."
+    if teacher is None:
+        why = "latents of independent networks have no common basis"
+        raise ValueError(f"what='latent' needs a teacher: {why}")
+    if teacher.l != party.net.l:
+        sizes = f"latents of size {party.net.l}, the teacher of size {teacher.l}"
+        raise ValueError(f"party {party.id} has {sizes}; they must agree")
+
 # %% ../../nbs/3_federated/fedmd.ipynb #0b5507d4
 @patch
 def prepare(self:FedMD,
@@ -176,49 +189,27 @@ def prepare(self:FedMD,
     streams:Streams,
     teacher:nn.Module=None,    # needed for what="latent"
 )->None:
-    "First training of a party: public labels, or the teacher's latents on the public images; then its own data."
+    """First training of a party: public labels,
+    or the teacher's latents on the public images; then its own data."""
     with streams.scope("prepare", party.id):
         if self.what == "latent":
-            if teacher is None:
-                raise ValueError(
-                    "what='latent' needs a teacher: latents of independent networks have no common basis"
-                )
-            if teacher.l != party.net.l:
-                raise ValueError(
-                    f"party {party.id} has latents of size {party.net.l}, the teacher of size {teacher.l}; they must agree"
-                )
+            self._check_teacher(party, teacher)
             party.net.output.load_state_dict(teacher.output.state_dict())
-            self.digest(
-                party.net,
-                public,
-                predict(self.say(teacher), public),
-                self.public_epochs,
-                streams.generator("align", party.id),
-            )
+            said, g = predict(self.say(teacher), public), streams.generator("align", party.id)
+            self.digest(party.net, public, said, self.public_epochs, g)
         else:
-            fit(
-                party.net,
-                public,
-                self.public_epochs,
-                self.lr,
-                batch_size=self.batch_size,
-                generator=streams.generator("public", party.id),
-            )
-        fit(
-            party.net,
-            party.train,
-            self.private_epochs,
-            self.lr,
-            batch_size=self.batch_size,
-            generator=streams.generator("private", party.id),
-        )
+            g = streams.generator("public", party.id)
+            self._fit(party.net, public, self.public_epochs, g)
+        g = streams.generator("private", party.id)
+        self._fit(party.net, party.train, self.private_epochs, g)
 
 # %% ../../nbs/3_federated/fedmd.ipynb #8b9c566c
 def score_bytes(
     images:int, # N_align
     width:int,    # K logits, or l numbers of a latent
 )->int:
-    "Bytes of one party's scores in one direction, 32 bit a number; raises `ValueError` for fractions."
+    """Bytes of one party's scores in one direction, 32 bit a number;
+    raises `ValueError` for fractions."""
     return whole(images, "images", 0) * whole(width, "width", 0) * 4
 
 # %% ../../nbs/3_federated/fedmd.ipynb #2ac1c1f6
@@ -226,8 +217,10 @@ def _accuracies(parties):
     "Accuracy of each party on its own test images."
     return [float(accuracy(predict(p.net, p.test), p.test.y)) for p in parties]
 
+# %% ../../nbs/3_federated/fedmd.ipynb #8751d043
 def _check_parties(method, parties, public, teacher):
-    "Parties with different ids and data that their networks can be trained on, and a teacher where one is needed."
+    """Parties with different ids and data that their networks can be trained on,
+    and a teacher where one is needed."""
     ids = [p.id for p in parties]
     check(
         ids and len(set(ids)) == len(ids), "parties", ids, "at least one party, with different ids"
@@ -268,17 +261,9 @@ def play_round(self:FedMD,
         up = score_bytes(*target.shape) * len(parties)
     for p in parties:
         with streams.scope("round", rnd, p.id):
-            self.digest(
-                p.net, d, target, self.digest_epochs, streams.generator("digest", rnd, p.id)
-            )
-            fit(
-                p.net,
-                p.train,
-                self.revisit_epochs,
-                self.lr,
-                batch_size=self.batch_size,
-                generator=streams.generator("revisit", rnd, p.id),
-            )
+            g = streams.generator("digest", rnd, p.id)
+            self.digest(p.net, d, target, self.digest_epochs, g)
+            self._fit(p.net, p.train, self.revisit_epochs, streams.generator("revisit", rnd, p.id))
     acc = _accuracies(parties)
     return dict(
         round=rnd + 1,
@@ -296,9 +281,11 @@ def run(self:FedMD,
     rounds:int,
     seed:int=0,
     teacher:nn.Module=None, # for latents, or mode="teacher"
-    share:bool=True,      # False: no digest; what the parties reach alone with the same own training
+    # False: no digest; what the parties reach alone with the same own training
+    share:bool=True,
 )->list:                  # one log entry per round, the first (round 0) after the preparation
-    "The whole of FedMD: preparation, then rounds; raises `ValueError` before any training for what cannot be trained."
+    """The whole of FedMD: preparation, then rounds;
+    raises `ValueError` before any training for what cannot be trained."""
     rounds, share = whole(rounds, "rounds", 0), flag(share, "share")
     _check_parties(self, parties, public, teacher)
     streams = Streams(seed)

@@ -7,22 +7,26 @@ Docs: https://darkdistill.github.io/darkdistill_nb/3_federated/method.html.md"""
 
 # %% auto #0
 __all__ = ['Client', 'tier_sizes', 'make_clients', 'check_clients', 'Mean', 'average', 'block_average', 'Update', 'nbytes',
-           'trained_state', 'EEFL', 'Added', 'Updates', 'Run', 'save_state', 'load_state', 'evaluate', 'play_round',
-           'simulate', 'train_alone']
+           'trained_state', 'EEFL', 'Added', 'Updates', 'Run', 'save_state', 'load_state', 'evaluate', 'Here', 'Absent',
+           'believed', 'play_round', 'simulate', 'train_alone']
 
 # %% ../../nbs/3_federated/method.ipynb #6d49db8a
-import contextlib, copy, math, pickle, sys, time, warnings
+import contextlib, copy, logging, math, pickle, sys, time, warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+import numpy as np
 import torch
 from ..core.checks import check, choice, flag, number, scalar, whole
 from ..core.data import ArrayData
+from ..core.registry import laid_open
 from ..core.splits import client_histogram, dirichlet_split
 from ..exits.networks import EarlyExitNet, block_of
-from ..exits.training import BoostNet
-from ..core.parallel import WorkerLost, Workers
+from ..exits.training import BoostNet, Joint
+from ..core.parallel import Memory, Workers, cores, processes_for, sendable
 from ..core.seeds import Streams
+from .stacked import Noted, fit_together
+from .tape import Taped
 from darkdistill_nb.core.training import (
     accuracy,
     check_batches,
@@ -77,10 +81,27 @@ def _draw_tiers(hist, sizes, generator, cover):
             break
     return best
 
+# %% ../../nbs/3_federated/method.ipynb #836a2e6c
+def _given_parts(clients, images):
+    "Index lists as tensors, by the number of the client; raises `ValueError`."
+    if isinstance(clients, dict):
+        there = sorted(clients) == list(range(len(clients)))
+        check(there, "clients", list(clients), "index lists of clients 0, 1, ...")
+        clients = [clients[i] for i in range(len(clients))]
+    check(clients, "clients", clients, "index lists of at least one client")
+    parts = [torch.as_tensor(np.asarray(idx)) for idx in clients]
+    for i, idx in enumerate(parts):
+        check(len(idx), f"client {i}", [], "indices of at least one image")
+        _check_indices(f"client {i}", "images", idx, images)
+    every = torch.cat(parts)
+    twice = len(every) - len(every.unique())
+    check(not twice, "clients", f"{twice} images twice", "lists in which an image stands once")
+    return [idx.long() for idx in parts]
+
 # %% ../../nbs/3_federated/method.ipynb #5c908104
 def make_clients(
     y: torch.Tensor,  # (N,) labels of the training images
-    clients: int = 20,  # how many clients
+    clients: int = 20,  # how many clients; or who holds which images, a list or a dict {client: indices}
     gamma: float = 0.5,  # Dirichlet concentration; small = each client sees few classes
     tiers=(0.25, 0.25, 0.25, 0.25),  # share of clients per tier
     family: str = "client",  # Dirichlet family, see `dirichlet_split`
@@ -88,14 +109,17 @@ def make_clients(
     cover: bool = True,  # draw tiers again until each tier holds every class (at most 1000 times; the best draw stands)
     seed: int = 0,
 ) -> list:  # Clients, by id
-    "Deal images to clients and clients to tiers, at random; raises `ValueError` for what cannot be dealt."
-    clients, seed = whole(clients, "clients"), whole(seed, "seed", 0)
+    "Divide images among clients and clients among tiers, at random; raises `ValueError` where that cannot be."
+    seed, y = whole(seed, "seed", 0), torch.as_tensor(y)
+    parts = _given_parts(clients, len(y)) if isinstance(clients, (list, tuple, dict)) else None
+    clients = whole(clients, "clients") if parts is None else len(parts)
     gamma, valid = number(gamma, "gamma", above=0), number(valid, "valid", low=0, below=1)
-    cover, y = flag(cover, "cover"), torch.as_tensor(y)
+    cover = flag(cover, "cover")
     streams, sizes = Streams(seed), tier_sizes(clients, tiers)
-    parts = dirichlet_split(
-        y, clients, gamma, family=family, seed=streams.seed_of("partition") % 2**31
-    )
+    if parts is None:
+        parts = dirichlet_split(
+            y, clients, gamma, family=family, seed=streams.seed_of("partition") % 2**31
+        )
     hist = client_histogram(y, parts, int(y.max()) + 1)
     tier, out = _draw_tiers(hist, sizes, streams.generator("tiers"), cover), []
     for i, idx in enumerate(parts):
@@ -176,9 +200,9 @@ class Mean:
             if not v.is_floating_point():
                 self.sums[name] = torch.maximum(v, self.sums[name]) if self.n else v.clone()
             elif self.n:
-                self.sums[name].add_(v.double(), alpha=n)
+                self.sums[name].add_(v, alpha=n)  # widened number by number, without a copy
             else:
-                self.sums[name] = v.double() * n
+                self.sums[name] = v.double().mul_(n)
         self.n += n
 
     def value(self):
@@ -275,6 +299,9 @@ class EEFL:
 
     name = "eefl"
     needs_weights = False  # does `aggregate` look at the weights of single clients?
+    # how a client trains; `simulate` may put another trainer in its place
+    _train = staticmethod(fit)
+    _taped = None  # what trains like `fit` where each step is the same program
 
     def __init__(self,
         objective=None,              # how exits are trained, e.g. `Joint()`; None: `BoostNet()`
@@ -298,7 +325,7 @@ class EEFL:
     )->dict:             # state: dict(net=..., server=..., objective=...)
         "Keep `net` as a template and return the first state."
         self.net, self._tier_nets, self._shared = net, {}, shared_names(net)
-        self._inside = {}
+        self._inside, self._taped = {}, Taped()
         self._modes = {name: m.training for name, m in net.named_modules()}
         own = net.named_parameters(remove_duplicate=False)
         self._frozen = {k for k, p in own if not p.requires_grad}
@@ -324,7 +351,7 @@ def configure(self:EEFL,
     "Draw who takes part, again until every tier occurs (DarkDistill)."
     n = max(1, int(self.participation * len(clients) + 1e-9))
     g, tiers = streams.generator("sampling", rnd), {c.tier for c in clients}
-    for attempt in range(1000 if n >= len(tiers) else 1):
+    for _ in range(1000 if n >= len(tiers) else 1):
         drawn = [
             clients[i] for i in torch.randperm(len(clients), generator=g)[:n].sort().values.tolist()
         ]
@@ -342,12 +369,22 @@ def _split(weights):
 
 @patch
 def _parts(self: EEFL, tier):
-    "Tensors of the tier's working network by name, and the mode of each of its modules; looked up once."
+    "Of the tier's working network: tensors, modes of its modules, parameters by name; looked up once."
     if tier not in self._inside:
         net = self.tier_net(tier)
         modes = [(m, self._modes.get(name, True)) for name, m in net.named_modules()]
-        self._inside[tier] = net.state_dict(), modes
+        named = list(net.named_parameters(remove_duplicate=False))
+        self._inside[tier] = net.state_dict(keep_vars=True), modes, named
     return self._inside[tier]
+
+@patch
+def _learned(self: EEFL, net, tier):
+    "`trained_state` of a working network, whose tensors are known."
+    if net is not self._tier_nets.get(tier):
+        return trained_state(net)
+    tensors, _, named = self._parts(tier)
+    still = {k for k, p in named if not p.requires_grad}
+    return {k: v.detach().clone() for k, v in tensors.items() if k not in still}
 
 @torch.no_grad()
 def _overwrite(net, tensors, weights):
@@ -381,11 +418,12 @@ def receive(self:EEFL,
     "Load what was sent into the network and the objective."
     own, objective = _split(weights)
     net = self.tier_net(tier)
-    tensors, modes = self._parts(tier)
+    tensors, modes, _ = self._parts(tier)
     _overwrite(net, tensors, own)
     self.objective.load(objective)
     for m, training in modes:
-        m.training = training
+        if m.training is not training:
+            m.training = training
     return net
 
 # %% ../../nbs/3_federated/method.ipynb #3ef89eb0
@@ -409,6 +447,25 @@ def ge(self: EEFL):
     "Gradient equilibrium of the clients' networks: the objective's."
     return self.objective.ge
 
+# %% ../../nbs/3_federated/method.ipynb #eb7370db
+_PARTS = "receive", "tier_net", "local_loss", "before_step", "ge"
+
+def _own(method, name):
+    "Is a part of a method still that of EEFL?"
+    return name not in vars(method) and getattr(type(method), name) is getattr(EEFL, name)
+
+@patch
+def _same_step(self: EEFL):
+    "Is a client's step the same program for each client and round?"
+    plain = type(self.objective) in (Joint, BoostNet) and not self.objective.kl
+    return plain and all(_own(self, name) for name in _PARTS)
+
+@patch
+def _quickest(self: EEFL):
+    "What trains a client: the trainer that was put in place, or for plain steps a tape."
+    plain = self._train is fit and self._taped is not None and self._same_step()
+    return self._taped if plain else self._train
+
 # %% ../../nbs/3_federated/method.ipynb #d0bcd47f
 @patch
 def local_update(self:EEFL,
@@ -423,7 +480,7 @@ def local_update(self:EEFL,
     p.at(rnd)
     loss_of = self.local_loss(net, weights, data, rnd)
     with streams.scope("local", rnd, client.id):
-        loss = fit(
+        loss = self._quickest()(
             net,
             data,
             self.epochs,
@@ -437,8 +494,18 @@ def local_update(self:EEFL,
             before=lambda x, y, optimizer: self.before_step(net, x, y, optimizer),
         )
     learned = {f"objective.{k}": v for k, v in p.state().items()}
-    weights = {**trained_state(net), **learned}
+    weights = {**self._learned(net, client.tier), **learned}
     return Update(client.id, client.tier, len(data), weights, loss, round=rnd)
+
+# %% ../../nbs/3_federated/method.ipynb #632eb162
+@patch
+def one_by_one(self:EEFL)->str: # why a tier's clients cannot be one batch of networks; "": they can
+    "What stands in the way of `simulate(..., stack=True)`: here all that happens ahead of a step."
+    if type(self.objective).meta_step is not Joint.meta_step:
+        return f"{type(self.objective).__name__} learns along, step by step"
+    if not _own(self, "before_step"):
+        return f"{self.name} does something of its own ahead of each step"
+    return ""
 
 # %% ../../nbs/3_federated/method.ipynb #e215eef6
 ABSURD = 1e6
@@ -456,6 +523,15 @@ def _largest(tensors):
     "`_most` of each tensor."
     return torch.stack([_most(v) for v in tensors])
 
+def _plainly_sane(tensors):
+    "Are all values finite and at most `ABSURD`? Their norms tell, in a fraction of the time."
+    like = {(v.dtype, v.device) for v in tensors}
+    if len(like) != 1 or not next(iter(like))[0].is_floating_point:
+        return False
+    norms = torch.stack(torch._foreach_norm(list(tensors)))
+    return bool((norms <= ABSURD).all())  # False for NaN
+
+# %% ../../nbs/3_federated/method.ipynb #3cfd593d
 def _same_kind(v, old):
     return (
         isinstance(v, torch.Tensor)
@@ -484,7 +560,7 @@ def _check_weights(weights, sent, expected):
         if not _same_kind(v, sent[name]):
             raise ValueError(f"{name} is {_kind(v)}, but {_kind(sent[name])} was sent")
     names = list(weights)
-    if not names:
+    if not names or _plainly_sane(weights.values()):
         return
     found = dict(zip(names, _largest(weights.values()).tolist()))
     wrong = [k for k, v in found.items() if not math.isfinite(v)]
@@ -652,7 +728,7 @@ def decide(self:EEFL,
 def survey(
     self: EEFL,
     state: dict,  # after the round
-    train: ArrayData,  # images the clients' indices point into
+    ask,  # (question, state, clients) -> {client's id: its answer}; who is silent is missing
     clients: list,  # all `Client`s
     rnd: int,  # the round that was played, from 0
     streams: Streams,  # of the run
@@ -660,6 +736,18 @@ def survey(
 ) -> tuple:  # (state with what was learned, info for the log)
     "What the server asks clients about the model of a finished round; EEFL asks nothing."
     return state, {}
+
+@patch
+def answer(
+    self: EEFL,
+    question: str,  # a name that `survey` asks for
+    weights: dict,  # as sent
+    train: ArrayData,  # images the client's indices point into
+    client: Client,
+    streams: Streams,  # of the run
+) -> dict:  # name -> tensor
+    "What a client answers to a question of `survey`; raises `ValueError` for one that nobody asks."
+    check(False, "question", question, f"one that {self.name} asks")
 
 @patch
 def recall(self:EEFL,
@@ -676,6 +764,7 @@ class Run:
     seed:int
     state:dict       # dict(net=..., server=..., objective=...)
     log:list         # one dict per round
+    way:str=""       # how clients were trained, where that was chosen by `workers="auto"`
 
     def net(self):
         "The global network with its trained weights."
@@ -712,11 +801,11 @@ def load_state(path):
 # %% ../../nbs/3_federated/method.ipynb #396202ca
 def _marks(method, net, train, test, clients, seed):
     "Fingerprints of everything that decides the weights and the log."
-    settings = {k: v for k, v in vars(method).items() if k != "net" and not k.startswith("_")}
+    own = {k: v for k, v in vars(method).items() if k != "net" and not k.startswith("_")}
     who = [[c.id, c.tier, c.train.long(), c.valid.long()] for c in clients]
     return fingerprints(
         **{
-            **settings,
+            **laid_open(own),
             "method": [method.name, type(method)],
             "network": net,
             "training data": train,
@@ -767,8 +856,9 @@ def _resume(path, marks, first, rounds, device):
 _FATAL = MemoryError, torch.cuda.OutOfMemoryError
 
 def _ask(method, weights, data, client, rnd, streams):
-    "The answer of a client: an `Update`, or the exception that it raised. It gets copies: it cannot change the server's."
-    own = {k: v.clone() for k, v in weights.items()}
+    "The answer of a client: an `Update`, or the exception that it raised. It gets copies, or only reads."
+    read = _own(method, "local_update") and method._same_step()
+    own = weights if read else {k: v.clone() for k, v in weights.items()}
     try:
         return method.local_update(own, data, client, rnd, streams)
     except _FATAL:
@@ -776,6 +866,23 @@ def _ask(method, weights, data, client, rnd, streams):
     except Exception as e:
         return e
 
+class _Ready(ArrayData):
+    "A client's images with their normalised values at hand: a batch is a choice of rows."
+
+    def __init__(self, data):
+        vars(self).update(vars(data))
+        self._done = data[:][0]
+
+    def __copy__(self):
+        "What is made of it, such as a subset, has its own values to normalise."
+        new = ArrayData.__new__(ArrayData)
+        vars(new).update({k: v for k, v in vars(self).items() if k != "_done"})
+        return new
+
+    def _picked(self, i):
+        return self._done.index_select(0, i), self.y.index_select(0, i)
+
+# %% ../../nbs/3_federated/method.ipynb #adc1a8bb
 def _shares(train, limit=2**28):
     "Client -> its training images, each cut out of `train` once, until `limit` bytes are held."
     held, left = {}, limit
@@ -785,9 +892,9 @@ def _shares(train, limit=2**28):
         if client.id in held:
             return held[client.id]
         data = train.subset(client.train)
-        left -= nbytes(dict(x=data.x, y=data.y))
+        left -= nbytes(dict(x=data.x, y=data.y)) + 4 * data.x.numel()
         if left >= 0:
-            held[client.id] = data
+            data = held[client.id] = _Ready(data) if type(data) is ArrayData else data
         return data
 
     return share
@@ -815,37 +922,20 @@ def _open(timm, packed):
     share = _shares(train)
 
     def answer(weights, cid, rnd):
-        return _portable(_ask(method, weights, share(who[cid]), who[cid], rnd, streams))
+        return sendable(_ask(method, weights, share(who[cid]), who[cid], rnd, streams))
 
     return answer
-
-def _portable(answer):
-    "An answer as bytes that the parent can read."
-    try:
-        data = pickle.dumps(answer)
-        if isinstance(answer, Exception):
-            pickle.loads(data)
-        return data
-    except Exception:
-        kind = FloatingPointError if isinstance(answer, FloatingPointError) else RuntimeError
-        return pickle.dumps(kind(f"{type(answer).__name__}: {answer}"))
 
 # %% ../../nbs/3_federated/method.ipynb #6a088ef5
 def _train_in(workers, jobs):
     "(number, answer) of `jobs`: (weights, client's id, round). Deep clients go first, whoever is ready sooner waits."
     order = sorted(range(len(jobs)), key=lambda i: len(jobs[i][0]), reverse=True)
     early, turn = {}, 0
-    try:
-        for i, answer in workers.run([jobs[j] for j in order]):
-            early[i] = answer
-            while turn in early:
-                yield order[turn], pickle.loads(early.pop(turn))
-                turn += 1
-    except WorkerLost as e:
-        _, client, rnd = jobs[order[e.job]]
-        raise RuntimeError(
-            f"round {rnd + 1}: client {client} was with worker process {e.pid}: {e}"
-        ) from None
+    for i, answer in workers.run([jobs[j] for j in order], again=1):
+        early[i] = answer
+        while turn in early:
+            yield order[turn], early.pop(turn)
+            turn += 1
 
 # %% ../../nbs/3_federated/method.ipynb #79eb59a3
 def evaluate(
@@ -875,7 +965,9 @@ def _stale(answer, rnd):
     "What is wrong with an answer to another round, which may arrive late, as an exception; None for one of this round."
     said = scalar(answer.round)
     if said is not None and not (isinstance(said, int) and said == rnd):
-        return ValueError(f"it answers round={str(said):.40}, but this is round={rnd}, counted from 0")
+        return ValueError(
+            f"it answers round={str(said):.40}, but this is round={rnd}, counted from 0"
+        )
 
 def _reason(answer, fault):
     "A fault in one line."
@@ -893,6 +985,56 @@ def _strict(answer, fault):
     if isinstance(fault, FloatingPointError):
         return FloatingPointError
     return RuntimeError if fault is answer else ValueError
+
+# %% ../../nbs/3_federated/method.ipynb #c0bda508
+class _Way:
+    "How clients train in this process: one after the other or as one batch of networks, and in which precision."
+
+    def __init__(self, stack=False, precision="fp32", device=torch.device("cpu")):
+        self.stack = device.type != "cpu" if stack == "auto" else stack
+        self.precision, self.device, self.loud = precision, device, stack is True
+        self.stacks, self.said = {}, set()
+
+    def low(self):
+        "Matrix products and convolutions in bf16, where that was asked for."
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
+
+    def say(self, why):
+        "One warning for each reason that clients are trained one by one."
+        if self.loud and why and why not in self.said:
+            warnings.warn(f"stack=True trains some clients one by one, because {why}", stacklevel=9)
+        self.said.add(why)
+
+    def ask(self, method, train, ask, i):
+        "The answer of client `i`, with `train` in the place of `fit`."
+        method._train = train
+        try:
+            with self.low():
+                return ask(i)
+        finally:
+            del method._train
+
+# %% ../../nbs/3_federated/method.ipynb #10fce4ad
+@patch
+def __call__(self: _Way, method, ask, n):
+    "(number, answer) of clients 0..n-1, in this order."
+    why = method.one_by_one() if self.stack else ""
+    self.say(why)
+    if why or not self.stack:
+        yield from ((i, self.ask(method, fit, ask, i)) for i in range(n))
+        return
+    noted = [self.ask(method, Noted.note, ask, i) for i in range(n)]
+    visits = {i: a.visit for i, a in enumerate(noted) if isinstance(a, Noted)}
+    with self.low():
+        trained = dict(zip(visits, fit_together(list(visits.values()), self.stacks)))
+    for i, answer in enumerate(noted):
+        train = trained.get(i)
+        if isinstance(train, str):
+            self.say(train)
+            train = fit
+        yield i, answer if train is None else self.ask(method, train, ask, i)
 
 # %% ../../nbs/3_federated/method.ipynb #27662261
 def _sort_out(method, everyone, drawn, sent, answers, rnd, faults):
@@ -932,6 +1074,104 @@ def _sort_out(method, everyone, drawn, sent, answers, rnd, faults):
         )
     return updates, out
 
+# %% ../../nbs/3_federated/method.ipynb #ba91cfaf
+class Here:
+    "The engine of one machine: clients are in this process, or in a pool of processes."
+
+    def __init__(self,
+        method:EEFL,
+        train:ArrayData, # images the clients' indices point into
+        streams:Streams, # of the run
+        pool=None,       # answers [(weights, client id, round)]; None: here, one after the other
+        share=None,      # client -> its training images; None: cut out of `train`
+        way=None,        # how clients are trained in this process; None: one after the other
+        choice=None,     # what watches whether the pool pays; None: nobody
+    ):
+        self.method, self.train, self.streams, self.pool = method, train, streams, pool
+        self.choice = choice
+        self.share = share or (lambda c: train.subset(c.train))
+        self.way = way or _Way()
+
+    def answers(self,
+        sent:list,  # weights, one dict for each client
+        drawn:list, # `Client`s
+        rnd:int,    # from 0
+    ):              # yields (number of the client in `drawn`, `Update` or the exception that it raised)
+        "Let clients train."
+        if self.pool:
+            t = time.perf_counter()
+            yield from _train_in(self.pool, [(w, c.id, rnd) for w, c in zip(sent, drawn)])
+            if self.choice and not self.choice.still(len(drawn), time.perf_counter() - t):
+                self.pool = None
+            return
+        ask = lambda i: _ask(
+            self.method, sent[i], self.share(drawn[i]), drawn[i], rnd, self.streams
+        )
+        yield from self.way(self.method, ask, len(drawn))
+
+    def ask(self,
+        question:str,  # see `answer`
+        state:dict,    # of the server
+        clients:list,  # who is asked
+    )->dict:           # client's id -> its answer, or the exception that it raised
+        "Put a question of `survey` to clients."
+        return {c.id: self._told(question, self.method.send(state, c), c) for c in clients}
+
+    def _told(self, question, weights, client):
+        try:
+            return self.method.answer(question, weights, self.train, client, self.streams)
+        except _FATAL:
+            raise
+        except Exception as e:
+            return e
+
+# %% ../../nbs/3_federated/method.ipynb #60abe2e6
+class Absent(Exception):
+    "Stands for the answer of a client that was not there: no fault, no warning."
+
+# %% ../../nbs/3_federated/method.ipynb #2d4de9bb
+@patch
+def check_answer(self:EEFL,
+    question:str,  # that was asked
+    answer,        # what the client said
+    client:Client,
+)->dict:           # `answer`
+    "Raise `ValueError` unless the answer is a dict of finite tensors; a method that asks more closely overrides this."
+    tensors = isinstance(answer, dict) and all(isinstance(v, torch.Tensor) for v in answer.values())
+    check(tensors, "answer", answer, "a dict of tensors")
+    found = _largest(answer.values()).tolist() if answer else []
+    check(all(map(math.isfinite, found)), "answer", question, "finite numbers")
+    return answer
+
+def believed(
+    method:EEFL,
+    engine,             # has `ask`, as `Here` does
+    rnd:int=0,          # the round that was played, from 0
+    faults:str="warn",  # warn | raise: what happens to answers that cannot be used
+):                      # function (question, state, clients) -> {client's id: its answer}, for `survey`
+    "Ask through an engine, and leave out what cannot be used."
+    rnd, faults = whole(rnd, "rnd", 0), choice(faults, "faults", ("warn", "raise"))
+
+    def ask(question, state, clients):
+        said = engine.ask(question, state, clients)
+        good = {}
+        for c in clients:
+            answer = said.get(c.id, TimeoutError("it said nothing"))
+            if isinstance(answer, Absent):
+                continue
+            try:
+                if isinstance(answer, Exception):
+                    raise answer
+                good[c.id] = method.check_answer(question, answer, c)
+            except Exception as e:
+                text = f"round {rnd + 1}: client {c.id} is not counted in {question!r}, {_reason(answer, e)}"
+                if faults == "raise":
+                    raise RuntimeError(text) from e
+                warnings.warn(text, stacklevel=3)
+        return good
+
+    return ask
+
 # %% ../../nbs/3_federated/method.ipynb #fc03b933
 def play_round(
     method:EEFL,
@@ -944,16 +1184,14 @@ def play_round(
     faults:str="warn", # warn | raise: what happens to answers that cannot be used
     judged:bool=True,# will the model of this round be evaluated?
     share=None,      # client -> its training images; None: cut out of `train` here
+    engine=None,     # has `answers` and `ask`, as `Here` does; None: `pool`, or this process
 )->tuple:            # (state after the round, log entry)
     "One federated round: draw, send, train, look at the answers, aggregate; bytes and seconds are counted."
+    whole(rnd, "rnd", 0), flag(judged, "judged"), choice(faults, "faults", ("warn", "raise"))
     t, drawn = time.perf_counter(), method.configure(rnd, clients, streams)
-    share = share or (lambda c: train.subset(c.train))
+    engine = engine or Here(method, train, streams, pool, share)
     sent = [method.send(state, c) for c in drawn]
-    if pool:
-        answers = _train_in(pool, [(w, c.id, rnd) for w, c in zip(sent, drawn)])
-    else:
-        ask = lambda w, c: _ask(method, w, share(c), c, rnd, streams)
-        answers = ((i, ask(w, c)) for i, (w, c) in enumerate(zip(sent, drawn)))
+    answers = engine.answers(sent, drawn, rnd)
     updates, left_out = _sort_out(method, len(clients), drawn, sent, answers, rnd, faults)
     t1 = time.perf_counter()
     if updates:
@@ -961,7 +1199,9 @@ def play_round(
     else:
         info = method.server_step(state, {}, [], rnd, streams)[2]
     t2, samples = time.perf_counter(), sum(u.samples for u in updates)
-    state, told = method.survey(state, train, clients, rnd, streams, judged)
+    state, told = method.survey(
+        state, believed(method, engine, rnd, faults), clients, rnd, streams, judged
+    )
     return state, dict(
         round=rnd + 1,
         loss=sum(u.loss * u.samples for u in updates) / samples if updates else None,
@@ -1047,13 +1287,13 @@ def remark(self:EEFL,
 
 # %% ../../nbs/3_federated/method.ipynb #54edeaf1
 @contextlib.contextmanager
-def _workers(workers, bar, *start):
+def _workers(workers, bar, choice, *start):
     "One thread in this process, and a pool of `workers` more, or None; what was opened is closed."
     threads, pool = torch.get_num_threads(), None
     torch.set_num_threads(1)
     try:
         if workers > 1:
-            pool = Workers(workers, _open, *_pack(*start))
+            pool = _pool(workers, choice, *start)
         yield pool
     finally:
         torch.set_num_threads(threads)
@@ -1062,13 +1302,48 @@ def _workers(workers, bar, *start):
         if pool:
             pool.close()
 
-def _continued(checkpoint, started, rounds, device):
+def _pool(workers, choice, *start):
+    "Processes that have begun; None where they were only a guess and cannot begin."
+    room, t = _room(start[1]), time.perf_counter()
+    if choice is None:
+        return Workers(workers, _open, *_pack(*start), room=room)
+    pool = None
+    try:
+        pool = Workers(workers, _open, *_pack(*start), room=room)
+        pool.begin()
+        choice.memory.write("start", seconds=time.perf_counter() - t)
+        return pool
+    except (ValueError, RuntimeError, OSError) as e:
+        warnings.warn(f"workers='auto' goes on in one process: {e}", stacklevel=6)
+        if pool:
+            pool.close()
+        choice.n = 1
+
+def _room(net):
+    "Bytes for what is sent to a client, and for its answer: a network, and as much again for what goes along."
+    return 2 * nbytes(net.state_dict()) + 2**16
+
+# %% ../../nbs/3_federated/method.ipynb #6b19065e
+def _way(stack, precision, device, workers, engine):
+    "How clients train in this process, checked."
+    check(stack in (True, False, "auto"), "stack", stack, "True, False or 'auto'")
+    choice(precision, "precision", ("fp32", "bf16"))
+    plain = not stack and precision == "fp32"
+    check(plain or workers in (1, "auto"), "workers", workers, "1 with stack or precision='bf16'")
+    check(plain or engine is None, "engine", engine, "None with stack or precision='bf16'")
+    return _Way(stack, precision, device)
+
+def _continued(checkpoint, started, rounds, device, precision, availability=None):
     "(state, log, marks): the first state, or the one that `checkpoint` holds."
     method, net = started[:2]
     state = method.setup(net)
     if not checkpoint:
         return state, [], None
     marks = _marks(*started)
+    if precision != "fp32":
+        marks |= fingerprints(precision=precision)
+    if availability is not None:
+        marks |= fingerprints(availability=availability)
     if Path(checkpoint).exists():
         return *_resume(checkpoint, marks, state, rounds, device), marks
     return state, [], marks
@@ -1083,6 +1358,92 @@ def _rounds(method, state, done, rounds, play, test, eval_every):
             row["accuracy"] = evaluate(method, state, test)
         yield state, {**row, "seconds": time.perf_counter() - t}
 
+# %% ../../nbs/3_federated/method.ipynb #25fc24fe
+class _Choice:
+    "Chooses the number of processes for the clients of a run, watches it and remembers what it saw."
+
+    def __init__(self, method, state, train, clients, streams, rounds, memory=None):
+        self.memory, self.gains, self.n = memory or Memory(), [], min(cores(), len(clients))
+        last = max(clients, key=lambda c: c.tier)
+        sizes = [sum(v.numel() for v in state["net"].values()), last.tier, method.batch_size]
+        per_round = max(1, int(method.participation * len(clients)))
+        images = sum(len(c.train) for c in clients) // len(clients)
+        self.kind = "|".join(map(str, [method.name, *sizes, method.epochs, images, per_round]))
+        self.said = self.memory.read(self.kind)
+        if "visit" not in self.said:
+            self.said["visit"] = _seconds_of_a_visit(method, state, train, clients, streams)
+            self.memory.write(self.kind, visit=self.said["visit"])
+        self.work = self.said["visit"] * per_round * rounds
+        start = self.memory.read("start").get("seconds", 5.0)
+        self.n = processes_for(self.work, self.n, self.said.get("gain"), start)
+
+# %% ../../nbs/3_federated/method.ipynb #d504dcbf
+@patch
+def still(self: _Choice, clients, seconds):
+    "Note a round of the pool; False once it is slower than this process would be."
+    self.gains.append(clients * self.said["visit"] / max(seconds, 1e-9))
+    middle = sorted(self.gains)[len(self.gains) // 2]
+    if len(self.gains) in (3, 30, 300):
+        self.memory.write(self.kind, gain=middle)
+    return len(self.gains) < 3 or middle >= 0.9
+
+@patch
+def __str__(self: _Choice):
+    who = "one process" if self.n == 1 else f"{self.n} processes"
+    each = 1e3 * self.said["visit"]
+    return f"workers=auto: {who}; a client takes {each:.3g} ms here, the run {self.work:.3g} s"
+
+# %% ../../nbs/3_federated/method.ipynb #f6b5f413
+def _seconds_of_a_visit(method, state, train, clients, streams):
+    "Seconds of one client's visit, its result thrown away: the fastest of a few, mean over tiers; about a second."
+    found, end = [], time.perf_counter() + 0.6
+    method = copy.deepcopy(method)
+    for c in {c.tier: c for c in clients}.values():
+        if found and time.perf_counter() > end:
+            break
+        data, seconds = train.subset(c.train), []
+        while len(seconds) < 2 or (len(seconds) < 4 and time.perf_counter() < end):
+            t = time.perf_counter()
+            _ask(method, method.send(state, c), data, c, 0, streams)
+            seconds.append(time.perf_counter() - t)
+        found.append(min(seconds))
+    return max(sum(found) / len(found), 1e-6)
+
+# %% ../../nbs/3_federated/method.ipynb #29022650
+def _chosen(workers, alone, started, state, rounds, progress):
+    "(processes, the `_Choice` that was made, or None); said on stderr where somebody watches, and logged."
+    method, _, train, _, clients, seed = started
+    if alone:
+        return 1, None
+    if workers != "auto":
+        return min(workers, len(clients)), None
+    if min(cores(), len(clients)) == 1:
+        return 1, None
+    choice = _Choice(method, state, train, clients, Streams(seed), rounds)
+    logging.getLogger("darkdistill").info("%s", choice)
+    if _somebody_watches() if progress is None else progress:
+        print(choice, file=sys.stderr)
+    return choice.n, choice
+
+# %% ../../nbs/3_federated/method.ipynb #895da192
+def _attendance(availability, clients, place, method, streams):
+    "(clients that may be drawn, the engine that leaves out who is missing); None: all, and `place`."
+    if availability is None:
+        return clients, place
+    return availability.seen(clients, streams), availability.around(place, method, streams)
+
+def _noted(place, played):
+    "What `play_round` returns, with those in the log who were missing."
+    state, row = played
+    missing = getattr(place, "missing", None)
+    return state, row if missing is None else {**row, "missing": missing}
+
+def _check_availability(availability):
+    "None, or what says who is there."
+    known = all(callable(getattr(availability, k, None)) for k in ("seen", "around"))
+    ok = availability is None or (known and not isinstance(availability, type))
+    check(ok, "availability", availability, "None, or an object such as Availability()")
+
 # %% ../../nbs/3_federated/method.ipynb #970f8da9
 def simulate(
     method: EEFL,
@@ -1096,29 +1457,44 @@ def simulate(
     checkpoint=None,  # file for the state after each round; continued from if it is there
     on_round=None,  # called with each new log entry
     device="cpu",
-    workers: int = 1,  # processes that train clients on a CPU; the result does not depend on it
+    workers=1,  # processes that train clients on a CPU, or "auto": as many as pay; the result does not depend on it
     progress: bool = None,  # a progress bar; None: in a terminal and in a live notebook
     faults: str = "warn",  # warn: leave out answers that cannot be used, with a warning; raise: end with the first
+    engine=None,  # where clients are, see `Here`; None: in this process and its `workers`
+    stack=False,  # train the clients of a tier as one batch of networks: True | False | "auto": on a GPU
+    precision: str = "fp32",  # of the clients' training: fp32 | bf16
+    availability=None,  # who answers in a round, see `Availability`; None: everybody, always
 ) -> Run:
     "Run a federated method in this process; raises `ValueError` for what does not fit, also a `checkpoint` of other settings."
-    rounds, eval_every, workers = (
-        whole(rounds, "rounds"),
-        whole(eval_every, "eval_every"),
-        whole(workers, "workers"),
+    rounds, eval_every = whole(rounds, "rounds"), whole(eval_every, "eval_every")
+    workers = workers if isinstance(workers, str) else whole(workers, "workers")
+    check(
+        workers == "auto" or not isinstance(workers, str), "workers", workers, "a number or 'auto'"
     )
     seed, device = whole(seed, "seed", 0), pick_device(str(device))
+    asks = engine is None or all(callable(getattr(engine, k, None)) for k in ("answers", "ask"))
+    check(asks, "engine", engine, "None, or an object with answers and ask, such as Here")
     faults = choice(faults, "faults", ("warn", "raise"))
+    way = _way(stack, precision, device, workers, engine)
+    _check_availability(availability)
     net, train, test = _start(method, build, train, test, clients, seed, device)
     streams, started = Streams(seed), (method, net, train, test, clients, seed)
-    state, log, marks = _continued(checkpoint, started, rounds, device)
-    processes = min(workers, len(clients)) if device.type == "cpu" and len(log) < rounds else 1
+    how = rounds, device, precision, availability
+    state, log, marks = _continued(checkpoint, started, *how)
+    alone = engine is not None or device.type != "cpu" or len(log) == rounds
+    alone = alone or way.stack or precision != "fp32"
+    count, choice_made = _chosen(workers, alone, started, state, rounds - len(log), progress)
     share = _shares(train)
     bar = _bar(rounds, len(log), "round", progress)
-    with _workers(processes, bar, method, net, train, clients, seed) as pool:
-        play = lambda state, r, judged: play_round(
-            method, state, train, clients, r, streams, pool, faults, judged, share
+    with _workers(count, bar, choice_made, method, net, train, clients, seed) as pool:
+        place = engine or Here(method, train, streams, pool, share, way, choice_made)
+        drawn, place = _attendance(availability, clients, place, method, streams)
+        play = lambda state, r, judged: _noted(
+            place,
+            play_round(method, state, train, drawn, r, streams, None, faults, judged, share, place),
         )
-        for state, row in _rounds(method, state, len(log), rounds, play, test, eval_every):
+        left = _rounds(method, state, len(log), rounds, play, test, eval_every)
+        for state, row in left:
             log.append(row)
             if checkpoint:
                 save_state(checkpoint, state, dict(fingerprint=marks, log=log))
@@ -1128,7 +1504,7 @@ def simulate(
         if "accuracy" not in log[-1]:  # a checkpoint from the middle of a longer run
             log[-1]["accuracy"] = evaluate(method, state, test)
     _last_words(method, log)
-    return Run(method, seed, state, log)
+    return Run(method, seed, state, log, str(choice_made or ""))
 
 # %% ../../nbs/3_federated/method.ipynb #a372717e
 def _alone(method, state, train, test, client, rounds, streams):

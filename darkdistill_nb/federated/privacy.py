@@ -12,13 +12,20 @@ __all__ = ['SENSITIVITY', 'VARIANTS', 'SETTINGS', 'NAME', 'could_be_member', 'no
            'matched_error', 'main']
 
 # %% ../../nbs/3_federated/privacy.ipynb #7dda418b
-import argparse, math, sys
+import math, sys
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from ..core.cells import key_values, run_command, run_grid, t_interval, verdict
+from darkdistill_nb.core.cells import (
+    experiment_parser,
+    key_values,
+    run_command,
+    run_grid,
+    t_interval,
+    verdict,
+)
 from ..core.checks import check, choice, finite, flag, number, whole
 from darkdistill_nb.core.records import (
     Record,
@@ -49,6 +56,19 @@ def could_be_member(
     bins = (finite(d, "d") / width).clamp(0, counts.shape[1] - 1).long()
     return counts[y.long(), bins] > 0
 
+# %% ../../nbs/3_federated/privacy.ipynb #15b496cb
+def _as_counts(noisy, total, dtype):
+    """The nearest histogram in spirit: nothing negative,
+    the right total, largest remainders rounded up."""
+    share = noisy.clamp_min(0).flatten()
+    share = torch.ones_like(share) if float(share.sum()) == 0 else share
+    exact = share * (total / share.sum())
+    whole_part = exact.floor()
+    missing = total - int(whole_part.sum())
+    first = (exact - whole_part).argsort(descending=True, stable=True)[:missing]
+    whole_part[first] += 1
+    return whole_part.view(noisy.shape).to(dtype)
+
 # %% ../../nbs/3_federated/privacy.ipynb #f9c321e2
 SENSITIVITY = {"add": 1, "replace": 2}  # largest change of all counts together by one image
 
@@ -66,29 +86,20 @@ def noisy_histogram(
     noisy = noisy_counts(counts, epsilon / unit, generator).double()
     return _as_counts(noisy, int(counts.sum()), counts.dtype)
 
-def _as_counts(noisy, total, dtype):
-    "The nearest histogram in spirit: nothing negative, the right total, largest remainders rounded up."
-    share = noisy.clamp_min(0).flatten()
-    share = torch.ones_like(share) if float(share.sum()) == 0 else share
-    exact = share * (total / share.sum())
-    whole_part = exact.floor()
-    missing = total - int(whole_part.sum())
-    first = (exact - whole_part).argsort(descending=True, stable=True)[:missing]
-    whole_part[first] += 1
-    return whole_part.view(noisy.shape).to(dtype)
-
 # %% ../../nbs/3_federated/privacy.ipynb #2db62463
 def total_epsilon(
     epsilon:float, # of one message
     messages:int,  # how many about the same images, each with fresh noise
 )->float:
-    "Privacy of several messages together: the sum (basic composition, Dwork et al. 2006); raises `ValueError`."
+    """Privacy of several messages together:
+    the sum (basic composition, Dwork et al. 2006); raises `ValueError`."""
     return number(epsilon, "epsilon", above=0) * whole(messages, "messages", 0)
 
 def advantage_bound(
     epsilon:float, # of all that was sent, >= 0
 )->float:          # in [0, 1)
-    "The most by which true alarms of any adversary can exceed its false ones: tanh(epsilon / 2); raises `ValueError`."
+    """The most by which true alarms of any adversary can exceed its false ones:
+    tanh(epsilon / 2); raises `ValueError`."""
     return math.tanh(number(epsilon, "epsilon", low=0) / 2)
 
 # %% ../../nbs/3_federated/privacy.ipynb #168698db
@@ -123,7 +134,8 @@ def local_update(self: NoisyReports, weights, data, client, rnd, streams):
 
 @patch
 def aggregate(self: NoisyReports, state, updates, rnd, streams):
-    "The method's aggregation; what each client has spent is remembered, and the largest sum is logged."
+    """The method's aggregation;
+    what each client has spent is remembered, and the largest sum is logged."""
     new, info = super(NoisyReports, self).aggregate(state, updates, rnd, streams)
     spent = {k: v for k, v in state["server"].items() if k.startswith("spent.")}
     for u in updates:
@@ -174,6 +186,7 @@ def _start_network():
     net.load_state_dict(net.state_dict() | from_16_bits(tensors))
     return net
 
+# %% ../../nbs/3_federated/privacy.ipynb #bc402b0d
 def _setting(data):
     "(train, test, network builder) of a federation."
     if data == "shapes":
@@ -185,7 +198,9 @@ def _setting(data):
 def train_private(
     cell: dict,  # of `privacy_cell`
     folder,  # unused; jobs of `run_grid` take one
-) -> dict:  # JSON values: accuracy of the exits, epsilon (images exchanged) that the most burdened client has spent
+    # JSON values: accuracy of the exits, epsilon (images exchanged)
+    # that the most burdened client has spent
+) -> dict:
     "One federated training of 20 clients in four tiers, half of them in a round."
     train, test, build = _setting(cell["data"])
     how = {k: cell[k] for k in ("lr", "decay", "batch_size")}
@@ -226,7 +241,8 @@ def privacy_table(
     record:Record, # of `run_privacy`
     data:str,      # digits or shapes
 )->str:            # markdown
-    "Mean over exits (%), what noise changes (paired, 95 %), and the epsilon spent; raises `ValueError`."
+    """Mean over exits (%), what noise changes (paired, 95 %),
+    and the epsilon spent; raises `ValueError`."""
     choice(data, "data", record.config["data"])
     rows = [r for r in record.runs if r["data"] == data]
     mean = {(r["variant"], r["seed"]): 100 * sum(r["accuracy"]) / len(r["accuracy"]) for r in rows}
@@ -256,7 +272,8 @@ def privacy_record():
 def label_from_gradient(
     bias:torch.Tensor, # (K,) gradient of the loss of one image by the last layer's bias
 )->int:
-    "The label of the image behind a gradient: the only negative entry (iDLG, arXiv 2001.02610); raises `ValueError`."
+    """The label of the image behind a gradient:
+    the only negative entry (iDLG, arXiv 2001.02610); raises `ValueError`."""
     ok = isinstance(bias, torch.Tensor) and bias.ndim == 1
     check(ok, "bias", bias, "the gradient of a bias, (K,)")
     negative = (finite(bias, "bias") < 0).nonzero()[:, 0]
@@ -269,7 +286,8 @@ def smooth_net(
     n_classes:int=10,
     width:int=12,          # channels of both convolutions
 )->nn.Module:
-    "Two convolutions with sigmoids and a linear layer, weights uniform in [-0.5, 0.5] (as in DLG, arXiv 1906.08935); raises `ValueError`."
+    """Two convolutions with sigmoids and a linear layer, weights uniform in [-0.5, 0.5] (as in
+    DLG, arXiv 1906.08935); raises `ValueError`."""
     n_classes, width = whole(n_classes, "n_classes", 2), whole(width, "width")
     check(len(shape) == 3, "shape", shape, "(channels, height, width)")
     C, H, W = (whole(n, "shape") for n in shape)
@@ -296,7 +314,8 @@ def local_change(
     momentum:float=0.0,   # of SGD, from 0 to below 1
     graph:bool=False,     # True: keep what is needed to differentiate the result
 )->list:                  # for each parameter: (before - after) / (lr * steps)
-    "What a client's local epoch does to the weights, as the server sees it; for one step the gradient; raises `ValueError`."
+    """What a client's local epoch does to the weights, as the server sees it;
+    for one step the gradient; raises `ValueError`."""
     n, graph = len(x), flag(graph, "graph")
     check(len(y) == n > 0, "y", len(y), f"{n} labels, one per image")
     size = n if batch_size is None else whole(batch_size, "batch_size")
@@ -353,7 +372,8 @@ def matched_error(
     found:torch.Tensor, # (n, ...) recovered images, in any order
     true:torch.Tensor,  # (n, ...) the client's
 )->float:
-    "Mean squared error per pixel under the best one-to-one match; raises `ValueError` for unequal shapes."
+    """Mean squared error per pixel under the best one-to-one match;
+    raises `ValueError` for unequal shapes."""
     from scipy.optimize import linear_sum_assignment
 
     check(found.shape == true.shape, "found", tuple(found.shape), f"of shape {tuple(true.shape)}")
@@ -362,36 +382,33 @@ def matched_error(
     i, j = linear_sum_assignment(squared.numpy())
     return float(squared[i, j].mean())
 
-# %% ../../nbs/3_federated/privacy.ipynb #ad8010a7
-def main(
-    argv=None, # words of the command line; default: those of this process
-)->int:        # exit code: 0, 2 for bad input, 130 when interrupted
-    "Measure what noisy histograms cost, from the command line."
-    p = argparse.ArgumentParser(
-        prog="python -m darkdistill_nb.federated.privacy",
-        description="Accuracy with noisy histograms. Killed or interrupted, the same command continues.",
-    )
-    p.add_argument("--out", required=True, help="folder for results")
-    p.add_argument("--data", nargs="+", choices=SETTINGS, help="default: all")
-    p.add_argument("--seeds", type=int, default=3, help="how many pairs")
-    p.add_argument("--workers", type=int, help="processes, default one per core")
-    p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="e.g. rounds=10")
-    p.add_argument("--assets", help="folder that also gets the record")
-    a = p.parse_args(argv)
-    return run_command(lambda: _measure(a))
-
+# %% ../../nbs/3_federated/privacy.ipynb #212fa9df
 def _measure(a):
     more = dict(seeds=a.seeds, data=a.data, workers=a.workers, on_cell=_tell, **key_values(a.set))
     record = run_privacy(a.out, **more)
     publish(NAME, a.out, a.assets)
     return f"done: {record.seconds:.0f} s of training"
 
+# %% ../../nbs/3_federated/privacy.ipynb #42b6a2d6
 def _tell(i, n, r):
     cell = r["cell"]
     print(
         f"{i}/{n} {cell['data']}, {cell['variant']}, seed {cell['seed']}: {r['accuracy']}",
         flush=True,
     )
+
+# %% ../../nbs/3_federated/privacy.ipynb #ad8010a7
+def main(
+    argv=None, # words of the command line; default: those of this process
+)->int:        # exit code: 0, 2 for bad input, 130 when interrupted
+    "Measure what noisy histograms cost, from the command line."
+    p = experiment_parser(
+        "python -m darkdistill_nb.federated.privacy",
+        "Accuracy with noisy histograms. Killed or interrupted, the same command continues.",
+        data=dict(required=False, nargs="+", choices=SETTINGS, help="default: all"),
+    )
+    a = p.parse_args(argv)
+    return run_command(lambda: _measure(a))
 
 # %% ../../nbs/3_federated/privacy.ipynb #0b57a6e6
 if __name__ == "__main__" and "__file__" in globals():

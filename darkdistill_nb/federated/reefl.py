@@ -18,7 +18,8 @@ from ..core.checks import check, choice, number, same_shape, whole
 from ..core.seeds import Streams
 from ..core.training import evaluating
 from ..core.records import fingerprint
-from ..distill.losses import _up, kd_loss
+from ..core.tensors import at_least_32
+from ..distill.losses import kd_loss
 from ..exits.networks import ClassToken, EarlyExitNet, Exit, pack, unpack
 from ..exits.training import Joint
 from .baselines import ramp
@@ -92,13 +93,14 @@ class RecurrentStage(nn.Module):
         before: int,  # blocks of earlier stages; 0: stage 1, which owns the module
         width: int,  # h
         kind: str,  # one of `KINDS`
-        modulate: str = "all",  # all: after every block | between: only after blocks without an exit | none
+        modulate: str = "all",  # all: after every block | between: not where an exit reads | none
     ):
         super().__init__()
         self.blocks = stage if isinstance(stage, nn.Sequential) else nn.Sequential(stage)
         self.kind = choice(kind, "kind", KINDS)
         self.modulate = choice(modulate, "modulate", MODULATE)
-        self.shape, self.before = tuple(shape), whole(before, "before", 0)
+        self.shape = tuple(shape)
+        self.before = whole(before, "before", 0)
         self.width = whole(width, "width")
         if before:
             self.__dict__["accumulator"] = accumulator  # used, not owned
@@ -137,6 +139,7 @@ class _Answer(nn.Module):
 
     def forward(self, z): return z[:, -self.width :]
 
+# %% ../../nbs/3_federated/reefl.ipynb #45df5f4c
 class _SameExit(Exit):
     "An exit that is another one: nothing in it is its own."
 
@@ -144,6 +147,7 @@ class _SameExit(Exit):
         nn.Module.__init__(self)
         self.__dict__.update(reduce=first.reduce, norm=first.norm, fc=first.fc)
 
+# %% ../../nbs/3_federated/reefl.ipynb #e2e86d23
 @torch.no_grad()
 def _shapes(net):
     "Shape of what enters each stage, and of what leaves the last one, for one sample."
@@ -154,6 +158,7 @@ def _shapes(net):
             shapes.append(stage(shapes[-1]))
     return [tuple(z.shape[1:]) for z in shapes]
 
+# %% ../../nbs/3_federated/reefl.ipynb #03c6fac4
 def _kind(net, shapes):
     "How features are read from this network; raises for one whose stages have no common width."
     kind = "map" if len(shapes[0]) == 3 else "tokens"
@@ -191,7 +196,8 @@ def taught_by_best(
     losses,         # E numbers; the exit with the smallest one is the teacher
     T:float=1.,     # temperature, > 0
 )->torch.Tensor:    # scalar (nats); 0 for a single exit
-    "Distillation from the best exit into all others; no gradient flows into the teacher (ReeFL, ICML 2024)."
+    """Distillation from the best exit into all others;
+    no gradient flows into the teacher (ReeFL, ICML 2024)."""
     T, losses = number(T, "T", above=0), torch.as_tensor(losses)
     check(len(logits), "logits", logits, "a list with a tensor (B, K) of every exit")
     check(losses.shape == (len(logits),), "losses", losses, f"{len(logits)} numbers, one per exit")
@@ -202,15 +208,17 @@ def taught_by_best(
 
 # %% ../../nbs/3_federated/reefl.ipynb #7da69abc
 class ReeFL(EEFL):
-    "One exit module, shared by all depths, reads all blocks so far; the best exit teaches (ICML 2024)."
+    "One exit module for all depths reads all blocks so far; the best exit teaches (ICML 2024)."
 
     name = "reefl"
 
     def __init__(
         self,
         objective=None,  # how exits are trained; None: `Joint()`
-        modulate: str = "all",  # class tokens are replaced after: all blocks | between: those without an exit | none
-        teacher: str = "average",  # the best exit by the moving average of its loss | batch: by this batch's
+        # class tokens are replaced after: all blocks | between: those without an exit | none
+        modulate: str = "all",
+        # the best exit by the moving average of its loss | batch: by this batch's
+        teacher: str = "average",
         kd: float = 1.0,  # weight of distillation after the rise, >= 0
         T: float = 1.0,  # its temperature, > 0
         ramp_rounds: int = 300,  # in which the weight of distillation rises to 1; 0: it is 1
@@ -223,9 +231,12 @@ class ReeFL(EEFL):
         super().__init__(objective or Joint(), **kwargs)
         self.modulate = choice(modulate, "modulate", MODULATE)
         self.teacher = choice(teacher, "teacher", ("average", "batch"))
-        self.kd, self.T = number(kd, "kd", 0), number(T, "T", above=0)
-        self.ramp_rounds, self.clip = whole(ramp_rounds, "ramp_rounds", 0), number(clip, "clip", 0)
-        self.heads, self.head_dim = whole(heads, "heads"), whole(head_dim, "head_dim")
+        self.kd = number(kd, "kd", 0)
+        self.T = number(T, "T", above=0)
+        self.ramp_rounds = whole(ramp_rounds, "ramp_rounds", 0)
+        self.clip = number(clip, "clip", 0)
+        self.heads = whole(heads, "heads")
+        self.head_dim = whole(head_dim, "head_dim")
         self.ratio = number(ratio, "ratio", above=0)
 
     def setup(self, net):
@@ -233,6 +244,10 @@ class ReeFL(EEFL):
         with start.scope("accumulator"):
             net = recurrent_net(net, self.modulate, self.heads, self.head_dim, self.ratio)
         return super().setup(net)
+
+# %% ../../nbs/3_federated/reefl.ipynb #cadf7e58
+def _clip(optimizer, value):
+    nn.utils.clip_grad_value_([p for g in optimizer.param_groups for p in g["params"]], value)
 
 # %% ../../nbs/3_federated/reefl.ipynb #f63eb5c0
 @patch
@@ -245,7 +260,8 @@ def local_loss(self: ReeFL, net, weights, data, rnd):
         total, logits = self.objective.loss(raw, y)
         if not weight or len(logits) == 1:
             return total
-        now = torch.stack([F.cross_entropy(_up(f.detach()), y) for f in logits])
+        alone = [at_least_32(f.detach()) for f in logits]
+        now = torch.stack([F.cross_entropy(f, y) for f in alone])
         average = 0.2 * now if average is None else 0.8 * average + 0.2 * now
         best = average if self.teacher == "average" else now
         return total + weight * taught_by_best(logits, best, self.T)
@@ -258,6 +274,3 @@ def before_step(self: ReeFL, net, x, y, optimizer):
     EEFL.before_step(self, net, x, y, optimizer)
     if self.clip and not optimizer.hooks:
         optimizer.hooks.append(lambda opt: _clip(opt, self.clip))
-
-def _clip(optimizer, value):
-    nn.utils.clip_grad_value_([p for g in optimizer.param_groups for p in g["params"]], value)

@@ -51,6 +51,7 @@ def _is_attention(m):
     "timm's attention, whose heads lie side by side in the rows of `qkv` and the columns of `proj`."
     return all(hasattr(m, k) for k in ("num_heads", "head_dim", "qkv", "proj"))
 
+# %% ../../nbs/3_federated/widths.ipynb #6cf1d68f
 def _attention_axes(path, m):
     "What heads change in the axes of an attention's layers."
     n, axes = m.num_heads, {}
@@ -62,6 +63,7 @@ def _attention_axes(path, m):
         axes |= {f"{path}.proj.lora_A.{k}": (0, n) for k in m.proj.parts}
     return axes
 
+# %% ../../nbs/3_federated/widths.ipynb #ae8596a1
 def _fixed(net, axes):
     "What is not ours to cut: the image's channels and the classes."
     first = next((n for n, m in net.stem.named_modules() if isinstance(m, nn.Conv2d)), None)
@@ -74,7 +76,8 @@ def _fixed(net, axes):
 def width_axes(
     net:EarlyExitNet # convolutions, linear layers, norms and timm's attention
 )->dict:             # name of a tensor -> per axis: groups that are cut alike, 0 = not cut
-    "Which axes of a network's tensors follow its width; raises `ValueError` for parts that are not known."
+    """Which axes of a network's tensors follow its width;
+    raises `ValueError` for parts that are not known."""
     state, axes = net.state_dict(), {}
     for path, m in net.named_modules():
         known, head = _leaf_axes(m), f"{path}." if path else ""
@@ -94,7 +97,8 @@ def exact_rate(
     net:EarlyExitNet,
     rate:float, # share of the width, above 0 and at most 1
 )->float:       # the next larger one that every layer of `net` can have
-    "Round a width rate up to one that cuts no head and no group of a norm in pieces (HeteroFL rounds up, too)."
+    """Round a width rate up to one that cuts no head and no
+    group of a norm in pieces (HeteroFL rounds up, too)."""
     rate, state = number(rate, "rate", above=0, high=1), net.state_dict()
     sizes = [
         state[k].shape[d] // g
@@ -106,24 +110,26 @@ def exact_rate(
     unit = math.gcd(*sizes)
     return math.ceil(rate * unit - 1e-9) / unit
 
-# %% ../../nbs/3_federated/widths.ipynb #9124b823
-def width_index(
-    net:EarlyExitNet,
-    rate:float, # share of the width, above 0 and at most 1; rounded by `exact_rate`
-)->dict:        # name -> LongTensors, one per axis: what a network of this width keeps
-    "Which elements of each tensor belong to the cut of a network."
-    rate, state = exact_rate(net, rate), net.state_dict()
-    return {
-        k: [_kept(n, g, rate) for n, g in zip(state[k].shape, groups)]
-        for k, groups in width_axes(net).items()
-    }
-
+# %% ../../nbs/3_federated/widths.ipynb #ff79970b
 def _kept(n, groups, rate):
     "The first part of each of `groups` equal groups of n places; all of them for 0 groups."
     if not groups:
         return torch.arange(n)
     size = n // groups
     return (torch.arange(groups)[:, None] * size + torch.arange(round(size * rate))).flatten()
+
+# %% ../../nbs/3_federated/widths.ipynb #9124b823
+def width_index(
+    net:EarlyExitNet,
+    rate:float, # share of the width, above 0 and at most 1; rounded by `exact_rate`
+)->dict:        # name -> LongTensors, one per axis: what a network of this width keeps
+    "Which elements of each tensor belong to the cut of a network."
+    rate = exact_rate(net, rate)
+    state = net.state_dict()
+    return {
+        k: [_kept(n, g, rate) for n, g in zip(state[k].shape, groups)]
+        for k, groups in width_axes(net).items()
+    }
 
 # %% ../../nbs/3_federated/widths.ipynb #2ad47765
 def cut(
@@ -143,6 +149,7 @@ def _cut_one(v, index):
     new = cut({"": v.detach()}, {"": index})[""].clone()
     return nn.Parameter(new, v.requires_grad) if isinstance(v, nn.Parameter) else new
 
+# %% ../../nbs/3_federated/widths.ipynb #4daa2b44
 def _resize(m, rate):
     "Tell a layer its new size."
     scaled = lambda n: round(n * rate)
@@ -167,7 +174,8 @@ def narrow(
     net:EarlyExitNet,
     rate:float, # share of the width, above 0 and at most 1; rounded by `exact_rate`
 )->EarlyExitNet: # a copy, narrower
-    "The cut of a network as a network of its own; raises `ValueError` for networks that cannot be cut."
+    """The cut of a network as a network of its own;
+    raises `ValueError` for networks that cannot be cut."""
     index, small, rate = width_index(net, rate), copy.deepcopy(net), exact_rate(net, rate)
     done = {}  # a tensor with two names stays one tensor
     for path, m in small.named_modules():
@@ -186,19 +194,7 @@ def narrow(
         ) from None
     return small
 
-# %% ../../nbs/3_federated/widths.ipynb #1fbae9c9
-@torch.no_grad()
-def cover_average(
-    old:dict,   # weights of the global network
-    parts:list, # (weights, index as of `width_index`, share > 0) per client or tier; names may be missing
-)->dict:        # new global weights
-    "Weighted mean of each element over the parts that cover it, in 64 bit; an element that none covers keeps its value."
-    out = {}
-    for k, v in old.items():
-        own = [(w[k], index[k], number(n, "share", above=0)) for w, index, n in parts if k in w]
-        out[k] = _covered(v, own) if own else v
-    return out
-
+# %% ../../nbs/3_federated/widths.ipynb #d299538e
 def _covered(old, own):
     "One tensor of `cover_average`."
     if not old.is_floating_point():
@@ -209,6 +205,21 @@ def _covered(old, own):
         total[where] += n * w.double()
         share[where] += n
     return torch.where(share > 0, total / share.clamp_min(1e-300), old.double()).to(old.dtype)
+
+# %% ../../nbs/3_federated/widths.ipynb #1fbae9c9
+@torch.no_grad()
+def cover_average(
+    old:dict,   # weights of the global network
+    # (weights, index as of `width_index`, share > 0) per client or tier; names may be missing
+    parts:list,
+)->dict:        # new global weights
+    """Weighted mean of each element over the parts that cover it, in 64 bit;
+    an element that none covers keeps its value."""
+    out = {}
+    for k, v in old.items():
+        own = [(w[k], index[k], number(n, "share", above=0)) for w, index, n in parts if k in w]
+        out[k] = _covered(v, own) if own else v
+    return out
 
 # %% ../../nbs/3_federated/widths.ipynb #00491722
 def _widths(widths, tiers, default):
@@ -223,7 +234,8 @@ def _widths(widths, tiers, default):
 
 # %% ../../nbs/3_federated/widths.ipynb #320cdc15
 class WidthFL(EEFL):
-    "Every tier trains a cut of the global network, and each element is averaged over those who have it."
+    """Every tier trains a cut of the global network,
+    and each element is averaged over those who have it."""
 
     name = "widthfl"
     needs_weights = True  # each element has its own clients
@@ -232,7 +244,8 @@ class WidthFL(EEFL):
         self,
         objective=None,  # how exits are trained; None: `Joint()`
         widths=None,  # share of the width per tier, rising to 1; None: those of the method
-        average: str = "clients",  # clients: each counts once, as in the papers | samples: as in FedAvg
+        # clients: each counts once, as in the papers | samples: as in FedAvg
+        average: str = "clients",
         **kwargs,  # passed to `EEFL`
     ):
         super().__init__(objective or Joint(), **kwargs)
@@ -310,7 +323,8 @@ def measure_statistics(
     data:ArrayData,     # e.g. of all clients together
     batch_size:int=256, # images a forward pass; one that is alone joins no batch
 )->nn.Module:           # `net`
-    "Static batch normalisation: set the statistics to the averages over one pass of `data` (HeteroFL)."
+    """Static batch normalisation:
+    set the statistics to the averages over one pass of `data` (HeteroFL)."""
     batch_size = whole(batch_size, "batch_size", 2)
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     modes, momenta = [m.training for m in net.modules()], [m.momentum for m in norms]
@@ -329,7 +343,8 @@ def measure_statistics(
 
 # %% ../../nbs/3_federated/widths.ipynb #493e6ba0
 class HeteroFL(WidthFL):
-    "All layers for everybody, at a part of the width: 1, 1/2, 1/4, ... (ICLR 2021, arXiv 2010.01264)."
+    """All layers for everybody, at a part of the width: 1, 1/2, 1/4, ...
+    (ICLR 2021, arXiv 2010.01264)."""
 
     name = "heterofl"
 
@@ -339,11 +354,13 @@ class HeteroFL(WidthFL):
         widths=None,  # share of the width per tier, rising to 1; None: ..., 1/4, 1/2, 1
         scaler: bool = True,  # divide activations by the rate while training
         mask: bool = True,  # cross-entropy and classifier rows for a client's own classes only
-        average: str = "clients",  # clients: each counts once, as in the paper | samples: as in FedAvg
+        # clients: each counts once, as in the paper | samples: as in FedAvg
+        average: str = "clients",
         **kwargs,  # passed to `EEFL`
     ):
         super().__init__(objective, widths, average, **kwargs)
-        self.scaler, self.mask = flag(scaler, "scaler"), flag(mask, "mask")
+        self.scaler = flag(scaler, "scaler")
+        self.mask = flag(mask, "mask")
 
     def default_widths(self, tiers): return tuple(0.5 ** (tiers - m) for m in range(1, tiers + 1))
 
@@ -358,6 +375,16 @@ class HeteroFL(WidthFL):
                     if isinstance(layer, (nn.Conv2d, nn.Linear)):
                         layer.register_forward_hook(Scaler(rate))
         return net
+
+# %% ../../nbs/3_federated/widths.ipynb #2a6fa604
+@patch
+def _part(self: HeteroFL, u):
+    index, weights = dict(self._index[u.tier - 1]), dict(u.weights)
+    rows = u.extra["classes"].nonzero().flatten() if self.mask else torch.arange(self.net.n_classes)
+    for k in (k for k in weights if k.startswith("exits.") and ".fc." in k.partition(".")[2]):
+        index[k] = [rows, *index[k][1:]]
+        weights[k] = weights[k][rows.to(weights[k].device)]
+    return weights, index, u.samples
 
 # %% ../../nbs/3_federated/widths.ipynb #f0140941
 @patch
@@ -390,15 +417,6 @@ def merge(self: HeteroFL, old, tiers, updates):
     "Element by element over clients; a row of a classifier over those that have its class."
     return cover_average(old, [self._part(u) for u in updates])
 
-@patch
-def _part(self: HeteroFL, u):
-    index, weights = dict(self._index[u.tier - 1]), dict(u.weights)
-    rows = u.extra["classes"].nonzero().flatten() if self.mask else torch.arange(self.net.n_classes)
-    for k in (k for k in weights if k.startswith("exits.") and ".fc." in k.partition(".")[2]):
-        index[k] = [rows, *index[k][1:]]
-        weights[k] = weights[k][rows.to(weights[k].device)]
-    return weights, index, u.samples
-
 # %% ../../nbs/3_federated/widths.ipynb #21c286e3
 class ScaleFL(WidthFL):
     "Depth and width are scaled together; a client's last exit teaches its others (CVPR 2023)."
@@ -408,15 +426,19 @@ class ScaleFL(WidthFL):
     def __init__(
         self,
         objective=None,  # how exits are trained; None: `Joint("scalefl")`
-        widths=None,  # share of the width per tier, rising to 1; None: 0.4, 0.55, 0.75, 1 for four tiers, else even steps from 0.4
+        # share of the width per tier, rising to 1;
+        # None: 0.4, 0.55, 0.75, 1 for four tiers, else even steps from 0.4
+        widths=None,
         gamma: float = 0.05,  # weight of distillation, >= 0; 1 in the code of DarkDistill's authors
         T: float = 3.0,  # its temperature, > 0
         wait: int = 10,  # rounds before distillation; in the paper a quarter of all
-        average: str = "clients",  # clients: each counts once, as in the paper | samples: as in FedAvg
+        # clients: each counts once, as in the paper | samples: as in FedAvg
+        average: str = "clients",
         **kwargs,  # passed to `EEFL`
     ):
         super().__init__(objective or Joint("scalefl"), widths, average, **kwargs)
-        self.gamma, self.T = number(gamma, "gamma", 0), number(T, "T", above=0)
+        self.gamma = number(gamma, "gamma", 0)
+        self.T = number(T, "T", above=0)
         self.wait = whole(wait, "wait", 0)
 
     def default_widths(self, tiers):
@@ -438,7 +460,8 @@ def taught_by_last(
     logits:list, # E tensors (B, K)
     T:float=3.,  # temperature, > 0
 )->torch.Tensor: # scalar (nats); 0 for a single exit
-    "Distillation from the last exit into the others, weighted by their depth 2i/(E(E+1)) (ScaleFL, CVPR 2023)."
+    """Distillation from the last exit into the others,
+    weighted by their depth 2i/(E(E+1)) (ScaleFL, CVPR 2023)."""
     E, T = len(logits), number(T, "T", above=0)
     check(E, "logits", logits, "a list with a tensor (B, K) of every exit")
     same_shape(**{f"logits of exit {e}": f for e, f in enumerate(logits, 1)})

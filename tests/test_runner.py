@@ -138,6 +138,22 @@ def clear_cases(F, S, T, eps=1e-5):
     return ~(near[:-1].any(0) | ((top[..., 0] - top[..., 1]) < eps).any(0))
 
 
+def one_of(s, g):
+    "A threshold that is itself a score."
+    t = float(s[torch.randint(len(s), (1,), generator=g)])
+    return t if math.isfinite(t) else 0.5
+
+
+def between(s, g):
+    "A threshold in the middle of one of the five widest gaps between scores: no rounding crosses it."
+    s = s[s.isfinite()].sort().values
+    if len(s) < 6:
+        return 0.5
+    wide = s.diff().topk(5).indices
+    k = int(wide[torch.randint(5, (1,), generator=g)])
+    return float(s[k] + s[k + 1]) / 2
+
+
 SCORES = [
     Confidence(),
     Margin(),
@@ -157,19 +173,10 @@ def test_compaction_gives_the_answers_of_the_loop(i, name):
     for j, score in enumerate(scores if name in ("vit", "cnn") else scores[i % 3 :: 3]):
         objective = (Joint(), BoostNet())[j % 2]
         net, x, F, S = reference(name, score, objective)
-        few = isinstance(
-            score, (Patience, Ranks)
-        )  # few values: thresholds are among them; otherwise anywhere between
-        q = torch.rand(E, generator=g)
-        T = [
-            float(s.sort().values[int(q[e] * 19)])
-            if few
-            else float(s.quantile(q[e].double())) + 3e-5
-            for e, s in enumerate(S)
-        ]
-        T = [t if math.isfinite(t) else 0.5 for t in T[:-1]] + [-math.inf]
+        few = isinstance(score, (Patience, Ranks))  # few values: thresholds are among them
+        T = [one_of(s, g) if few else between(s, g) for s in S[:-1]] + [-math.inf]
         ok, want = clear_cases(F, S, T), take_exit(S, T)
-        assert ok.float().mean() > 0.8, "too few clear cases to test anything"
+        assert ok.float().mean() >= 0.5, "too few clear cases to test anything"
         o = ExitRunner(net, T, score, objective, micro=(24, 5, 1)[(i + j) % 3])(x, logits=True)
         loop, logits, _ = loop_exits(net, x, T, score, objective)
         assert torch.equal(o.exit[ok], want[ok]) and torch.equal(loop[ok], want[ok])

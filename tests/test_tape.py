@@ -271,3 +271,38 @@ def test_a_copy_of_a_method_that_has_trained_is_whole():
     again = copy.deepcopy(used).local_update(dict(weights), data, clients[0], 0, streams)
     assert all(torch.equal(v, again.weights[k]) for k, v in first.weights.items())
     assert any(not torch.equal(v, again.weights[k]) for k, v in weights.items()) and run.log
+
+
+def test_weights_that_move_to_other_memory_are_taped_anew():
+    taped, net = Taped(), made("cnn")
+    loss = lambda raw, y: F.cross_entropy(raw[-1], y)
+    other, draw = copy.deepcopy(net), [torch.Generator().manual_seed(7) for _ in range(2)]
+    for n, train, g in ((net, fit, draw[0]), (other, taped, draw[1])):
+        for _ in range(3):
+            train(n, images(), 4, 0.05, 0.9, 1e-4, 8, loss=loss, forward=lambda x: n(x, "none"), generator=g)
+            for p in n.parameters():
+                p.data = p.data.clone()
+    assert equal((0, net.state_dict()), (0, other.state_dict()))
+    assert any(s.ready for s in taped.steps.values())
+
+
+def test_what_is_done_once_is_what_no_step_changes():
+    w, x = torch.arange(6.0).view(2, 3), torch.ones(4, 3)
+    with Tape(dict(w=w, x=x)) as tape:
+        ones, changed = torch.ones_like(x), torch.ones_like(x)
+        changed.add_(x)
+        out = (x * ones + changed) @ w.t().t().t()
+    step = tape.program([out], ["x"])
+    assert step.source.count("aten_t(") == 0 and step.source.count("ones_like") == 1
+    w += 1
+    for _ in range(2):
+        assert torch.equal(step(x)[0], 3 * x @ w.T)
+    assert torch.equal(step(2 * x)[0], 5 * x @ w.T)
+
+
+def test_a_view_of_what_is_given_is_made_anew():
+    x = torch.ones(2, 3)
+    with Tape(dict(x=x)) as tape:
+        out = x.t() * 2
+    step = tape.program([out], ["x"])
+    assert torch.equal(step(5 * x)[0], 10 * x.T)

@@ -10,6 +10,7 @@ __all__ = ['OWN', 'Tape', 'Step', 'Taped']
 
 # %% ../../nbs/3_federated/tape.ipynb #9ce761a8
 import keyword, math, re
+from dataclasses import dataclass
 import torch
 from ..core.checks import check, whole
 from ..core.data import ArrayData
@@ -33,7 +34,7 @@ class Tape(TorchDispatchMode):
         self.space = dict(known)  # what the program can look up
         self.names = {id(t): k for k, t in known.items()}
         self.kept = list(known.values())  # tensors stay alive, so that no `id` is used twice
-        self.lines, self.why = [], ""
+        self.lines, self.turned, self.why = [], {}, ""
 
     @classmethod
     def _should_skip_dynamo(cls):
@@ -53,6 +54,42 @@ CHANGING = {
 
 # %% ../../nbs/3_federated/tape.ipynb #939c0c5c
 HANDLES = torch.ops.aten.detach.default, torch.ops.aten.alias.default
+TURN = torch.ops.aten.t.default  # rows become columns
+
+@patch
+def _handle(self: Tape, op, args):
+    "The name of a tensor of which `op` only gives another handle, or None."
+    name = self.names.get(id(args[0])) if args else None
+    return name if op in HANDLES else self.turned.get(name) if op is TURN else None
+
+# %% ../../nbs/3_federated/tape.ipynb #0695ccc8
+@dataclass
+class _Line:
+    "An operation as it stands in the program."
+    text: str
+    new: list   # names of what came out
+    read: list  # names of the tensors that it looks at
+    op: object  # of the dispatcher
+
+    @property
+    def views(self):
+        "Does it only look at the numbers of another tensor, in another shape?"
+        first = self.op._schema.returns[0].alias_info
+        return first is not None and not first.is_write
+
+    @property
+    def writes(self):
+        "Does it change a tensor in place?"
+        return self.op._schema.is_mutable
+
+# %% ../../nbs/3_federated/tape.ipynb #bf5e9227
+SHORT = {"aten::sum": torch.sum, "aten::view": torch.Tensor.view}
+for _name in "mm addmm bmm t relu add mul _log_softmax _log_softmax_backward_data".split():
+    SHORT[f"aten::{_name}"] = getattr(torch, _name)
+
+def _direct(op):
+    "The same operation by the shortest way from Python."
+    return SHORT.get(op._schema.name, op._op)
 
 # %% ../../nbs/3_federated/tape.ipynb #73af14d7
 @patch
@@ -91,28 +128,54 @@ def __torch_dispatch__(self: Tape, op, types, args=(), kwargs=None):
         still = tag == SEEDED and torch.equal(before, torch.get_rng_state())
         if not still or kwargs.get("generator"):
             self.why = self.why or f"{op} {CHANGING[tag]}"
-    if op in HANDLES and id(args[0]) in self.names:
+    if known := self._handle(op, args):
         self.kept.append(out)
-        self.names[id(out)] = self.names[id(args[0])]
+        self.names[id(out)] = known
         return out
     read, several = [], isinstance(out, (list, tuple))
     words = [self._text(a, read) for a in args]
     words += [f"{k}={self._text(a, read)}" for k, a in kwargs.items()]
     name = str(op).removesuffix(".default").replace(".", "_").replace("::", "_")
-    self.space[name] = op
+    self.space[name] = _direct(op)
     new = [self._new(t) for t in (out if several else [out])]
+    if op is TURN:
+        self.turned[new[0]] = read[0]
     left = ", ".join(new) + "," * (several and len(new) == 1)
-    self.lines.append((f"{left} = {name}({', '.join(words)})", new, read))
+    self.lines.append(_Line(f"{left} = {name}({', '.join(words)})", new, read, op))
     return out
+
+# %% ../../nbs/3_federated/tape.ipynb #6d62781c
+ONES = torch.ops.aten.ones_like.default
+
+@patch
+def _once(self: Tape, inputs):
+    "Names of tensors that are the same in each step: views of what is known, and ones."
+    fixed = set(self.space) - set(inputs)
+    written = {n for line in self.lines if line.writes for n in line.read}
+    for line in self.lines:
+        views = line.views and fixed >= set(line.read)
+        if (views or line.op is ONES) and not written & set(line.new):
+            fixed |= set(line.new)
+    return fixed
+
+# %% ../../nbs/3_federated/tape.ipynb #88c4141f
+def _needed(lines, keep):
+    "The lines whose results are read, or that change something."
+    out, read = [], set(keep)
+    for line in reversed(lines):
+        if line.writes or read & set(line.new):
+            out.append(line)
+            read |= set(line.read)
+    return out[::-1]
 
 # %% ../../nbs/3_federated/tape.ipynb #afbcf237
 def _body(lines, keep):
     "Lines of the program, each followed by a line that forgets what is not needed any more."
-    last = {n: i for i, (_, new, read) in enumerate(lines) for n in (*read, *new)}
-    made, out = {n for _, new, _ in lines for n in new} - {"_", *keep}, []
-    for i, (line, new, read) in enumerate(lines):
-        gone = sorted(n for n in {*new, *read} & made if last[n] == i)
-        out += [line] + [f"del {', '.join(gone)}"] * bool(gone)
+    last = {n: i for i, line in enumerate(lines) for n in (*line.read, *line.new)}
+    made, out = {n for line in lines for n in line.new} - {"_", *keep}, []
+    for i, line in enumerate(lines):
+        gone = sorted(n for n in {*line.new, *line.read} & made if last[n] == i)
+        out += [line.text] + [f"del {', '.join(gone)}"] * bool(gone)
     return out
 
 # %% ../../nbs/3_federated/tape.ipynb #0d89c1e2
@@ -128,9 +191,12 @@ def program(self: Tape,
     lost = [t for t in results if t is not None and id(t) not in self.names]
     check(not lost, "results", lost, "tensors that came out of the step")
     keep = ["None" if t is None else self.names[id(t)] for t in results]
-    lines = [*_body(self.lines, keep), f"return ({', '.join(keep)},)"]
-    source = f"def step({', '.join(inputs)}):\n" + "".join(f"    {line}\n" for line in lines)
+    once = self._once(inputs)
+    lines = _needed([line for line in self.lines if not once >= set(line.new)], keep)
+    words = [*_body(lines, keep), f"return ({', '.join(keep)},)"]
+    source = f"def step({', '.join(inputs)}):\n" + "".join(f"    {line}\n" for line in words)
     space = {k: v for k, v in self.space.items() if k not in inputs}
+    space |= {self.names[id(t)]: t.detach() for t in self.kept if self.names[id(t)] in once}
     exec(source, space)
     space["step"].source = source
     return space["step"]
@@ -280,8 +346,9 @@ def _suits(data):
 
 # %% ../../nbs/3_federated/tape.ipynb #c1565290
 def _state(modules, parameters):
-    "Which parts stand still: of a normalisation in evaluation mode also the statistics."
-    return [m.training for m in modules], [p.requires_grad for p in parameters]
+    "Which parts stand still, of a normalisation in evaluation mode also the statistics; where weights lie."
+    still = [m.training for m in modules], [p.requires_grad for p in parameters]
+    return *still, [p.data_ptr() for p in parameters]
 
 # %% ../../nbs/3_federated/tape.ipynb #1d9a7788
 @patch

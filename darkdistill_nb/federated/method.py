@@ -866,12 +866,17 @@ def _ask(method, weights, data, client, rnd, streams):
     except Exception as e:
         return e
 
+def _is_normal(data):
+    "Are the images stored as they are trained on, so that no second copy is needed?"
+    plain = bool((data._scale == 1).all()) and not bool(data._shift.any())
+    return plain and data.x.dtype == torch.float32
+
 class _Ready(ArrayData):
     "A client's images with their normalised values at hand: a batch is a choice of rows."
 
     def __init__(self, data):
         vars(self).update(vars(data))
-        self._done = data[:][0]
+        self._done = data.x if _is_normal(data) else data[:][0]
 
     def __copy__(self):
         "What is made of it, such as a subset, has its own values to normalise."
@@ -892,7 +897,7 @@ def _shares(train, limit=2**28):
         if client.id in held:
             return held[client.id]
         data = train.subset(client.train)
-        left -= nbytes(dict(x=data.x, y=data.y)) + 4 * data.x.numel()
+        left -= nbytes(dict(x=data.x, y=data.y)) + 4 * data.x.numel() * (not _is_normal(data))
         if left >= 0:
             data = held[client.id] = _Ready(data) if type(data) is ArrayData else data
         return data

@@ -999,7 +999,9 @@ CALIBRATED = {
     "own_table": lambda: dict(record=own_runs()[0]),
     "own_record": lambda: dict(name="own_digits"),
     "run_fair": lambda: own_short(folder=own_runs()[1], methods=["eefl"], seeds=(1, 2), workers=1),
+    "fair_rows": fair_runs,
     "fair_table": fair_runs,
+    "fair_records": lambda: dict(name="digits"),
 }
 CALLS |= CALIBRATED
 

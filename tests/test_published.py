@@ -10,11 +10,13 @@ from darkdistill_nb.core.seeds import Streams
 from darkdistill_nb.exits.networks import cnn
 from darkdistill_nb.exits.training import BoostNet
 from darkdistill_nb.experiments import darkdistill_results as results
+from darkdistill_nb.experiments import federated
 from darkdistill_nb.experiments import published as page
 from darkdistill_nb.experiments.against import against_stored, against_table
 from darkdistill_nb.experiments.federated import (
     COMPARED,
     fair_gain,
+    fair_table,
     fair_values,
     own_cell,
     own_record,
@@ -324,6 +326,61 @@ def test_fair_values_pair_by_seed():
     (mean, low, high), said = fair_gain(r, "x", "plain")
     assert (mean, said) == (pytest.approx(10), "holds")
     assert fair_gain(r, "x", "+ votes", ("x", "plain"))[0] == (0, 0, 0)
+
+
+def _fair(*methods, control):
+    "A record of two seeds in which every method is a point better than the control."
+    seeds, ways = (1, 2), ("plain", "calibrated", "+ votes")
+    value = lambda m, s: control + 0.01 * (m != "eefl") + 0.001 * s
+    runs = [
+        dict(method=m, variant=v, seed=s, accuracy=[value(m, s)])
+        for m in methods
+        for v in ways
+        for s in seeds
+    ]
+    return Record(dict(name="digits", seeds=list(seeds), methods=list(methods)), runs=runs)
+
+
+def test_a_later_row_is_measured_against_the_control_of_its_own_record():
+    "The later record's control is 20 points higher: the row's difference does not see it."
+    first, later = _fair("eefl", "depthfl", control=0.5), _fair("eefl", "heterofl", control=0.7)
+    lines = fair_table(first, later).splitlines()
+    assert [l.split(" | ")[0] for l in lines[2:5]] == ["| eefl", "| depthfl", "| heterofl"]
+    assert "| 50.15 |" in lines[2] and "71.15: +1.00" in lines[4]
+    assert lines[5:] == [
+        "",
+        "heterofl: from another record, whose own control has 70.15, 70.15, 70.15.",
+    ]
+
+
+@pytest.mark.parametrize(
+    "asked, name, trained",
+    [
+        (["heterofl"], "fair_digits_heterofl", ["eefl", "heterofl"]),
+        (["heterofl", "eefl"], "fair_digits_heterofl", ["eefl", "heterofl"]),
+        (["eefl"], "fair_digits_eefl", ["eefl"]),
+        (["heterofl", "depthfl"], "fair_digits_depthfl_heterofl", ["eefl", "depthfl", "heterofl"]),
+        (list(reversed(COMPARED)), "fair_digits", list(COMPARED)),
+    ],
+)
+def test_some_methods_have_a_record_of_their_own_name(asked, name, trained, tmp_path, monkeypatch):
+    "It never takes the place of the record of all methods, and the control is always in it."
+    monkeypatch.setattr(federated, "run_grid", lambda job, cells, *rest: [])
+    monkeypatch.setattr(federated, "_decisions", lambda *a: [])
+    record = federated.run_fair("digits", tmp_path, asked)
+    assert record.config["methods"] == trained
+    assert [f.parent.name for f in tmp_path.glob("*/record.json")] == [name]
+
+
+def test_stored_later_records_have_the_settings_of_the_first():
+    "Seeds, images and rounds are the same, so its clients and draws are."
+    same = lambda r: {k: v for k, v in r.config.items() if k != "methods"}
+    for name in results.FAIR_DATA:
+        first, *later = federated.fair_records(name)
+        for r in later:
+            assert same(r) == same(first)
+            assert r.config["methods"][0] == "eefl"
+            assert not set(r.config["methods"][1:]) & set(first.config["methods"])
 
 
 # ---------------------------------------------------------------- claims

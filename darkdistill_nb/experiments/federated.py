@@ -7,7 +7,8 @@ Docs: https://darkdistill.github.io/darkdistill_nb/5_experiments/federated.html.
 
 # %% auto #0
 __all__ = ['SETTINGS', 'SEEDS', 'COMPARED', 'VARIANTS', 'FAIR', 'data_of', 'own_cell', 'train_own', 'decide_own', 'run_own',
-           'own_gain', 'own_table', 'run_fair', 'fair_values', 'fair_gain', 'fair_table', 'own_record', 'main']
+           'own_gain', 'own_table', 'run_fair', 'fair_values', 'fair_gain', 'fair_rows', 'fair_table', 'own_record',
+           'fair_records', 'main']
 
 # %% ../../nbs/5_experiments/federated.ipynb #80345d2e
 import sys
@@ -318,10 +319,11 @@ def run_fair(
     on_cell=None,  # see `run_grid`
     **changes      # other values for the setting
 )->Record:
-    "Every method plain, calibrated, and with votes; stored as fair_NAME. Raises `ValueError` as `run_own` does."
+    """Every method plain, calibrated, and with votes; stored as fair_NAME,
+    of some methods only as fair_NAME_METHOD. Raises `ValueError` as `run_own` does."""
     seeds = _pairs(name, seeds)
-    methods = [choice(m, "methods", COMPARED) for m in methods or COMPARED]
-    methods = list(dict.fromkeys(["eefl", *methods]))
+    asked = {choice(m, "methods", COMPARED) for m in methods or COMPARED}
+    methods = [m for m in COMPARED if m in {"eefl", *asked}]
     record, trained = Record.begin(dict(name=name, seeds=seeds, methods=methods, **changes)), []
     for m in methods:
         cells = [own_cell(name, t, s, m, **changes) for s in seeds for t in (0.0, "auto")]
@@ -329,7 +331,15 @@ def run_fair(
         done, trained = _by_tau(results), trained + results
         ways = {column: VARIANTS[v] for column, v in FAIR.items()}
         record.runs += [dict(r, method=m) for s in seeds for r in _decisions(done, s, folder, ways)]
-    return _stored(record, trained, Path(folder) / f"fair_{name}")
+    return _stored(record, trained, Path(folder) / _fair_name(name, methods))
+
+# %% ../../nbs/5_experiments/federated.ipynb #3c1f9a52
+def _fair_name(name, methods):
+    "fair_NAME with all methods; else the names of those beside the control follow."
+    if set(methods) == set(COMPARED):
+        return f"fair_{name}"
+    others = [m for m in methods if m != "eefl"]
+    return "_".join(["fair", name, *(others or ["eefl"])])
 
 # %% ../../nbs/5_experiments/federated.ipynb #58bbb5bf
 def fair_values(
@@ -358,31 +368,67 @@ def fair_gain(
     return interval, verdict(interval)
 
 # %% ../../nbs/5_experiments/federated.ipynb #e8226f9a
+def fair_rows(
+    record:Record, # of `run_fair`
+    *later,        # records of methods that came later
+)->dict:           # method -> the record of its row
+    "The methods of all records, each with the first record that has it."
+    rows = {}
+    for r in (record, *later):
+        rows |= {m: r for m in r.config["methods"] if m not in rows}
+    return rows
+
+# %% ../../nbs/5_experiments/federated.ipynb #91ac4f38
 def fair_table(
     record:Record, # of `run_fair`
+    *later,        # records of methods that came later
 )->str:            # markdown
-    "Mean over exits (%) of each method in each column, and its paired difference to EEFL there (95 %)."
+    """Mean over exits (%) of each method in each column,
+    and its paired difference to the EEFL of its own record (95 %)."""
     lines = ["| method | " + " | ".join(FAIR) + " |", "|---" * (len(FAIR) + 1) + "|"]
-    for m in record.config["methods"]:
+    for m, r in fair_rows(record, *later).items():
         cells = []
         for column in FAIR:
-            own = fair_values(record, m, column).values()
-            (mean, low, high), said = fair_gain(record, m, column)
+            (mean, low, high), said = fair_gain(r, m, column)
             told = "" if m == "eefl" else f": {mean:+.2f} [{low:+.2f}, {high:+.2f}], {said}"
-            cells.append(f"{sum(own) / len(own):.2f}{told}")
+            cells.append(f"{_fair_mean(r, m, column):.2f}{told}")
         lines.append(f"| {m} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines + [_apart(r) for r in later])
+
+def _fair_mean(record, method, column):
+    "Mean over seeds and exits, in per cent."
+    own = fair_values(record, method, column).values()
+    return sum(own) / len(own)
+
+def _apart(record):
+    "The line under a table that says what a later record adds to it."
+    names = ", ".join(m for m in record.config["methods"] if m != "eefl")
+    control = ", ".join(f"{_fair_mean(record, 'eefl', column):.2f}" for column in FAIR)
+    return f"\n{names}: from another record, whose own control has {control}."
 
 # %% ../../nbs/5_experiments/federated.ipynb #bdb59b1f
 def own_record(
-    name:str # own_NAME or fair_NAME, with a NAME of `SETTINGS`
+    name:str # own_NAME, fair_NAME or fair_NAME_METHOD, of `SETTINGS` and `COMPARED`
 ):           # Record, or None if there is none
     "The stored record of an experiment; without one, print the command that makes it."
-    what, _, data = str(name).partition("_")
-    ok = isinstance(name, str) and what in ("own", "fair") and data in SETTINGS
-    check(ok, "name", name, "like own_digits or fair_cifar10")
-    command = f"{what} --data {data} --out runs/own --assets assets"
+    known = {f"{w}_{n}": f"{w} --data {n}" for w in ("own", "fair") for n in SETTINGS}
+    for n in SETTINGS:
+        known |= {_fair_name(n, [m]): f"fair --data {n} --methods {m}" for m in COMPARED}
+    ok = isinstance(name, str) and name in known
+    check(ok, "name", name, "like own_digits, fair_cifar10 or fair_cifar10_heterofl")
+    command = f"{known[name]} --out runs/own --assets assets"
     return stored_record(name, f"python -m darkdistill_nb.experiments.federated {command}")
+
+# %% ../../nbs/5_experiments/federated.ipynb #c84d02e7
+def fair_records(
+    name:str # one of `SETTINGS`
+)->list:     # of Records, for `fair_table`; empty if there is no fair_NAME
+    "The stored fair_NAME, and the record of each method that is not in it; raises `ValueError`."
+    first = own_record(f"fair_{choice(name, 'name', SETTINGS)}")
+    if first is None:
+        return []
+    later = [m for m in COMPARED if m not in first.config["methods"]]
+    return [first, *filter(None, (own_record(f"fair_{name}_{m}") for m in later))]
 
 # %% ../../nbs/5_experiments/federated.ipynb #9179bb26
 def _experiment(a):
@@ -395,9 +441,11 @@ def _experiment(a):
     check(a.data is not None, "data", a.data, f"one of {', '.join(SETTINGS)}")
     if a.experiment == "own":
         record = run_own(a.data, a.out, on_cell=_tell, device=a.device, **more)
+        name = f"own_{a.data}"
     else:
         record = run_fair(a.data, a.out, a.methods, on_cell=_tell, **more)
-    publish(f"{a.experiment}_{a.data}", a.out, a.assets)
+        name = _fair_name(a.data, record.config["methods"])
+    publish(name, a.out, a.assets)
     return record
 
 def _table(a, record):
@@ -438,7 +486,7 @@ def main(
         data=dict(required=False, choices=SETTINGS, help="own, fair: which federation"),
         out=dict(required=False, default="runs/federated"),
         seeds=dict(nargs="+", default=None, help="one pair each"),
-        methods=dict(nargs="+", choices=COMPARED, help="default all"),
+        methods=dict(nargs="+", choices=COMPARED, help="default all; fair: EEFL is with them"),
     )
     p.add_argument("experiment", choices=(*PARTS, "own", "fair"))
     p.add_argument("--device", default="cpu", help="own: cpu or cuda")

@@ -44,7 +44,7 @@ def test_a_network_that_fedjax_does_not_have_is_refused():
         bench._in_jax(bench.Workload("vit", clients=1).net())([], None)
 
 
-def test_a_player_that_does_not_end_is_ended_with_all_its_processes(monkeypatch):
+def test_a_player_that_does_not_end_is_ended_with_all_its_processes(monkeypatch, wait_until):
     "As Flower's simulation, whose processes would stay."
     import os, subprocess, sys
     from conftest import running
@@ -60,7 +60,11 @@ def test_a_player_that_does_not_end_is_ended_with_all_its_processes(monkeypatch)
     pids = bench._tree(player.process.pid)
     assert len(pids) == 2 or not os.path.exists("/proc/self/stat")
     player.close()
-    assert not any(running(p) for p in pids)
+
+    def all_are_gone():
+        return not any(map(running, pids))
+
+    wait_until(all_are_gone)
 
 
 def test_what_a_step_costs_is_compared_over_numbers_of_clients():

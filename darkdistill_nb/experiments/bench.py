@@ -8,10 +8,10 @@ Docs: https://darkdistill.github.io/darkdistill_nb/5_experiments/bench.html.md""
 # %% auto #0
 __all__ = ['GOALS', 'SHARES', 'REALISED', 'END_TO_END', 'RUN_GOAL', 'interleave', 'ratios', 'plain_wrn', 'torchdistill_job',
            'distill_jobs', 'bench_distill', 'Replay', 'exit_list', 'stream_job', 'exit_jobs', 'exit_rows', 'exit_table',
-           'bench_exits', 'Workload', 'federated_table', 'run_gflop', 'bench_run', 'run_table', 'main']
+           'bench_exits', 'Workload', 'federated_table', 'run_gflop', 'run_table', 'bench_run', 'main']
 
 # %% ../../nbs/5_experiments/bench.ipynb #7278ea5b
-import argparse, contextlib, copy, functools, itertools, json, os, shutil, statistics
+import argparse, contextlib, copy, functools, importlib, itertools, json, os, shutil, statistics
 import subprocess, sys, tempfile, time
 from pathlib import Path
 import torch
@@ -426,6 +426,7 @@ def _small_cnn():
     body = [nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2)]
     return [*body, nn.Flatten(), nn.Linear(12544, 128), nn.ReLU(), nn.Linear(128, 10)]
 
+# %% ../../nbs/5_experiments/bench.ipynb #716d671e
 def _vit():
     "12 blocks of width 192 on 65 tokens."
     net = vit(exits=(12,), n_classes=10, img_size=32, patch_size=4)
@@ -705,6 +706,7 @@ def _of_flower(settings):
     work = Workload(**json.loads(settings))
     return work, work.net(), work.images()
 
+# %% ../../nbs/5_experiments/bench.ipynb #76d32f27
 def _flower_visit(settings, message, context):
     "What a client of Flower does."
     from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
@@ -727,8 +729,8 @@ def _play_flower(work, turns):
     from flwr.serverapp import ServerApp
     from flwr.serverapp.strategy import FedAvg
     from flwr.simulation import run_simulation
-    from darkdistill_nb.experiments import bench  # Ray finds a module by its name
 
+    bench = importlib.import_module("darkdistill_nb.experiments.bench")  # Ray asks for its name
     clients, server = ClientApp(), ServerApp()
     clients.train()(functools.partial(bench._flower_visit, json.dumps(work.settings())))
 
@@ -789,10 +791,9 @@ def _tree(pid):
 def _cpu_of(pids):
     "Processor seconds of processes, thread by thread, as Linux's scheduler counts them."
     total = 0
-    for pid in pids:
-        for t in Path(f"/proc/{pid}/task").glob("*/schedstat"):
-            with contextlib.suppress(OSError, ValueError):
-                total += int(t.read_text().split()[0])
+    for t in (t for pid in pids for t in Path(f"/proc/{pid}/task").glob("*/schedstat")):
+        with contextlib.suppress(OSError, ValueError):
+            total += int(t.read_text().split()[0])
     return total / 1e9
 
 # %% ../../nbs/5_experiments/bench.ipynb #2fe6d2ff
@@ -810,6 +811,7 @@ def _of_workers():
     "Processor seconds of what descends from this process."
     return _cpu_of(_tree(os.getpid())[1:])
 
+# %% ../../nbs/5_experiments/bench.ipynb #4754f1c6
 class _Turns:
     "Called between rounds: reports the one that ends, waits for the next. False: there is none."
 
@@ -957,6 +959,7 @@ def _growth(tables, name):
     ratios = ", ".join(f"{n}: {ms / own[0][1]:.2f}" for n, ms in own)
     return f"{name}, a step of darkdistill_nb by clients, the first number counts as 1: {ratios}"
 
+# %% ../../nbs/5_experiments/bench.ipynb #bd92973d
 def bench_federated(
     works=("linear", "mlp", "lenet"), # names of `WORKS`
     clients=(100,),    # numbers of clients; from the second on our own row alone
@@ -1022,20 +1025,44 @@ def _rate(times=10):
     return 2 * 1024**3 / 1e9 / best
 
 # %% ../../nbs/5_experiments/bench.ipynb #44892792
+def _parts(r):
+    "Seconds of a round: clients, server, the rest."
+    known = r["seconds_clients"], r["seconds_server"]
+    return *known, r["seconds"] - sum(known)
+
+
+# %% ../../nbs/5_experiments/bench.ipynb #9a41eef4
 def _shares_of_rounds(record):
     "method -> shares of the rounds' time: clients, server, evaluation and what is asked."
-    out = {}
-    for e in record.runs:
-        sums = out.setdefault(e["method"], [0.0, 0.0, 0.0])
-        for r in e["rounds"]:
-            parts = r["seconds_clients"], r["seconds_server"]
-            for i, s in enumerate((*parts, r["seconds"] - sum(parts))):
-                sums[i] += s
-    return {m: [s / max(sum(sums), 1e-9) for s in sums] for m, sums in out.items()}
+    of = lambda m: [_parts(r) for e in record.runs if e["method"] == m for r in e["rounds"]]
+    sums = {e["method"]: [sum(p) for p in zip(*of(e["method"]))] for e in record.runs}
+    return {m: [s / max(sum(all_of), 1e-9) for s in all_of] for m, all_of in sums.items()}
 
-# %% ../../nbs/5_experiments/bench.ipynb #e0e327db
+# %% ../../nbs/5_experiments/bench.ipynb #c50ceda5
 RUN_GOAL = 2.5
 
+def run_table(
+    record # of `bench_run`
+)->str:
+    "What was measured, as text; raises `ValueError`."
+    check(isinstance(record, Record) and "times_limit" in record.info, "record", record, "that of a whole run")
+    i, r = record.info, record.config["run"]
+    met = "met" if i["times_limit"] <= RUN_GOAL else "missed"
+    lines = [
+        f"{r['data']}, {r['rounds']} rounds, {len(r['seeds'])} seed(s); {i['machine']}",
+        f"{'job':20s} {'GFLOP':>8s} {'clients':>8s} {'server':>8s} {'rest':>8s}",
+    ]
+    for kind, gflop in i["gflop"].items():
+        parts = "".join(f"{100 * s:8.0f}%" for s in i["shares"].get(kind, ()))
+        lines.append(f"{kind:20s} {gflop:8.1f}{parts}")
+    limit = sum(i["gflop"].values()) / i["rate"]
+    lines.append(
+        f"{i['cpu_seconds']:.1f} processor seconds; limit {limit:.1f} s at {i['rate']:.0f} GFLOP/s: "
+        f"{i['times_limit']:.1f} times the limit (at most {RUN_GOAL}: {met})"
+    )
+    return "\n".join(lines)
+
+# %% ../../nbs/5_experiments/bench.ipynb #e0e327db
 def bench_run(
     folder=None,      # a finished run; None: it is run now, one process, into a folder that is thrown away
     config:dict=None, # settings where it is run now; None: the defaults
@@ -1060,28 +1087,6 @@ def bench_run(
     where = machine()
     made = Record.begin(dict(bench="run", run=run.config), **info, machine=where)
     return run_table(made), made
-
-# %% ../../nbs/5_experiments/bench.ipynb #c50ceda5
-def run_table(
-    record # of `bench_run`
-)->str:
-    "What was measured, as text; raises `ValueError`."
-    check(isinstance(record, Record) and "times_limit" in record.info, "record", record, "that of a whole run")
-    i, r = record.info, record.config["run"]
-    met = "met" if i["times_limit"] <= RUN_GOAL else "missed"
-    lines = [
-        f"{r['data']}, {r['rounds']} rounds, {len(r['seeds'])} seed(s); {i['machine']}",
-        f"{'job':20s} {'GFLOP':>8s} {'clients':>8s} {'server':>8s} {'rest':>8s}",
-    ]
-    for kind, gflop in i["gflop"].items():
-        parts = "".join(f"{100 * s:8.0f}%" for s in i["shares"].get(kind, ()))
-        lines.append(f"{kind:20s} {gflop:8.1f}{parts}")
-    limit = sum(i["gflop"].values()) / i["rate"]
-    lines.append(
-        f"{i['cpu_seconds']:.1f} processor seconds; limit {limit:.1f} s at {i['rate']:.0f} GFLOP/s: "
-        f"{i['times_limit']:.1f} times the limit (at most {RUN_GOAL}: {met})"
-    )
-    return "\n".join(lines)
 
 # %% ../../nbs/5_experiments/bench.ipynb #789c455e
 _COUNTS = dict(

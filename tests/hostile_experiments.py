@@ -109,6 +109,12 @@ def a_run():
     )
 
 
+def a_measured_run():
+    info = dict(times_limit=2.0, cpu_seconds=4.0, gflop=dict(eefl=160.0), rate=80.0)
+    info |= dict(shares=dict(eefl=[0.5, 0.3, 0.2]), machine="here")
+    return records.Record.begin(dict(run=dict(data="digits", rounds=1, seeds=[0])), **info)
+
+
 CALLS = {
     # benchmarks
     "torchdistill_job": lambda: dict(student=plain(), teacher=plain(), data=pictures(), batch=4),
@@ -128,6 +134,9 @@ CALLS = {
         saving=lambda n: 2.0,
     ),
     "bench_exits": lambda: dict(rounds=1),
+    "run_gflop": lambda: dict(config=dict(rounds=1)),
+    "bench_run": lambda: dict(config=dict(rounds=1)),
+    "run_table": lambda: dict(record=a_measured_run()),
     # runs
     "run_job": lambda: dict(zip(("exp", "kind", "seed"), run_kind()), folder=folder() / "job"),
     "Experiment": lambda: dict(config=an_experiment().config, costs=True),
@@ -222,6 +231,7 @@ LAZY |= dict.fromkeys(
     ("bench_distill", "bench_exits", "exit_jobs", "distill_jobs"),
     "measures times; see test_runner.py",
 )
+LAZY |= dict.fromkeys(("run_gflop", "bench_run"), "trains; see test_bench.py")
 LAZY |= dict.fromkeys(("ray_cluster", "RaySystem"), "starts Ray; see test_scale_out.py")
 LAZY |= dict.fromkeys(
     ("flower_apps", "write_certificates", "Federation", "start_server", "start_node"),

@@ -267,33 +267,3 @@ def test_factors_of_one_are_left_out_of_the_loss_and_change_nothing():
     assert torch.equal(value, other)
     a, b = torch.autograd.grad(value, raw), torch.autograd.grad(other, raw)
     assert all(map(torch.equal, a, b))
-
-
-@pytest.mark.parametrize("name", ["linear", "mlp", "lenet"])
-def test_the_benchmark_asks_everybody_for_the_same_work(name):
-    "One batch per client, so the order of images has no say: our weights are those of the lean loop."
-    from darkdistill_nb.exits.training import Joint
-    from darkdistill_nb.experiments import bench
-
-    work, left = bench.Workload(name, clients=3, samples=6, batch=6), [True, True, False]
-    lean = bench._play_lean(work, lambda: left.pop(0))
-    x, y = work.images()
-    data = ArrayData(x.flatten(0, 1), y.flatten(), range(10), mean=[0.0] * 3, std=[1.0] * 3)
-    clients = [Client(i, 1, torch.arange(6) + 6 * i, torch.arange(0)) for i in range(3)]
-    settings = dict(decay=1.0, momentum=0.0, weight_decay=0.0, batch_size=6, participation=1.0)
-    method = EEFL(Joint(), lr=work.lr, **settings)
-    run = simulate(method, lambda: bench._as_exits(work), data, data, clients, 2, eval_every=2)
-    ours = torch.cat([v.reshape(-1) for v in run.state["net"].values()])
-    assert torch.allclose(ours, lean, atol=1e-6) and not torch.equal(ours[:100] * 0, ours[:100])
-
-
-def test_a_peer_that_is_not_there_is_named():
-    import importlib.util
-    from darkdistill_nb.experiments import bench
-
-    if importlib.util.find_spec("pfl"):
-        pytest.skip("pfl is installed")
-    rows, rate, missing = bench.federated_rows(bench.Workload(clients=1), 1, systems=["pfl"])
-    assert (rows, missing) == ([], ["pfl"]) and rate > 0
-    with pytest.raises(ValueError, match="python="):
-        bench.federated_rows(bench.Workload(clients=1), 1, python="/no/such/python")

@@ -233,7 +233,7 @@ def _parse_experiment(sub):
 
 # %% ../../nbs/6_app/cli.ipynb #e967beff
 def _parse_bench(sub):
-    b = sub.add_parser("bench", help="measure costs: distill, exits, federated, widgets")
+    b = sub.add_parser("bench", help="measure costs: distill, exits, federated, run, widgets")
     b.add_argument("name", nargs="*", metavar="NAME")
 
 # %% ../../nbs/6_app/cli.ipynb #927ec302

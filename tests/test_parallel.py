@@ -1,0 +1,138 @@
+"""Workers that die, raise, or are stopped: how soon the parent knows, and what is left of them."""
+
+import contextlib, os, signal, subprocess, sys, threading, time
+import pytest
+from conftest import LONG, children, running
+from darkdistill_nb.core.parallel import Workers, WorkerLost, constantly, cores, tell
+from darkdistill_nb.federated.method import EEFL, make_clients, simulate
+from darkdistill_nb.core.datasets import load
+from darkdistill_nb.exits.networks import cnn
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+SOON = 1.0  # s: within this time a dead worker must be noticed
+
+
+@contextlib.contextmanager
+def busy_machine():
+    "Every core has other work, twice over."
+    burn = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(burn) for _ in range(2 * cores())]
+    try:
+        yield
+    finally:
+        for p in others:
+            p.kill()
+            p.wait()
+
+
+def long_job(seconds):
+    "Says who it is, then takes its time."
+    tell(os.getpid())
+    time.sleep(seconds)
+
+
+def fails(seconds):
+    tell(os.getpid())
+    time.sleep(seconds)
+    raise OSError(f"no battery at {time.monotonic()}")
+
+
+class Killer:
+    "Kills the first worker that reports, a moment later, when its parent is waiting; notes the time."
+
+    def __init__(self):
+        self.at, self.pid = None, None
+
+    def __call__(self, i, pid):
+        if self.pid is None:
+            self.pid = pid
+            threading.Timer(0.3, self.strike).start()
+
+    def strike(self):
+        self.at = time.monotonic()
+        os.kill(self.pid, signal.SIGKILL)
+
+
+def test_a_killed_worker_is_noticed_within_a_second_on_a_busy_machine():
+    "Both moments on the parent's clock; the other worker would take minutes."
+    killer = Killer()
+    with Workers(2, constantly, long_job, room=2**16) as workers:
+        workers.begin()
+        with busy_machine():
+            i, lost = next(iter(workers.run([(LONG,), (LONG,)], said=killer, again=0)))
+            late = time.monotonic() - killer.at
+    print(f"{1e3 * late:.0f} ms")
+    assert isinstance(lost, WorkerLost) and (lost.pid, lost.code) == (killer.pid, -9)
+    assert 0 <= late < SOON
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="one clock for all processes")
+def test_what_a_job_raises_is_heard_within_a_second_on_a_busy_machine():
+    with Workers(2, constantly, fails) as workers:
+        workers.begin()
+        with busy_machine(), pytest.raises(OSError, match="no battery") as error:
+            list(workers.run([(0.3,), (LONG,)]))
+        late = time.monotonic() - float(str(error.value).split()[-1])
+    print(f"{1e3 * late:.0f} ms")
+    assert 0 <= late < SOON
+
+
+def test_a_job_that_kills_its_worker_is_tried_again_as_often_as_asked(tmp_path):
+    "The pool has all its workers afterwards."
+    with Workers(2, constantly, dies_at) as workers:
+        got = dict(workers.run([(str(tmp_path), 1), (str(tmp_path), 0)], again=1))
+        more = dict(workers.run([(str(tmp_path), 0)] * 4, again=1))
+    assert len(list(tmp_path.iterdir())) == 2  # one file for each try
+    assert isinstance(got[0], WorkerLost) and got[0].code == -9
+    assert got[1] == 0 and more == dict.fromkeys(range(4), 0)
+
+
+def dies_at(folder, deadly):
+    if deadly:
+        open(os.path.join(folder, str(os.getpid())), "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return deadly
+
+
+class Dies(EEFL):
+    "Client 3 leaves a mark, then takes its process with it."
+
+    def __init__(self, marks):
+        super().__init__(participation=1.0)
+        self.marks = str(marks)
+
+    def local_update(self, weights, data, client, rnd, streams):
+        return dies_at(self.marks, client.id == 3) or super().local_update(
+            weights, data, client, rnd, streams
+        )
+
+
+def test_a_client_whose_worker_dies_has_a_second_try_and_no_third(tmp_path):
+    train, test = load("digits", n_train=160, n_test=40)
+    clients, build = make_clients(train.y, 6, 0.5), lambda: cnn(train.shape, 10, width=4)
+    with pytest.warns(UserWarning, match="round 1: client 3 is left out, .* exit code -9"):
+        run = simulate(Dies(tmp_path), build, train, test, clients, 1, workers=2)
+    assert list(run.log[0]["left_out"]) == ["3"] and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="shared memory as files")
+def test_a_run_that_is_interrupted_leaves_no_process_and_no_memory(monkeypatch):
+    "As in a notebook: the process that ran it lives on."
+    from darkdistill_nb.federated import method
+
+    pools, seen = [], []
+    monkeypatch.setattr(method, "Workers", lambda *a, **k: pools.append(Workers(*a, **k)) or pools[0])
+
+    def stop(row):
+        seen.extend(p.pid for p in pools[0].procs.values())
+        seen.extend(r.name for rooms in pools[0].rooms.values() for r in rooms)
+        raise KeyboardInterrupt
+
+    train, test = load("digits", n_train=160, n_test=40)
+    clients, build = make_clients(train.y, 6, 0.5), lambda: cnn(train.shape, 10, width=4)
+    with pytest.raises(KeyboardInterrupt):
+        simulate(EEFL(participation=1.0), build, train, test, clients, 9, workers=2, on_round=stop)
+    pids, names = seen[:2], seen[2:]
+    assert len(names) == 4 and not any(map(running, pids))
+    assert not set(pids) & set(children(os.getpid()))
+    assert not {n.lstrip("/") for n in names} & set(os.listdir("/dev/shm"))

@@ -224,21 +224,46 @@ def test_a_visit_takes_an_image_apart_only_where_a_batch_of_one_is_due():
     assert len(taken) == 1
 
 
-def test_images_at_hand_are_those_of_the_data_set(digits):
-    "A client's images are normalised once; what is made of them is an ordinary data set again."
+@pytest.mark.parametrize("limit", [10, 2**28])
+@pytest.mark.parametrize("kind", ["uint8", "float32", "as trained on", "difficulty known"])
+def test_images_at_hand_are_those_of_the_data_set(kind, limit):
+    "A client's images are rows of all images; what is made of them is an ordinary data set again."
     from darkdistill_nb.federated.method import _shares
 
-    train, _ = digits
-    client = Client(0, 1, torch.arange(5, 40), torch.arange(0))
-    plain, ready = train.subset(client.train), _shares(train)(client)
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randint(256, (60, 3, 4, 4), generator=g, dtype=torch.uint8), torch.arange(60) % 5
+    how = dict(mean=[0.0] * 3, std=[1.0] * 3) if kind == "as trained on" else {}
+    how |= dict(difficulty=torch.rand(60, generator=g)) if kind == "difficulty known" else {}
+    train = ArrayData(x if kind == "uint8" else x / 255.0, y, range(5), **how)
+    client = Client(0, 1, torch.randperm(60, generator=g)[:35], torch.arange(0))
+    share = _shares(train, limit)
+    plain, ready = train.subset(client.train), share(client)
+    assert share(client) is ready and len(ready) == 35 and repr(ready) == repr(plain)
     draws = lambda: torch.Generator().manual_seed(3)
-    for (a, y), (b, z) in zip(plain.batches(8, draws()), ready.batches(8, draws()), strict=True):
-        assert torch.equal(a, b) and torch.equal(y, z)
+    for order in (draws, lambda: None):
+        pairs = zip(plain.batches(8, order()), ready.batches(8, order()), strict=True)
+        for (a, y), (b, z) in pairs:
+            assert torch.equal(a, b) and torch.equal(y, z)
+    for idx in (3, slice(2, 9), [4, 4, 1], torch.tensor([5, -1])):
+        assert all(map(torch.equal, plain[idx], ready[idx]))
+    assert torch.equal(ready.x, plain.x) and ready.shape == plain.shape
     for made in (ready.subset([3, 4]), copy.copy(ready), ready.to("cpu")):
-        assert type(made) is ArrayData and not hasattr(made, "_done")
-    assert torch.equal(ready.subset([3, 4])[:][0], plain[3:5][0])
-    few = _shares(train, limit=10)
-    assert type(few(client)) is ArrayData and few(client) is not few(client)
+        assert type(made) is ArrayData and not hasattr(made, "_rows")
+    subset = plain.subset([3, 4])
+    assert all(map(torch.equal, ready.subset([3, 4])[:], subset[:]))
+    if kind == "difficulty known":
+        assert torch.equal(ready.difficulty, plain.difficulty)
+
+
+def test_clients_of_other_data_are_cut_out_of_them():
+    "Who writes their own kind of data set gets their own kind of subset."
+    from darkdistill_nb.federated.method import _shares
+
+    class Own(ArrayData):
+        pass
+
+    train = Own(torch.zeros(6, 1, 2, 2), torch.arange(6) % 2)
+    assert type(_shares(train)(Client(0, 1, torch.arange(3), torch.arange(0)))) is Own
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e7, -3e7, 1e25])

@@ -278,7 +278,7 @@ def batches(self: ArrayData,
     else:
         ok = isinstance(generator, torch.Generator)
         check(ok, "generator", generator, "a torch.Generator or None")
-        order = torch.randperm(n, generator=generator, device=generator.device).to(self.x.device)
+        order = torch.randperm(n, generator=generator, device=generator.device).to(self.y.device)
         take = lambda i: self._picked(order[i : min(i + batch_size, end)])
     return (take(i) for i in range(0, end, batch_size))
 

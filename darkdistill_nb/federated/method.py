@@ -866,41 +866,58 @@ def _ask(method, weights, data, client, rnd, streams):
     except Exception as e:
         return e
 
-def _is_normal(data):
-    "Are the images stored as they are trained on, so that no second copy is needed?"
+# %% ../../nbs/3_federated/method.ipynb #adc1a8bb
+def _normal(data, limit):
+    "All images as they are trained on; None where a copy of them takes more than `limit` bytes."
     plain = bool((data._scale == 1).all()) and not bool(data._shift.any())
-    return plain and data.x.dtype == torch.float32
+    if plain and data.x.dtype == torch.float32:
+        return data.x
+    return data[:][0] if 4 * data.x.numel() <= limit else None
 
-class _Ready(ArrayData):
-    "A client's images with their normalised values at hand: a batch is a choice of rows."
+# %% ../../nbs/3_federated/method.ipynb #22c4c200
+class _Rows(ArrayData):
+    "A client's images as numbers of rows of all images: nothing is cut out, however many clients there are."
 
-    def __init__(self, data):
-        vars(self).update(vars(data))
-        self._done = data.x if _is_normal(data) else data[:][0]
+    def __init__(self, train, rows, done):
+        vars(self).update({k: v for k, v in vars(train).items() if k != "x"})
+        self._rows, self._all, self._done = rows.to(train.y.device), train.x, done
+        self.y = train.y[self._rows]
+        if train.difficulty is not None:
+            self.difficulty = train.difficulty[self._rows]
+
+    x = property(lambda self: self._all[self._rows])
+    shape = property(lambda self: tuple(self._all.shape[1:]))
 
     def __copy__(self):
-        "What is made of it, such as a subset, has its own values to normalise."
+        "What is made of it, such as a subset, holds images of its own."
         new = ArrayData.__new__(ArrayData)
-        vars(new).update({k: v for k, v in vars(self).items() if k != "_done"})
+        own = {k: v for k, v in vars(self).items() if k not in ("_rows", "_all", "_done")}
+        vars(new).update(own, x=self.x)
         return new
 
-    def _picked(self, i):
-        return self._done.index_select(0, i), self.y.index_select(0, i)
+    def __getitem__(self, idx):
+        x = self._all[self._rows[idx]].float() * self._scale
+        return x.add_(self._shift), self.y[idx]
 
-# %% ../../nbs/3_federated/method.ipynb #adc1a8bb
+# %% ../../nbs/3_federated/method.ipynb #8ff36197
+@patch
+def _picked(self: _Rows, i):
+    rows, y = self._rows.index_select(0, i), self.y.index_select(0, i)
+    if self._done is not None:
+        return self._done.index_select(0, rows), y
+    return self._all.index_select(0, rows).float().mul_(self._scale).add_(self._shift), y
+
+# %% ../../nbs/3_federated/method.ipynb #f919f7b6
 def _shares(train, limit=2**28):
-    "Client -> its training images, each cut out of `train` once, until `limit` bytes are held."
-    held, left = {}, limit
+    "Client -> its training images; the values of all images are worked out once if they fit into `limit` bytes."
+    if type(train) is not ArrayData:
+        return lambda client: train.subset(client.train)
+    done, held = _normal(train, limit), {}
 
     def share(client):
-        nonlocal left
-        if client.id in held:
-            return held[client.id]
-        data = train.subset(client.train)
-        left -= nbytes(dict(x=data.x, y=data.y)) + 4 * data.x.numel() * (not _is_normal(data))
-        if left >= 0:
-            data = held[client.id] = _Ready(data) if type(data) is ArrayData else data
-        return data
+        if client.id not in held:
+            held[client.id] = _Rows(train, client.train, done)
+        return held[client.id]
 
     return share
 

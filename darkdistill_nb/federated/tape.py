@@ -342,7 +342,7 @@ class Taped:
 def _suits(data):
     "Are these images for a tape: on a processor, in full precision?"
     full = not torch.is_autocast_enabled("cpu")
-    return full and type(data.x) is torch.Tensor and data.x.device.type == "cpu"
+    return full and type(data.y) is torch.Tensor and data.y.device.type == "cpu"
 
 # %% ../../nbs/3_federated/tape.ipynb #c1565290
 def _state(modules, parameters):

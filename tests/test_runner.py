@@ -154,7 +154,7 @@ def between(s, g):
     return float(s[k] + s[k + 1]) / 2
 
 
-def gate(name, seed=0):
+def gate(name, seed=3):
     "A learned score with the same weights in each run: another draw may tell no image from another."
     net = raw(name)[0]
     with torch.random.fork_rng():
@@ -184,7 +184,7 @@ def test_compaction_gives_the_answers_of_the_loop(i, name):
         few = isinstance(score, (Patience, Ranks))  # few values: thresholds are among them
         T = [one_of(s, g) if few else between(s, g) for s in S[:-1]] + [-math.inf]
         ok, want = clear_cases(F, S, T), take_exit(S, T)
-        assert ok.float().mean() >= 0.5, "too few clear cases to test anything"
+        assert ok.float().mean() > 0.8, "too few clear cases to test anything"
         o = ExitRunner(net, T, score, objective, micro=(24, 5, 1)[(i + j) % 3])(x, logits=True)
         loop, logits, _ = loop_exits(net, x, T, score, objective)
         assert torch.equal(o.exit[ok], want[ok]) and torch.equal(loop[ok], want[ok])

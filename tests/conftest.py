@@ -52,6 +52,25 @@ def _few_threads(pytestconfig):
     torch.set_num_threads(threads(pytestconfig))
 
 
+def same_draws():
+    "What a test draws from the common generators does not depend on the tests before it."
+    import numpy as np, random, torch
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.default_generator.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    same_draws()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item):
+    same_draws()
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     "For tests of tiny networks and tables, where two threads would wait for each other; a file asks for it by `pytestmark`."

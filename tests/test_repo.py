@@ -521,3 +521,13 @@ def test_no_method_is_added_to_a_class_twice():
     for path in (ROOT / LIB).rglob("*.py"):
         added = list(patched(path))
         assert len(added) == len(set(added)), f"{path.name}: {added}"
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+def test_what_a_test_draws_does_not_depend_on_the_one_before(turn):
+    import numpy as np, random, torch
+
+    ours = torch.Generator().manual_seed(0)
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=ours))
+    assert np.random.rand() == np.random.RandomState(0).rand()
+    assert random.random() == random.Random(0).random()

@@ -359,7 +359,8 @@ def exit_table(
     check(isinstance(title, str), "title", title, "a text")
     lines = [
         title,
-        f"{'precision':9s} {'row':27s} {'batch':>5s} {'us/image':>10s} {'x plain':>8s} {'x always':>8s} {'realised':>8s}   goal",
+        f"{'precision':9s} {'row':27s} {'batch':>5s} {'us/image':>10s} "
+        f"{'x plain':>8s} {'x always':>8s} {'realised':>8s}   goal",
     ]
     for r in rows:
         d, runner, goals = r["precision"], r["row"] == "runner", []
@@ -369,9 +370,11 @@ def exit_table(
             goals.append((f"{END_TO_END[d]} x plain", r["eager"] >= END_TO_END[d]))
         text = "; ".join(f"{name}: {'met' if ok else 'missed'}" for name, ok in goals)
         real = "" if r["realised"] is None else f"{r['realised']:.2f}"
-        lines.append(
-            f"{d:9s} {r['row']:27s} {r['batch']:5d} {r['us']:10.0f} {r['eager']:8.2f} {r['full']:8.2f} {real:>8s}   {text}".rstrip()
+        line = (
+            f"{d:9s} {r['row']:27s} {r['batch']:5d} {r['us']:10.0f} "
+            f"{r['eager']:8.2f} {r['full']:8.2f} {real:>8s}   {text}"
         )
+        lines.append(line.rstrip())
     return "\n".join(lines)
 
 # %% ../../nbs/5_experiments/bench.ipynb #fdf697a2
@@ -397,7 +400,8 @@ def bench_exits(
     rows = exit_rows(interleave(jobs, rounds, rare=[next(iter(jobs))]), saving, n, ones)
     table = exit_table(
         rows,
-        f"{len(net)} exits, {n} images, exits taken {torch.bincount(exits).tolist()}: {saving(n):.3f} times fewer operations; "
+        f"{len(net)} exits, {n} images, exits taken {torch.bincount(exits).tolist()}: "
+        f"{saving(n):.3f} times fewer operations; "
         f"{device}, {torch.get_num_threads()} thread(s), fastest of {rounds} rounds",
     )
     return table, Record.begin(

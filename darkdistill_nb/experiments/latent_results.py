@@ -196,7 +196,8 @@ def verdict_table(
     return "\n".join(lines)
 
 def _deciding(judged):
-    '(the part with the smallest mean of those with the verdict, its name where there are several); (None, "") without data.'
+    """(the part with the smallest mean of those with the verdict, its name where there are several);
+    (None, "") without data."""
     deciding = [p for p in judged["parts"] if p["verdict"] == judged["verdict"]]
     if not deciding:
         return None, ""

@@ -732,7 +732,7 @@ def survey(
     clients: list,  # all `Client`s
     rnd: int,  # the round that was played, from 0
     streams: Streams,  # of the run
-    judged: bool = True,  # will this model be evaluated? What only matters for its decisions need not be asked otherwise
+    judged: bool = True,  # will this model be evaluated? If not, votes need not be asked for
 ) -> tuple:  # (state with what was learned, info for the log)
     "What the server asks clients about the model of a finished round; EEFL asks nothing."
     return state, {}
@@ -1294,7 +1294,10 @@ def _start(method, build, train, test, clients, seed, device):
 def _last_words(method, log):
     "Warn about a run that trained nothing, or whose method never did what it is for."
     if all(row["loss"] is None for row in log):
-        text = f"no client gave an update that could be used in any of {len(log)} rounds: the weights are the first ones"
+        text = (
+            f"no client gave an update that could be used in any of {len(log)} rounds: "
+            "the weights are the first ones"
+        )
     else:
         text = method.remark(log)
     if text:
@@ -1487,7 +1490,8 @@ def simulate(
     precision: str = "fp32",  # of the clients' training: fp32 | bf16
     availability=None,  # who answers in a round, see `Availability`; None: everybody, always
 ) -> Run:
-    "Run a federated method in this process; raises `ValueError` for what does not fit, also a `checkpoint` of other settings."
+    """Run a federated method in this process;
+    raises `ValueError` for what does not fit, also a `checkpoint` of other settings."""
     rounds, eval_every = whole(rounds, "rounds"), whole(eval_every, "eval_every")
     workers = workers if isinstance(workers, str) else whole(workers, "workers")
     check(

@@ -1,4 +1,4 @@
-"""Devices, links and an aggregator come to life: this page runs a trained system through queues and messages in simulated time.
+"""Devices, links and an aggregator come to life: this page runs a table of answers through queues and messages in simulated time.
 Requests, queues and messages in simulated time, checked by hand and against theory.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/4_distree/simulator.html.md"""

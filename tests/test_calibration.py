@@ -211,8 +211,9 @@ def test_the_rule_is_tau_1_where_images_are_hard(images):
 
 
 def test_the_rule_gives_way_on_easy_images(images):
-    assert [tau_rule(e) for e in (0, 0.05, 0.1, 0.5)] == [0, 0.5, 1, 1]
-    assert tau_rule(0.05, at=0.2) == 0.25
+    assert [tau_rule(e) for e in (0, 0.05, 0.1, 0.5)] == [0, pytest.approx(1 / 16), 1, 1]
+    assert tau_rule(0.05, at=0.2, power=2) == pytest.approx(1 / 16)
+    assert tau_rule(0.05, power=1) == 0.5
     m, s = CalibratedEEFL(calibration="auto"), Streams(0)
     state = m.setup(cnn((1, 8, 8), 10, width=8))
     state["server"]["tau.errors"] = torch.tensor([2.0, 100.0])

@@ -144,7 +144,7 @@ DEFAULTS = {
     train_alone: dict(seed=0, progress=None),
     class_shares: dict(s=1),
     prior_shift: dict(tau=1, s=1),
-    tau_rule: dict(at=0.1),
+    tau_rule: dict(at=0.1, power=4),
     PriorCalibration: dict(objective=None, calibration="auto", smoothing=1, epsilon=None),
     stacked_votes: dict(pull=12),
     ExitVotes: dict(objective=None, votes="validation"),

@@ -182,3 +182,12 @@ def test_two_hours_are_two_hours():
     minutes = {l.path: l.minutes for l in ORDER}
     files = next(files for name, files in reading_paths().items() if "two hours" in name)
     assert 90 <= sum(minutes[f] for f in files) <= 130
+
+
+NEXT = re.compile(r"\*\*Next\*\*: \[[^\]]*\]\(([^)]*)\)")
+
+
+@pytest.mark.parametrize("lesson", ORDER, ids=lambda l: l.path)
+def test_a_lesson_ends_where_its_head_points(lesson):
+    found = [NEXT.findall(source(c)) for c in cells(ROOT / "nbs" / lesson.path)]
+    assert len({link for links in found for link in links}) <= 1, found

@@ -531,3 +531,47 @@ def test_what_a_test_draws_does_not_depend_on_the_one_before(turn):
     assert torch.equal(torch.rand(3), torch.rand(3, generator=ours))
     assert np.random.rand() == np.random.RandomState(0).rand()
     assert random.random() == random.Random(0).random()
+
+
+def shows(code):
+    "Does a cell print, or end in a figure, when it runs?"
+
+    def prints(s):
+        call = s.value if isinstance(s, ast.Expr) and isinstance(s.value, ast.Call) else None
+        known = call is not None and getattr(call.func, "id", "") in ("print", "display")
+        return known and not any(k.arg == "file" for k in call.keywords)
+
+    body = ast.parse(code).body
+    last = body[-1].value if body and isinstance(body[-1], ast.Expr) else None
+    while isinstance(last, (ast.Call, ast.Attribute)):
+        last = last.func if isinstance(last, ast.Call) else last.value
+    said = [s for b in body for s in (b.body if isinstance(b, ast.For) else [b])]
+    return any(map(prints, said)) or getattr(last, "id", "") in ("fig", "figure")
+
+
+@pytest.mark.parametrize(
+    "code, shown",
+    [
+        ("print(1)", True),
+        ("for i in x:\n    print(i)", True),
+        ("fig.update_layout(width=3)", True),
+        ("figure(a, title='b')", True),
+        ("fig = figure(a)", False),
+        ("if x:\n    print(1)", False),
+        ("print(1, file=f)", False),
+        ("def f():\n    print(1)", False),
+    ],
+)
+def test_what_shows_something(code, shown):
+    assert shows(code) == shown
+
+
+@each_module
+def test_what_a_cell_shows_is_stored(nb):
+    "Pages are made from stored outputs: a cell that lost its own leaves the text beside it hanging."
+    lost = [
+        source(c)
+        for c in cells(nb)
+        if is_code(c) and not source(c).startswith("#|") and not c["outputs"] and shows(source(c))
+    ]
+    assert not lost, lost

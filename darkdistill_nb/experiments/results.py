@@ -111,7 +111,8 @@ def distree_rows()->list: # of `Row`s
 def _goal(g, data, record):
     p = dict(zip(("mean", "low", "high"), g["interval"]))
     ours = _interval(p, unit=g["unit"]) if p else ""
-    limit = f"at least {g['least']:g} {g['unit']}"
+    bound = "at most" if g["unit"] == "bytes" else "at least"
+    limit = f"{bound} {g['least']:g} {g['unit']}"
     said = g["verdict"].partition(",")[0]
     return Row("DistrEE", f"{g['goal']}, {data}", limit, "our goal", ours, said, record)
 

@@ -77,9 +77,11 @@ def noisy_counts(
 def tau_rule(
     error:float,  # of exit 1 on validation images, in [0, 1]
     at:float=.1,  # error from which tau is 1, above 0
+    power:float=4,# how fast tau falls below it, above 0
 )->float:         # in [0, 1]
     "Strength of the calibration by how hard the data are; raises `ValueError` outside the ranges."
-    return min(1.0, number(error, "error", 0, 1) / number(at, "at", above=0))
+    share = number(error, "error", 0, 1) / number(at, "at", above=0)
+    return min(1.0, share) ** number(power, "power", above=0)
 
 # %% ../../nbs/3_federated/calibration.ipynb #628e2d78
 class PriorCalibration(EEFL):

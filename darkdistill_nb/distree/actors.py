@@ -433,9 +433,9 @@ def _hear(self: RaySystem, n, key, exit, partial, final):
 # %% ../../nbs/4_distree/actors.ipynb #c108f282
 @patch
 def _answer(self: RaySystem, answer):
-    self.futures[answer.key].set_result(answer)
     if self.knob is not None:
         self.knob.update(answer.latency, gain=confidence_of(answer.logits))
+    self.futures[answer.key].set_result(answer)
 
 # %% ../../nbs/4_distree/actors.ipynb #4c4ed8ac
 @patch
@@ -653,14 +653,16 @@ def wait_alive(self:RaySystem,
 @patch
 def kill(self: RaySystem, student: int):
     """End the process of a student at once; returns when it is gone;
-    raises `ValueError` for one that is dead already."""
+    raises `ValueError` for one that is dead already, `TimeoutError` where nobody hears of it."""
     alive = [n for n in range(self.N) if self.alive[n]]
     check(student in alive, "student", student, f"one that is alive, {alive}")
     with self.lock:
         actor = self.actors[student]
     self.ray.kill(actor)
     with self.lock:
-        self.lock.wait_for(lambda: self.actors[student] is not actor or not self.alive[student], 10)
+        gone = lambda: self.actors[student] is not actor or not self.alive[student]
+        if not self.lock.wait_for(gone, 60):
+            raise TimeoutError(f"student {student} is still there 60 s after it was killed")
 
 # %% ../../nbs/4_distree/actors.ipynb #24ed6e58
 def _latencies(fig, row, o):

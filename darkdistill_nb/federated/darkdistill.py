@@ -131,7 +131,7 @@ def _generator(settings):
 
 # %% ../../nbs/3_federated/darkdistill.ipynb #a9434d1d
 class DarkDistill(EEFL):
-    "EEFL with difficulty-aligned reverse distillation on the server (KDD 2025, paper profile)."
+    "EEFL with difficulty-aligned reverse distillation on the server (KDD 2025, paper form)."
 
     name = "darkdistill"
 

@@ -10,6 +10,14 @@ def leaders(runs):
     return sorted(((row, 100 * mean(row)) for row in rows), key=lambda p: p[1], reverse=True)
 
 
+# right leaders: by row and seed
+def leaders(runs):
+    found = {}
+    for r in runs:
+        found.setdefault(r["row"], {})[r["seed"]] = 100 * sum(r["exits"]) / len(r["exits"])
+    return sorted(((k, sum(v.values()) / len(v)) for k, v in found.items()), key=lambda p: -p[1])
+
+
 # wrong leaders: worst first -> the best row comes first
 def leaders(runs):
     rows = {r["row"] for r in runs}

@@ -95,7 +95,7 @@ def answer_time(macs, depth, speed, nbytes, bandwidth, delay):
     return (computing + (nbytes / bandwidth)[:, None]).amax(0)
 
 
-# wrong answer_time: the deepest exit on the slowest device -> its own speed
+# wrong answer_time: the deepest exit on the fastest device -> its own speed
 def answer_time(macs, depth, speed, nbytes, bandwidth, delay):
     computing = macs.gather(1, depth).amax(0) / speed.max()
     return computing + (nbytes / bandwidth + delay).max()

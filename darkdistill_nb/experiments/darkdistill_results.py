@@ -331,7 +331,7 @@ _SIZES = [
 
 # %% ../../nbs/5_experiments/darkdistill_results.ipynb #f053b02f
 _CIFAR100 = "CIFAR-100: 60.48 - 60.55, 64.50 - 64.35, 65.67 - 64.85"
-_OTHERS = (  # record, its data, published against EEFL and against the baselines, sources
+_OTHERS = (  # record, its data, published against EEFL and the baselines
     ("main_speech", "spoken words", "93.31 - 92.79", "93.31 against InclusiveFL's 92.91"),
     ("main_fashion_mnist", "Fashion-MNIST", "not asked", "not asked"),
     ("main_cifar10", "CIFAR-10", _CIFAR100, "CIFAR-100: see the first claim"),

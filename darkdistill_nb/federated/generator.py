@@ -132,6 +132,7 @@ def generator_losses(
     "How badly latents miss their label and their difficulty (DarkDistill, KDD 2025); raises `ValueError`."
     choice(ce, "ce", CE)
     choice(dif, "dif", DIF)
+    P = number(P, "P", low=1e-3, high=1000)
     check(
         tuple(d.shape) == (len(x),),
         "d",
@@ -224,6 +225,7 @@ def train_generator(
     s = GeneratorSettings() if settings is None else settings
     check(isinstance(s, GeneratorSettings), "settings", s, "GeneratorSettings(...)")
     whole(steps, "steps", 0)
+    P, seen_at = number(P, "P", low=1e-3, high=1000), choice(seen_at, "seen_at", SEEN_AT)
     whole(batch_size, "batch_size", 2 if isinstance(gen.norm, nn.BatchNorm1d) else 1)
     opt = opt or torch.optim.Adam(gen.parameters(), s.gen_lr)
     dev, out, how = gen.out.weight.device, {}, (s.ce, s.dif, s.leak, P, seen_at)

@@ -256,6 +256,8 @@ CALLS = {
     "measure_difficulty": lambda: dict(net=net(), objective=objective(), data=pictures()),
     "bins_of": lambda: dict(width=1.0),
     "DifficultyHistogram": lambda: dict(counts=torch.ones(C, 10, dtype=torch.long)),
+    "DifficultyPairs": lambda: dict(d=torch.ones(N), y=labels(), n_classes=C),
+    "Assessment": dict,
     "kd_loss": stu_tea,
     "logit_mse": lambda: stu_tea(y=labels()),
     "CropFlip": dict,

@@ -31,7 +31,9 @@ from darkdistill_nb.federated.calibration import (
 from darkdistill_nb.federated.darkdistill import DarkDistill, alignment_weights, pair_loss
 from darkdistill_nb.federated.difficulty import (
     CAP,
+    Assessment,
     DifficultyHistogram,
+    DifficultyPairs,
     bins_of,
     measure_difficulty,
     sample_difficulty,
@@ -88,14 +90,16 @@ def images(n=8):
 
 DEFAULTS = {
     sample_difficulty: dict(cap=CAP),
-    measure_difficulty: dict(batch_size=512),
+    measure_difficulty: dict(batch_size=512, exits="first"),
     DifficultyHistogram: dict(width=1),
     DifficultyHistogram.of: dict(bins=10, width=1),
     DifficultyHistogram.sample: dict(smoothing=1e-3),
-    Generator: dict(d_eps=64, d_h=128, conditional=True, norm="layer"),
+    DifficultyPairs: dict(width=1),
+    Assessment: dict(seen_by="received", seen_at="first", upload="histogram"),
+    Generator: dict(d_eps=64, d_h=128, conditional=True, norm="layer", unit=CAP),
     found_difficulty: dict(leak=0.05),
-    generator_losses: dict(ce="all", dif="l1", leak=0.05),
-    train_generator: dict(settings=None, batch_size=32, opt=None),
+    generator_losses: dict(ce="all", dif="l1", leak=0.05, P=30, seen_at="first"),
+    train_generator: dict(settings=None, batch_size=32, opt=None, P=30, seen_at="first"),
     GeneratorSettings: dict(
         gen_steps=1,
         gen_lr=3e-3,
@@ -107,6 +111,8 @@ DEFAULTS = {
         d_eps=64,
         d_h=128,
         norm="layer",
+        leak=0.05,
+        unit=CAP,
     ),
     alignment_weights: dict(tau=0.1),
     pair_loss: dict(tau=0.1, weights="distance", generator=None, P=30),
@@ -120,7 +126,10 @@ DEFAULTS = {
         weights="distance",
         P=30,
         bin_width=1,
+        progressive="joint",
+        reference="global",
         generator=GeneratorSettings(),
+        assessment=Assessment(),
     ),
     EEFL: dict(
         objective=None,

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import nn
 from ..core.checks import check, choice, finite, flag, number, whole
 from ..core.registry import Settings
-from .difficulty import CAP, _check_labels
+from .difficulty import CAP, SEEN_AT, _check_labels
 from ..exits.networks import EarlyExitNet
 from ..exits.training import exit_partition
 from ..core.training import evaluating
@@ -35,6 +35,7 @@ class Generator(nn.Module):
         d_h:int=128,           # hidden width
         conditional:bool=True, # False: no difficulty input (concatenation of 2 d_eps)
         norm:str="layer",      # "layer", or "batch" as in the released code
+        unit:float=CAP,        # nats that difficulties are divided by; 1 in the released code
     ):
         super().__init__()
         choice(norm, "norm", ("layer", "batch"))
@@ -46,7 +47,8 @@ class Generator(nn.Module):
         d_eps = whole(d_eps, "d_eps")
         d_h = whole(d_h, "d_h")
         conditional = flag(conditional, "conditional")
-        self.latent_shape, self.d_eps, self.unit = latent_shape, d_eps, CAP
+        self.latent_shape, self.d_eps = latent_shape, d_eps
+        self.unit = number(unit, "unit", above=0)
         self.label = nn.Embedding(n_classes, d_eps)
         self.level = nn.Linear(1, d_eps) if conditional else None
         self.hidden = nn.Linear((3 if conditional else 2) * d_eps, d_h)
@@ -119,15 +121,18 @@ def generator_losses(
     y:torch.Tensor,         # (B,) labels asked for
     d:torch.Tensor,         # (B,) difficulties asked for (nats)
     teacher:EarlyExitNet,   # tier model, frozen
-    reference:EarlyExitNet, # global model; only its first exit is used, frozen
+    reference:EarlyExitNet, # global model, frozen
     objective,                 # how both predict
     ce:str="all",           # all | routed
     dif:str="l1",           # l1 | mse
     leak:float=.05,         # of `found_difficulty`
+    P:float=30,             # of the exit partition, for ce="routed"
+    seen_at:str="first",    # exits of `reference` that tell the difficulty: first | all
 )->tuple:                   # two scalars: class loss, difficulty loss
     "How badly latents miss their label and their difficulty (DarkDistill, KDD 2025); raises `ValueError`."
     choice(ce, "ce", CE)
     choice(dif, "dif", DIF)
+    P = number(P, "P", low=1e-3, high=1000)
     check(
         tuple(d.shape) == (len(x),),
         "d",
@@ -138,9 +143,11 @@ def generator_losses(
     if ce == "all":
         L_ce = sum(F.cross_entropy(f, y) for f in logits)
     else:
-        parts = zip(logits, exit_partition(logits))
+        parts = zip(logits, exit_partition(logits, P))
         L_ce = sum(F.cross_entropy(f[p], y[p], reduction="sum") for f, p in parts) / len(y)
-    d_hat = found_difficulty(objective.predict(reference.prefix(1).from_latents(x))[0], y, leak)
+    judge = reference.prefix(1) if choice(seen_at, "seen_at", SEEN_AT) == "first" else reference
+    found = [found_difficulty(f, y, leak) for f in objective.predict(judge.from_latents(x))]
+    d_hat = torch.stack(found).mean(0)
     return L_ce, ((d - d_hat).abs() if dif == "l1" else (d - d_hat).pow(2)).mean()
 
 # %% ../../nbs/3_federated/generator.ipynb #84a09542
@@ -175,10 +182,12 @@ class GeneratorSettings(Settings):
     d_eps: int = 64  # noise that a generator starts from
     d_h: int = 128  # its hidden units
     norm: str = "layer"  # layer | batch (released code)
+    leak: float = 0.05  # slope added to the difficulty that is found; 0 in the released code
+    unit: float = CAP  # nats that difficulties are divided by; 1 in the released code
 
     def __post_init__(self):
         self.gen_steps = whole(self.gen_steps, "gen_steps", 0)
-        for name in ("gen_lr", "lam_ce", "lam_dif", "lam_div"):
+        for name in ("gen_lr", "lam_ce", "lam_dif", "lam_div", "leak"):
             v = getattr(self, name)
             setattr(self, name, number(v, name, low=0))
         self.ce = choice(self.ce, "ce", CE)
@@ -186,6 +195,7 @@ class GeneratorSettings(Settings):
         self.d_eps = whole(self.d_eps, "d_eps")
         self.d_h = whole(self.d_h, "d_h")
         choice(self.norm, "norm", ("layer", "batch"))
+        self.unit = number(self.unit, "unit", above=0)
 
     def build(self,
         latent_shape,     # of one sample
@@ -193,7 +203,8 @@ class GeneratorSettings(Settings):
         conditional=True, # False: no difficulty input
     )->Generator:
         "A generator of this size."
-        return Generator(latent_shape, n_classes, self.d_eps, self.d_h, conditional, self.norm)
+        size = self.d_eps, self.d_h, conditional, self.norm, self.unit
+        return Generator(latent_shape, n_classes, *size)
 
 # %% ../../nbs/3_federated/generator.ipynb #96eaf410
 def train_generator(
@@ -207,21 +218,24 @@ def train_generator(
     settings: GeneratorSettings = None,  # rate and losses; None: the usual ones
     batch_size: int = 32,
     opt=None,  # continue with this optimiser
+    P: float = 30,  # of the exit partition, for ce="routed"
+    seen_at: str = "first",  # exits of `reference` that tell the difficulty: first | all
 ) -> dict:  # last values of ce, dif, and the scale (standard deviation) of the latents
     "Train a generator against a frozen teacher and a frozen reference; raises `ValueError` for bad settings."
     s = GeneratorSettings() if settings is None else settings
     check(isinstance(s, GeneratorSettings), "settings", s, "GeneratorSettings(...)")
     whole(steps, "steps", 0)
+    P, seen_at = number(P, "P", low=1e-3, high=1000), choice(seen_at, "seen_at", SEEN_AT)
     whole(batch_size, "batch_size", 2 if isinstance(gen.norm, nn.BatchNorm1d) else 1)
     opt = opt or torch.optim.Adam(gen.parameters(), s.gen_lr)
-    dev, out = gen.out.weight.device, {}
+    dev, out, how = gen.out.weight.device, {}, (s.ce, s.dif, s.leak, P, seen_at)
     gen.train()
     with frozen(teacher, reference):
         for _ in range(steps):
             y, d = (t.to(dev) for t in pool.sample(batch_size, generator))
             eps = torch.rand(batch_size, gen.d_eps, generator=generator).to(dev)
             x = gen(y, d, eps)
-            L_ce, L_dif = generator_losses(x, y, d, teacher, reference, objective, s.ce, s.dif)
+            L_ce, L_dif = generator_losses(x, y, d, teacher, reference, objective, *how)
             loss = s.lam_ce * L_ce + s.lam_dif * L_dif
             if s.lam_div:
                 loss = loss + s.lam_div * diversity_loss(eps, x)

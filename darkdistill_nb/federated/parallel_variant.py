@@ -79,8 +79,8 @@ def taught_exit(
     return min(t + 1, exits), sum(1 <= s <= exits for s in (t - 1, t, t + 1))
 
 # %% ../../nbs/3_federated/parallel_variant.ipynb #d54617aa
-_CHAIN = ("tau", "weights", "P", "bin_width")  # options of the chain alone
-_CHAIN_GENERATOR = ("ce", "dif", "lam_dif")  # and of its generators
+_CHAIN = ("tau", "weights", "P", "bin_width", "progressive", "reference", "assessment")
+_CHAIN_GENERATOR = ("ce", "dif", "lam_dif", "leak", "unit")  # and of its generators
 
 def _left_out(ok, name, value):
     check(ok, name, value, "left out, as it belongs to the chain")

@@ -115,6 +115,8 @@ class NoisyReports(EEFL):
     ):
         super().__init__(objective, **kwargs)
         self.report_epsilon = number(report_epsilon, "report_epsilon", above=0)
+        upload = getattr(getattr(self, "assessment", None), "upload", "histogram")
+        check(upload == "histogram", "upload", upload, "histogram: noise is added to counts")
 
 class PrivateDarkDistill(NoisyReports, DarkDistill):
     "DarkDistill whose clients send noisy difficulty histograms."

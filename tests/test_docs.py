@@ -1,6 +1,6 @@
 """The documentation site as files: a page for every notebook, its equations, figures and table headings. `test_site.py` looks at it in a browser."""
 
-import json, re, subprocess, sys
+import json, os, re, subprocess, sys
 from pathlib import Path
 import pytest
 from conftest import LONG
@@ -10,7 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    "A freshly built site."
+    "The site that SITE names, as `tools/check.py` has just built it, or a fresh one."
+    if built := os.environ.get("SITE"):
+        return Path(built).resolve()
     out = tmp_path_factory.mktemp("site") / "html"
     r = subprocess.run(
         [sys.executable, "tools/build_docs.py", str(out)],

@@ -124,6 +124,12 @@ def fast():
         run(script("nbdev-test"), path, "--n-workers", 0)
 
 
+def docs():
+    "the documentation site builds without a warning"
+    run(sys.executable, "tools/build_docs.py")
+    os.environ["SITE"] = str(ROOT / "docs/_build/html")
+
+
 def side_by_side(dist):
     "Options of pytest for one worker per core, at most two; none on a single core."
     n = min(2, os.cpu_count() or 1)
@@ -164,12 +170,6 @@ def labs():
     )
 
 
-def docs():
-    "the documentation site builds without a warning"
-    run(sys.executable, "tools/build_docs.py")
-    os.environ["SITE"] = str(ROOT / "docs/_build/html")
-
-
 def site():
     "a browser looks at every page of the site and at the report, wide and narrow, light and dark"
     names = ("chromium", "chromium-browser", "google-chrome")
@@ -189,7 +189,7 @@ def site():
     )
 
 
-STEPS = (settings, notebooks, order, readme, tests, nbs, labs, docs, site)
+STEPS = (settings, notebooks, order, readme, docs, tests, nbs, labs, site)
 FAST = (settings, notebooks, order, readme, fast)
 
 

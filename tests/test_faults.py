@@ -1037,6 +1037,7 @@ CALLS = {
     "make_clients: seed": lambda: make_clients(TRAIN.y, 4, seed=0.5),
     "make_clients: clients": lambda: make_clients(TRAIN.y, 4.0),
     "make_clients: family": lambda: make_clients(TRAIN.y, 4, family="x"),
+    "make_clients: min_size": lambda: make_clients(TRAIN.y, 4, min_size=len(TRAIN)),
     "train_alone: rounds": lambda: train_alone(EEFL(), build, TRAIN, TEST, CLIENTS, -1),
 }
 

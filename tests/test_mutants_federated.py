@@ -895,6 +895,7 @@ def test_clients_that_rounding_leaves_over_go_to_the_largest_remainders(clients,
 
 def test_clients_are_dealt_by_default_as_documented():
     want = dict(clients=20, gamma=0.5, tiers=(0.25,) * 4, family="client", valid=0.2, cover=True)
+    want |= dict(seed=0, min_size=None)
     assert {name: default(make_clients, name) for name in want} == want
     y = torch.arange(400) % 10
     for c, told in zip(make_clients(y), make_clients(y, 20, 0.5, valid=0.2)):

@@ -108,6 +108,7 @@ def make_clients(
     valid: float = 0.2,  # share of a client's images kept for validation
     cover: bool = True,  # draw tiers again until each tier holds every class (at most 1000 times; the best draw stands)
     seed: int = 0,
+    min_size: int = None,  # fewest images of a client, see `dirichlet_split`
 ) -> list:  # Clients, by id
     "Divide images among clients and clients among tiers, at random; raises `ValueError` where that cannot be."
     seed, y = whole(seed, "seed", 0), torch.as_tensor(y)
@@ -117,9 +118,8 @@ def make_clients(
     cover = flag(cover, "cover")
     streams, sizes = Streams(seed), tier_sizes(clients, tiers)
     if parts is None:
-        parts = dirichlet_split(
-            y, clients, gamma, family=family, seed=streams.seed_of("partition") % 2**31
-        )
+        how = dict(family=family, seed=streams.seed_of("partition") % 2**31, min_size=min_size)
+        parts = dirichlet_split(y, clients, gamma, **how)
     hist = client_histogram(y, parts, int(y.max()) + 1)
     tier, out = _draw_tiers(hist, sizes, streams.generator("tiers"), cover), []
     for i, idx in enumerate(parts):

@@ -13,7 +13,7 @@ from darkdistill_nb.core.seeds import Streams
 from darkdistill_nb.core.training import plus_minus
 from darkdistill_nb.distill.losses import RKD, rkd_angle, rkd_distance
 from darkdistill_nb.exits import inference as inf, scores as exit_scores
-from darkdistill_nb.exits.networks import EarlyExitNet, Exit, cnn, vit
+from darkdistill_nb.exits.networks import EarlyExitNet, Exit, cnn, vit, wrn
 from darkdistill_nb.exits.training import BoostNet, Joint, exit_partition
 from darkdistill_nb.federated.calibration import CalibratedEEFL
 from darkdistill_nb.federated.darkdistill import DarkDistill, alignment_weights, pair_loss
@@ -85,6 +85,7 @@ CHECKS = """
 16 difficulty
    test_spec_checks::test_16_difficulty_by_hand
    test_spec_checks::test_16_measuring_changes_nothing
+   test_spec_checks::test_16_running_statistics_stay
 17 generator
    test_spec_checks::test_17_shapes_and_inputs_of_the_generator
    test_spec_checks::test_17_a_generator_obeys_class_and_difficulty
@@ -248,6 +249,17 @@ def test_16_measuring_changes_nothing():
         updates.append(m.local_update(m.send(first, c), TRAIN.subset(c.train), c, 0, s))
     assert same(updates[0].weights, updates[1].weights)
     assert int(updates[1].extra["histogram"].sum()) == len(c.train)
+
+
+def test_16_running_statistics_stay():
+    "BatchNorm counts no batch while difficulty is measured; one training step later it has counted one."
+    net = wrn(10, 1, TRAIN.shape, 10, pool=1).train()
+    before = copy.deepcopy(net.state_dict())
+    counted = [k for k in before if k.endswith("num_batches_tracked")]
+    measure_difficulty(net, BoostNet(), TRAIN.subset(range(64)))
+    assert counted and net.training and same(before, net.state_dict())
+    net(TRAIN[:8][0])
+    assert all(int(net.state_dict()[k]) == 1 for k in counted)
 
 
 def test_17_shapes_and_inputs_of_the_generator():

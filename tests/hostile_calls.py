@@ -997,6 +997,10 @@ CALIBRATED = {
     ),
     "decide_own": lambda: dict(stored=own_stored(), votes="equal"),
     "run_own": lambda: own_short(folder=own_runs()[1], seeds=(1, 2), workers=1),
+    "train_tau": lambda: dict(
+        cell=dict(federated_experiments.own_cell(**own_short()), power=1.0), folder=None
+    ),
+    "run_tau": lambda: own_short(folder=own_runs()[1], seeds=(1, 2), workers=1),
     "own_gain": lambda: dict(record=own_runs()[0], variant="ours"),
     "own_table": lambda: dict(record=own_runs()[0]),
     "own_record": lambda: dict(name="own_digits"),

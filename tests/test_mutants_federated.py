@@ -154,7 +154,9 @@ DEFAULTS = {
     class_shares: dict(s=1),
     prior_shift: dict(tau=1, s=1),
     tau_rule: dict(at=0.1, power=4),
-    PriorCalibration: dict(objective=None, calibration="auto", smoothing=1, epsilon=None),
+    PriorCalibration: dict(
+        objective=None, calibration="auto", smoothing=1, epsilon=None, power=4
+    ),
     stacked_votes: dict(pull=12),
     ExitVotes: dict(objective=None, votes="validation"),
     DifficultyFeedback: dict(objective=None, feedback=1, images=200),

@@ -63,6 +63,19 @@ def test_lessons_and_labs_lead_to_each_other(site):
     assert "../2_exits/inference.html" in hrefs(site / "labs/lab04_early_exits.html")
 
 
+def test_a_lab_that_stands_alone_leads_to_the_documentation(site):
+    "A student's copy has no folder beside it; on the site the same links lead from page to page."
+    home, seen = "https://darkdistill.github.io/darkdistill_nb/", 0
+    for path in (ROOT / "tutorials").glob("*.ipynb"):
+        text = path.read_text(encoding="utf-8")
+        assert "](../" not in text, path.name
+        for page in re.findall(rf"\]\({home}([^)]+)\)", text):
+            assert (site / page).exists(), (path.name, page)
+            assert f"../{page}" in hrefs(site / f"labs/{path.stem}.html")
+            seen += 1
+    assert seen >= 8
+
+
 def test_no_solution_and_no_hidden_test_is_on_the_site(site):
     for path in (site / "labs").glob("lab*.html"):
         text = re.sub(r"<[^>]+>", "", path.read_text(encoding="utf-8"))

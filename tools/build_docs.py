@@ -14,6 +14,7 @@ import nbformat
 from make_readme import ROOT, visible
 from order import chapters, index_text, link
 from order import lessons as all_lessons
+from sync_settings import docs_home, settings
 
 sys.path.insert(0, str(ROOT))
 from darkdistill_nb.app.pages import MIME, page_fragment, page_script
@@ -21,6 +22,7 @@ from darkdistill_nb.experiments.report import DRAW_JS, figure_html
 
 DOCS, SRC, LIB = ROOT / "docs", ROOT / "docs/_src", ROOT / "darkdistill_nb"
 PAGES, LABS = DOCS / "pages", ROOT / "tutorials"
+HOME = docs_home(settings())  # where the site is read: a lab's links lead there
 MAP = "map.ipynb"  # what nbs/index.ipynb is called on the site, whose index is the welcome
 PLOTLY = "application/vnd.plotly.v1+json"
 
@@ -33,6 +35,7 @@ def to_top(place):
 def links(text, place):
     "Links as seen from the site, where the folder nbs is the top: what lies beside it, such as CONTRIBUTING.md, is there too."
     top = to_top(place)
+    text = re.sub(rf"\]\({re.escape(HOME)}([\w/]+)\.html", rf"]({top}\1.ipynb", text)
     text = text.replace(f"](../{top}", f"]({top}").replace("](nbs/", "](")
     text = text.replace(f"]({top}nbs/", f"]({top}")
     return re.sub(r"\]\(((?:\.\./)*)index\.ipynb", rf"](\1{MAP}", text)

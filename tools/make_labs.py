@@ -22,7 +22,7 @@ from traitlets.config import PyFileConfigLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from lab_gates import faults, grade_id, is_exercise, is_graded, minutes
-from sync_settings import install_source, settings
+from sync_settings import docs_home, install_source, settings
 
 ROOT = Path(__file__).resolve().parent.parent / "tutorials"
 STEPS = (ClearSolutions, ClearOutput, LockCells, ClearHiddenTests)
@@ -135,6 +135,11 @@ def check_marks(nb, name):
                 )
 
 
+def online(text, s):
+    "Links to lessons as pages of the documentation: a student's copy of a lab has no repository around it."
+    return re.sub(r"\]\(\.\./nbs/([\w/]+)\.ipynb", rf"]({docs_home(s)}\1.html", text)
+
+
 def student(path, source=None, solutions=False):
     "Text of the student's version of an instructor's lab, of which `source` is the text."
     nb = nbformat.reads(source or path.read_text(encoding="utf-8"), 4)
@@ -146,7 +151,8 @@ def student(path, source=None, solutions=False):
         nb, _ = step(config=config).preprocess(nb, {})
     nb.metadata = KERNEL
     for c in nb.cells:
-        c.source = c.source.splitlines(keepends=True)
+        text = online(c.source, settings()) if c.cell_type == "markdown" else c.source
+        c.source = text.splitlines(keepends=True)
     return as_text(nb)
 
 

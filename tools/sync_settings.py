@@ -82,6 +82,11 @@ def settings(root=ROOT):
     return ini["DEFAULT"]
 
 
+def docs_home(s):
+    "Where the documentation is read."
+    return f"https://{s['user']}.github.io/{s['repo']}/"
+
+
 def install_source(s):
     "What `pip install` is given where the package is missing; None where the settings do not say."
     return s["install_source"].format(**s) if "install_source" in s else None

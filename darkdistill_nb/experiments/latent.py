@@ -725,7 +725,8 @@ def _panels(record, axis, measure, title, y, height, skip=None):
     text = lambda x: f"{x:g}" if isinstance(x, (int, float)) else str(x or "nothing")
     ticks = dict(tickvals=list(range(len(xs))), ticktext=[text(x) for x in xs])
     fig.update_xaxes(title=AXES[axis], **ticks).update_yaxes(title=y, col=1)
-    fig.update_layout(template=LOOK, title=dict(text=title, font=dict(size=15)), height=height)
+    fig.layout.template = LOOK  # not update_layout, which would add plotly's own template of 7 kB
+    fig.update_layout(title=dict(text=title, font=dict(size=15)), height=height)
     return fig.update_layout(margin=dict(l=60, r=10, t=70, b=50), legend=dict(font=dict(size=12)))
 
 # %% ../../nbs/5_experiments/latent.ipynb #bb6b7a46

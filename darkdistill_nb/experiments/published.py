@@ -66,6 +66,7 @@ def paper_cell(
     objective:str=None, # how exits are trained; None: that of the config
     trunk:str=None, # one of `TRUNKS`: what is trained of which network; None: all of the config's
     exit_options:dict=None, # of the objective; None: those of `EXITS`, if any
+    own:dict=None,    # options of the method whose names stand above, such as ScaleFL's gamma
     **options         # of the method; they go before the config's
 )->dict:              # JSON values
     """Everything that the result of one training depends on;
@@ -77,7 +78,8 @@ def paper_cell(
     objective = choice(
         config["objective"] if objective is None else objective, "objective", OBJECTIVES
     )
-    how = dict(method=method, options=config.get(method, {}) | options, objective=objective)
+    options = config.get(method, {}) | options | (own or {})
+    how = dict(method=method, options=options, objective=objective)
     if exit_options or objective in EXITS:
         how["exits"] = EXITS.get(objective, {}) | (exit_options or {})
     if trunk is not None:
@@ -342,22 +344,28 @@ def _ablation_rows(config, scale):
     return rows + [(m, g, dict(tiers=t)) for t in (SMALL, LARGE) for m in both]
 
 # %% ../../nbs/5_experiments/published.ipynb #ef49be2e
+_GRADIENTS = dict(exit_options=dict(ge="released"))  # of DarkDistill's code, for all its methods
+_WIDTHS = dict(widths=[0.75, 6 / 7, 0.9, 1.0], average="samples", wait=0, own=dict(gamma=1.0))
 FORMS = (  # method, what is different, its options
+    ("eefl", "released gradients", _GRADIENTS),
     ("inclusivefl", "own exit only", dict(exits="last")),
     ("depthfl", "FedDyn", dict(alpha=0.1)),
     ("depthfl", "slow rise", dict(ramp_rounds=300)),
     ("scalefl", "exits by depth", dict(exit_options=dict(weights="scalefl"))),
+    ("scalefl", "DarkDistill's code", _WIDTHS),
     ("reefl", "no rise", dict(ramp_rounds=0)),
-    ("reefl", "between exits", dict(modulate="between", teacher="batch", ramp_rounds=0)),
-    ("darkdistill", "released", laid_open(RELEASED)),
-)
+    ("reefl", "DarkDistill's code", dict(modulate="between", teacher="batch", ramp_rounds=0)),
+    ("darkdistill", "released", laid_open(RELEASED) | dict(d_eps=10) | _GRADIENTS),
+    ("darkdistill_pl", "released", dict(pairs="shifted", gap="raw", shrink=True) | _GRADIENTS),
+)  # d_eps is the number of classes there, those of the stage
 
 # %% ../../nbs/5_experiments/published.ipynb #7e87b8ab
 def _form_rows(config, scale):
-    g, own = config["gamma"], [m for m in config["methods"] if m in {name for name, *_ in FORMS}]
+    g, known = config["gamma"], {m for m, *_ in FORMS}
     slow = ("reefl", "a tenth of the rate", dict(lr=config["lr"] / 10))
+    own = [m for m in config["methods"] if m in known]
     other = [(m, g, how, name) for m, name, how in (*FORMS, slow) if m in own]
-    return [("eefl", g, {}), *((m, g, {}) for m in own), *other]
+    return [*((m, g, {}) for m in own), *other]
 
 # %% ../../nbs/5_experiments/published.ipynb #332aac60
 def _objective_rows(config, scale):

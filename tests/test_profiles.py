@@ -60,6 +60,8 @@ EACH = {
     "unit": 1.0,
     "weights": "released",
     "dif": "mse",
+    "lam_div": 1.0,
+    "norm": "batch",
 }
 
 
@@ -74,17 +76,28 @@ def test_one_pair_has_no_order(world, usual):
     assert torch.equal(weights(go(world, progressive="sequential")), usual)
 
 
-def test_the_order_of_three_pairs_matters():
+@pytest.mark.parametrize(
+    "order, turns",
+    [("joint", [[1, 2, 3]] * 4), ("sequential", [[1], [1], [2], [2], [3], [3]] * 2)],
+)
+def test_pairs_step_together_or_one_after_the_other(order, turns):
+    "Two server epochs of two distillation steps: a pair takes all its steps of an epoch before the next begins."
     train, test = load("digits", n_train=240, n_test=60)
     clients = make_clients(train.y, 8, gamma=5.0)
-    world = train, test, clients
-    make = lambda order: DarkDistill(
+    seen = []
+
+    class Watched(DarkDistill):
+        def _distil(self, pairs, *rest):
+            seen.append(list(pairs))
+            return super()._distil(pairs, *rest)
+
+    m = Watched(
         progressive=order, generator=GeneratorSettings(**TINY), **{**SMALL, "server_batch": 64}
     )
     build = lambda: cnn(train.shape, 10, width=8)
-    runs = [simulate(make(o), build, *world, 1, progress=False) for o in ("joint", "sequential")]
-    assert not torch.equal(*map(weights, runs))
-    assert all(r.log[0]["server_step"] == "1 -> 2, 2 -> 3, 3 -> 4" for r in runs)
+    run = simulate(m, build, train, test, clients, 1, progress=False)
+    assert seen == turns
+    assert run.log[0]["server_step"] == "1 -> 2, 2 -> 3, 3 -> 4"
 
 
 @pytest.mark.parametrize("ce, same", [("all", True), ("routed", False)])
@@ -143,6 +156,13 @@ def test_local_difficulties_are_those_of_the_last_epoch():
     assert "local_loss" not in vars(m)  # nothing is left behind
 
 
+def test_the_last_epoch_is_the_one_that_counts():
+    "Three epochs of training make the client's own images easier than one."
+    make = lambda n: method(seen_by="local", upload="pairs", epochs=n)
+    one, three = (visit(*make(n))[0].extra["difficulties"] for n in (1, 3))
+    assert len(one) == len(three) and three.mean() < one.mean()
+
+
 def test_local_training_is_the_same_when_it_is_watched():
     (m, state, train), (other, _, _) = method(seen_by="local"), method()
     a, b = visit(m, state, train)[0], visit(other, state, train)[0]
@@ -167,6 +187,13 @@ def test_exits_that_count(seen_at, tier, exits):
         F = BoostNet().predict(net(data[:][0]))
     each = torch.stack([sample_difficulty(f, data.y) for f in F])
     assert torch.allclose(update.extra["difficulties"], each.mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("what", [dict(n_classes=4), dict(width=0.5)])
+def test_lists_of_other_classes_or_bins_are_not_joined(what):
+    d, y = torch.tensor([0.5, 2.0]), torch.tensor([0, 2])
+    with pytest.raises(ValueError, match=f"{next(iter(what))}="):
+        DifficultyPairs(d, y, 3) + DifficultyPairs(d, y, **(dict(n_classes=3) | what))
 
 
 def test_lists_of_clients_become_one_pool_of_their_tier(world):
@@ -212,13 +239,41 @@ def test_lists_that_cannot_be_are_refused(lie):
         m.check_update(update, m.send(state, client), client)
 
 
-def test_the_judge_is_the_deepest_tier_of_the_round_before(world):
-    run = go(world, rounds=1, reference="deepest")
+def test_the_reference_is_the_deepest_tier_after_distillation(world):
+    "Its weights of that round, before blocks are averaged: not the shallow tier's, not those of before the step."
+    train, test, clients = world
+    before, after = {}, {}
+
+    class Watched(DarkDistill):
+        def server_step(self, state, tiers, *rest):
+            out = super().server_step(state, tiers, *rest)
+            before.update(tiers)
+            after.update(out[0])
+            return out
+
+    settings = grouped(DarkDistill, {**TINY, **SMALL, "reference": "deepest", "seen_at": "all"})
+    build = lambda: cnn(train.shape, 10, stages=2, width=8)
+    run = simulate(Watched(**settings), build, train, test, clients, 1, progress=False)
     kept = {k.removeprefix("judge."): v for k, v in run.state["server"].items() if "judge." in k}
-    first = cnn(world[0].shape, 10, stages=2, width=8).prefix(1).state_dict()
-    assert kept.keys() == first.keys()
+    assert kept.keys() == build().state_dict().keys()
+    assert all(torch.equal(v, after[2][0][k]) for k, v in kept.items())
+    assert any(not torch.equal(v, before[2][0][k]) for k, v in kept.items())
     assert any(not torch.equal(v, run.state["net"][k]) for k, v in kept.items())  # not the average
     assert not any("judge." in k for k in go(world, rounds=1).state["server"])
+
+
+def test_released_is_what_the_specification_says():
+    "Values of the authors' code of February 2025, and nothing else is moved from its default."
+    generator = dict(gen_lr=0.01, lam_ce=1.0, lam_div=1.0, lam_dif=1.0, ce="routed", dif="mse")
+    generator |= dict(norm="batch", leak=0.0, unit=1.0, d_h=1000)
+    m, usual = DarkDistill(**RELEASED), DarkDistill()
+    assert {k: getattr(m.generator, k) for k in generator} == generator
+    assert vars(m.assessment) == dict(seen_by="local", seen_at="first", upload="pairs")
+    assert (m.weights, m.reference, m.progressive) == ("released", "deepest", "joint")
+    plain = vars(usual).keys() - {"weights", "reference", "generator", "assessment"}
+    same = {k for k in plain if isinstance(getattr(usual, k), (int, float, str, tuple))}
+    assert {"kd_lr", "kd_steps", "server_epochs", "server_batch", "rkd", "P"} <= same
+    assert all(getattr(m, k) == getattr(usual, k) for k in same)
 
 
 def test_as_released_it_runs_resumes_and_does_not_depend_on_workers(world, tmp_path):

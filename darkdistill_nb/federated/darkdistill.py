@@ -148,11 +148,11 @@ class DarkDistill(EEFL):
         server_epochs: int = 2,  # rounds of generating and distilling on the server
         server_batch: int = 32,  # latents a step
         rkd=(5.0, 10.0),  # weights of distance and angle loss
-        tau: float = 0.1,  # of `alignment_weights`
+        tau: float = 0.1,  # of `alignment_weights`; released and uniform weights have none
         weights: str = "distance",  # distance | uniform | random | released, see `pair_loss`
         P: float = 30,  # of the exit partition, from 0.001 to 1000
         bin_width: float = 1.0,  # nats per bin of the histograms, from 0.01 to 9.99
-        progressive: str = "joint",  # joint: all pairs in one step | sequential: one pair after the other
+        progressive: str = "joint",  # joint: all pairs in one step | sequential: in each epoch pair by pair
         reference: str = "global",  # who tells a latent's difficulty: global | deepest (released code)
         generator=GENERATOR,  # `GeneratorSettings`
         assessment=ASSESSMENT,  # `Assessment`
@@ -191,7 +191,7 @@ RELEASED = dict(  # keywords of `DarkDistill`: the authors' code of February 202
         unit=1.0,
         d_h=1000,
     ),
-)
+)  # and d_eps is the number of classes
 
 # %% ../../nbs/3_federated/darkdistill.ipynb #5eb263c4
 @patch
@@ -425,7 +425,8 @@ def _lists(self: DarkDistill, tiers, updates):
 # %% ../../nbs/3_federated/darkdistill.ipynb #f68f95d2
 @patch
 def _load_reference(self: DarkDistill, state):
-    "The network that tells a latent's difficulty, with its weights of the round before."
+    """The network that tells a latent's difficulty: the global model before this round, or the
+    deepest tier of the last round in which somebody taught, with the global exits it lacks."""
     if not hasattr(self, "_reference"):
         depth = 1 if self.assessment.seen_at == "first" else len(self.net)
         self._reference = copy.deepcopy(self.net.prefix(depth))

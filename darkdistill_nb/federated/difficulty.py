@@ -172,6 +172,9 @@ class DifficultyPairs:
         _check_labels(self.y, len(self.d), self.n_classes)
 
     def __add__(self, other):
+        for k in ("n_classes", "width"):
+            same = getattr(self, k) == getattr(other, k)
+            check(same, k, getattr(other, k), f"{getattr(self, k)}, as in the other list")
         join = lambda k: torch.cat([getattr(self, k), getattr(other, k)])
         return DifficultyPairs(join("d"), join("y"), self.n_classes, self.width)
 

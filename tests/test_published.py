@@ -1,6 +1,7 @@
 """The paper's experiments, the claims that are judged on them, the fair question to every baseline, and a user's method against stored runs."""
 
 import math, sys
+from dataclasses import is_dataclass
 import pytest, torch
 from darkdistill_nb.app.cli import main as command
 from darkdistill_nb.core.cells import run_stored
@@ -205,6 +206,35 @@ def test_experiments_share_their_trainings(folder):
     assert (
         len(done) == 6
     )  # and the two of the calibrated method, which `QUICK` leaves out of the table
+
+
+def test_every_form_is_another_method_of_the_same_kind():
+    cpu = dict(page.scale_settings("cpu"), seeds=[0])
+    rows = {name: page._method(cell) for name, *_, cell in page._rows("forms", "cpu", cpu)}
+    assert len(rows) >= 17 and {name.partition(",")[0] for name in rows} <= set(cpu["methods"])
+    plain = lambda m: {k: v for k, v in vars(m).items() if isinstance(v, (int, float, str, tuple))}
+    groups = lambda m: [vars(m.objective), *(vars(v) for v in vars(m).values() if is_dataclass(v))]
+    for name, m in rows.items():
+        usual = rows[name.partition(",")[0]]
+        same = (plain(m), groups(m)) == (plain(usual), groups(usual))
+        assert type(m).__name__ == type(usual).__name__ and same == (m is usual)
+
+
+def test_options_of_a_method_go_before_those_of_the_federation():
+    cell = page.paper_cell(config(), "scalefl", 0, lr=0.5, own=dict(gamma=0.7))
+    m = page._method(cell)
+    assert (m.lr, m.gamma, cell["gamma"]) == (0.5, 0.7, 1.0)
+    cell = page.paper_cell(config(), "scalefl", 0, exit_options=dict(weights="scalefl"))
+    assert page._method(cell).objective.weights == "scalefl"
+
+
+def test_stored_rows_that_are_one_training_have_the_same_numbers():
+    "EEFL of the main table is also that of the ablations, of the server's experiment and so on."
+    key = lambda r: (r["row"], r["gamma"], r["seed"])
+    table = {key(r): r["exits"] for r in page.paper_record("main").runs}
+    for name in ("ablation", "forms", "server", "objective", "sizes"):
+        shared = {key(r): r["exits"] for r in page.paper_record(name).runs if key(r) in table}
+        assert len(shared) >= 3 and shared == {k: table[k] for k in shared}, name
 
 
 def test_a_record_cannot_have_one_seed(folder):

@@ -3,6 +3,7 @@
 import math, socket, sys, warnings, zipfile
 import numpy as np, pytest, torch
 from helpers import default, rng
+from darkdistill_nb.core.training import Adam
 from darkdistill_nb.core import (
     ArrayData,
     class_look,
@@ -49,6 +50,7 @@ DEFAULTS = {
     dirichlet_draw: dict(clients=1, seed=0, overlap=False),
     resample_test: dict(n=1000, seed=0),
     ArrayData.batches: dict(generator=None, drop_last=False),
+    Adam: dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8),
 }
 
 

@@ -732,7 +732,7 @@ def test_the_relational_loss_has_two_weights(rkd):
 
 def test_a_server_step_trains_with_its_settings(monkeypatch):
     "SGD of the student's stages alone; Adam of each generator; so many steps of each."
-    made, steps, real = [], [], torch.optim.SGD
+    made, steps, real = [], [], darkdistill.SGD
 
     class Sgd(real):
         def __init__(self, params, **kw):
@@ -744,7 +744,7 @@ def test_a_server_step_trains_with_its_settings(monkeypatch):
             steps.append(self.param_groups[0]["lr"])
             super().step()
 
-    monkeypatch.setattr(torch.optim, "SGD", Sgd)
+    monkeypatch.setattr(darkdistill, "SGD", Sgd)
     m, *args = a_round(kd_lr=0.01, kd_steps=3, server_epochs=2, kd_weight_decay=0.2)
     m.server_step(*args, 0, Streams(0))
     stages = len(list(net(2).stages.parameters()))

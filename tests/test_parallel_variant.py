@@ -10,6 +10,7 @@ from darkdistill_nb.core.records import load_record
 from darkdistill_nb.core.registry import METHODS, keywords_of
 from darkdistill_nb.core.seeds import Streams
 from darkdistill_nb.exits.training import BoostNet, Joint
+from darkdistill_nb.federated import parallel_variant
 from darkdistill_nb.federated.darkdistill import DarkDistill
 from darkdistill_nb.federated.method import EEFL, block_average, make_clients
 from darkdistill_nb.federated.parallel_variant import (
@@ -254,7 +255,7 @@ def test_labels_follow_the_clients():
 
 
 def test_the_rate_of_distillation_falls_with_the_rounds(monkeypatch):
-    rates, sgd = [], torch.optim.SGD
+    rates, sgd = [], parallel_variant.SGD
 
     class Spy(sgd):
         def __init__(self, params, lr, **kw):
@@ -263,7 +264,7 @@ def test_the_rate_of_distillation_falls_with_the_rounds(monkeypatch):
 
     m = made(DarkDistillPL, kd_decay=0.5, server_epochs=1, kd_steps=1, **SMALL)
     state, tiers, updates = one_round(m)
-    monkeypatch.setattr(torch.optim, "SGD", Spy)
+    monkeypatch.setattr(parallel_variant, "SGD", Spy)
     for rnd in (0, 3):
         m.server_step(state, tiers, updates, rnd, Streams(0))
     assert rates == [(0.05, 1e-3), (0.05 / 8, 1e-3)]

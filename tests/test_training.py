@@ -1,6 +1,6 @@
 """What stands under every training: fingerprints, batches of one, damaged files and records."""
 
-import functools, json, math, platform, subprocess
+import functools, json, math, platform, subprocess, sys, textwrap
 import numpy as np
 import pytest
 import torch
@@ -29,6 +29,52 @@ from darkdistill_nb.core.training import check_batches, fit, shared_names
 def images(n=40, seed=0):
     g = torch.Generator().manual_seed(seed)
     return ArrayData(torch.rand(n, 1, 8, 8, generator=g), torch.arange(n) % 4, range(4))
+
+
+# ---------------------------------------------------------------- optimisers
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize("how", [{}, dict(lr=0.3), dict(betas=(0.0, 0.5)), dict(eps=0.1)])
+def test_adam_takes_the_steps_of_pytorch(how, kind):
+    "Bit for bit on a small network, also where a layer has no gradient for a while."
+    nets, x = [], images()[:16][0].to(kind)
+    for make in (T.Adam, torch.optim.Adam):
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.Tanh(), nn.Linear(9, 4)).to(kind)
+        opt = make(net.parameters(), **how)
+        for i in range(6):
+            opt.zero_grad()
+            net(x).pow(2).sum().backward()
+            if i in (0, 3):
+                net[1].weight.grad = None
+            opt.step()
+        nets.append(net)
+    assert all(torch.equal(a, b) for a, b in zip(*(n.parameters() for n in nets)))
+
+
+def test_a_server_step_needs_no_compiler():
+    "Importing PyTorch's compiler takes seconds of every process; optimisers of torch.optim do so at their first step."
+    code = """
+        import sys
+        from darkdistill_nb.core.datasets import load
+        from darkdistill_nb.exits.networks import cnn
+        from darkdistill_nb.federated.darkdistill import DarkDistill
+        from darkdistill_nb.federated.parallel_variant import DarkDistillPL
+        from darkdistill_nb.federated.method import make_clients, simulate
+
+        train, test = load("digits", n_train=120, n_test=20)
+        clients = make_clients(train.y, 4, 5.0, tiers=(0.5, 0.5))
+        build = lambda: cnn(train.shape, 10, stages=2, width=4)
+        for kind in (DarkDistill, DarkDistillPL):
+            run = simulate(kind(participation=1.0), build, train, test, clients, 1, progress=False)
+            print(run.log[0]["kd_loss"] >= 0 or run.log[0]["server_step"])
+        print("torch._dynamo" in sys.modules)
+    """
+    r = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
+    )
+    assert r.stdout.split() == ["True", "True", "False"], r.stdout + r.stderr
 
 
 # ---------------------------------------------------------------- fingerprints

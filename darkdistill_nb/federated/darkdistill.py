@@ -30,7 +30,7 @@ from ..exits.training import exit_partition
 from .method import EEFL, Client, Update
 from .generator import GeneratorSettings, train_generator
 from ..core.seeds import Streams
-from ..core.training import evaluating
+from ..core.training import SGD, Adam, evaluating
 
 # %% ../../nbs/3_federated/darkdistill.ipynb #0ac31236
 def alignment_weights(
@@ -363,7 +363,7 @@ def _distil(self: DarkDistill, pairs, nets, gens, drawn, share, g, opt):
     if not losses:
         return 0.0, []
     total = sum(losses.values())
-    opt.zero_grad(set_to_none=True)
+    opt.zero_grad()
     total.backward()
     opt.step()
     return float(total.detach()), list(losses)
@@ -449,8 +449,8 @@ def _teach(self: DarkDistill, state, pairs, nets, pools, share, streams, g):
     self._load_reference(state)
     gens, info, spoke = self.generators(state["server"], streams), {}, set()
     lr = self.generator.gen_lr
-    gen_opt = {m: torch.optim.Adam(gens[m].parameters(), lr) for m in pairs}
-    kd_opt = torch.optim.SGD(
+    gen_opt = {m: Adam(gens[m].parameters(), lr) for m in pairs}
+    kd_opt = SGD(
         [p for m in pairs for p in nets[m + 1].stages.parameters()],
         lr=self.kd_lr,
         weight_decay=self.kd_weight_decay,

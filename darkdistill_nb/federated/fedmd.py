@@ -20,7 +20,7 @@ from ..exits.networks import EarlyExitNet, Exit
 from ..exits.training import Joint
 from .method import EEFL
 from ..core.seeds import Streams
-from ..core.training import accuracy, check_batches, fit, predict, start_training
+from ..core.training import SGD, accuracy, check_batches, fit, predict, start_training
 
 # %% ../../nbs/3_federated/fedmd.ipynb #5c4bd939
 class _Plain(Exit):
@@ -145,7 +145,7 @@ def digest(self:FedMD,
     finite(targets, "targets")
     epochs = whole(epochs, "epochs", 0)
     say, distance, total = self.say(net), digest_loss(self.loss), 0.0
-    opt = torch.optim.SGD(say.parameters(), lr=self.digest_lr, momentum=0.9)
+    opt = SGD(say.parameters(), self.digest_lr, momentum=0.9)
     start_training(net)
     for _ in range(epochs):
         total = 0.0
@@ -155,7 +155,7 @@ def digest(self:FedMD,
             said = say(data[idx][0])
             same_shape(answers=said, targets=targets[idx])
             value = distance(said, targets[idx])
-            opt.zero_grad(set_to_none=True)
+            opt.zero_grad()
             value.backward()
             opt.step()
             total += float(value.detach()) * len(idx)

@@ -22,7 +22,7 @@ from ..core.registry import Settings
 from .difficulty import CAP, SEEN_AT, _check_labels
 from ..exits.networks import EarlyExitNet
 from ..exits.training import exit_partition
-from ..core.training import evaluating
+from ..core.training import Adam, evaluating
 
 # %% ../../nbs/3_federated/generator.ipynb #3a7ccc6d
 class Generator(nn.Module):
@@ -227,7 +227,7 @@ def train_generator(
     whole(steps, "steps", 0)
     P, seen_at = number(P, "P", low=1e-3, high=1000), choice(seen_at, "seen_at", SEEN_AT)
     whole(batch_size, "batch_size", 2 if isinstance(gen.norm, nn.BatchNorm1d) else 1)
-    opt = opt or torch.optim.Adam(gen.parameters(), s.gen_lr)
+    opt = opt or Adam(gen.parameters(), s.gen_lr)
     dev, out, how = gen.out.weight.device, {}, (s.ce, s.dif, s.leak, P, seen_at)
     gen.train()
     with frozen(teacher, reference):
@@ -239,7 +239,7 @@ def train_generator(
             loss = s.lam_ce * L_ce + s.lam_dif * L_dif
             if s.lam_div:
                 loss = loss + s.lam_div * diversity_loss(eps, x)
-            opt.zero_grad(set_to_none=True)
+            opt.zero_grad()
             loss.backward()
             opt.step()
             out = dict(ce=L_ce.detach(), dif=L_dif.detach(), scale=x.detach().std())

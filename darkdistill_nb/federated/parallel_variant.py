@@ -18,7 +18,7 @@ from ..distill.losses import RKD
 from .darkdistill import DarkDistill
 from .generator import GeneratorSettings, diversity_loss, frozen
 from .method import EEFL, _tie
-from ..core.training import evaluating
+from ..core.training import SGD, Adam, evaluating
 
 # %% ../../nbs/3_federated/parallel_variant.ipynb #4ab3b1bb
 def teacher_shares(
@@ -255,16 +255,16 @@ def _teach(self: DarkDistillPL, net, nets, samples, gens, weights, rnd, g):
     "The loop over server epochs; trains `net` and `gens` in place and returns info for the log."
     exits, dev, info = range(1, max(nets) + 1), next(net.parameters()).device, {}
     s = self.generator
-    gen_opt = torch.optim.Adam([p for t in exits for p in gens[t].parameters()], s.gen_lr)
+    gen_opt = Adam([p for t in exits for p in gens[t].parameters()], s.gen_lr)
     learn, lr = self._learns(net, max(nets)), self.kd_lr * self.kd_decay**rnd
-    kd_opt = torch.optim.SGD(learn, lr, weight_decay=self.kd_weight_decay) if learn else None
+    kd_opt = SGD(learn, lr, weight_decay=self.kd_weight_decay) if learn else None
     draw = lambda w: torch.multinomial(w, self.server_batch, True, generator=g).to(dev)
     for _ in range(self.server_epochs):
         labels = {t: draw(weights[t]) for t in exits}
         with frozen(net, *nets.values()):
             for _ in range(s.gen_steps):
                 losses, told = self._generator_losses(gens, nets, samples, net, labels, g)
-                gen_opt.zero_grad(set_to_none=True)
+                gen_opt.zero_grad()
                 sum(losses.values()).backward()
                 gen_opt.step()
                 info.update({f"generator{t}": row for t, row in told.items()})

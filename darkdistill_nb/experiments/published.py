@@ -148,9 +148,13 @@ def moved(
 )->dict:         # tier -> norm of the server's change of the stages / norm of the clients' change
     """Size of the server's step beside the clients', tier by tier;
     a tier that the clients left alone is left out."""
-    change = lambda a, b: math.sqrt(
-        sum(float((a[k] - b[k]).double().pow(2).sum()) for k in a if k.startswith("stages."))
-    )
+    def change(a, b):
+        stages = [k for k in a if k.startswith("stages.")]
+        if not stages:
+            return 0.0
+        away = torch._foreach_sub([a[k] for k in stages], [b[k] for k in stages])
+        return float(torch.stack(torch._foreach_norm(away, dtype=torch.double)).norm())
+
     clients = {m: change(w, old) for m, (w, _) in tiers.items()}
     return {str(m): change(after[m][0], tiers[m][0]) / c for m, c in clients.items() if c > 0}
 

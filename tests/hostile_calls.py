@@ -338,7 +338,7 @@ CALLS = {
     "tier_sizes": lambda: dict(clients=4, shares=(0.5, 0.5)),
     "make_clients": lambda: dict(y=labels(40), clients=4, gamma=5.0),
     "check_clients": lambda: dict(clients=clients(), images=40, exits=E),
-    "Adam": lambda: dict(params=[torch.ones(2)], lr=0.1),
+    "Adam": lambda: dict(params=[torch.ones(2)], lr=0.1, betas=(0.5, 0.9), eps=1e-3),
     "SGD": lambda: dict(params=[torch.ones(2)], lr=0.1, momentum=0.9, weight_decay=1e-4),
     "Mean": lambda: {},
     "Added": lambda: {},

@@ -1038,6 +1038,8 @@ CALLS = {
     "make_clients: clients": lambda: make_clients(TRAIN.y, 4.0),
     "make_clients: family": lambda: make_clients(TRAIN.y, 4, family="x"),
     "make_clients: min_size": lambda: make_clients(TRAIN.y, 4, min_size=len(TRAIN)),
+    "make_clients: min_size, text": lambda: make_clients(TRAIN.y, 4, min_size="x"),
+    "make_clients: min_size, given": lambda: make_clients(TRAIN.y, [[0, 1], [2]], min_size=2),
     "train_alone: rounds": lambda: train_alone(EEFL(), build, TRAIN, TEST, CLIENTS, -1),
 }
 

@@ -11,6 +11,7 @@ from darkdistill_nb.federated.darkdistill import RELEASED, DarkDistill
 from darkdistill_nb.federated.difficulty import (
     CAP,
     Assessment,
+    DifficultyHistogram,
     DifficultyPairs,
     measure_difficulty,
     sample_difficulty,
@@ -194,6 +195,16 @@ def test_lists_of_other_classes_or_bins_are_not_joined(what):
     d, y = torch.tensor([0.5, 2.0]), torch.tensor([0, 2])
     with pytest.raises(ValueError, match=f"{next(iter(what))}="):
         DifficultyPairs(d, y, 3) + DifficultyPairs(d, y, **(dict(n_classes=3) | what))
+
+
+@pytest.mark.parametrize("other", [None, 3, "x"])
+def test_only_lists_are_joined_with_lists(other):
+    pairs = DifficultyPairs(torch.tensor([0.5]), torch.tensor([0]), 3)
+    counts = DifficultyHistogram(torch.zeros(3, 10, dtype=torch.long))
+    wrong = DifficultyHistogram(torch.zeros(4, 10, dtype=torch.long))
+    for a, b in ((pairs, other), (counts, other), (pairs, counts), (counts, pairs), (counts, wrong)):
+        with pytest.raises(ValueError):
+            a + b
 
 
 def test_lists_of_clients_become_one_pool_of_their_tier(world):

@@ -100,6 +100,20 @@ def test_moved_by_hand():
     assert page.moved(net(0.0, 0.0), tiers, after) == {"2": pytest.approx(0.1)}
 
 
+def test_moved_counts_statistics_of_whole_numbers_too():
+    "BatchNorm counts its batches in 64-bit integers."
+    net = lambda v, n: {"stages.0.w": torch.tensor([v]), "stages.0.seen": torch.tensor(n)}
+    told = page.moved(net(0.0, 0), {1: (net(3.0, 4), 9)}, {1: (net(3.0, 9), 9)})
+    assert told == {"1": pytest.approx(1.0)}
+
+
+@pytest.mark.parametrize("name", ["own", "exit_options"])
+@pytest.mark.parametrize("value", [3, "x", [1]])
+def test_options_are_dicts(name, value):
+    with pytest.raises(ValueError, match=f"{name}="):
+        page.paper_cell(config(), "eefl", 0, **{name: value})
+
+
 def test_without_a_learning_rate_the_server_moves_nothing(folder):
     cell = page.paper_cell(config(), "darkdistill", 0, kd_lr=0.0)
     assert set(page.train_paper(cell, folder)["moved"].values()) == {0.0}

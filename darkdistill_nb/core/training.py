@@ -134,6 +134,12 @@ def _velocities(state, momentum, moved, g):
             state[p] = dict(momentum_buffer=first.clone())
     return [state[p]["momentum_buffer"] for p in moved]
 
+# %% ../../nbs/0_core/training.ipynb #f53634af
+def _tensors(params):
+    found = list(params) if hasattr(params, "__iter__") else [params]
+    check(all(isinstance(p, torch.Tensor) for p in found), "params", params, "tensors")
+    return found
+
 # %% ../../nbs/0_core/training.ipynb #4b8ba621
 class SGD:
     """The steps of `torch.optim.SGD` with momentum and weight decay, bit for bit, without what
@@ -147,7 +153,7 @@ class SGD:
     ):
         own = dict(lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.own = {k: number(v, k, low=0) for k, v in own.items()}
-        self.params, self.hooks, self.state = list(params), [], {}
+        self.params, self.hooks, self.state = _tensors(params), [], {}
 
     @property
     def param_groups(self):
@@ -188,7 +194,7 @@ class Adam:
         ok = isinstance(betas, (tuple, list)) and len(betas) == 2
         check(ok, "betas", betas, "two numbers")
         self.betas = tuple(number(b, "betas", low=0, below=1) for b in betas)
-        self.params, self.state = list(params), {}
+        self.params, self.state = _tensors(params), {}
 
     def zero_grad(self):
         for p in self.params:
@@ -199,7 +205,9 @@ class Adam:
         "Move every parameter that has a gradient."
         for p in self.params:
             if p.grad is not None:
-                t, m, v = self.state.get(p, (0, torch.zeros_like(p), torch.zeros_like(p)))
+                if p not in self.state:
+                    self.state[p] = 0, torch.zeros_like(p), torch.zeros_like(p)
+                t, m, v = self.state[p]
                 self.state[p] = t + 1, m, v
                 self._move(p, p.grad, t + 1, m, v)
 
@@ -212,8 +220,8 @@ def _move(self: Adam, p, g, t, m, v):
     first, second = self.betas
     m.lerp_(g, 1 - first)
     v.mul_(second).addcmul_(g, g, value=1 - second)
-    away = (v.sqrt() / (1 - second**t) ** 0.5).add_(self.eps)
-    p.addcdiv_(m, away, value=-self.lr / (1 - first**t))
+    root = (v.sqrt() / (1 - second**t) ** 0.5).add_(self.eps)
+    p.addcdiv_(m, root, value=-self.lr / (1 - first**t))
 
 # %% ../../nbs/0_core/training.ipynb #d85d319f
 def fit(

@@ -279,14 +279,14 @@ def _decisions(done, seed, folder, variants):
 POWERS = (1.0, 2.0, 4.0)  # of `tau_rule`
 
 def train_tau(
-    cell:dict, # of `own_cell`, with "power"
+    cell:dict, # of `own_cell`, perhaps with "power"
     folder,    # unused; jobs of `run_grid` take one
 )->dict:       # JSON values: accuracy of the voting exits on the clients' validation images
     "One training with calibrated clients and voting exits."
     train, test, build = _federation(cell)
     clients = make_clients(train.y, cell["clients"], cell["gamma"], seed=cell["seed"])
     method = CalibratedEEFL(
-        BoostNet(), calibration=cell["tau"], power=cell["power"], **_sgd(cell)
+        BoostNet(), calibration=cell["tau"], power=cell.get("power", POWERS[-1]), **_sgd(cell)
     )
     rounds, seed = cell["rounds"], cell["seed"]
     run = simulate(method, build, train, test, clients, rounds, seed, rounds, progress=False)
@@ -323,8 +323,8 @@ def run_tau(
 
 # %% ../../nbs/5_experiments/federated.ipynb #1bfd4167
 def own_gain(
-    record:Record,    # of `run_own`
-    variant:str,      # one of `VARIANTS`
+    record:Record,    # of `run_own` or `run_tau`
+    variant:str,      # one of the record's
     base:str="control",
     exit=None,        # from 1; None: the mean over exits
 )->tuple:             # ((mean, low, high) in points, verdict of "is it better?")
@@ -342,7 +342,7 @@ def own_gain(
 
 def own_table(
     record:Record,      # of `run_own` or `run_tau`
-    base:str="control", # what differences are taken to
+    base:str="control", # what differences are taken to; of `run_tau`: "no calibration"
 )->str:                 # markdown
     "Accuracy of every exit (%), the mean over exits, its paired difference to `base` (95 %), and the verdict."
     E = len(record.runs[0]["accuracy"])

@@ -72,6 +72,8 @@ def paper_cell(
     """Everything that the result of one training depends on;
     raises `ValueError` for an unknown method."""
     method == "unconditional" or METHODS.known(method)
+    for k, v in dict(exit_options=exit_options, own=own).items():
+        check(v is None or isinstance(v, dict), k, v, "a dict of options")
     federation = {k: config[k] for k in _FEDERATION}
     federation["gamma"] = number(config["gamma"] if gamma is None else gamma, "gamma", above=0)
     federation["tiers"] = [0.25] * 4 if tiers is None else list(tiers)
@@ -152,8 +154,8 @@ def moved(
         stages = [k for k in a if k.startswith("stages.")]
         if not stages:
             return 0.0
-        away = torch._foreach_sub([a[k] for k in stages], [b[k] for k in stages])
-        return float(torch.stack(torch._foreach_norm(away, dtype=torch.double)).norm())
+        away = [(a[k] - b[k]).double() for k in stages]
+        return float(torch.stack(torch._foreach_norm(away)).norm())
 
     clients = {m: change(w, old) for m, (w, _) in tiers.items()}
     return {str(m): change(after[m][0], tiers[m][0]) / c for m, c in clients.items() if c > 0}
@@ -535,7 +537,7 @@ def _cells(record, row, gamma, base, exits):
 
 # %% ../../nbs/5_experiments/published.ipynb #3a1ee410
 def paper_table(
-    record:Record,     # of the experiments main, ablation or server
+    record:Record,     # of an experiment that keeps accuracies of exits
     gamma=None,        # None: the record's own
     base:str="eefl",   # row that others are compared with
 )->str:                # markdown

@@ -152,7 +152,8 @@ class DarkDistill(EEFL):
         weights: str = "distance",  # distance | uniform | random | released, see `pair_loss`
         P: float = 30,  # of the exit partition, from 0.001 to 1000
         bin_width: float = 1.0,  # nats per bin of the histograms, from 0.01 to 9.99
-        progressive: str = "joint",  # joint: all pairs in one step | sequential: in each epoch pair by pair
+        # joint: all pairs in one step | sequential: in each server epoch pair by pair
+        progressive: str = "joint",
         reference: str = "global",  # who tells a latent's difficulty: global | deepest (released code)
         generator=GENERATOR,  # `GeneratorSettings`
         assessment=ASSESSMENT,  # `Assessment`

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from ..core.checks import check, choice, finite, number, whole
+from ..core.checks import check, choice, finite, number, same_shape, whole
 from ..core.data import ArrayData
 from ..core.registry import Settings
 from ..exits.networks import EarlyExitNet
@@ -117,6 +117,8 @@ class DifficultyHistogram:
 # %% ../../nbs/3_federated/difficulty.ipynb #7068ca5e
 @patch
 def __add__(self: DifficultyHistogram, other):
+    check(isinstance(other, DifficultyHistogram), "other", other, "a DifficultyHistogram")
+    same_shape(histogram=self.counts, other=other.counts)
     ok = self.width == other.width
     check(ok, "width", other.width, f"{self.width}, as in the other histogram")
     return DifficultyHistogram(self.counts + other.counts, self.width)
@@ -172,6 +174,7 @@ class DifficultyPairs:
         _check_labels(self.y, len(self.d), self.n_classes)
 
     def __add__(self, other):
+        check(isinstance(other, DifficultyPairs), "other", other, "DifficultyPairs")
         for k in ("n_classes", "width"):
             same = getattr(self, k) == getattr(other, k)
             check(same, k, getattr(other, k), f"{getattr(self, k)}, as in the other list")

@@ -116,10 +116,13 @@ def make_clients(
     clients = whole(clients, "clients") if parts is None else len(parts)
     gamma, valid = number(gamma, "gamma", above=0), number(valid, "valid", low=0, below=1)
     cover = flag(cover, "cover")
+    min_size = None if min_size is None else whole(min_size, "min_size", 0)
     streams, sizes = Streams(seed), tier_sizes(clients, tiers)
     if parts is None:
         how = dict(family=family, seed=streams.seed_of("partition") % 2**31, min_size=min_size)
         parts = dirichlet_split(y, clients, gamma, **how)
+    smallest = min(map(len, parts))
+    check(smallest >= (min_size or 0), "min_size", min_size, f"at most {smallest}, as one client has")
     hist = client_histogram(y, parts, int(y.max()) + 1)
     tier, out = _draw_tiers(hist, sizes, streams.generator("tiers"), cover), []
     for i, idx in enumerate(parts):

@@ -489,6 +489,10 @@ def _experiment(a):
             more["methods"] = a.methods
         return run_paper(a.experiment, a.out, a.scale, on_cell=_tell_paper, assets=a.assets, **more)
     check(a.data is not None, "data", a.data, f"one of {', '.join(SETTINGS)}")
+    for_fair = not a.methods or a.experiment == "fair"
+    check(for_fair, "methods", a.methods, f"left out: {a.experiment} trains EEFL")
+    for_own = a.device == "cpu" or a.experiment == "own"
+    check(for_own, "device", a.device, f"cpu, with {a.experiment}")
     if a.experiment == "own":
         record = run_own(a.data, a.out, on_cell=_tell, device=a.device, **more)
         name = f"own_{a.data}"

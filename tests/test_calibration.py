@@ -215,7 +215,7 @@ def test_the_rule_gives_way_on_easy_images(images):
     assert tau_rule(0.05, at=0.2, power=2) == pytest.approx(1 / 16)
     assert tau_rule(0.05, power=1) == 0.5
     told = dict(net={"stem.w": torch.ones(1)}, server={"tau.errors": torch.tensor([5.0, 100.0])})
-    ruled = {p: CalibratedEEFL(power=p)._tau(told) for p in (1, 2, 4)}
+    ruled = {p: CalibratedEEFL(fall=p)._tau(told) for p in (1, 2, 4)}
     assert ruled == {p: pytest.approx(0.5**p) for p in (1, 2, 4)}
     m, s = CalibratedEEFL(calibration="auto"), Streams(0)
     state = m.setup(cnn((1, 8, 8), 10, width=8))
@@ -387,7 +387,7 @@ def test_any_method_can_be_calibrated(method, images):
         (lambda: CalibratedEEFL(calibration=-1), "calibration=-1"),
         (lambda: CalibratedEEFL(calibration="always"), "calibration='always'"),
         (lambda: CalibratedEEFL(smoothing=0), "smoothing=0"),
-        (lambda: CalibratedEEFL(power=0), "power=0"),
+        (lambda: CalibratedEEFL(fall=0), "fall=0"),
         (lambda: CalibratedEEFL(epsilon=0), "epsilon=0"),
         (lambda: CalibratedEEFL(votes="loud"), "votes='loud'"),
         (lambda: FeedbackEEFL(feedback=-1), "feedback=-1"),

@@ -155,7 +155,7 @@ DEFAULTS = {
     prior_shift: dict(tau=1, s=1),
     tau_rule: dict(at=0.1, power=4),
     PriorCalibration: dict(
-        objective=None, calibration="auto", smoothing=1, epsilon=None, power=4
+        objective=None, calibration="auto", smoothing=1, epsilon=None, fall=4
     ),
     stacked_votes: dict(pull=12),
     ExitVotes: dict(objective=None, votes="validation"),

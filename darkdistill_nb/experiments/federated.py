@@ -286,7 +286,7 @@ def train_tau(
     train, test, build = _federation(cell)
     clients = make_clients(train.y, cell["clients"], cell["gamma"], seed=cell["seed"])
     method = CalibratedEEFL(
-        BoostNet(), calibration=cell["tau"], power=cell.get("power", POWERS[-1]), **_sgd(cell)
+        BoostNet(), calibration=cell["tau"], fall=cell.get("power", POWERS[-1]), **_sgd(cell)
     )
     rounds, seed = cell["rounds"], cell["seed"]
     run = simulate(method, build, train, test, clients, rounds, seed, rounds, progress=False)

@@ -92,7 +92,7 @@ class PriorCalibration(EEFL):
         calibration="auto", # its strength tau, >= 0; 0: none; "auto": by `tau_rule`
         smoothing:float=1., # images of every class that are added to the counts, above 0
         epsilon:float=None, # privacy of the uploaded histogram; None: exact counts
-        power:float=4,      # of `tau_rule`, above 0
+        fall:float=4,       # power of `tau_rule`, above 0
         **kwargs            # passed to the method
     ):
         super().__init__(objective, **kwargs)
@@ -100,7 +100,7 @@ class PriorCalibration(EEFL):
         self.calibration = "auto" if ruled else number(calibration, "calibration", low=0)
         self.smoothing = number(smoothing, "smoothing", above=0)
         self.epsilon = None if epsilon is None else number(epsilon, "epsilon", above=0)
-        self.power = number(power, "power", above=0)
+        self.fall = number(fall, "fall", above=0)
 
 # %% ../../nbs/3_federated/calibration.ipynb #34410263
 LABELS, TAU = "calibration.labels", "calibration.tau"  # names in a message
@@ -147,7 +147,7 @@ def _tau(self: PriorCalibration, state):
     wrong, seen = state["server"].get("tau.errors", torch.zeros(2)).tolist()
     if self.calibration != "auto":
         return self.calibration
-    return tau_rule(wrong / seen, power=self.power) if seen else 1.0
+    return tau_rule(wrong / seen, power=self.fall) if seen else 1.0
 
 # %% ../../nbs/3_federated/calibration.ipynb #572f3442
 @patch
@@ -442,7 +442,7 @@ class CalibratedEEFL(PriorCalibration, ExitVotes, EEFL):
 @functools.cache
 def calibrated(
     method:type # class of a method, e.g. `DarkDistill`
-)->type:        # the same method with the options calibration, smoothing, epsilon, power and votes
+)->type:        # the same method with the options calibration, smoothing, epsilon, fall and votes
     "The calibrated form of a method; raises `ValueError` for what is no class of a method."
     ok = isinstance(method, type) and issubclass(method, EEFL)
     check(ok, "method", method, "the class of a method, such as EEFL")

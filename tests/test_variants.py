@@ -1,6 +1,6 @@
 """Levers on the calibrated control: their equations by hand, and what must stay the control itself."""
 
-import pickle
+import inspect, pickle
 import pytest, torch
 import torch.nn.functional as F
 from darkdistill_nb.core.datasets import load
@@ -11,7 +11,13 @@ from darkdistill_nb.exits.networks import cnn
 from darkdistill_nb.exits.training import BoostNet, Joint, L2W
 from darkdistill_nb.experiments import rung
 from darkdistill_nb.federated import variants
-from darkdistill_nb.federated.calibration import CalibratedEEFL, calibrated
+from darkdistill_nb.federated.calibration import (
+    CalibratedEEFL,
+    DifficultyFeedback,
+    ExitVotes,
+    PriorCalibration,
+    calibrated,
+)
 from darkdistill_nb.federated.darkdistill import DarkDistill
 from darkdistill_nb.federated.method import Here, Updates, believed, make_clients, simulate
 from darkdistill_nb.federated.variants import (
@@ -71,6 +77,16 @@ def visit(method, client=CLIENTS[0], state=None, rnd=0):
 
 
 # ---------------------------------------------------------------- without strength
+
+
+@each_lever
+def test_a_lever_and_the_parts_behind_it_share_no_name(kind):
+    "An option of both would be one attribute with two meanings."
+    options = lambda c: set(inspect.signature(c.__init__).parameters) - {"self", "objective", "kwargs"}
+    levers = [c for c in kind.__mro__ if c.__module__ == kind.__module__]
+    own = set().union(*map(options, levers))
+    for part in (PriorCalibration, ExitVotes, DifficultyFeedback):
+        assert not own & options(part), part.__name__
 
 
 @each_lever

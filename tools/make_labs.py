@@ -149,9 +149,9 @@ def student(path, source=None, solutions=False):
     config = PyFileConfigLoader("nbgrader_config.py", path=str(ROOT / "instructor")).load_config()
     for step in STEPS:
         nb, _ = step(config=config).preprocess(nb, {})
-    nb.metadata = KERNEL
+    nb.metadata, s = KERNEL, settings()
     for c in nb.cells:
-        text = online(c.source, settings()) if c.cell_type == "markdown" else c.source
+        text = online(c.source, s) if c.cell_type == "markdown" else c.source
         c.source = text.splitlines(keepends=True)
     return as_text(nb)
 

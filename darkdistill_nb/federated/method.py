@@ -121,8 +121,9 @@ def make_clients(
     if parts is None:
         how = dict(family=family, seed=streams.seed_of("partition") % 2**31, min_size=min_size)
         parts = dirichlet_split(y, clients, gamma, **how)
-    smallest = min(map(len, parts))
-    check(smallest >= (min_size or 0), "min_size", min_size, f"at most {smallest}, as one client has")
+    elif min_size:
+        smallest = min(map(len, parts))
+        check(smallest >= min_size, "min_size", min_size, f"at most {smallest}, as one client has")
     hist = client_histogram(y, parts, int(y.max()) + 1)
     tier, out = _draw_tiers(hist, sizes, streams.generator("tiers"), cover), []
     for i, idx in enumerate(parts):

@@ -169,8 +169,15 @@ class SGD:
         "Move every parameter that has a gradient; `hooks` are called before."
         for hook in self.hooks:
             hook(self)
-        moved = [p for p in self.params if p.grad is not None]
-        g = [p.grad for p in moved]
+        self.move([p.grad for p in self.params])
+
+    @torch.no_grad()
+    def move(self,
+        gradients:list # one for each parameter; None: it stays where it is
+    ):
+        "`step` with gradients that are given."
+        moved = [p for p, g in zip(self.params, gradients) if g is not None]
+        g = [g for g in gradients if g is not None]
         if not moved:
             return
         if self.own["weight_decay"]:

@@ -11,7 +11,7 @@ __all__ = ['Client', 'tier_sizes', 'make_clients', 'check_clients', 'Mean', 'ave
            'believed', 'play_round', 'simulate', 'train_alone']
 
 # %% ../../nbs/3_federated/method.ipynb #6d49db8a
-import contextlib, copy, logging, math, pickle, sys, time, warnings
+import contextlib, copy, itertools, logging, math, pickle, sys, time, warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -390,11 +390,15 @@ def _learned(self: EEFL, net, tier):
     still = {k for k, p in named if not p.requires_grad}
     return {k: v.detach().clone() for k, v in tensors.items() if k not in still}
 
+def _alike(weights, tensors):
+    "Are names and shapes those of a network?"
+    same = weights.keys() == tensors.keys()
+    return same and all(weights[k].shape == v.shape for k, v in tensors.items())
+
 @torch.no_grad()
 def _overwrite(net, tensors, weights):
     "`load_state_dict` in one call where names and shapes are those of `tensors`; else its own error."
-    same = weights.keys() == tensors.keys()
-    if same and all(weights[k].shape == v.shape for k, v in tensors.items()):
+    if _alike(weights, tensors):
         torch._foreach_copy_(list(tensors.values()), [weights[k] for k in tensors])
     else:
         net.load_state_dict(weights)
@@ -501,6 +505,39 @@ def local_update(self:EEFL,
     weights = {**self._learned(net, client.tier), **learned}
     return Update(client.id, client.tier, len(data), weights, loss, round=rnd)
 
+# %% ../../nbs/3_federated/method.ipynb #1bf7b03e
+@patch
+def _plain(self: EEFL):
+    "Does a client do just what a client of EEFL does, with steps that a tape can hold?"
+    return _own(self, "local_update") and self._quickest() is self._taped
+
+# %% ../../nbs/3_federated/method.ipynb #781d00cb
+@patch
+def _abreast(self: EEFL, sent, data, clients, rnd, streams, lend):
+    """Answers of clients of one tier, as `local_update` gives them; None where one of them must train alone.
+    With `lend` the weights are good until the next call."""
+    tier = clients[0].tier
+    net, weights = self.receive(sent[0], tier), [_split(w)[0] for w in sent]
+    tensors, _, named = self._parts(tier)
+    self._taped._params(net)  # forgets its tapes where something was frozen or set free
+    ready = all(self._taped.takes(net, d, self.batch_size) for d in data)
+    if not ready or not all(_alike(w, tensors) for w in weights):
+        return None
+    self.objective.at(rnd)
+    how = self.lr * self.decay**rnd, self.momentum, self.weight_decay, self.batch_size
+    order = [streams.generator("order", rnd, c.id) for c in clients]
+    found, states = self._taped.abreast(net, weights, data, self.epochs, *how, order)
+    still = {k for k, p in named if not p.requires_grad}
+    learned = lambda state: {
+        k: v if lend else v.clone() for k, v in state.items() if k not in still
+    }
+    return [
+        loss
+        if isinstance(loss, Exception)
+        else Update(c.id, tier, len(d), learned(state), loss, round=rnd)
+        for c, d, loss, state in zip(clients, data, found, states)
+    ]
+
 # %% ../../nbs/3_federated/method.ipynb #632eb162
 @patch
 def one_by_one(self:EEFL)->str: # why a tier's clients cannot be one batch of networks; "": they can
@@ -532,8 +569,8 @@ def _plainly_sane(tensors):
     like = {(v.dtype, v.device) for v in tensors}
     if len(like) != 1 or not next(iter(like))[0].is_floating_point:
         return False
-    norms = torch.stack(torch._foreach_norm(list(tensors)))
-    return bool((norms <= ABSURD).all())  # False for NaN
+    norms = torch._foreach_norm(list(tensors))
+    return all(float(n) <= ABSURD for n in norms)  # False for NaN
 
 # %% ../../nbs/3_federated/method.ipynb #3cfd593d
 def _same_kind(v, old):
@@ -911,6 +948,18 @@ def _picked(self: _Rows, i):
         return self._done.index_select(0, rows), y
     return self._all.index_select(0, rows).float().mul_(self._scale).add_(self._shift), y
 
+# %% ../../nbs/3_federated/method.ipynb #401d517b
+@patch
+def batches(self: _Rows, batch_size, generator=None, drop_last=False):
+    "As of any images; the numbers of their rows are put in order once for all batches."
+    if type(generator) is not torch.Generator or drop_last or self._done is None:
+        return ArrayData.batches(self, batch_size, generator, drop_last)
+    n, b = len(self.y), whole(batch_size, "batch_size")
+    order = torch.randperm(n, generator=generator, device=generator.device).to(self.y.device)
+    rows, y = self._rows.index_select(0, order), self.y.index_select(0, order)
+    take = lambda at: (self._done.index_select(0, rows[at]), y[at])
+    return (take(slice(i, i + b)) for i in range(0, n, b))
+
 # %% ../../nbs/3_federated/method.ipynb #f919f7b6
 def _shares(train, limit=2**28):
     "Client -> its training images; the values of all images are worked out once if they fit into `limit` bytes."
@@ -1020,6 +1069,7 @@ class _Way:
         self.stack = device.type != "cpu" if stack == "auto" else stack
         self.precision, self.device, self.loud = precision, device, stack is True
         self.stacks, self.said = {}, set()
+        self.plain = not self.stack and precision == "fp32"
 
     def low(self):
         "Matrix products and convolutions in bf16, where that was asked for."
@@ -1100,6 +1150,36 @@ def _sort_out(method, everyone, drawn, sent, answers, rnd, faults):
         )
     return updates, out
 
+# %% ../../nbs/3_federated/method.ipynb #825a5315
+def _chunks(method, drawn, share):
+    "(can they train side by side?, numbers of a few clients), tier by tier, in their order."
+    tiers = {}
+    for i, c in enumerate(drawn):
+        tiers.setdefault(c.tier, []).append(i)
+    for tier, numbers in tiers.items():
+        net, taped = method.tier_net(tier), method._taped
+        most = taped.width(net)
+        takes = lambda i: taped.takes(net, share(drawn[i]), method.batch_size)
+        for ready, run in itertools.groupby(numbers, takes):
+            run = list(run)
+            for k in range(0, len(run), most):
+                yield ready, run[k : k + most]
+
+# %% ../../nbs/3_federated/method.ipynb #1e6889ba
+def _side_by_side(here, sent, drawn, rnd, ask):
+    "(number, answer) of plain clients; whoever cannot train beside others is asked alone."
+    for ready, chunk in _chunks(here.method, drawn, here.share):
+        answers, clients = None, [drawn[i] for i in chunk]
+        if ready and len(chunk) > 1:
+            given = [sent[i] for i in chunk], [here.share(c) for c in clients], clients
+            try:
+                answers = here.method._abreast(*given, rnd, here.streams, here.lend)
+            except _FATAL:
+                raise
+            except Exception:
+                pass  # whose fault it is will show when they are asked alone
+        yield from zip(chunk, answers) if answers else ((i, ask(i)) for i in chunk)
+
 # %% ../../nbs/3_federated/method.ipynb #ba91cfaf
 class Here:
     "The engine of one machine: clients are in this process, or in a pool of processes."
@@ -1112,11 +1192,12 @@ class Here:
         share=None,      # client -> its training images; None: cut out of `train`
         way=None,        # how clients are trained in this process; None: one after the other
         choice=None,     # what watches whether the pool pays; None: nobody
+        lend:bool=False, # may weights be overwritten once the next answer is asked for?
     ):
         self.method, self.train, self.streams, self.pool = method, train, streams, pool
         self.choice = choice
         self.share = share or (lambda c: train.subset(c.train))
-        self.way = way or _Way()
+        self.way, self.lend = way or _Way(), flag(lend, "lend")
 
     def answers(self,
         sent:list,  # weights, one dict for each client
@@ -1133,7 +1214,10 @@ class Here:
         ask = lambda i: _ask(
             self.method, sent[i], self.share(drawn[i]), drawn[i], rnd, self.streams
         )
-        yield from self.way(self.method, ask, len(drawn))
+        if self.way.plain and self.method._plain():
+            yield from _side_by_side(self, sent, drawn, rnd, ask)
+        else:
+            yield from self.way(self.method, ask, len(drawn))
 
     def ask(self,
         question:str,  # see `answer`
@@ -1517,7 +1601,9 @@ def simulate(
     share = _shares(train)
     bar = _bar(rounds, len(log), "round", progress)
     with _workers(count, bar, choice_made, method, net, train, clients, seed) as pool:
-        place = engine or Here(method, train, streams, pool, share, way, choice_made)
+        here = method, train, streams, pool, share, way, choice_made
+        lend = availability is None and not method.needs_weights
+        place = engine or Here(*here, lend)
         drawn, place = _attendance(availability, clients, place, method, streams)
         play = lambda state, r, judged: _noted(
             place,

@@ -403,6 +403,11 @@ def _overwrite(net, tensors, weights):
     else:
         net.load_state_dict(weights)
 
+def _set_modes(modes):
+    for m, training in modes:
+        if m.training is not training:
+            m.training = training
+
 # %% ../../nbs/3_federated/method.ipynb #2951577c
 @patch
 def send(self:EEFL,
@@ -429,9 +434,7 @@ def receive(self:EEFL,
     tensors, modes, _ = self._parts(tier)
     _overwrite(net, tensors, own)
     self.objective.load(objective)
-    for m, training in modes:
-        if m.training is not training:
-            m.training = training
+    _set_modes(modes)
     return net
 
 # %% ../../nbs/3_federated/method.ipynb #3ef89eb0
@@ -517,10 +520,11 @@ def _abreast(self: EEFL, sent, data, clients, rnd, streams, lend):
     """Answers of clients of one tier, as `local_update` gives them; None where one of them must train alone.
     With `lend` the weights are good until the next call."""
     tier = clients[0].tier
-    net, weights = self.receive(sent[0], tier), [_split(w)[0] for w in sent]
-    tensors, _, named = self._parts(tier)
-    self._taped._params(net)  # forgets its tapes where something was frozen or set free
-    ready = all(self._taped.takes(net, d, self.batch_size) for d in data)
+    net, weights = self.tier_net(tier), [_split(w)[0] for w in sent]
+    tensors, modes, named = self._parts(tier)
+    _set_modes(modes)
+    self._taped._params(net)  # forgets all tapes where something was frozen or set free
+    ready = self._taped.takes(net, data[0], self.batch_size)
     if not ready or not all(_alike(w, tensors) for w in weights):
         return None
     self.objective.at(rnd)
@@ -974,43 +978,37 @@ def _shares(train, limit=2**28):
 
     return share
 
-# %% ../../nbs/3_federated/method.ipynb #6b6631d3
-def _pack(method, net, train, clients, seed):
-    "What a worker starts from, as bytes, and whether reading them imports timm."
-    timm = any(type(m).__module__.startswith("timm.") for m in net.modules())
-    try:
-        return timm, pickle.dumps((method, net, train, clients, seed))
-    except (pickle.PicklingError, AttributeError, TypeError) as e:
-        raise ValueError(
-            f"workers must be 1 here, since what a worker needs cannot be sent: {e}"
-        ) from None
-
-def _open(timm, packed):
-    "In a worker: the function that answers jobs."
-    if timm:
-        from darkdistill_nb.core.compat import ensure_torchvision
-
-        ensure_torchvision()  # timm imports torchvision
-    method, net, train, clients, seed = pickle.loads(packed)
-    method.setup(net)
-    who, streams = {c.id: c for c in clients}, Streams(seed)
-    share = _shares(train)
-
-    def answer(weights, cid, rnd):
-        return sendable(_ask(method, weights, share(who[cid]), who[cid], rnd, streams))
-
-    return answer
-
 # %% ../../nbs/3_federated/method.ipynb #6a088ef5
-def _train_in(workers, jobs):
-    "(number, answer) of `jobs`: (weights, client's id, round). Deep clients go first, whoever is ready sooner waits."
-    order = sorted(range(len(jobs)), key=lambda i: len(jobs[i][0]), reverse=True)
-    early, turn = {}, 0
-    for i, answer in workers.run([jobs[j] for j in order], again=1):
-        early[i] = answer
+def _jobs(method, sent, drawn, processes):
+    "Lists of numbers of clients, one for each job: deep tiers first, plain clients with the same weights a few at a time."
+    order = sorted(range(len(drawn)), key=lambda i: -len(sent[i]))
+    alike = lambda i: (drawn[i].tier, *map(id, sent[i].values()))
+    for _, run in itertools.groupby(order, alike):
+        run, most = list(run), 1
+        if method._plain():
+            width = method._taped.width(method.tier_net(drawn[run[0]].tier))
+            most = max(1, min(width, len(run) // (2 * processes)))
+        yield from (run[k : k + most] for k in range(0, len(run), most))
+
+# %% ../../nbs/3_federated/method.ipynb #57d4e9e2
+def _train_in(workers, sent, drawn, rnd, jobs):
+    """(number, answer) of the clients of `jobs`, which are lists of numbers; whoever is ready sooner waits.
+    Clients whose job was lost twice with its worker are asked one by one."""
+    early, turn, lost = {}, 0, []
+    asked = [(sent[job[0]], [drawn[i].id for i in job], rnd) for job in jobs]
+    for k, answers in workers.run(asked, again=1):
+        early[k] = answers
         while turn in early:
-            yield order[turn], early.pop(turn)
+            job, answers = jobs[turn], early.pop(turn)
             turn += 1
+            if not isinstance(answers, Exception):
+                yield from zip(job, answers)
+            elif len(job) == 1:
+                yield job[0], answers
+            else:
+                lost += [[i] for i in job]
+    if lost:
+        yield from _train_in(workers, sent, drawn, rnd, lost)
 
 # %% ../../nbs/3_federated/method.ipynb #79eb59a3
 def evaluate(
@@ -1188,7 +1186,7 @@ class Here:
         method:EEFL,
         train:ArrayData, # images the clients' indices point into
         streams:Streams, # of the run
-        pool=None,       # answers [(weights, client id, round)]; None: here, one after the other
+        pool=None,       # `Workers` that answer (weights, ids of clients, round); None: this process
         share=None,      # client -> its training images; None: cut out of `train`
         way=None,        # how clients are trained in this process; None: one after the other
         choice=None,     # what watches whether the pool pays; None: nobody
@@ -1207,7 +1205,8 @@ class Here:
         "Let clients train."
         if self.pool:
             t = time.perf_counter()
-            yield from _train_in(self.pool, [(w, c.id, rnd) for w, c in zip(sent, drawn)])
+            jobs = list(_jobs(self.method, sent, drawn, len(self.pool.procs)))
+            yield from _train_in(self.pool, sent, drawn, rnd, jobs)
             if self.choice and not self.choice.still(len(drawn), time.perf_counter() - t):
                 self.pool = None
             return
@@ -1234,6 +1233,35 @@ class Here:
             raise
         except Exception as e:
             return e
+
+# %% ../../nbs/3_federated/method.ipynb #6b6631d3
+def _pack(method, net, train, clients, seed):
+    "What a worker starts from, as bytes, and whether reading them imports timm."
+    timm = any(type(m).__module__.startswith("timm.") for m in net.modules())
+    try:
+        return timm, pickle.dumps((method, net, train, clients, seed))
+    except (pickle.PicklingError, AttributeError, TypeError) as e:
+        raise ValueError(
+            f"workers must be 1 here, since what a worker needs cannot be sent: {e}"
+        ) from None
+
+def _open(timm, packed):
+    "In a worker: the function that answers jobs."
+    if timm:
+        from darkdistill_nb.core.compat import ensure_torchvision
+
+        ensure_torchvision()  # timm imports torchvision
+    method, net, train, clients, seed = pickle.loads(packed)
+    method.setup(net)
+    who, here = {c.id: c for c in clients}, Here(method, train, Streams(seed), share=_shares(train))
+
+    def answer(weights, ids, rnd):
+        n = len(ids)
+        found = dict(here.answers([weights] * n, [who[i] for i in ids], rnd))
+        together = sendable([found[i] for i in range(n)])
+        return together if isinstance(together, list) else [sendable(found[i]) for i in range(n)]
+
+    return answer
 
 # %% ../../nbs/3_federated/method.ipynb #60abe2e6
 class Absent(Exception):
@@ -1290,7 +1318,7 @@ def play_round(
     clients:list,
     rnd:int,         # from 0
     streams:Streams,
-    pool=None,       # answers [(weights, client id, round)]; None: here, one after the other
+    pool=None,       # `Workers` that answer (weights, ids of clients, round); None: this process
     faults:str="warn", # warn | raise: what happens to answers that cannot be used
     judged:bool=True,# will the model of this round be evaluated?
     share=None,      # client -> its training images; None: cut out of `train` here
@@ -1433,8 +1461,8 @@ def _pool(workers, choice, *start):
         choice.n = 1
 
 def _room(net):
-    "Bytes for what is sent to a client, and for its answer: a network, and as much again for what goes along."
-    return 2 * nbytes(net.state_dict()) + 2**16
+    "Bytes for what is sent to a client, and for the answers of a job: networks, and as much again for what goes along."
+    return 2 * Taped().width(net) * nbytes(net.state_dict()) + 2**16
 
 # %% ../../nbs/3_federated/method.ipynb #6b19065e
 def _way(stack, precision, device, workers, engine):

@@ -1,0 +1,284 @@
+"Clients that train side by side get the bits that they get alone."
+
+import copy, warnings
+import pytest, torch
+from torch import nn
+from darkdistill_nb.core.data import ArrayData
+from darkdistill_nb.core.parallel import WorkerLost
+from darkdistill_nb.core.registry import METHODS
+from darkdistill_nb.core.seeds import Streams
+from darkdistill_nb.exits.networks import cnn, vit, wrn
+from darkdistill_nb.exits.training import BoostNet, Joint
+from darkdistill_nb.federated.availability import Availability
+from darkdistill_nb.federated.method import EEFL, Client, Here, make_clients, play_round, simulate
+from darkdistill_nb.federated.tape import Abreast, Step, Taped
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SHAPE = 1, 8, 8
+NETS = {
+    "cnn": lambda: cnn(SHAPE, 4, stages=2, width=4),
+    "wrn": lambda: wrn(10, 1, SHAPE, 4, exits=(1, 3)),
+    "vit": lambda: vit(exits=(1, 2), img_size=8, in_chans=1, n_classes=4, patch_size=4, embed_dim=24, depth=2, num_heads=3),
+}
+
+
+def images(n=150):
+    g = torch.Generator().manual_seed(1)
+    return ArrayData(torch.randn(n, *SHAPE, generator=g), torch.arange(n) % 4, range(4))
+
+
+def federation(data):
+    "Six clients of two tiers, with 8 to 43 images."
+    at, out = 0, []
+    for i, n in enumerate((43, 20, 8, 36, 24, 19)):
+        out.append(Client(i, 1 + i % 2, torch.arange(at, at + n), torch.arange(0)))
+        at += n
+    return out
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    "Numbers of clients that trained side by side, call by call."
+    seen, real = [], Taped.abreast
+
+    def noted(self, net, sent, *args):
+        seen.append(len(sent))
+        return real(self, net, sent, *args)
+
+    monkeypatch.setattr(Taped, "abreast", noted)
+    return seen
+
+
+def alone(monkeypatch):
+    monkeypatch.setattr(Taped, "width", lambda *args: 1)
+
+
+def run(method, build=NETS["cnn"], data=None, rounds=7, **kw):
+    data = data or images()
+    return simulate(method, build, data, data.subset(range(40)), federation(data), rounds, progress=False, **kw)
+
+
+def same(a, b):
+    assert a.state["net"].keys() == b.state["net"].keys()
+    assert all(torch.equal(v, b.state["net"][k]) for k, v in a.state["net"].items())
+    assert [r["loss"] for r in a.log] == [r["loss"] for r in b.log]
+    assert [r["left_out"] for r in a.log] == [r["left_out"] for r in b.log]
+    assert [r["bytes_up"] for r in a.log] == [r["bytes_up"] for r in b.log]
+
+
+SETTINGS = dict(participation=1.0, batch_size=8, lr=0.02)
+HOW = [
+    dict(objective=Joint(), momentum=0.0, weight_decay=0.0),
+    dict(objective=BoostNet(), momentum=0.9, weight_decay=1e-3, epochs=2),
+]
+
+
+@pytest.mark.parametrize("how", HOW, ids=["plain", "momentum"])
+@pytest.mark.parametrize("name", NETS)
+def test_weights_and_losses_are_those_of_training_alone(name, how, calls, monkeypatch):
+    method = lambda: EEFL(**SETTINGS, **how)
+    beside = run(method(), NETS[name])
+    assert 3 in calls
+    alone(monkeypatch)
+    same(beside, run(method(), NETS[name]))
+
+
+@pytest.mark.parametrize("name", ["feedback_eefl", "eefl"])
+def test_a_few_at_a_time(name, calls, monkeypatch):
+    "Where not all fit side by side."
+    made = lambda: METHODS.make(name, **SETTINGS)
+    monkeypatch.setattr(Taped, "width", lambda *args: 2)
+    beside = run(made())
+    assert set(calls) == {2}
+    alone(monkeypatch)
+    same(beside, run(made()))
+
+
+class Keeps(EEFL):
+    "Keeps what clients sent."
+    needs_weights = True
+    kept = ()
+
+    def aggregate(self, state, updates, rnd, streams):
+        self.kept = [(u.client, u.weights) for u in updates]
+        return super().aggregate(state, updates, rnd, streams)
+
+
+def test_weights_that_are_kept_stay_what_they_are(calls, monkeypatch):
+    found = []
+    for narrow in (False, True):
+        if narrow:
+            alone(monkeypatch)
+        method = Keeps(**SETTINGS)
+        run(method)
+        found.append(method.kept)
+    assert calls
+    for (a, first), (b, second) in zip(*found, strict=True):
+        assert a == b and all(torch.equal(v, second[k]) for k, v in first.items())
+    heads = [w["stem.weight"] for _, w in found[0]]
+    assert not any(torch.equal(heads[0], h) for h in heads[1:])
+
+
+def test_an_engine_lends_nothing_unless_told(calls):
+    data = images()
+    clients, method = federation(data)[::2], EEFL(Joint(), **SETTINGS)
+    state = method.setup(NETS["cnn"]())
+    sent, here = [method.send(state, c) for c in clients], Here(method, data, Streams(0))
+    answers = lambda here: [u.weights for _, u in here.answers(sent, clients, 0)]
+    for _ in range(5):
+        first = answers(here)
+    before = copy.deepcopy(first)
+    second = answers(here)
+    assert calls and all(torch.equal(v, b[k]) for a, b in zip(first, before) for k, v in a.items())
+    lent = answers(Here(method, data, Streams(0), lend=True))
+    assert all(torch.equal(v, b[k]) for a, b in zip(second, lent) for k, v in a.items())
+    again = answers(Here(method, data, Streams(0), lend=True))
+    assert lent[0]["stem.weight"].data_ptr() == again[0]["stem.weight"].data_ptr()
+
+
+def test_a_client_whose_loss_is_no_number_is_left_out_alone(calls, monkeypatch):
+    data, logs = images(), []
+    data.x[50] = float("inf")  # an image of the second client
+    for narrow in (False, True):
+        if narrow:
+            alone(monkeypatch)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            logs.append((run(EEFL(Joint(), **SETTINGS), data=data), [str(w.message) for w in said]))
+    (a, first), (b, second) = logs
+    same(a, b)
+    assert first == second and all(list(r["left_out"]) == ["1"] for r in a.log) and calls
+
+
+def test_whoever_raises_is_found_when_asked_alone(calls, monkeypatch):
+    "A label that does not exist stops the operation for all; then each is asked alone."
+    method, data = EEFL(Joint(), **SETTINGS), images()
+    clients, state = federation(data), method.setup(NETS["cnn"]())
+    for rnd in range(6):
+        state, row = play_round(method, state, data, clients, rnd, Streams(0))
+        assert not row["left_out"]
+    assert calls
+    data.y[45] = 9
+    with pytest.warns(UserWarning, match="client 1 is left out, it raised"):
+        state, row = play_round(method, state, data, clients, 6, Streams(0))
+    assert list(row["left_out"]) == ["1"] and len(row["clients"]) == 6
+
+
+def test_frozen_parts_and_shared_tensors_stay_so(calls, monkeypatch):
+    def build():
+        net = cnn(SHAPE, 4, stages=2, width=4)
+        net.stem.requires_grad_(False)
+        net.exits[1].fc = net.exits[0].fc
+        return net
+
+    beside = run(EEFL(Joint(), **SETTINGS), build)
+    assert calls
+    alone(monkeypatch)
+    same(beside, run(EEFL(Joint(), **SETTINGS), build))
+
+
+def test_clients_that_come_and_go(calls, monkeypatch):
+    who = lambda: Availability(dropout=0.3)
+    beside = run(EEFL(Joint(), **SETTINGS), availability=who(), rounds=9)
+    assert calls
+    alone(monkeypatch)
+    same(beside, run(EEFL(Joint(), **SETTINGS), availability=who(), rounds=9))
+
+
+class Own(EEFL):
+    "Trains in a way of its own."
+
+    def local_update(self, *args):
+        return super().local_update(*args)
+
+
+class Loss(EEFL):
+    def local_loss(self, net, weights, data, rnd):
+        return lambda raw, y: sum(nn.functional.cross_entropy(f, y) for f in raw)
+
+
+@pytest.mark.parametrize("kind", [Own, Loss])
+def test_a_method_with_a_part_of_its_own_is_asked_client_by_client(kind, calls):
+    run(kind(**SETTINGS))
+    assert not calls
+
+
+def test_two_precisions_and_stacks_are_left_alone(calls):
+    run(EEFL(Joint(), **SETTINGS), precision="bf16", rounds=5)
+    run(EEFL(Joint(), **SETTINGS), stack=True, rounds=5)
+    assert not calls
+
+
+def test_freezing_between_two_rounds_is_seen(calls):
+    method, data = EEFL(Joint(), **SETTINGS), images()
+    clients, state = federation(data), method.setup(NETS["cnn"]())
+    for rnd in range(6):
+        state, _ = play_round(method, state, data, clients, rnd, Streams(0))
+    assert calls
+    for tier in (1, 2):
+        method.tier_net(tier).stem.requires_grad_(False)
+    before = state["net"]["stem.weight"].clone()
+    method._frozen |= {k for k in state["net"] if k.startswith("stem.")}
+    state, row = play_round(method, state, data, clients, 6, Streams(0))
+    assert torch.equal(before, state["net"]["stem.weight"]) and not row["left_out"]
+
+
+def test_how_many_fit():
+    taped, net = Taped(), nn.Linear(1024, 256)  # a megabyte
+    assert taped.width(net) == 3 and taped.width(nn.Linear(2, 2)) == 12
+    assert taped.width(nn.Linear(4096, 1024)) == 1
+
+
+def test_what_is_no_network_or_no_number_is_refused():
+    with pytest.raises(ValueError, match="net='net' must be a network"):
+        Abreast("net", 2)
+    with pytest.raises(ValueError, match="width=0"):
+        Abreast(nn.Linear(2, 2), 0)
+    assert len(Abreast(nn.Linear(2, 2), 3)) == 3 and Step(nn.Linear(2, 2)).several is None
+
+
+def test_two_processes_get_a_few_clients_at_a_time():
+    "Weights, losses and log are those of one process."
+    method = lambda: EEFL(**SETTINGS, momentum=0.9, weight_decay=1e-3)
+    same(run(method()), run(method(), workers=2))
+
+
+class Loses:
+    "Stands for `Workers` whose processes die of client 3."
+    procs, sizes = (1, 2), ()
+
+    def __init__(self, method, data, clients):
+        self.method, self.data, self.clients, self.asked = method, data, clients, []
+
+    def run(self, jobs, again):
+        for k, (weights, ids, rnd) in list(enumerate(jobs))[::-1]:
+            self.asked.append((ids, rnd, again))
+            mine = [self.clients[i] for i in ids]
+            here = Here(self.method, self.data, Streams(0))
+            gone = WorkerLost(k, 7, -9, True)
+            found = dict(here.answers([weights] * len(ids), mine, rnd))
+            yield k, gone if 3 in ids else [found[i] for i in range(len(ids))]
+
+
+def test_whoever_kills_a_process_is_found_among_those_who_went_with_it():
+    data = images(200)
+    clients = [Client(i, 1, torch.arange(20) + 20 * i, torch.arange(0)) for i in range(10)]
+    method = EEFL(Joint(), **SETTINGS)
+    state, pool = method.setup(NETS["cnn"]()), Loses(method, data, clients)
+    sent = [method.send(state, c) for c in clients]
+    found = dict(Here(method, data, Streams(0), pool).answers(sent, clients, 4))
+    assert {i for i, a in found.items() if isinstance(a, WorkerLost)} == {3} and len(found) == 10
+    alone = dict(Here(method, data, Streams(0)).answers(sent, clients, 4))
+    for i in set(found) - {3}:
+        assert all(torch.equal(v, alone[i].weights[k]) for k, v in found[i].weights.items())
+    sizes = [len(ids) for ids, _, _ in pool.asked]
+    assert sorted(sizes) == [1, 1, 2, 2, 2, 2, 2] and {a for _, _, a in pool.asked} == {1}
+
+
+def test_a_method_of_its_own_is_sent_client_by_client():
+    data = images(200)
+    clients = [Client(i, 1, torch.arange(20) + 20 * i, torch.arange(0)) for i in range(4)]
+    method = Own(Joint(), **SETTINGS)
+    state, pool = method.setup(NETS["cnn"]()), Loses(method, data, clients)
+    list(Here(method, data, Streams(0), pool).answers([method.send(state, c) for c in clients], clients, 0))
+    assert [len(ids) for ids, _, _ in pool.asked] == [1] * 4

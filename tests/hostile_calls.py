@@ -658,6 +658,7 @@ MORE = {
     "Tape": lambda: dict(known=dict(x=rand(2))),
     "Step": lambda: dict(net=net()),
     "Taped": dict,
+    "Abreast": lambda: dict(net=net(), width=2),
     "split_group": lambda: dict(g=runner.Group([0, 1], rand(2, 3)), size=1),
     "live_policy": lambda: dict(policy="last", n_exits=E),
     "joint_policy": lambda: dict(points=[1]),

@@ -245,7 +245,7 @@ def test_two_processes_get_a_few_clients_at_a_time():
 
 class Loses:
     "Stands for `Workers` whose processes die of client 3."
-    procs, sizes = (1, 2), ()
+    procs = 1, 2
 
     def __init__(self, method, data, clients):
         self.method, self.data, self.clients, self.asked = method, data, clients, []

@@ -130,3 +130,34 @@ def test_a_folder_without_a_run_is_one_sentence(tmp_path, capsys):
     with pytest.raises(SystemExit):
         bench.main(["run", str(tmp_path / "nothing")])
     assert "nothing" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_players_network_is_taped():
+    "As `python -m` the bench is `__main__`, whose modules count as the reader's own: they would not be taped."
+    import json, subprocess, sys
+
+    settings = json.dumps(dict(name="linear", clients=2, samples=5, batch=5, lr=0.02))
+    code = f"""
+import io, runpy, sys
+from darkdistill_nb.federated import tape
+made = []
+real = tape.Step.__init__
+def noted(self, net):
+    real(self, net)
+    made.append(self)
+tape.Step.__init__ = noted
+sys.argv, sys.stdin = ["bench", "play", "darkdistill_nb", {settings!r}], io.StringIO("go\\n" * 6)
+try:
+    runpy.run_module("darkdistill_nb.experiments.bench", run_name="__main__")
+except SystemExit:
+    pass
+print([(s.why, s.ready) for s in made], file=sys.__stderr__)
+"""
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert r.stderr.strip().splitlines()[-1] == "[('', True)]", r.stderr
+
+
+def test_a_small_step_has_sizes_of_its_own():
+    text, record = bench.bench_federated(["visit"], [2], 1, 50, 25, systems=["darkdistill_nb"])
+    assert "visit: 2 clients, 5 images each, batch 5" in text
+    assert record.info["tables"][0]["work"] == "visit"

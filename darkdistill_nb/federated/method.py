@@ -517,16 +517,14 @@ def _plain(self: EEFL):
 # %% ../../nbs/3_federated/method.ipynb #781d00cb
 @patch
 def _abreast(self: EEFL, sent, data, clients, rnd, streams, lend):
-    """Answers of clients of one tier, as `local_update` gives them; None where one of them must train alone.
-    With `lend` the weights are good until the next call."""
+    """Answers of clients of one tier, as `local_update` gives them; None where one must train alone.
+    With `lend` the weights are good until the next call. Raises `ValueError`."""
     tier = clients[0].tier
     net, weights = self.tier_net(tier), [_split(w)[0] for w in sent]
     tensors, modes, named = self._parts(tier)
-    _set_modes(modes)
-    self._taped._params(net)  # forgets all tapes where something was frozen or set free
-    ready = self._taped.takes(net, data[0], self.batch_size)
-    if not ready or not all(_alike(w, tensors) for w in weights):
+    if not all(_alike(w, tensors) for w in weights):
         return None
+    _set_modes(modes)
     self.objective.at(rnd)
     how = self.lr * self.decay**rnd, self.momentum, self.weight_decay, self.batch_size
     order = [streams.generator("order", rnd, c.id) for c in clients]
@@ -574,6 +572,8 @@ def _plainly_sane(tensors):
     if len(like) != 1 or not next(iter(like))[0].is_floating_point:
         return False
     norms = torch._foreach_norm(list(tensors))
+    if norms[0].device.type != "cpu":
+        norms = torch.stack(norms).tolist()  # one question to the device
     return all(float(n) <= ABSURD for n in norms)  # False for NaN
 
 # %% ../../nbs/3_federated/method.ipynb #3cfd593d
@@ -965,6 +965,12 @@ def batches(self: _Rows, batch_size, generator=None, drop_last=False):
     return (take(slice(i, i + b)) for i in range(0, n, b))
 
 # %% ../../nbs/3_federated/method.ipynb #f919f7b6
+def _rows_of(train):
+    "Client -> its training images, of which nothing is cut out or worked out ahead."
+    if type(train) is not ArrayData:
+        return lambda client: train.subset(client.train)
+    return lambda client: _Rows(train, client.train, None)
+
 def _shares(train, limit=2**28):
     "Client -> its training images; the values of all images are worked out once if they fit into `limit` bytes."
     if type(train) is not ArrayData:
@@ -980,14 +986,13 @@ def _shares(train, limit=2**28):
 
 # %% ../../nbs/3_federated/method.ipynb #6a088ef5
 def _jobs(method, sent, drawn, processes):
-    "Lists of numbers of clients, one for each job: deep tiers first, plain clients with the same weights a few at a time."
+    "Numbers of clients, job by job: deep tiers first, plain ones with the same weights in groups."
     order = sorted(range(len(drawn)), key=lambda i: -len(sent[i]))
     alike = lambda i: (drawn[i].tier, *map(id, sent[i].values()))
     for _, run in itertools.groupby(order, alike):
-        run, most = list(run), 1
-        if method._plain():
-            width = method._taped.width(method.tier_net(drawn[run[0]].tier))
-            most = max(1, min(width, len(run) // (2 * processes)))
+        run = list(run)
+        most = min(_width(method, drawn[run[0]].tier), len(run) // (2 * processes))
+        most = max(1, most)
         yield from (run[k : k + most] for k in range(0, len(run), most))
 
 # %% ../../nbs/3_federated/method.ipynb #57d4e9e2
@@ -1061,7 +1066,7 @@ def _strict(answer, fault):
 
 # %% ../../nbs/3_federated/method.ipynb #c0bda508
 class _Way:
-    "How clients train in this process: one after the other or as one batch of networks, and in which precision."
+    "How clients train in this process: client by client or as one batch of networks; precision."
 
     def __init__(self, stack=False, precision="fp32", device=torch.device("cpu")):
         self.stack = device.type != "cpu" if stack == "auto" else stack
@@ -1149,14 +1154,25 @@ def _sort_out(method, everyone, drawn, sent, answers, rnd, faults):
     return updates, out
 
 # %% ../../nbs/3_federated/method.ipynb #825a5315
+def _width(method, tier):
+    "How many clients of a tier train side by side; one where there is no such tier."
+    try:
+        return method._taped.width(method.tier_net(tier)) if method._plain() else 1
+    except _FATAL:
+        raise
+    except Exception:
+        return 1
+
 def _chunks(method, drawn, share):
     "(can they train side by side?, numbers of a few clients), tier by tier, in their order."
     tiers = {}
     for i, c in enumerate(drawn):
         tiers.setdefault(c.tier, []).append(i)
     for tier, numbers in tiers.items():
+        if (most := _width(method, tier)) == 1:
+            yield False, numbers
+            continue
         net, taped = method.tier_net(tier), method._taped
-        most = taped.width(net)
         takes = lambda i: taped.takes(net, share(drawn[i]), method.batch_size)
         for ready, run in itertools.groupby(numbers, takes):
             run = list(run)
@@ -1187,14 +1203,14 @@ class Here:
         train:ArrayData, # images the clients' indices point into
         streams:Streams, # of the run
         pool=None,       # `Workers` that answer (weights, ids of clients, round); None: this process
-        share=None,      # client -> its training images; None: cut out of `train`
-        way=None,        # how clients are trained in this process; None: one after the other
+        share=None,      # client -> its training images; None: rows of `train`
+        way=None,        # how clients train in this process; None: plain ones side by side
         choice=None,     # what watches whether the pool pays; None: nobody
         lend:bool=False, # may weights be overwritten once the next answer is asked for?
     ):
         self.method, self.train, self.streams, self.pool = method, train, streams, pool
         self.choice = choice
-        self.share = share or (lambda c: train.subset(c.train))
+        self.share = share or _rows_of(train)
         self.way, self.lend = way or _Way(), flag(lend, "lend")
 
     def answers(self,
@@ -1256,10 +1272,10 @@ def _open(timm, packed):
     who, here = {c.id: c for c in clients}, Here(method, train, Streams(seed), share=_shares(train))
 
     def answer(weights, ids, rnd):
-        n = len(ids)
-        found = dict(here.answers([weights] * n, [who[i] for i in ids], rnd))
-        together = sendable([found[i] for i in range(n)])
-        return together if isinstance(together, list) else [sendable(found[i]) for i in range(n)]
+        found = dict(here.answers([weights] * len(ids), [who[i] for i in ids], rnd))
+        ours = lambda a: type(a) is Update and method._plain()  # nothing in it that cannot be sent
+        answers = [found[i] for i in range(len(ids))]
+        return [a if ours(a) else sendable(a) for a in answers]
 
     return answer
 
@@ -1509,7 +1525,7 @@ class _Choice:
         sizes = [sum(v.numel() for v in state["net"].values()), last.tier, method.batch_size]
         per_round = max(1, int(method.participation * len(clients)))
         images = sum(len(c.train) for c in clients) // len(clients)
-        self.kind = "|".join(map(str, [method.name, *sizes, method.epochs, images, per_round]))
+        self.kind = "|".join(map(str, ["abreast", method.name, *sizes, method.epochs, images, per_round]))
         self.said = self.memory.read(self.kind)
         if "visit" not in self.said:
             self.said["visit"] = _seconds_of_a_visit(method, state, train, clients, streams)
@@ -1536,17 +1552,18 @@ def __str__(self: _Choice):
 
 # %% ../../nbs/3_federated/method.ipynb #f6b5f413
 def _seconds_of_a_visit(method, state, train, clients, streams):
-    "Seconds of one client's visit, its result thrown away: the fastest of a few, mean over tiers; about a second."
+    "Seconds of a visit in this process: the fastest of a few, mean over tiers; about a second."
     found, end = [], time.perf_counter() + 0.6
-    method = copy.deepcopy(method)
-    for c in {c.tier: c for c in clients}.values():
+    here = Here(copy.deepcopy(method), train, streams, share=_shares(train))
+    for tier in {c.tier for c in clients}:
+        peers, some, seconds = [c for c in clients if c.tier == tier], 1, []
         if found and time.perf_counter() > end:
             break
-        data, seconds = train.subset(c.train), []
-        while len(seconds) < 2 or (len(seconds) < 4 and time.perf_counter() < end):
-            t = time.perf_counter()
-            _ask(method, method.send(state, c), data, c, 0, streams)
-            seconds.append(time.perf_counter() - t)
+        while len(seconds) < 2 or (len(seconds) < 6 and time.perf_counter() < end):
+            t, asked = time.perf_counter(), peers[:some]
+            list(here.answers([here.method.send(state, c) for c in asked], asked, 0))
+            seconds.append((time.perf_counter() - t) / len(asked))
+            some = 12 if seconds[-1] < 0.005 else 1  # small steps are made side by side
         found.append(min(seconds))
     return max(sum(found) / len(found), 1e-6)
 
@@ -1630,7 +1647,7 @@ def simulate(
     bar = _bar(rounds, len(log), "round", progress)
     with _workers(count, bar, choice_made, method, net, train, clients, seed) as pool:
         here = method, train, streams, pool, share, way, choice_made
-        lend = availability is None and not method.needs_weights
+        lend = availability is None and not method.needs_weights and _own(method, "check_update")
         place = engine or Here(*here, lend)
         drawn, place = _attendance(availability, clients, place, method, streams)
         play = lambda state, r, judged: _noted(

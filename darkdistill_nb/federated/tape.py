@@ -9,7 +9,7 @@ Docs: https://darkdistill.github.io/darkdistill_nb/3_federated/tape.html.md"""
 __all__ = ['OWN', 'Tape', 'Step', 'Taped', 'Abreast']
 
 # %% ../../nbs/3_federated/tape.ipynb #9ce761a8
-import itertools, keyword, math, re
+import contextlib, itertools, keyword, math, re
 from dataclasses import dataclass
 import torch
 from ..core.checks import check, whole
@@ -241,11 +241,13 @@ def _each(line, shared):
 def several(self: Tape,
     results:list, # as in `program`
     inputs:list,  # as in `program`; one of them is called x
-)->tuple:         # (own: what is known -> what a client has of its own, steps: lists of these and of `inputs` -> lists of results)
+)->tuple:         # functions: (what is known -> what a client has of its own; a step, from lists)
     "What was written down, for several clients, operation by operation; raises `ValueError`."
     check("x" in inputs, "inputs", inputs, "a list with x")
+    check("zip" not in self.known, "name", "zip", "another one, since the program uses it")
     lines, keep, once = self._plan(results, inputs)
     once = once - (shared := self._shared(once))
+    check(not shared & set(keep), "results", results, "tensors that depend on a client")
     own = sorted({n for line in lines for n in line.read} & once | set(keep) & once)
     looks = _needed([line for line in self.lines if line.views and once >= set(line.new)], own)
     known = [k for k in self.known if k not in inputs]
@@ -312,7 +314,7 @@ def _named(state):
     for k, v in state.items():
         name = re.sub(r"\W", "_", k)
         odd = not name.isidentifier() or keyword.iskeyword(name) or OWN.fullmatch(name)
-        name = f"net_{name}" if odd or name in ("x", "y") else name
+        name = f"net_{name}" if odd or name in ("x", "y", "zip") else name
         while name in known:
             name += "_"
         known[name] = v
@@ -327,7 +329,8 @@ def _record(self: Step, x, y, forward, loss):
         out = _autograd(self.net, self.params, x, y, forward, loss)
     try:
         self.play = tape.program(out, ["x", "y"])
-        self.several = tape.several(out, ["x", "y"])
+        with contextlib.suppress(ValueError):
+            self.several = tape.several(out, ["x", "y"])
     except ValueError as e:
         self.why = tape.why or str(e)
     return out
@@ -359,7 +362,7 @@ class Taped:
 
     def __init__(self):
         self.steps, self.nets, self.fine = {}, {}, set()
-        self.sides = {}  # network -> its `Abreast`
+        self.sides, self.taken = {}, set()  # network -> its `Abreast`; what `takes` has said yes to
 
     def __reduce__(self):
         return Taped, ()  # a copy, or one in another process, records its own networks
@@ -416,6 +419,7 @@ def _params(self: Taped, net):
         self.nets[net] = modules, every, _state(modules, every), params
         self.steps = {k: s for k, s in self.steps.items() if k[0] is not net}
         self.sides.pop(net, None)
+        self.taken = {k for k in self.taken if k[0] is not net}
     return params
 
 # %% ../../nbs/3_federated/tape.ipynb #36cbb098
@@ -514,9 +518,13 @@ def abreast(self: Taped,
     data:list,       # its images
     epochs:int, lr:float, momentum:float, weight_decay:float, batch_size:int,
     generators:list, # draw its order
-)->tuple:            # (mean losses per image over the last epoch, or errors; dicts of weights, until the next call)
-    "What a call for each client would give, bit for bit; all batches must be on tape, see `takes`."
+)->tuple:            # (mean losses over the last epoch, or errors; weights, until the next call)
+    "What a call for each client would give, bit for bit; `ValueError` where a batch is not on tape."
+    whole(epochs, "epochs"), self._params(net)  # which forgets tapes where something was frozen
+    ready = all(self.takes(net, d, batch_size) for d in data)
+    check(ready, "data", data, "images whose batches are all on tape")
     side = self.sides.get(net) or Abreast(net, self.width(net))
+    check(len(sent) <= len(side), "sent", len(sent), f"weights for at most {len(side)} clients")
     self.sides[net], wrong = side, {}
     side.load(sent)
     opt = SGD([p for own in side.params[: len(sent)] for p in own], lr, momentum, weight_decay)
@@ -533,12 +541,17 @@ def abreast(self: Taped,
 @patch
 def takes(self: Taped, net, data, batch_size):
     "Is every batch of these images on tape?"
-    if not isinstance(data, ArrayData) or not _suits(data):
-        return False
-    n, shape = len(data), data.shape
-    sizes = {min(n, batch_size), n % batch_size} - {0}
-    steps = [self.steps.get((net, torch.Size((size, *shape)))) for size in sizes]
-    return all(step is not None and step.ready for step in steps)
+    ours = isinstance(data, ArrayData) and type(data).__module__.startswith("darkdistill_nb.")
+    if not ours or not _suits(data):
+        return False  # a reader's own images may be others each time
+    key = net, n, shape, _ = net, len(data), data.shape, batch_size
+    if key not in self.taken:
+        sizes = {min(n, batch_size), n % batch_size} - {0}
+        steps = [self.steps.get((net, torch.Size((size, *shape)))) for size in sizes]
+        if not all(step is not None and step.ready and step.several for step in steps):
+            return False
+        self.taken.add(key)
+    return True
 
 # %% ../../nbs/3_federated/tape.ipynb #96879d77
 @patch

@@ -282,3 +282,96 @@ def test_a_method_of_its_own_is_sent_client_by_client():
     state, pool = method.setup(NETS["cnn"]()), Loses(method, data, clients)
     list(Here(method, data, Streams(0), pool).answers([method.send(state, c) for c in clients], clients, 0))
     assert [len(ids) for ids, _, _ in pool.asked] == [1] * 4
+
+
+def test_the_first_fault_of_the_first_round_is_that_of_the_first_client():
+    "Also where tiers alternate."
+    data = images()
+    data.x[50], data.x[70] = float("inf"), float("inf")  # clients 1 and 2
+    with pytest.raises(FloatingPointError, match="round 1: client 1,"):
+        run(EEFL(Joint(), **SETTINGS), data=data, faults="raise")
+
+
+class Noisy(ArrayData):
+    "Images that are others each time."
+
+    def batches(self, *args):
+        for x, y in super().batches(*args):
+            yield x + 0.1 * torch.randn(x.shape), y
+
+
+class Twice(ArrayData):
+    "Each batch comes twice in training, where an order is drawn."
+
+    def batches(self, batch_size, generator=None, *more):
+        for batch in super().batches(batch_size, generator, *more):
+            yield from [batch] * (1 if generator is None else 2)
+
+
+@pytest.mark.parametrize("kind", [Noisy, Twice])
+def test_images_of_a_readers_own_kind_are_trained_on_alone(kind, calls):
+    "Their random numbers come from the client's stream, whatever was drawn outside."
+    x = images()
+    data, found = kind(x.x, x.y, range(4)), []
+    for seed in 1, 2:
+        torch.manual_seed(seed)
+        found.append(run(EEFL(Joint(), **SETTINGS), data=data))
+    same(*found)
+    assert not calls
+
+
+class Keeper(EEFL):
+    "A check that keeps what it sees."
+    seen = ()
+
+    def check_update(self, update, sent, client):
+        self.seen = [*self.seen, (client.id, update.weights["stem.weight"])]
+        return super().check_update(update, sent, client)
+
+
+def test_a_check_of_its_own_is_lent_nothing(calls):
+    method = Keeper(Joint(), **SETTINGS)
+    run(method)
+    heads = [w for cid, w in method.seen if cid == 0]
+    assert calls and len({w.data_ptr() for w in heads}) == len(heads) == 7
+
+
+def test_abreast_refuses_what_it_cannot_do():
+    net, data = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), images(8)
+    taped, how = Taped(), (1, 0.02, 0.0, 0.0, 8)
+    ask = lambda n, how=how: taped.abreast(net, [net.state_dict()] * n, [data] * n, *how, [None] * n)
+    with pytest.raises(ValueError, match="images whose batches are all on tape"):
+        ask(2)
+    for _ in range(5):
+        taped(net, data, *how, loss=nn.functional.cross_entropy, forward=net)
+    assert len(ask(2)[0]) == 2
+    with pytest.raises(ValueError, match="at most 12 clients"):
+        ask(13)
+    with pytest.raises(ValueError, match="epochs=0"):
+        ask(2, (0, *how[1:]))
+    net[1].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="on tape"):
+        ask(2)
+
+
+def test_a_client_of_no_tier_is_left_out_as_ever():
+    method, data = EEFL(Joint(), **SETTINGS), images()
+    clients, state = federation(data), method.setup(NETS["cnn"]())
+    clients[1].tier = 7
+    with pytest.warns(UserWarning, match="client 1 is left out, it raised ValueError"):
+        _, row = play_round(method, state, data, clients, 0, Streams(0))
+    assert list(row["left_out"]) == ["1"]
+
+
+def test_a_weight_called_zip_is_no_trouble(calls):
+    "The program for several clients uses a function of that name."
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    net.zip = nn.Parameter(torch.ones(4))
+    taped, data, how = Taped(), images(8), (1, 0.02, 0.0, 0.0, 8)
+    forward = lambda x: net[1](net[0](x)) * net.zip
+    for _ in range(5):
+        taped(net, data, *how, loss=nn.functional.cross_entropy, forward=forward)
+    start = copy.deepcopy(net.state_dict())
+    losses, states = taped.abreast(net, [start] * 2, [data] * 2, *how, [None] * 2)
+    alone = taped(net, data, *how, loss=nn.functional.cross_entropy, forward=forward)
+    assert losses == [alone] * 2 and torch.equal(states[1]["zip"], net.zip)

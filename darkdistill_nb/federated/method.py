@@ -1163,21 +1163,31 @@ def _width(method, tier):
     except Exception:
         return 1
 
+def _is_on_tape(method, client, share):
+    "Are all steps of a client on tape? Whoever would raise is asked alone."
+    try:
+        net = method.tier_net(client.tier)
+        return method._taped.takes(net, share(client), method.batch_size)
+    except _FATAL:
+        raise
+    except Exception:
+        return False
+
+# %% ../../nbs/3_federated/method.ipynb #e16c6dfc
 def _chunks(method, drawn, share):
-    "(can they train side by side?, numbers of a few clients), tier by tier, in their order."
-    tiers = {}
-    for i, c in enumerate(drawn):
-        tiers.setdefault(c.tier, []).append(i)
-    for tier, numbers in tiers.items():
-        if (most := _width(method, tier)) == 1:
-            yield False, numbers
-            continue
-        net, taped = method.tier_net(tier), method._taped
-        takes = lambda i: taped.takes(net, share(drawn[i]), method.batch_size)
-        for ready, run in itertools.groupby(numbers, takes):
-            run = list(run)
-            for k in range(0, len(run), most):
-                yield ready, run[k : k + most]
+    "(do they train side by side?, numbers of clients): tier by tier where somebody does."
+    most = {tier: _width(method, tier) for tier in {c.tier for c in drawn}}
+    ready = [most[c.tier] > 1 and _is_on_tape(method, c, share) for c in drawn]
+    order = range(len(drawn))
+    if not any(ready):
+        yield False, order
+        return
+    tier = lambda i: drawn[i].tier
+    kind = lambda i: (tier(i), ready[i])
+    for (m, beside), run in itertools.groupby(sorted(order, key=tier), kind):
+        run = list(run)
+        size = most[m] if beside else len(run)
+        yield from ((beside, run[k : k + size]) for k in range(0, len(run), size))
 
 # %% ../../nbs/3_federated/method.ipynb #1e6889ba
 def _side_by_side(here, sent, drawn, rnd, ask):

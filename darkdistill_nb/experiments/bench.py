@@ -445,7 +445,7 @@ class Workload:
     "What every simulator is asked to do; raises `ValueError`."
 
     def __init__(self,
-        name:str="linear", # visit, linear | mlp | lenet | cnn | vit: 31, 402, 62 thousand, 1.6, 5.4 million weights
+        name:str="linear", # visit, linear (31 thousand weights) | mlp (402) | lenet (62) | cnn (1.6 million) | vit (5.4)
         clients:int=100,
         samples:int=50,    # images of a client
         batch:int=25,      # images a step
@@ -986,7 +986,8 @@ def bench_federated(
         title = f"{name}: {n} clients, {work.samples} images each, batch {work.batch}; "
         title += f"matrix product {rate:.0f} GFLOP/s; {machine()}"
         texts.append(federated_table(rows, title, missing))
-        found.append(dict(work=name, clients=n, rate=rate, rows=rows, missing=missing))
+        shape = dict(samples=work.samples, batch=work.batch)
+        found.append(dict(work=name, clients=n, **shape, rate=rate, rows=rows, missing=missing))
     config = dict(bench="federated", rounds=rounds, works=list(works), clients=list(clients), **sizes)
     texts += [_growth(found, name) for name in works if len(clients) > 1]
     return "\n\n".join(texts), Record.begin(config, tables=found, machine=machine())

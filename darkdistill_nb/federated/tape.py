@@ -1,5 +1,5 @@
 """A training step of a small network is a few dozen operations, and PyTorch finds out anew which, every time. We write them down once and play them from then on.
-A training step written down as a program and played: the same bits, without the questions.
+A training step written down as a program and played, for one client or for several side by side: the same bits, without the questions.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/3_federated/tape.html.md"""
 
@@ -228,13 +228,15 @@ def _shared(self: Tape, once):
 def _each(line, shared):
     "The line for several clients: what belongs to one of them is taken from its list."
     left, right = line.text.split(" = ", 1)
-    own = [n for n in dict.fromkeys(line.read) if n not in shared] or ["x"]
+    own = [n for n in dict.fromkeys(line.read) if n not in shared]
+    own = own or ["x"]  # it reads no list: the batches say how many clients there are
     names = ", ".join(own)
-    every = f"[{right} for {names} in {f'zip({names})' if len(own) > 1 else names}]"
-    if set(line.new) == {"_"}:
-        return _Line(every, line.new, line.read, line.op)
-    every = f"zip(*{every})" if "," in left else every
-    return _Line(f"{left} = {every}", line.new, line.read, line.op)
+    lists = names if len(own) == 1 else f"zip({names})"
+    text = f"[{right} for {names} in {lists}]"
+    if set(line.new) != {"_"}:  # what works in place gives nothing new
+        text = f"zip(*{text})" if "," in left else text
+        text = f"{left} = {text}"
+    return _Line(text, line.new, line.read, line.op)
 
 # %% ../../nbs/3_federated/tape.ipynb #6a111622
 @patch
@@ -246,9 +248,11 @@ def several(self: Tape,
     check("x" in inputs, "inputs", inputs, "a list with x")
     check("zip" not in self.known, "name", "zip", "another one, since the program uses it")
     lines, keep, once = self._plan(results, inputs)
-    once = once - (shared := self._shared(once))
+    shared = self._shared(once)
+    once = once - shared
     check(not shared & set(keep), "results", results, "tensors that depend on a client")
-    own = sorted({n for line in lines for n in line.read} & once | set(keep) & once)
+    read = {n for line in lines for n in line.read}
+    own = sorted((read | set(keep)) & once)
     looks = _needed([line for line in self.lines if line.views and once >= set(line.new)], own)
     known = [k for k in self.known if k not in inputs]
     of_one = self._function("own", known, looks, own, once)
@@ -449,12 +453,13 @@ class Abreast:
 
     def __init__(self,
         net:nn.Module, # as in `Step`
-        width:int=8,   # clients
+        width:int=12,  # clients
     ):
         check(isinstance(net, nn.Module), "net", net, "a network")
         state = net.state_dict(keep_vars=True)
-        alike = lambda: {id(v): v.detach().clone() for v in state.values()}
-        copies = [alike() for _ in range(whole(width, "width"))]
+        copies, width = [], whole(width, "width")
+        for _ in range(width):  # a tensor with several names has one id, so one copy
+            copies.append({id(v): v.detach().clone() for v in state.values()})
         of_each = lambda names: [{k: c[id(v)] for k, v in names.items()} for c in copies]
         self.states, self.known = of_each(state), of_each(_named(state))
         trained = [id(p) for p in net.parameters() if p.requires_grad]
@@ -468,16 +473,19 @@ class Abreast:
         sent:list # dicts of weights and buffers, at most one for each client
     ):
         "Weights to begin from."
-        here = [v for _, s in zip(sent, self.states) for v in s.values()]
-        torch._foreach_copy_(here, [w[k] for w, s in zip(sent, self.states) for k in s])
+        here, there = [], []
+        for weights, state in zip(sent, self.states):
+            here += state.values()
+            there += [weights[k] for k in state]
+        torch._foreach_copy_(here, there)
 
     @torch.no_grad()
     def step(self,
         step:Step,  # that is on tape
         which:list, # numbers of the clients that have a batch
-        x:list,     # their images
-        y:list,     # their labels
-    )->tuple:       # lists of their losses, and of their gradients for each parameter, or None
+        x:list,     # their images, (B, ...) each, all of one shape
+        y:list,     # their labels, (B,) each
+    )->tuple:       # (losses, gradients or None for each parameter): lists with an entry a client
         "Losses and gradients of several clients."
         of_one, steps = step.several
         if step not in self.own:
@@ -497,13 +505,15 @@ def _next_batches(loaders):
 # %% ../../nbs/3_federated/tape.ipynb #89b82c20
 @patch
 def _epoch(self: Taped, net, side, loaders, opt):
-    "One pass of several clients; the sums of their losses, (C,)."
+    "One pass of several clients; the sums of their losses over images (nats), (C,)."
     total, each = torch.zeros(len(loaders)), len(side.params[0])
     while found := _next_batches(loaders):
         for shape, (which, x, y) in found.items():
             values, *gradients = side.step(self.steps[net, shape], which, x, y)
-            g = [None] * len(opt.params)
-            for i, own in zip(which, zip(*(d or [None] * len(which) for d in gradients))):
+            nothing = [None] * len(which)
+            of_each = zip(*(d or nothing for d in gradients))  # one client's, then the next one's
+            g = [None] * len(opt.params)  # who has no batch stays where it is
+            for i, own in zip(which, of_each):
                 g[i * each : (i + 1) * each] = own
             opt.move(g)
             total[which] += torch.stack(list(values)) * shape[0]
@@ -518,9 +528,11 @@ def abreast(self: Taped,
     data:list,       # its images
     epochs:int, lr:float, momentum:float, weight_decay:float, batch_size:int,
     generators:list, # draw its order
-)->tuple:            # (mean losses over the last epoch, or errors; weights, until the next call)
-    "What a call for each client would give, bit for bit; `ValueError` where a batch is not on tape."
-    whole(epochs, "epochs"), self._params(net)  # which forgets tapes where something was frozen
+)->tuple:            # for each client its mean loss (nats) or an error; its weights, until the next call
+    """What a call for each client would give, bit for bit; `ValueError` for a batch that is not on
+    tape, no epoch, or more clients than `width`."""
+    whole(epochs, "epochs")
+    self._params(net)  # forgets tapes where something was frozen
     ready = all(self.takes(net, d, batch_size) for d in data)
     check(ready, "data", data, "images whose batches are all on tape")
     side = self.sides.get(net) or Abreast(net, self.width(net))
@@ -531,9 +543,10 @@ def abreast(self: Taped,
     for _ in range(epochs):
         loaders = [iter(d.batches(batch_size, g)) for d, g in zip(data, generators)]
         totals = self._epoch(net, side, loaders, opt).tolist()
-        for i in (i for i, t in enumerate(totals) if not math.isfinite(t)):
-            text = f"the training loss is {totals[i]}; lower lr={lr}"
-            wrong.setdefault(i, FloatingPointError(text))
+        for i, t in enumerate(totals):
+            if not math.isfinite(t):  # the first bad epoch counts
+                error = FloatingPointError(f"the training loss is {t}; lower lr={lr}")
+                wrong.setdefault(i, error)
     mean = [t / len(d) for t, d in zip(totals, data)]
     return [wrong.get(i, m) for i, m in enumerate(mean)], side.states
 
@@ -544,7 +557,8 @@ def takes(self: Taped, net, data, batch_size):
     ours = isinstance(data, ArrayData) and type(data).__module__.startswith("darkdistill_nb.")
     if not ours or not _suits(data):
         return False  # a reader's own images may be others each time
-    key = net, n, shape, _ = net, len(data), data.shape, batch_size
+    n, shape = len(data), data.shape
+    key = net, n, shape, batch_size
     if key not in self.taken:
         sizes = {min(n, batch_size), n % batch_size} - {0}
         steps = [self.steps.get((net, torch.Size((size, *shape)))) for size in sizes]
@@ -555,7 +569,11 @@ def takes(self: Taped, net, data, batch_size):
 
 # %% ../../nbs/3_federated/tape.ipynb #96879d77
 @patch
-def width(self: Taped, net, memory=2**22, most=12):
-    "How many clients train side by side: as many copies of the weights as fit into `memory` bytes."
+def width(self: Taped,
+    net:nn.Module,
+    memory:int=2**22, # bytes that their weights may take together
+    most:int=12,      # clients
+)->int:               # clients, at least 1
+    "How many clients train side by side."
     size = sum(v.numel() * v.element_size() for v in net.state_dict().values())
     return max(1, min(most, memory // max(size, 1)))

@@ -236,7 +236,7 @@ def test_images_at_hand_are_those_of_the_data_set(kind, limit):
     how |= dict(difficulty=torch.rand(60, generator=g)) if kind == "difficulty known" else {}
     train = ArrayData(x if kind == "uint8" else x / 255.0, y, range(5), **how)
     client = Client(0, 1, torch.randperm(60, generator=g)[:35], torch.arange(0))
-    share = _shares(train, limit)
+    share = _shares(train, [client], limit)
     plain, ready = train.subset(client.train), share(client)
     assert share(client) is ready and len(ready) == 35 and repr(ready) == repr(plain)
     draws = lambda: torch.Generator().manual_seed(3)
@@ -263,7 +263,7 @@ def test_clients_of_other_data_are_cut_out_of_them():
         pass
 
     train = Own(torch.zeros(6, 1, 2, 2), torch.arange(6) % 2)
-    assert type(_shares(train)(Client(0, 1, torch.arange(3), torch.arange(0)))) is Own
+    assert type(_shares(train, [])(Client(0, 1, torch.arange(3), torch.arange(0)))) is Own
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e7, -3e7, 1e25])

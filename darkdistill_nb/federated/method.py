@@ -971,18 +971,15 @@ def _rows_of(train):
         return lambda client: train.subset(client.train)
     return lambda client: _Rows(train, client.train, None)
 
-def _shares(train, limit=2**28):
-    "Client -> its training images; the values of all images are worked out once if they fit into `limit` bytes."
+def _shares(train, clients, limit=2**28):
+    """Client -> its training images; the values of all images are worked out once if they fit into
+    `limit` bytes. Who holds what is noted ahead: small things that stay, made between large ones that
+    go, leave holes in memory that nothing fits into."""
     if type(train) is not ArrayData:
         return lambda client: train.subset(client.train)
-    done, held = _normal(train, limit), {}
-
-    def share(client):
-        if client.id not in held:
-            held[client.id] = _Rows(train, client.train, done)
-        return held[client.id]
-
-    return share
+    done = _normal(train, limit)
+    held = {c.id: _Rows(train, c.train, done) for c in clients}
+    return lambda client: held[client.id]
 
 # %% ../../nbs/3_federated/method.ipynb #6a088ef5
 def _jobs(method, sent, drawn, processes):
@@ -1279,7 +1276,8 @@ def _open(timm, packed):
         ensure_torchvision()  # timm imports torchvision
     method, net, train, clients, seed = pickle.loads(packed)
     method.setup(net)
-    who, here = {c.id: c for c in clients}, Here(method, train, Streams(seed), share=_shares(train))
+    who, share = {c.id: c for c in clients}, _shares(train, clients)
+    here = Here(method, train, Streams(seed), share=share)
 
     def answer(weights, ids, rnd):
         found = dict(here.answers([weights] * len(ids), [who[i] for i in ids], rnd))
@@ -1564,7 +1562,7 @@ def __str__(self: _Choice):
 def _seconds_of_a_visit(method, state, train, clients, streams):
     "Seconds of a visit in this process: the fastest of 2 to 6 trials, mean over tiers."
     found, end = [], time.perf_counter() + 0.6
-    here = Here(copy.deepcopy(method), train, streams, share=_shares(train))
+    here = Here(copy.deepcopy(method), train, streams)
     for tier in {c.tier for c in clients}:
         peers, some, seconds = [c for c in clients if c.tier == tier], 1, []
         if found and time.perf_counter() > end:
@@ -1653,7 +1651,7 @@ def simulate(
     alone = engine is not None or device.type != "cpu" or len(log) == rounds
     alone = alone or way.stack or precision != "fp32"
     count, choice_made = _chosen(workers, alone, started, state, rounds - len(log), progress)
-    share = _shares(train)
+    share = _shares(train, clients)
     bar = _bar(rounds, len(log), "round", progress)
     with _workers(count, bar, choice_made, method, net, train, clients, seed) as pool:
         here = method, train, streams, pool, share, way, choice_made

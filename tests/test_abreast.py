@@ -7,24 +7,14 @@ from darkdistill_nb.core.data import ArrayData
 from darkdistill_nb.core.parallel import WorkerLost
 from darkdistill_nb.core.registry import METHODS
 from darkdistill_nb.core.seeds import Streams
-from darkdistill_nb.exits.networks import cnn, vit, wrn
+from darkdistill_nb.exits.networks import cnn
 from darkdistill_nb.exits.training import BoostNet, Joint
 from darkdistill_nb.federated.availability import Availability
-from darkdistill_nb.federated.method import EEFL, Client, Here, make_clients, play_round, simulate
+from darkdistill_nb.federated.method import EEFL, Client, Here, play_round, simulate
 from darkdistill_nb.federated.tape import Abreast, Step, Taped
+from small import NETS, SHAPE, images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SHAPE = 1, 8, 8
-NETS = {
-    "cnn": lambda: cnn(SHAPE, 4, stages=2, width=4),
-    "wrn": lambda: wrn(10, 1, SHAPE, 4, exits=(1, 3)),
-    "vit": lambda: vit(exits=(1, 2), img_size=8, in_chans=1, n_classes=4, patch_size=4, embed_dim=24, depth=2, num_heads=3),
-}
-
-
-def images(n=150):
-    g = torch.Generator().manual_seed(1)
-    return ArrayData(torch.randn(n, *SHAPE, generator=g), torch.arange(n) % 4, range(4))
 
 
 def federation(data):
@@ -54,7 +44,7 @@ def alone(monkeypatch):
 
 
 def run(method, build=NETS["cnn"], data=None, rounds=7, **kw):
-    data = data or images()
+    data = data or images(150)
     return simulate(method, build, data, data.subset(range(40)), federation(data), rounds, progress=False, **kw)
 
 
@@ -120,7 +110,7 @@ def test_weights_that_are_kept_stay_what_they_are(calls, monkeypatch):
 
 
 def test_an_engine_lends_nothing_unless_told(calls):
-    data = images()
+    data = images(150)
     clients, method = federation(data)[::2], EEFL(Joint(), **SETTINGS)
     state = method.setup(NETS["cnn"]())
     sent, here = [method.send(state, c) for c in clients], Here(method, data, Streams(0))
@@ -137,7 +127,7 @@ def test_an_engine_lends_nothing_unless_told(calls):
 
 
 def test_a_client_whose_loss_is_no_number_is_left_out_alone(calls, monkeypatch):
-    data, logs = images(), []
+    data, logs = images(150), []
     data.x[50] = float("inf")  # an image of the second client
     for narrow in (False, True):
         if narrow:
@@ -152,7 +142,7 @@ def test_a_client_whose_loss_is_no_number_is_left_out_alone(calls, monkeypatch):
 
 def test_whoever_raises_is_found_when_asked_alone(calls, monkeypatch):
     "A label that does not exist stops the operation for all; then each is asked alone."
-    method, data = EEFL(Joint(), **SETTINGS), images()
+    method, data = EEFL(Joint(), **SETTINGS), images(150)
     clients, state = federation(data), method.setup(NETS["cnn"]())
     for rnd in range(6):
         state, row = play_round(method, state, data, clients, rnd, Streams(0))
@@ -210,7 +200,7 @@ def test_two_precisions_and_stacks_are_left_alone(calls):
 
 
 def test_freezing_between_two_rounds_is_seen(calls):
-    method, data = EEFL(Joint(), **SETTINGS), images()
+    method, data = EEFL(Joint(), **SETTINGS), images(150)
     clients, state = federation(data), method.setup(NETS["cnn"]())
     for rnd in range(6):
         state, _ = play_round(method, state, data, clients, rnd, Streams(0))
@@ -286,7 +276,7 @@ def test_a_method_of_its_own_is_sent_client_by_client():
 
 def test_the_first_fault_of_the_first_round_is_that_of_the_first_client():
     "Also where tiers alternate."
-    data = images()
+    data = images(150)
     data.x[50], data.x[70] = float("inf"), float("inf")  # clients 1 and 2
     with pytest.raises(FloatingPointError, match="round 1: client 1,"):
         run(EEFL(Joint(), **SETTINGS), data=data, faults="raise")
@@ -311,7 +301,7 @@ class Twice(ArrayData):
 @pytest.mark.parametrize("kind", [Noisy, Twice])
 def test_images_of_a_readers_own_kind_are_trained_on_alone(kind, calls):
     "Their random numbers come from the client's stream, whatever was drawn outside."
-    x = images()
+    x = images(150)
     data, found = kind(x.x, x.y, range(4)), []
     for seed in 1, 2:
         torch.manual_seed(seed)
@@ -355,7 +345,7 @@ def test_abreast_refuses_what_it_cannot_do():
 
 
 def test_a_client_of_no_tier_is_left_out_as_ever():
-    method, data = EEFL(Joint(), **SETTINGS), images()
+    method, data = EEFL(Joint(), **SETTINGS), images(150)
     clients, state = federation(data), method.setup(NETS["cnn"]())
     clients[1].tier = 7
     with pytest.warns(UserWarning, match="client 1 is left out, it raised ValueError"):

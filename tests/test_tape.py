@@ -10,29 +10,19 @@ from darkdistill_nb.core.datasets import load
 from darkdistill_nb.core.registry import METHODS
 from darkdistill_nb.core.seeds import Streams
 from darkdistill_nb.core.training import fit
-from darkdistill_nb.exits.networks import cnn, vit, wrn
+from darkdistill_nb.exits.networks import cnn
 from darkdistill_nb.exits.training import BoostNet, Joint
 from darkdistill_nb.federated import method as federated
 from darkdistill_nb.federated.method import EEFL, make_clients, simulate
 from darkdistill_nb.federated.tape import Step, Tape, Taped
+from small import NETS, SHAPE, images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SHAPE = 1, 8, 8
-NETS = {
-    "cnn": lambda: cnn(SHAPE, 4, stages=2, width=4),
-    "wrn": lambda: wrn(10, 1, SHAPE, 4, exits=(1, 3)),
-    "vit": lambda: vit(exits=(1, 2), img_size=8, in_chans=1, n_classes=4, patch_size=4, embed_dim=24, depth=2, num_heads=3),
-}
 
 
 def made(name):
     torch.manual_seed(0)
     return NETS[name]()
-
-
-def images(n=44):
-    g = torch.Generator().manual_seed(1)
-    return ArrayData(torch.randn(n, *SHAPE, generator=g), torch.arange(n) % 4, range(4))
 
 
 def trained(net, fit, loss, data=None, epochs=4):

@@ -445,7 +445,7 @@ class Workload:
     "What every simulator is asked to do; raises `ValueError`."
 
     def __init__(self,
-        name:str="linear", # visit, linear (31 thousand weights) | mlp (402) | lenet (62) | cnn (1.6 million) | vit (5.4)
+        name:str="linear", # of `WORKS`: 31 (visit, linear), 402, 62 thousand, 1.6, 5.4 million weights
         clients:int=100,
         samples:int=50,    # images of a client
         batch:int=25,      # images a step

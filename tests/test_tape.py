@@ -14,7 +14,7 @@ from darkdistill_nb.exits.networks import cnn
 from darkdistill_nb.exits.training import BoostNet, Joint
 from darkdistill_nb.federated import method as federated
 from darkdistill_nb.federated.method import EEFL, make_clients, simulate
-from darkdistill_nb.federated.tape import Step, Tape, Taped
+from darkdistill_nb.federated.tape import Step, Tape, Taped, _four_max
 from small import NETS, SHAPE, images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -296,3 +296,50 @@ def test_a_view_of_what_is_given_is_made_anew():
         out = x.t() * 2
     step = tape.program([out], ["x"])
     assert torch.equal(step(5 * x)[0], 10 * x.T)
+
+
+FOUR = {  # what a network does with an image of eight by eight; are its maxima found the faster way?
+    "relu": (lambda z: F.max_pool2d(F.relu(z), 2), True),
+    "alone": (lambda z: F.max_pool2d(z, 2), True),
+    "twice": (lambda z: F.max_pool2d(F.max_pool2d(F.relu(z), 2), 2), True),
+    "relu after": (lambda z: F.relu(F.max_pool2d(z, 2)), True),
+    "relu elsewhere": (lambda z: F.max_pool2d(F.relu(z), 2) + F.relu(z)[..., :4, 4:], True),
+    "relu read again": (lambda z: (lambda a: F.max_pool2d(a, 2) + a[..., :4, 4:])(F.relu(z)), True),
+    "changed": (lambda z: (lambda a, b: F.max_pool2d(a, 2) + b[..., :4, :4])(F.relu(z), z.detach().mul_(-3)), True),
+    "in place": (lambda z: F.max_pool2d(F.relu(z + 0, inplace=True), 2), True),
+    "leaky": (lambda z: F.max_pool2d(F.leaky_relu(z), 2), True),
+    "two of one": (lambda z: (lambda a: F.max_pool2d(a, 2) * F.max_pool2d(a, 2))(F.relu(z)), True),
+    "odd": (lambda z: F.max_pool2d(z[..., 1:, 1:], 2), False),
+    "overlapping": (lambda z: F.max_pool2d(z, 2, 1), False),
+    "three": (lambda z: F.max_pool2d(z, 3), False),
+    "at the edge": (lambda z: F.max_pool2d(z, 2, padding=1), False),
+    "channels last": (lambda z: F.max_pool2d(z.contiguous(memory_format=torch.channels_last), 2), False),
+    "where they are": (lambda z: (lambda v, i: v + i)(*F.max_pool2d(z, 2, return_indices=True)), False),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", FOUR)
+def test_maxima_of_four_are_those_of_pytorch(name, dtype):
+    "With many ties, whose gradient goes to the first."
+    f, faster = FOUR[name]
+    g = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randint(-3, 4, (5, 1, 8, 8), generator=g).to(dtype)
+    x, own = draw(), draw()[0].clone().requires_grad_()  # one number for each place of an image
+
+    def done(x):
+        value = ((f(torch.cat([x + own, x * own], 1)) + 1) ** 2).sum()
+        return value, *torch.autograd.grad(value, [own])
+
+    with Tape(dict(own=own, x=x)) as tape:
+        out = done(x)
+    play = tape.program(out, ["x"])
+    assert ("four_max" in play.source) == ("four_back" in play.source) == faster
+    for x in (x, draw(), draw().abs(), -draw().abs(), torch.zeros_like(x)):
+        assert all(map(torch.equal, play(x), done(x)))
+
+
+def test_a_number_that_is_none_passes_through_the_maxima():
+    x = torch.zeros(1, 1, 2, 4)
+    x[..., 1, 1] = float("nan")
+    assert _four_max(x)[0].isnan().tolist() == [[[[True, False]]]]

@@ -481,11 +481,15 @@ def run(self: Workers,
     again, jobs = None if again is None else whole(again, "again", 0), list(jobs)
     todo, at, lost = list(range(len(jobs))), {}, [0] * len(jobs)
     free = [conn for conn in self.procs if conn not in self.starting]
-    while todo or at:
+
+    def hand_out():
         while todo and free:
             conn, i = free.pop(0), todo.pop(0)
             at[conn] = i
             self._give(conn, jobs[i])
+
+    while todo or at:
+        hand_out()
         for conn in wait([*at, *self.starting]):
             kind, what = self._hear(conn, at.get(conn, 0), again)
             if kind == "failed":
@@ -496,8 +500,10 @@ def run(self: Workers,
                 self.starting.remove(conn)
                 free.append(conn)
             if kind == "done":
+                i = at.pop(conn)
                 free.append(conn)
-                yield at.pop(conn), what
+                hand_out()  # it works on while the caller looks at the result
+                yield i, what
             if kind == "lost":
                 lost[i := at.pop(conn)] += 1
                 self._replace(conn)

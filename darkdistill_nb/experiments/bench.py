@@ -853,8 +853,9 @@ class _Player:
 
     def __call__(self):
         "One round; its processor seconds. Raises `RuntimeError` with the last words of a process that has ended."
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: its last words say why
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
             said = self.process.stderr.read().strip().splitlines() or ["it ended"]

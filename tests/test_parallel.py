@@ -151,3 +151,26 @@ def test_a_run_that_is_interrupted_leaves_no_process_and_no_memory(monkeypatch):
     assert len(names) == 4 and not any(map(running, pids))
     assert not set(pids) & set(children(os.getpid()))
     assert not {n.lstrip("/") for n in names} & set(os.listdir("/dev/shm"))
+
+
+def test_a_worker_has_its_next_job_while_the_caller_looks_at_the_last_result(tmp_path):
+    made = [tmp_path / "a", tmp_path / "b"]
+    with Workers(1, constantly, os.mkdir) as workers:
+        results = workers.run([(str(d),) for d in made])
+        assert next(results) == (0, None)
+        end = time.perf_counter() + 20
+        while not made[1].exists() and time.perf_counter() < end:
+            time.sleep(0.01)
+        assert made[1].exists()
+        assert list(results) == [(1, None)]
+
+
+def test_workers_that_were_left_early_are_not_asked_again():
+    "Their late answers would be taken for those of the next jobs."
+    with Workers(1, constantly, abs) as workers:
+        assert list(workers.run([(-1,)])) == [(0, 1)] == list(workers.run([(1,)]))
+        results = workers.run([(-2,), (-3,)])
+        assert next(results) == (0, 2)
+        results.close()
+        with pytest.raises(ValueError, match="workers='busy' must be"):
+            list(workers.run([(-4,)]))

@@ -12,6 +12,7 @@ from darkdistill_nb.core.seeds import Streams
 from darkdistill_nb.core.training import fit
 from darkdistill_nb.exits.networks import cnn
 from darkdistill_nb.exits.training import BoostNet, Joint
+from darkdistill_nb.experiments.bench import Workload, _as_exits
 from darkdistill_nb.federated import method as federated
 from darkdistill_nb.federated.method import EEFL, make_clients, simulate
 from darkdistill_nb.federated.tape import Step, Tape, Taped, _four_max
@@ -298,23 +299,65 @@ def test_a_view_of_what_is_given_is_made_anew():
     assert torch.equal(step(5 * x)[0], 10 * x.T)
 
 
-FOUR = {  # what a network does with an image of eight by eight; are its maxima found the faster way?
+def read_again(z):
+    a = F.relu(z)
+    return F.max_pool2d(a, 2) + a[..., :4, 4:]
+
+
+def two_of_one(z):
+    a = F.relu(z)
+    return F.max_pool2d(a, 2) * F.max_pool2d(a, 2)
+
+
+def changed(z):
+    a, b = F.relu(z), z.detach().mul_(-3)
+    return F.max_pool2d(a, 2) + b[..., :4, :4]
+
+
+def changed_by_another_name(z):
+    a = F.relu(z)
+    z.detach().view(-1).mul_(-3)
+    return F.max_pool2d(a, 2)
+
+
+def changed_behind(z):
+    a = F.relu(z)
+    a.data.mul_(-3)
+    return F.max_pool2d(a, 2)
+
+
+def changed_afterwards(z):
+    b = F.max_pool2d(F.relu(z), 2)
+    b += 1
+    return b
+
+
+def with_places(z):
+    best, places = F.max_pool2d(z, 2, return_indices=True)
+    return best + places
+
+
+FOUR = {  # what is done with images of eight by eight, and whether the faster way is taken
     "relu": (lambda z: F.max_pool2d(F.relu(z), 2), True),
     "alone": (lambda z: F.max_pool2d(z, 2), True),
     "twice": (lambda z: F.max_pool2d(F.max_pool2d(F.relu(z), 2), 2), True),
     "relu after": (lambda z: F.relu(F.max_pool2d(z, 2)), True),
     "relu elsewhere": (lambda z: F.max_pool2d(F.relu(z), 2) + F.relu(z)[..., :4, 4:], True),
-    "relu read again": (lambda z: (lambda a: F.max_pool2d(a, 2) + a[..., :4, 4:])(F.relu(z)), True),
-    "changed": (lambda z: (lambda a, b: F.max_pool2d(a, 2) + b[..., :4, :4])(F.relu(z), z.detach().mul_(-3)), True),
+    "relu read again": (read_again, True),
+    "changed": (changed, True),
+    "changed by another name": (changed_by_another_name, True),
+    "changed behind": (changed_behind, True),
+    "changed afterwards": (changed_afterwards, True),
     "in place": (lambda z: F.max_pool2d(F.relu(z + 0, inplace=True), 2), True),
     "leaky": (lambda z: F.max_pool2d(F.leaky_relu(z), 2), True),
-    "two of one": (lambda z: (lambda a: F.max_pool2d(a, 2) * F.max_pool2d(a, 2))(F.relu(z)), True),
+    "two of one": (two_of_one, True),
+    "one image": (lambda z: F.max_pool2d(z[0], 2), True),
     "odd": (lambda z: F.max_pool2d(z[..., 1:, 1:], 2), False),
     "overlapping": (lambda z: F.max_pool2d(z, 2, 1), False),
     "three": (lambda z: F.max_pool2d(z, 3), False),
     "at the edge": (lambda z: F.max_pool2d(z, 2, padding=1), False),
-    "channels last": (lambda z: F.max_pool2d(z.contiguous(memory_format=torch.channels_last), 2), False),
-    "where they are": (lambda z: (lambda v, i: v + i)(*F.max_pool2d(z, 2, return_indices=True)), False),
+    "turned": (lambda z: F.max_pool2d(z.transpose(2, 3), 2), False),
+    "with places": (with_places, False),
 }
 
 
@@ -339,7 +382,42 @@ def test_maxima_of_four_are_those_of_pytorch(name, dtype):
         assert all(map(torch.equal, play(x), done(x)))
 
 
-def test_a_number_that_is_none_passes_through_the_maxima():
+def test_nan_passes_through_the_maxima():
     x = torch.zeros(1, 1, 2, 4)
     x[..., 1, 1] = float("nan")
     assert _four_max(x)[0].isnan().tolist() == [[[[True, False]]]]
+
+
+def test_what_is_asked_for_is_what_pytorch_gives():
+    "Places of maxima, and the gradient in front of a ReLU's."
+    x = torch.randn(2, 1, 4, 4)
+    own = torch.randn(4, 4, requires_grad=True)
+    for results in ("places", "between"):
+        with Tape(dict(own=own, x=x)) as tape:
+            a = F.relu(x + own)
+            best, places = F.max_pool2d(a, 2, return_indices=True)
+            g = torch.autograd.grad((best**2).sum(), [own, a] if results == "between" else [own])
+        want = [*g, *([places] if results == "places" else [])]
+        assert all(map(torch.equal, want, tape.program(want, ["x"])(x)))
+
+
+def test_maxima_of_four_side_by_side():
+    "In LeNet, with clients of different numbers of images."
+    net, taped = _as_exits(Workload("lenet")), Taped()
+    g = torch.Generator().manual_seed(0)
+    every = ArrayData(torch.randn(20, 3, 32, 32, generator=g), torch.arange(20) % 10, range(10))
+    loss, take = lambda raw, y: F.cross_entropy(raw[0], y), lambda x: net(x, "full")
+    data = [every.subset(range(n)) for n in (16, 11, 8)]
+    how = 2, 0.05, 0.9, 1e-4, 8
+    start, draw = copy.deepcopy(net.state_dict()), lambda i: torch.Generator().manual_seed(i)
+    for _ in range(4):  # until all steps are on tape
+        for d in data[:2]:
+            taped(net, d, *how, loss=loss, forward=take, generator=draw(0))
+    alone = []
+    for i, d in enumerate(data):
+        net.load_state_dict(start)
+        value = fit(net, d, *how, loss=loss, forward=take, generator=draw(i))
+        alone.append((value, copy.deepcopy(net.state_dict())))
+    found = taped.abreast(net, [start] * 3, data, *how, [draw(i) for i in range(3)])
+    assert all("four_max" in s.play.source for s in taped.steps.values())
+    assert all(map(equal, alone, zip(*found)))

@@ -373,7 +373,7 @@ class Workers:
         only_from_main()
         self.packed, self.how, self.room = _packed(start, args), (keep, nested), room
         self.spawn, self.procs, self.rooms = Spawn(), {}, {}
-        self.begun, self.starting = set(), set()
+        self.begun, self.starting, self.busy = set(), set(), False
         try:
             with _deaf():
                 made = [self._add(*self.how) for _ in range(n)]
@@ -475,9 +475,11 @@ def run(self: Workers,
     said=None, # said(number of the job, *what) for each `tell`
     again:int=None, # more tries of a job whose worker died, then `WorkerLost`; None: it is raised
 ): # iterator over (number of the job, result), as they come
-    "Share jobs among the workers; raises what a job raised, and `WorkerLost`, after which they are of no use."
+    """Share jobs among the workers; raises what a job raised, and `WorkerLost`. After an error, or where
+    the iterator is left early, they are of no use: the next `run` raises `ValueError`."""
     from multiprocessing.connection import wait
 
+    check(not self.busy, "workers", "busy", "workers whose last jobs were all answered")
     again, jobs = None if again is None else whole(again, "again", 0), list(jobs)
     todo, at, lost = list(range(len(jobs))), {}, [0] * len(jobs)
     free = [conn for conn in self.procs if conn not in self.starting]
@@ -488,6 +490,7 @@ def run(self: Workers,
             at[conn] = i
             self._give(conn, jobs[i])
 
+    self.busy = True
     while todo or at:
         hand_out()
         for conn in wait([*at, *self.starting]):
@@ -502,7 +505,7 @@ def run(self: Workers,
             if kind == "done":
                 i = at.pop(conn)
                 free.append(conn)
-                hand_out()  # it works on while the caller looks at the result
+                hand_out()  # the worker goes on while the caller looks at the result
                 yield i, what
             if kind == "lost":
                 lost[i := at.pop(conn)] += 1
@@ -511,6 +514,7 @@ def run(self: Workers,
                     yield i, what
                 else:
                     todo.insert(0, i)
+    self.busy = False
 
 # %% ../../nbs/0_core/parallel.ipynb #338ae692
 def cores()->int:

@@ -267,16 +267,22 @@ def fit(
             raise FloatingPointError(f"the training loss is {float(total)}; lower lr={lr}")
     return float(total) / max(n, 1) if epochs else float("nan")
 
+# %% ../../nbs/0_core/training.ipynb #5ae13698
+def _few(net):
+    "Images a forward pass: on a processor so few that what is between two layers stays close at hand."
+    on_cpu = all(p.device.type == "cpu" for p in net.parameters())
+    return 128 if on_cpu else 512
+
 # %% ../../nbs/0_core/training.ipynb #eef0d1f9
 @torch.no_grad()
 def predict(
     net:nn.Module,       # put into evaluation mode and back
     data,                # `ArrayData`
-    batch_size:int=512,  # images a forward pass
+    batch_size:int=None, # images a forward pass; None: 128 on a processor, 512 on a GPU
 )->torch.Tensor:         # logits (N, K), or (E, N, K) for a network with E exits; on the CPU
     "Logits of `net` on all of `data`, in its order; raises `ValueError` for empty data."
-    whole(batch_size, "batch_size")
     check(len(data), "data", data, "a split with at least one image")
+    batch_size = _few(net) if batch_size is None else whole(batch_size, "batch_size")
     out = []
     with evaluating(net):
         for xb, _ in data.batches(batch_size):

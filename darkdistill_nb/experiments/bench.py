@@ -853,7 +853,7 @@ class _Player:
 
     def __call__(self):
         "One round; its processor seconds. Raises `RuntimeError` with the last words of a process that has ended."
-        with contextlib.suppress(BrokenPipeError):  # it has ended: its last words say why
+        with contextlib.suppress(OSError):  # it has ended: its last words say why
             self.process.stdin.write("go\n")
             self.process.stdin.flush()
         line = self.process.stdout.readline()

@@ -29,7 +29,7 @@ class Tape(TorchDispatchMode):
         check(isinstance(known, dict), "known", known, "a dict of tensors")
         for k, v in known.items():
             fine = isinstance(k, str) and k.isidentifier() and not OWN.fullmatch(k)
-            check(fine, "name", k, "a name of Python that is not like v1, c1 or aten_mm")
+            check(fine, "name", k, "a name of Python that is not like v1, c1, aten_mm or four_max")
             check(isinstance(v, torch.Tensor), k, v, "a tensor")
         self.space = dict(known)  # what the program can look up
         self.names = {id(t): k for k, t in known.items()}
@@ -180,24 +180,30 @@ def _body(lines, keep):
     return out
 
 # %% ../../nbs/3_federated/tape.ipynb #5648dbd8
-_back_of_relu = torch.ops.aten.threshold_backward.default._op
+POOL = torch.ops.aten.max_pool2d_with_indices.default
+BACK_OF_POOL = torch.ops.aten.max_pool2d_with_indices_backward.default
+RELU = torch.ops.aten.relu.default
+BACK_OF_RELU = torch.ops.aten.threshold_backward.default
 
+_back_of_relu = _direct(BACK_OF_RELU)
+
+# %% ../../nbs/3_federated/tape.ipynb #101ccedc
 def _four_max(x, relu=False):
     "The maxima of windows of two by two, (..., H/2, W/2), and what their gradient needs."
     left, right = x[..., ::2], x[..., 1::2]
     rows = torch.maximum(left, right)
     upper, lower = rows[..., ::2, :], rows[..., 1::2, :]
-    best = torch.maximum(upper, lower)
-    if not relu:
-        return best, (right - left, lower - upper)
-    best = best.relu_()
-    return best, (right - left, lower - upper, best)
+    best, found = torch.maximum(upper, lower), (right - left, lower - upper)
+    if relu:
+        best.relu_()
+        found = *found, best
+    return best, found
 
 # %% ../../nbs/3_federated/tape.ipynb #43bbaad3
 def _four_back(g, found):
     "The gradient with respect to what `_four_max` got, (..., H, W)."
     across, down, *best = found
-    for b in best:
+    for b in best:  # only where a ReLU comes after the maxima
         g = _back_of_relu(g, b, 0)
     lower = _back_of_relu(g, down, 0)
     rows = torch.stack([g - lower, lower], -2).view(across.shape)
@@ -206,53 +212,62 @@ def _four_back(g, found):
     return torch.view_as_real(pairs).flatten(-2)
 
 # %% ../../nbs/3_federated/tape.ipynb #886e270e
-POOL = torch.ops.aten.max_pool2d_with_indices.default
-BACK = torch.ops.aten.max_pool2d_with_indices_backward.default
-
 @patch
 def _is_four(self: Tape, line):
-    "Are these maxima of windows of two by two, side by side?"
+    "Are these maxima of two by two, of images with even sides that lie in memory row by row?"
     if line.op is not POOL or not re.search(r"\(\w+, \[2, 2\](, \[2, 2\])?\)$", line.text):
         return False
     x = next(t for t in self.kept if self.names[id(t)] == line.read[0])
     even = x.shape[-1] % 2 == 0 and x.shape[-2] % 2 == 0
-    return even and x.is_contiguous() and x.dtype in (torch.float32, torch.float64)
+    kind = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    return even and kind and x.is_contiguous()
 
 # %% ../../nbs/3_federated/tape.ipynb #7b2fe230
-RELU, BACK_OF_RELU = torch.ops.aten.relu.default, torch.ops.aten.threshold_backward.default
+@patch
+def _changes(self: Tape, lines, names):
+    "Does a line write into the memory of one of these tensors?"
+    written = {n for line in lines if line.writes for n in line.read}
+    places = [(self.names[id(t)], t.untyped_storage().data_ptr()) for t in self.kept]
+    where = lambda some: {place for name, place in places if name in some}
+    return bool(where(written) & where(names))
 
-def _relu_of(lines, pool, back):
-    "The lines of the ReLU before the maxima and of its gradient, where nothing else stands between them."
+# %% ../../nbs/3_federated/tape.ipynb #e899f833
+@patch
+def _relu_of(self: Tape, lines, pool, back, keep):
+    "The ReLU right before the maxima and the line of its gradient, or None."
     x, gx = pool.read[0], back.new[0]
     relu = [line for line in lines if line.new == [x] and line.op is RELU]
     after = [line for line in lines if gx in line.read]
-    same = [(line.op, line.read) for line in after] == [(BACK_OF_RELU, [gx, x])]
-    changed = relu and any(line.writes and relu[0].read[0] in line.read for line in lines)
-    return (relu[0], after[0]) if relu and same and not changed else None
+    alone = [(line.op, line.read) for line in after] == [(BACK_OF_RELU, [gx, x])]
+    if not relu or not alone or gx in keep:
+        return None
+    changed = self._changes(lines, [relu[0].read[0], x, pool.new[0]])
+    return None if changed else (relu[0], after[0])
 
 # %% ../../nbs/3_federated/tape.ipynb #327d4c6c
-def _by_four(lines, pool, back):
+def _by_four(lines, pool, back, around):
     "The lines, with these maxima and their gradient found by operations on whole images."
-    (best, found), x, gx, old, end = pool.new, pool.read[0], back.new, back, ""
-    if around := _relu_of(lines, pool, back):
-        relu, old = around
-        x, gx, end = relu.read[0], old.new, ", relu=True"
-    g = back.read[0]
+    best, found = pool.new
+    first, last = around or (pool, back)
+    x, g, gx = first.read[0], back.read[0], last.new[0]
+    relu = ", relu=True" if around else ""
     new = {
-        id(pool): _Line(f"{best}, {found} = four_max({x}{end})", pool.new, [x], pool.op),
-        id(old): _Line(f"{gx[0]} = four_back({g}, {found})", gx, [g, found], back.op),
+        id(pool): _Line(f"{best}, {found} = four_max({x}{relu})", pool.new, [x], POOL),
+        id(last): _Line(f"{gx} = four_back({g}, {found})", [gx], [g, found], BACK_OF_POOL),
     }
     return [new.get(id(line), line) for line in lines]
 
 # %% ../../nbs/3_federated/tape.ipynb #9b0ff830
 @patch
-def _faster(self: Tape, lines):
-    "The lines, with maxima of two by two found the faster way."
+def _faster(self: Tape, lines, keep):
+    "The lines, with maxima of two by two found the faster way; names in `keep` are results."
     self.space |= dict(four_max=_four_max, four_back=_four_back)
     for pool in filter(self._is_four, lines):
-        back = [line for line in lines if pool.new[1] in line.read]
-        if [line.op for line in back] == [BACK]:
-            lines = _by_four(lines, pool, *back)
+        places = pool.new[1]
+        back = [line for line in lines if places in line.read]
+        if [line.op for line in back] == [BACK_OF_POOL] and places not in keep:
+            around = self._relu_of(lines, pool, *back, keep)
+            lines = _by_four(lines, pool, *back, around)
     return lines
 
 # %% ../../nbs/3_federated/tape.ipynb #906cbcee
@@ -267,7 +282,7 @@ def _plan(self: Tape, results, inputs):
     keep = ["None" if t is None else self.names[id(t)] for t in results]
     once = self._once(inputs)
     lines = [line for line in self.lines if not once >= set(line.new)]
-    return _needed(self._faster(lines), keep), keep, once
+    return _needed(self._faster(lines, keep), keep), keep, once
 
 # %% ../../nbs/3_federated/tape.ipynb #c2b15106
 @patch

@@ -468,31 +468,25 @@ def begin(self: Workers):
         if conn not in self.begun:
             self._hear(conn, 0)
 
-# %% ../../nbs/0_core/parallel.ipynb #f0ee8a5d
+# %% ../../nbs/0_core/parallel.ipynb #ef638577
 @patch
-def run(self: Workers,
-    jobs,      # tuples of arguments
-    said=None, # said(number of the job, *what) for each `tell`
-    again:int=None, # more tries of a job whose worker died, then `WorkerLost`; None: it is raised
-): # iterator over (number of the job, result), as they come
-    """Share jobs among the workers; raises what a job raised, and `WorkerLost`. After an error, or where
-    the iterator is left early, they are of no use: the next `run` raises `ValueError`."""
+def _hand_out(self: Workers, jobs, todo, free, at):
+    "Give the next jobs to whoever is free; `at` notes who has which."
+    while todo and free:
+        conn, i = free.pop(0), todo.pop(0)
+        at[conn] = i
+        self._give(conn, jobs[i])
+
+# %% ../../nbs/0_core/parallel.ipynb #f7028d33
+@patch
+def _results(self: Workers, jobs, said, again):
+    "(number of the job, result), as they come."
     from multiprocessing.connection import wait
 
-    check(not self.busy, "workers", "busy", "workers whose last jobs were all answered")
-    again, jobs = None if again is None else whole(again, "again", 0), list(jobs)
     todo, at, lost = list(range(len(jobs))), {}, [0] * len(jobs)
     free = [conn for conn in self.procs if conn not in self.starting]
-
-    def hand_out():
-        while todo and free:
-            conn, i = free.pop(0), todo.pop(0)
-            at[conn] = i
-            self._give(conn, jobs[i])
-
-    self.busy = True
     while todo or at:
-        hand_out()
+        self._hand_out(jobs, todo, free, at)
         for conn in wait([*at, *self.starting]):
             kind, what = self._hear(conn, at.get(conn, 0), again)
             if kind == "failed":
@@ -505,7 +499,8 @@ def run(self: Workers,
             if kind == "done":
                 i = at.pop(conn)
                 free.append(conn)
-                hand_out()  # the worker goes on while the caller looks at the result
+                # the worker goes on while the caller looks at the result
+                self._hand_out(jobs, todo, free, at)
                 yield i, what
             if kind == "lost":
                 lost[i := at.pop(conn)] += 1
@@ -514,6 +509,20 @@ def run(self: Workers,
                     yield i, what
                 else:
                     todo.insert(0, i)
+
+# %% ../../nbs/0_core/parallel.ipynb #f0ee8a5d
+@patch
+def run(self: Workers,
+    jobs,      # tuples of arguments
+    said=None, # said(number of the job, *what) for each `tell`
+    again:int=None, # more tries of a job whose worker died, then `WorkerLost`; None: it is raised
+): # iterator over (number of the job, result), as they come
+    """Share jobs among the workers; raises what a job raised, and `WorkerLost`. After an error, or where
+    the iterator is left early, they are of no use: the next `run` raises `ValueError`."""
+    check(not self.busy, "workers", "busy", "workers whose last jobs were all answered")
+    again, jobs = None if again is None else whole(again, "again", 0), list(jobs)
+    self.busy = True
+    yield from self._results(jobs, said, again)
     self.busy = False
 
 # %% ../../nbs/0_core/parallel.ipynb #338ae692

@@ -1527,7 +1527,7 @@ def _rounds(method, state, done, rounds, play, test, eval_every):
 class _Choice:
     "Chooses the number of processes for the clients of a run, watches it and remembers what it saw."
 
-    def __init__(self, method, state, train, clients, streams, rounds, memory=None):
+    def __init__(self, method, state, train, clients, streams, rounds, share, memory=None):
         self.memory, self.gains, self.n = memory or Memory(), [], min(cores(), len(clients))
         last = max(clients, key=lambda c: c.tier)
         sizes = [sum(v.numel() for v in state["net"].values()), last.tier, method.batch_size]
@@ -1536,7 +1536,8 @@ class _Choice:
         self.kind = "|".join(map(str, ["abreast", method.name, *sizes, method.epochs, images, per_round]))
         self.said = self.memory.read(self.kind)
         if "visit" not in self.said:
-            self.said["visit"] = _seconds_of_a_visit(method, state, train, clients, streams)
+            how = method, state, train, clients, streams, share
+            self.said["visit"] = _seconds_of_a_visit(*how)
             self.memory.write(self.kind, visit=self.said["visit"])
         self.work = self.said["visit"] * per_round * rounds
         start = self.memory.read("start").get("seconds", 5.0)
@@ -1559,10 +1560,10 @@ def __str__(self: _Choice):
     return f"workers=auto: {who}; a client takes {each:.3g} ms here, the run {self.work:.3g} s"
 
 # %% ../../nbs/3_federated/method.ipynb #f6b5f413
-def _seconds_of_a_visit(method, state, train, clients, streams):
+def _seconds_of_a_visit(method, state, train, clients, streams, share):
     "Seconds of a visit in this process: the fastest of 2 to 6 trials, mean over tiers."
     found, end = [], time.perf_counter() + 0.6
-    here = Here(copy.deepcopy(method), train, streams)
+    here = Here(copy.deepcopy(method), train, streams, share=share)
     for tier in {c.tier for c in clients}:
         peers, some, seconds = [c for c in clients if c.tier == tier], 1, []
         if found and time.perf_counter() > end:
@@ -1576,7 +1577,7 @@ def _seconds_of_a_visit(method, state, train, clients, streams):
     return max(sum(found) / len(found), 1e-6)
 
 # %% ../../nbs/3_federated/method.ipynb #29022650
-def _chosen(workers, alone, started, state, rounds, progress):
+def _chosen(workers, alone, started, state, rounds, progress, share):
     "(processes, the `_Choice` that was made, or None); said on stderr where somebody watches, and logged."
     method, _, train, _, clients, seed = started
     if alone:
@@ -1585,7 +1586,7 @@ def _chosen(workers, alone, started, state, rounds, progress):
         return min(workers, len(clients)), None
     if min(cores(), len(clients)) == 1:
         return 1, None
-    choice = _Choice(method, state, train, clients, Streams(seed), rounds)
+    choice = _Choice(method, state, train, clients, Streams(seed), rounds, share)
     logging.getLogger("darkdistill").info("%s", choice)
     if _somebody_watches() if progress is None else progress:
         print(choice, file=sys.stderr)
@@ -1650,8 +1651,9 @@ def simulate(
     state, log, marks = _continued(checkpoint, started, *how)
     alone = engine is not None or device.type != "cpu" or len(log) == rounds
     alone = alone or way.stack or precision != "fp32"
-    count, choice_made = _chosen(workers, alone, started, state, rounds - len(log), progress)
     share = _shares(train, clients)
+    how = workers, alone, started, state, rounds - len(log), progress, share
+    count, choice_made = _chosen(*how)
     bar = _bar(rounds, len(log), "round", progress)
     with _workers(count, bar, choice_made, method, net, train, clients, seed) as pool:
         here = method, train, streams, pool, share, way, choice_made

@@ -855,6 +855,9 @@ LAST = {
     "latent_record": lambda: dict(experiment="compare", data="shapes"),
     "distree_record": lambda: dict(name="systems", data="shapes"),
     "stored_record": lambda: dict(name="none", command="make it"),
+    "train_or_load": lambda: dict(
+        name="none", lesson="0_core/records", train=lambda seed: [seed], jobs=[(0,)]
+    ),
     "publish": lambda: dict(name="a", folder=folder(), assets=None),
     "train_generator": lambda: dict(
         gen=generator.Generator(tuple(middle().shape[1:]), C, 4, 8),

@@ -125,6 +125,8 @@ ALLOWED = {
     "from_16_bits.head": (text, "free text"),
     "stored_record.name": (text, "a file that is not there is made by the command"),
     "stored_record.command": (text, "free text"),
+    "train_or_load.name": (text, "what is not stored is trained"),
+    "train_or_load.lesson": (text, "a word of the record"),
     "publish.name": (text, "without assets nothing is published"),
     "latent_record.data": (text, "a file that is not there is made by the command"),
     "distree_record.name": (text, "a file that is not there is made by the command"),

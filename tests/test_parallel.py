@@ -135,19 +135,19 @@ def test_a_run_that_is_interrupted_leaves_no_process_and_no_memory(monkeypatch):
     "As in a notebook: the process that ran it lives on."
     from darkdistill_nb.federated import method
 
-    pools, seen = [], []
+    pools, pids, names = [], [], []
     monkeypatch.setattr(method, "Workers", lambda *a, **k: pools.append(Workers(*a, **k)) or pools[0])
 
     def stop(row):
-        seen.extend(p.pid for p in pools[0].procs.values())
-        seen.extend(r.name for rooms in pools[0].rooms.values() for r in rooms)
+        pids.extend(p.pid for p in pools[0].procs.values())
+        names.extend(r.name for rooms in pools[0].rooms.values() for pair in rooms for r in pair)
         raise KeyboardInterrupt
 
     train, test = load("digits", n_train=160, n_test=40)
     clients, build = make_clients(train.y, 6, 0.5), lambda: cnn(train.shape, 10, width=4)
     with pytest.raises(KeyboardInterrupt):
         simulate(EEFL(participation=1.0), build, train, test, clients, 9, workers=2, on_round=stop)
-    pids, names = seen[:2], seen[2:]
+    assert len(pids) == 1  # this process trains, too, and its worker has two messages under way
     assert len(names) == 4 and not any(map(running, pids))
     assert not set(pids) & set(children(os.getpid()))
     assert not {n.lstrip("/") for n in names} & set(os.listdir("/dev/shm"))
@@ -174,3 +174,81 @@ def test_workers_that_were_left_early_are_not_asked_again():
         results.close()
         with pytest.raises(ValueError, match="workers='busy' must be"):
             list(workers.run([(-4,)]))
+
+
+def whose(i, seconds=0.0):
+    "The number of the job, and who answered it."
+    time.sleep(seconds)
+    return i, os.getpid()
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_this_process_answers_jobs_beside_its_workers(ahead):
+    with Workers(1, constantly, whose, ahead=ahead) as workers:
+        workers.begin()
+        got = dict(workers.run([(i, 0.02) for i in range(20)], here=whose))
+    assert {k: i for k, (i, _) in got.items()} == {k: k for k in range(20)}
+    mine = sum(pid == os.getpid() for _, pid in got.values())
+    assert 5 <= mine <= 15
+
+
+def test_a_worker_has_a_job_ahead_while_this_process_answers_one():
+    "Otherwise it would wait at the end of each of its own, until somebody looks."
+    with Workers(1, constantly, whose, ahead=1) as workers:
+        workers.begin()
+        results = workers.run([(i,) for i in range(6)], here=lambda i: time.sleep(1.0) or (i, 0))
+        first, second, third = (next(results)[0] for _ in range(3))
+        assert (first, {second, third}) == (2, {0, 1})
+        assert sorted(k for k, _ in results) == [3, 4, 5]
+
+
+def wide(x):
+    return dict(twice=2 * x, by=os.getpid())
+
+
+@pytest.mark.parametrize("room", [0, 2**10, 2**22])
+def test_messages_ahead_do_not_block_and_are_not_mixed_up(room):
+    "Without room for their tensors messages are long: both sides would wait for the other to read."
+    import torch
+
+    jobs = [(torch.full((100_000,), float(i)),) for i in range(12)]
+    with Workers(2, constantly, wide, room=room, ahead=1) as workers:
+        got = dict(workers.run(jobs))
+        again = dict(workers.run(jobs[:3], here=wide))
+    assert [v["twice"].unique().tolist() for _, v in sorted(got.items())] == [[2.0 * i] for i in range(12)]
+    assert [again[i]["twice"][0] for i in range(3)] == [0, 2, 4]
+
+
+def dies_once(folder, i):
+    "Job 0 takes its process with it, the first time."
+    mark = os.path.join(folder, "died")
+    if i == 0 and not os.path.exists(mark):
+        open(mark, "w").close()
+        time.sleep(0.3)  # the next job has been sent
+        os.kill(os.getpid(), signal.SIGKILL)
+    return i
+
+
+def test_a_job_ahead_is_not_lost_with_its_worker(tmp_path):
+    "Nor does it count as one that kills: it may be tried as often as any other."
+    with Workers(1, constantly, dies_once, ahead=1) as workers:
+        got = dict(workers.run([(str(tmp_path), i) for i in range(5)], again=1))
+    assert got == {i: i for i in range(5)}
+
+
+def test_a_small_run_outlives_its_only_worker():
+    "The process that trains beside it goes on, and the weights are those of one process."
+    train, test = load("digits", n_train=160, n_test=40)
+    clients, build = make_clients(train.y, 40, 0.5), lambda: cnn(train.shape, 10, width=4)
+    go = lambda **how: simulate(EEFL(participation=1.0), build, train, test, clients, 3, **how)
+    killed = []
+
+    def kill(row):
+        if not killed:
+            killed.extend(children(os.getpid()))
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    one, two = go(), go(workers=2, on_round=kill)
+    assert killed
+    assert all(v.equal(two.state["net"][k]) for k, v in one.state["net"].items())

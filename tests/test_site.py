@@ -28,6 +28,14 @@ def browser():
         b.close()
 
 
+@pytest.fixture
+def page(browser):
+    "A window for one test. What it has compiled of a script it knows on the next page: half the time of a new window for each."
+    context = browser.new_context(color_scheme="light")
+    yield context.new_page()
+    context.close()
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     "A built site."
@@ -157,20 +165,20 @@ def settle(page, width, patience):
     wait_until(page, FITS, patience)
 
 
-def looked_at(browser, path, widths=(1280, 400), broken=False):
-    "What the gate finds on one page, fresh at each width, light and dark; what is broken may never come."
+def looked_at(page, path, widths=(1280, 400), broken=False):
+    "What the gate finds on one page, loaded anew at each width, light and dark; what is broken may never come."
     patience = 30 if broken else PATIENCE
     found, outside = [], []
+    abroad = ("http:", "https:", "ws")
+    heard = dict(
+        request=lambda r: outside.append(r.url) if r.url.startswith(abroad) else None,
+        pageerror=lambda e: found.append(f"script error: {e}"),
+    )
+    for event, note in heard.items():
+        page.on(event, note)
     for width in widths:
-        context = browser.new_context(viewport=dict(width=width, height=900), color_scheme="light")
-        page = context.new_page()
-        page.on(
-            "request",
-            lambda r: (
-                outside.append(r.url) if r.url.startswith(("http:", "https:", "ws")) else None
-            ),
-        )
-        page.on("pageerror", lambda e: found.append(f"script error: {e}"))
+        page.emulate_media(color_scheme="light")
+        page.set_viewport_size(dict(width=width, height=900))
         page.goto(path.as_uri())
         wait_until(page, DRAWN, patience)
         wait_until(page, KATEX, patience)
@@ -191,7 +199,8 @@ def looked_at(browser, path, widths=(1280, 400), broken=False):
                 f"resized to 1600 px: {w}"
                 for w in page.evaluate(GATE, dict(figures=True, text=False))
             ]
-        context.close()
+    for event, note in heard.items():
+        page.remove_listener(event, note)
     return found + [f"asked another host for {u}" for u in outside]
 
 
@@ -201,9 +210,9 @@ def all_pages(site):
     return [p for p in sorted(site.rglob("*.html")) if p.stem not in own]
 
 
-def test_the_keyboard_shows_where_it_is(site, browser):
+def test_the_keyboard_shows_where_it_is(site, page):
     "Tab moves through links, buttons and the fields of an explorer, each of them with a visible outline."
-    page = browser.new_page(viewport=dict(width=1280, height=900))
+    page.set_viewport_size(dict(width=1280, height=900))
     page.goto((site / "index.html").as_uri())
     wait_until(page, DRAWN, PATIENCE)
     seen, plain = set(), []
@@ -218,7 +227,6 @@ def test_the_keyboard_shows_where_it_is(site, browser):
         )
         seen.add(look[0])
         plain += [look] if not look[2] and look[0] != "BODY" else []
-    page.close()
     assert {"A", "BUTTON", "INPUT"} <= seen and not plain
 
 
@@ -226,27 +234,25 @@ SHARES = 8  # of the pages, for workers side by side
 
 
 @pytest.mark.parametrize("share", range(SHARES))
-def test_every_page_of_the_site(site, browser, share):
+def test_every_page_of_the_site(site, page, share):
     pages = all_pages(site)
     assert len(pages) > 8 * SHARES
-    found = {p.name: wrong for p in pages[share::SHARES] if (wrong := looked_at(browser, p))}
+    found = {p.name: wrong for p in pages[share::SHARES] if (wrong := looked_at(page, p))}
     assert not found, json.dumps(found, indent=1)
 
 
 @pytest.mark.parametrize("name", ["report10", "report20", "report100", "compare"])
-def test_report(reports, browser, name):
-    assert not looked_at(browser, reports / f"{name}.html")
+def test_report(reports, page, name):
+    assert not looked_at(page, reports / f"{name}.html")
 
 
-def test_every_class_can_be_seen(reports, browser):
+def test_every_class_can_be_seen(reports, page):
     "In 'Who holds what' the bars of 20 classes are painted in 20 different ways."
-    page = browser.new_page()
     page.goto((reports / "report20.html").as_uri())
     page.wait_for_function(DRAWN, timeout=1000 * PATIENCE)
     looks = page.evaluate(
         "document.getElementById('clients')._fullData.map(t => JSON.stringify([t.marker.color, t.marker.pattern && t.marker.pattern.shape]))"
     )
-    page.close()
     assert len(looks) == len(set(looks)) == 20
 
 
@@ -303,9 +309,9 @@ BROKEN = dict(
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_gate_catches_a_figure_without_ink(tmp_path, browser, name):
+def test_gate_catches_a_figure_without_ink(tmp_path, page, name):
     trace, message = BROKEN[name]
-    found = looked_at(browser, a_page(tmp_path, a_figure(trace)), (1280,), broken=True)
+    found = looked_at(page, a_page(tmp_path, a_figure(trace)), (1280,), broken=True)
     assert any(message in w for w in found), found
 
 
@@ -335,13 +341,13 @@ PAGES = dict(
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_gate_catches_a_broken_page(tmp_path, browser, name):
+def test_gate_catches_a_broken_page(tmp_path, page, name):
     body, message = PAGES[name]
-    found = looked_at(browser, a_page(tmp_path, body), (1280,), broken=True)
+    found = looked_at(page, a_page(tmp_path, body), (1280,), broken=True)
     assert any(message in w for w in found), found
 
 
-def test_gate_lets_good_figures_pass(tmp_path, browser):
+def test_gate_lets_good_figures_pass(tmp_path, page):
     "Every class look, a thin grey line, an image and text: nothing is found, on a wide and on a narrow page."
     import plotly.graph_objects as go
     from darkdistill_nb.core.plots import class_look
@@ -367,4 +373,4 @@ def test_gate_lets_good_figures_pass(tmp_path, browser):
     body = "".join(
         f"<figure>{figure_html(f, f'f{i}')}</figure>" for i, f in enumerate((bars, curves, dots))
     )
-    assert not looked_at(browser, a_page(tmp_path, body))
+    assert not looked_at(page, a_page(tmp_path, body))

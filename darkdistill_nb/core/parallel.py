@@ -10,7 +10,7 @@ __all__ = ['only_from_main', 'leave_with_parent', 'one_thread', 'why_ended', 'se
            'Workers', 'cores', 'machine', 'Memory', 'processes_for', 'forgiving_console']
 
 # %% ../../nbs/0_core/parallel.ipynb #530b8f25
-import codecs, contextlib, io, json, os, pickle, platform, shutil, signal, sys, threading
+import codecs, contextlib, io, itertools, json, os, pickle, platform, shutil, signal, sys, threading
 from pathlib import Path
 from multiprocessing import context, process
 from fastcore.basics import patch, store_attr
@@ -223,16 +223,22 @@ class Room:
                 self.memory.unlink()
 
 # %% ../../nbs/0_core/parallel.ipynb #1090639e
-def _rooms(size):
-    "Two rooms, to a worker and back; None where that is not possible."
+def _rooms(size, pairs):
+    "For each message under way two rooms, to a worker and back; None where that is not possible."
     if not size:
         return None
     try:
-        if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < 4 * size:
+        free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else None
+        if free is not None and free < 4 * pairs * size:
             return None
-        return Room(size), Room(size)
+        return [(Room(size), Room(size)) for _ in range(pairs)]
     except OSError:
         return None
+
+def _leave(rooms):
+    "Give the memory of a worker's rooms back."
+    for room in itertools.chain(*(rooms or ())):
+        room.close()
 
 # %% ../../nbs/0_core/parallel.ipynb #9f5fdf70
 _pipe = None  # in a worker: to the process that gives the jobs
@@ -283,12 +289,12 @@ def _serve(conn):
     names = pickle.loads(conn.recv_bytes())
     start, args = pickle.loads(conn.recv_bytes())
     answer = start(*args)
-    rooms = names and [Room(name=n) for n in names]
+    rooms = names and [[Room(name=n) for n in pair] for pair in names]
     _pipe = conn
     _send(conn, "ready", None)
     with contextlib.suppress(EOFError, OSError):
-        while True:
-            _work(conn, answer, rooms)
+        for pair in itertools.cycle(rooms or [None]):
+            _work(conn, answer, pair)
 
 def _begin(at_once, conn, *keep):
     "What each worker does first; what the work needs is imported afterwards. `keep`: stays open."
@@ -368,11 +374,13 @@ class Workers:
         keep=(), # what workers hold open besides, such as a lock: things that a new process can inherit
         nested:bool=False, # may they start workers of their own?
         room:int=0, # bytes of shared memory for the tensors of a job, and of its result; 0: none
+        ahead:int=0, # jobs that a worker gets beside the one that it is at, so that it never waits
     ):
         n, nested, room = whole(n, "n"), flag(nested, "nested"), whole(room, "room", 0)
         only_from_main()
         self.packed, self.how, self.room = _packed(start, args), (keep, nested), room
-        self.spawn, self.procs, self.rooms = Spawn(), {}, {}
+        self.spawn, self.procs, self.rooms, self.messages = Spawn(), {}, {}, {}
+        self.ahead = whole(ahead, "ahead", 0)
         self.begun, self.starting, self.busy = set(), set(), False
         try:
             with _deaf():
@@ -390,8 +398,7 @@ class Workers:
         for conn in self.procs:
             conn.close()
         for rooms in self.rooms.values():
-            for r in rooms or ():
-                r.close()
+            _leave(rooms)
 
     def __enter__(self): return self
 
@@ -404,7 +411,8 @@ def _add(self: Workers, keep, nested):
     mine, theirs = self.spawn.Pipe()
     work = dict(target=_begin, args=(main, theirs, *keep))
     p = self.spawn.Process(**work, daemon=not nested)  # a daemon may not start processes
-    self.procs[mine], self.rooms[mine] = p, _rooms(self.room)
+    self.procs[mine], self.rooms[mine] = p, _rooms(self.room, 1 + self.ahead)
+    self.messages[mine] = [0, 0]  # given, heard
     p.start()
     theirs.close()
     return mine
@@ -412,7 +420,7 @@ def _add(self: Workers, keep, nested):
 @patch
 def _greet(self: Workers, conn):
     "What a worker needs before its first job. One that has gone is missed then."
-    names = self.rooms[conn] and [r.name for r in self.rooms[conn]]
+    names = self.rooms[conn] and [[r.name for r in pair] for pair in self.rooms[conn]]
     with contextlib.suppress(OSError):
         conn.send_bytes(pickle.dumps(names))
         conn.send_bytes(self.packed)
@@ -425,12 +433,19 @@ def _lost(self: Workers, conn, job):
     p.join(5)
     return WorkerLost(job, p.pid, p.exitcode, conn in self.begun)
 
+SMALL = 2**13  # bytes of a message that a pipe takes before the other side reads
+
 @patch
-def _give(self: Workers, conn, job):
-    rooms = self.rooms[conn]
-    data = pickle.dumps(rooms[0].put(job)) if rooms else pickle.dumps(job)
+def _give(self: Workers, conn, job, ahead=False):
+    "Send a job; False where one that is sent ahead is not small: both sides might wait for the other to read."
+    rooms, (given, _) = self.rooms[conn], self.messages[conn]
+    data = pickle.dumps(rooms[given % len(rooms)][0].put(job) if rooms else job)
+    if ahead and len(data) > SMALL:
+        return False
+    self.messages[conn][0] += 1
     with contextlib.suppress(OSError):  # who has gone is found out when its answer is heard
         conn.send_bytes(data)
+    return True
 
 @patch
 def _hear(self: Workers, conn, i, again=None):
@@ -444,7 +459,9 @@ def _hear(self: Workers, conn, i, again=None):
         return "lost", gone
     self.begun.add(conn)
     if kind == "placed":
-        return "done", self.rooms[conn][1].get(*what, own=True)
+        rooms, (_, heard) = self.rooms[conn], self.messages[conn]
+        self.messages[conn][1] += 1
+        return "done", rooms[heard % len(rooms)][1].get(*what, own=True)
     return kind, what
 
 # %% ../../nbs/0_core/parallel.ipynb #2103ff23
@@ -452,9 +469,8 @@ def _hear(self: Workers, conn, i, again=None):
 def _replace(self: Workers, conn):
     "A new worker for one that has gone."
     conn.close()
-    for r in self.rooms.pop(conn) or ():
-        r.close()
-    del self.procs[conn]
+    _leave(self.rooms.pop(conn))
+    del self.procs[conn], self.messages[conn]
     with _deaf():
         new = self._add(*self.how)
     self.starting.add(new)
@@ -470,40 +486,46 @@ def begin(self: Workers):
 
 # %% ../../nbs/0_core/parallel.ipynb #ef638577
 @patch
-def _hand_out(self: Workers, jobs, todo, free, at):
-    "Give the next jobs to whoever is free; `at` notes who has which."
-    while todo and free:
-        conn, i = free.pop(0), todo.pop(0)
-        at[conn] = i
-        self._give(conn, jobs[i])
+def _hand_out(self: Workers, jobs, todo, at):
+    "Give the next jobs to whoever has none, and one ahead where many are left; `at` notes who has which."
+    for has in range(1 + self.ahead):
+        for conn, mine in at.items():
+            due = len(mine) == has and len(todo) > (len(at) if has else 0)
+            if due and self._give(conn, jobs[todo[0]], ahead=has > 0):
+                mine.append(todo.pop(0))
 
 # %% ../../nbs/0_core/parallel.ipynb #f7028d33
 @patch
-def _results(self: Workers, jobs, said, again):
+def _results(self: Workers, jobs, said, again, here):
     "(number of the job, result), as they come."
     from multiprocessing.connection import wait
 
-    todo, at, lost = list(range(len(jobs))), {}, [0] * len(jobs)
-    free = [conn for conn in self.procs if conn not in self.starting]
-    while todo or at:
-        self._hand_out(jobs, todo, free, at)
-        for conn in wait([*at, *self.starting]):
-            kind, what = self._hear(conn, at.get(conn, 0), again)
+    todo, lost = list(range(len(jobs))), [0] * len(jobs)
+    at = {conn: [] for conn in self.procs if conn not in self.starting}
+    while todo or any(at.values()):
+        self._hand_out(jobs, todo, at)
+        busy = [conn for conn in at if at[conn]]
+        heard = wait([*busy, *self.starting], 0 if here and todo else None)
+        if not heard:  # nobody has an answer: here is a job to do in the meantime
+            yield (i := todo.pop(0)), here(*jobs[i])
+        for conn in heard:
+            mine = at.get(conn, [0])
+            kind, what = self._hear(conn, mine[0], again)
             if kind == "failed":
                 raise what
             if kind == "said" and said:
-                said(at[conn], *what)
+                said(mine[0], *what)
             if kind == "ready" and conn in self.starting:
                 self.starting.remove(conn)
-                free.append(conn)
+                at[conn] = []
             if kind == "done":
-                i = at.pop(conn)
-                free.append(conn)
+                i = mine.pop(0)
                 # the worker goes on while the caller looks at the result
-                self._hand_out(jobs, todo, free, at)
+                self._hand_out(jobs, todo, at)
                 yield i, what
             if kind == "lost":
-                lost[i := at.pop(conn)] += 1
+                i, *rest = at.pop(conn)
+                todo[:0], lost[i] = rest, lost[i] + 1
                 self._replace(conn)
                 if lost[i] > again:
                     yield i, what
@@ -516,13 +538,15 @@ def run(self: Workers,
     jobs,      # tuples of arguments
     said=None, # said(number of the job, *what) for each `tell`
     again:int=None, # more tries of a job whose worker died, then `WorkerLost`; None: it is raised
+    here=None, # here(*job) -> result: this process answers jobs, too, instead of waiting
 ): # iterator over (number of the job, result), as they come
     """Share jobs among the workers; raises what a job raised, and `WorkerLost`. After an error, or where
     the iterator is left early, they are of no use: the next `run` raises `ValueError`."""
     check(not self.busy, "workers", "busy", "workers whose last jobs were all answered")
+    check(here is None or callable(here), "here", here, "None or a function")
     again, jobs = None if again is None else whole(again, "again", 0), list(jobs)
     self.busy = True
-    yield from self._results(jobs, said, again)
+    yield from self._results(jobs, said, again, here)
     self.busy = False
 
 # %% ../../nbs/0_core/parallel.ipynb #338ae692

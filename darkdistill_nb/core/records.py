@@ -9,7 +9,7 @@ Docs: https://darkdistill.github.io/darkdistill_nb/0_core/records.html.md"""
 __all__ = ['write_atomic', 'check_json', 'save_tensors', 'load_tensors', 'processor', 'environment', 'Record', 'save_record',
            'read_json', 'load_record', 'check_record', 'shipped', 'asset', 'fingerprint', 'data_digest', 'fingerprints',
            'check_fingerprints', 'drawn_state', 'save_progress', 'load_progress', 'to_16_bits', 'from_16_bits', 'kept',
-           'publish', 'stored_record']
+           'publish', 'stored_record', 'train_or_load']
 
 # %% ../../nbs/0_core/records.ipynb #5df28e69
 import dis, functools, hashlib, json, os, platform, re, sys, time, types
@@ -740,3 +740,47 @@ def stored_record(
         return load_record(asset(f"{name}.json"))
     except FileNotFoundError:
         print(f"not stored: {name}. Make it with\n  {command}")
+
+# %% ../../nbs/0_core/records.ipynb #a4ebf4ef
+def _lesson_record(path, lesson, results, seconds):
+    "Keep what came of the jobs of a lesson."
+    record = Record.begin(dict(lesson=lesson, jobs=[list(job) for job in results]))
+    record.runs = [dict(job=list(job), result=v) for job, v in results.items()]
+    record.seconds = round(seconds, 1)
+    record.command = f"DARKDISTILL_TRAIN=1 jupyter execute nbs/{lesson}.ipynb"
+    write_atomic(path, json.dumps(asdict(record), allow_nan=False).encode())
+
+def _of_lesson(name):
+    "({job: result}, a line about where they are from) of a lesson's record; nothing where there is none."
+    try:
+        record = load_record(asset(f"lesson_{name}.json"))
+    except FileNotFoundError:
+        return {}, ""
+    found = {tuple(r["job"]): r["result"] for r in record.runs}
+    model = record.hardware["processor"]["model"]
+    return found, f"made on {record.created[:10]} in {record.seconds:.0f} s, {model}"
+
+# %% ../../nbs/0_core/records.ipynb #21d35ec1
+def train_or_load(
+    name:str,   # of the record, lesson_NAME.json in the assets
+    lesson:str, # that it is part of, such as "1_distill/features"
+    train,      # train(*job) -> numbers, lists and dicts of them, as JSON holds them
+    jobs:list,  # tuples of texts and numbers
+)->dict:        # job -> what `train` returned
+    """What takes minutes, from a record; jobs that it does not hold are trained.
+    With DARKDISTILL_TRAIN=1 all are, and the record is written. Raises `ValueError` for results that JSON cannot hold."""
+    for k, v in dict(name=name, lesson=lesson).items():
+        check(isinstance(v, str) and v, k, v, "a text")
+    check(callable(train), "train", train, "a function")
+    plain = lambda job: isinstance(job, tuple) and all(isinstance(v, (str, int, float)) for v in job)
+    ok = isinstance(jobs, (list, tuple)) and all(map(plain, jobs))
+    check(ok, "jobs", jobs, "a list of tuples of texts and numbers")
+    anew, start = bool(os.environ.get("DARKDISTILL_TRAIN")), time.perf_counter()
+    home = shipped("assets") if anew else None  # before hours of training
+    found, origin = ({}, "") if anew else _of_lesson(name)
+    results = {j: found[j] if j in found else json.loads(check_json(train(*j))) for j in jobs}
+    if anew:
+        _lesson_record(home / f"lesson_{name}.json", lesson, results, time.perf_counter() - start)
+    read = sum(j in found for j in jobs)
+    print(f"{read} of {len(jobs)} results read" + (f", {origin}" if read else ""))
+    return results

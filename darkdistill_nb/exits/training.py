@@ -757,6 +757,13 @@ def _images_for(name, n_train, n_test, power):
     return train, ArrayData(test.x, test.y, test.classes, train.mean, train.std, test.difficulty)
 
 # %% ../../nbs/2_exits/training.ipynb #8f9de348
+_WAYS = {
+    "Joint": Joint,
+    "Joint, equilibrium": lambda: Joint(ge="full"),
+    "BoostNet": BoostNet,
+    "L2W": lambda: L2W(interval=5),
+}
+
 def difficulty_experiment(
     name: str = "shapes",  # "shapes", or another data set that `load` knows, e.g. "cifar10"
     n_train: int = 2000,  # images to train on
@@ -778,15 +785,9 @@ def difficulty_experiment(
     train, test = _images_for(name, n_train, n_test, number(power, "power", above=0))
     crops = CropFlip(4) if name.startswith("cifar") else None
     how = {} if name == "shapes" else dict(augment=crops)
-    ways = ways or {
-        "Joint": Joint,
-        "Joint, equilibrium": lambda: Joint(ge="full"),
-        "BoostNet": BoostNet,
-        "L2W": lambda: L2W(interval=5),
-    }
     build = lambda: cnn(train.shape, train.n_classes, width=width)
     how |= {"epochs": 8, "lr": 0.01, "batch_size": 32, **kwargs}
-    return compare_exits(ways, build, train, test, seeds, **how), train, test
+    return compare_exits(ways or _WAYS, build, train, test, seeds, **how), train, test
 
 # %% ../../nbs/2_exits/training.ipynb #19e71f15
 RATES = (0.005, 0.01, 0.02, 0.04)

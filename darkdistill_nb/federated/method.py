@@ -993,12 +993,12 @@ def _jobs(method, sent, drawn, processes):
         yield from (run[k : k + most] for k in range(0, len(run), most))
 
 # %% ../../nbs/3_federated/method.ipynb #57d4e9e2
-def _train_in(workers, sent, drawn, rnd, jobs):
+def _train_in(workers, sent, drawn, rnd, jobs, here=None):
     """(number, answer) of the clients of `jobs`, which are lists of numbers; whoever is ready sooner waits.
     Clients whose job was lost twice with its worker are asked one by one."""
     early, turn, lost = {}, 0, []
     asked = [(sent[job[0]], [drawn[i].id for i in job], rnd) for job in jobs]
-    for k, answers in workers.run(asked, again=1):
+    for k, answers in workers.run(asked, again=1, here=here):
         early[k] = answers
         while turn in early:
             job, answers = jobs[turn], early.pop(turn)
@@ -1170,6 +1170,10 @@ def _is_on_tape(method, client, share):
     except Exception:
         return False
 
+def _helps(method, clients):
+    "Does the server's process train beside its workers? Where all clients are plain and small: their jobs take milliseconds."
+    return all(_width(method, tier) > 1 for tier in {c.tier for c in clients})
+
 # %% ../../nbs/3_federated/method.ipynb #e16c6dfc
 def _chunks(method, drawn, share):
     "(do they train side by side?, numbers of clients): tier by tier where somebody does."
@@ -1214,9 +1218,10 @@ class Here:
         way=None,        # how clients train in this process; None: plain ones side by side
         choice=None,     # what watches whether the pool pays; None: nobody
         lend:bool=False, # may weights be overwritten once the next answer is asked for?
+        helps=None,      # (weights, ids of clients, round) -> answers: this process trains beside its pool
     ):
         self.method, self.train, self.streams, self.pool = method, train, streams, pool
-        self.choice = choice
+        self.choice, self.helps = choice, helps
         self.share = share or _rows_of(train)
         self.way, self.lend = way or _Way(), flag(lend, "lend")
 
@@ -1228,8 +1233,9 @@ class Here:
         "Let clients train."
         if self.pool:
             t = time.perf_counter()
-            jobs = list(_jobs(self.method, sent, drawn, len(self.pool.procs)))
-            yield from _train_in(self.pool, sent, drawn, rnd, jobs)
+            processes = len(self.pool.procs) + bool(self.helps)
+            jobs = list(_jobs(self.method, sent, drawn, processes))
+            yield from _train_in(self.pool, sent, drawn, rnd, jobs, self.helps)
             if self.choice and not self.choice.still(len(drawn), time.perf_counter() - t):
                 self.pool = None
             return
@@ -1268,6 +1274,18 @@ def _pack(method, net, train, clients, seed):
             f"workers must be 1 here, since what a worker needs cannot be sent: {e}"
         ) from None
 
+def _answering(here, clients):
+    "Function that answers jobs: the answers of some clients."
+    who = {c.id: c for c in clients}
+
+    def answer(weights, ids, rnd):
+        found = dict(here.answers([weights] * len(ids), [who[i] for i in ids], rnd))
+        ours = lambda a: type(a) is Update and here.method._plain()  # nothing in it that cannot be sent
+        answers = [found[i] for i in range(len(ids))]
+        return [a if ours(a) else sendable(a) for a in answers]
+
+    return answer
+
 def _open(timm, packed):
     "In a worker: the function that answers jobs."
     if timm:
@@ -1276,16 +1294,8 @@ def _open(timm, packed):
         ensure_torchvision()  # timm imports torchvision
     method, net, train, clients, seed = pickle.loads(packed)
     method.setup(net)
-    who, share = {c.id: c for c in clients}, _shares(train, clients)
-    here = Here(method, train, Streams(seed), share=share)
-
-    def answer(weights, ids, rnd):
-        found = dict(here.answers([weights] * len(ids), [who[i] for i in ids], rnd))
-        ours = lambda a: type(a) is Update and method._plain()  # nothing in it that cannot be sent
-        answers = [found[i] for i in range(len(ids))]
-        return [a if ours(a) else sendable(a) for a in answers]
-
-    return answer
+    here = Here(method, train, Streams(seed), share=_shares(train, clients))
+    return _answering(here, clients)
 
 # %% ../../nbs/3_federated/method.ipynb #60abe2e6
 class Absent(Exception):
@@ -1468,13 +1478,15 @@ def _workers(workers, bar, choice, *start):
             pool.close()
 
 def _pool(workers, choice, *start):
-    "Processes that have begun; None where they were only a guess and cannot begin."
-    room, t = _room(start[1]), time.perf_counter()
+    "Processes that have begun, one less where this one trains, too; None where they were only a guess and cannot begin."
+    method, net, _, clients, _ = start
+    helps, t = _helps(method, clients), time.perf_counter()
+    how = dict(room=_room(net), ahead=int(helps))
     if choice is None:
-        return Workers(workers, _open, *_pack(*start), room=room)
+        return Workers(workers - helps, _open, *_pack(*start), **how)
     pool = None
     try:
-        pool = Workers(workers, _open, *_pack(*start), room=room)
+        pool = Workers(workers - helps, _open, *_pack(*start), **how)
         pool.begin()
         choice.memory.write("start", seconds=time.perf_counter() - t)
         return pool
@@ -1533,7 +1545,7 @@ class _Choice:
         sizes = [sum(v.numel() for v in state["net"].values()), last.tier, method.batch_size]
         per_round = max(1, int(method.participation * len(clients)))
         images = sum(len(c.train) for c in clients) // len(clients)
-        self.kind = "|".join(map(str, ["abreast", method.name, *sizes, method.epochs, images, per_round]))
+        self.kind = "|".join(map(str, ["helped", method.name, *sizes, method.epochs, images, per_round]))
         self.said = self.memory.read(self.kind)
         if "visit" not in self.said:
             how = method, state, train, clients, streams, share
@@ -1658,7 +1670,9 @@ def simulate(
     with _workers(count, bar, choice_made, method, net, train, clients, seed) as pool:
         here = method, train, streams, pool, share, way, choice_made
         lend = availability is None and not method.needs_weights and _own(method, "check_update")
-        place = engine or Here(*here, lend)
+        alone = Here(method, train, streams, share=share)
+        mine = _answering(alone, clients) if pool and _helps(method, clients) else None
+        place = engine or Here(*here, lend, mine)
         drawn, place = _attendance(availability, clients, place, method, streams)
         play = lambda state, r, judged: _noted(
             place,

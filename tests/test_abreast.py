@@ -240,7 +240,8 @@ class Loses:
     def __init__(self, method, data, clients):
         self.method, self.data, self.clients, self.asked = method, data, clients, []
 
-    def run(self, jobs, again):
+    def run(self, jobs, again, here):
+        assert here is None  # all of it is for the workers
         for k, (weights, ids, rnd) in list(enumerate(jobs))[::-1]:
             self.asked.append((ids, rnd, again))
             mine = [self.clients[i] for i in ids]

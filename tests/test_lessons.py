@@ -115,7 +115,7 @@ def test_every_stored_record_is_read_by_its_lesson():
 @pytest.mark.parametrize("path", STORED, ids=lambda p: p.stem)
 def test_a_lesson_finds_all_its_results_in_the_record(path):
     record = records.load_record(path)
-    assert record.hardware["processor"]["model"] and record.seconds > 1
+    assert record.hardware["processor"]["model"] and record.seconds >= 0
     n, lesson = len(record.runs), record.config["lesson"]
     assert [r["job"] for r in record.runs] == record.config["jobs"]
     text = outputs(ROOT / f"nbs/{lesson}.ipynb")

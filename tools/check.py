@@ -138,7 +138,7 @@ def side_by_side(dist):
 
 def tests():
     "pytest: what crosses notebooks"
-    words = ["-q", "-rs", "--durations=10", *side_by_side("loadfile"), "tests"]
+    words = ["-q", "-rs", "--durations=40", *side_by_side("loadfile"), "tests"]
     run(sys.executable, "-m", "pytest", *words, PYTHONHASHSEED="0")  # one order in both workers
 
 

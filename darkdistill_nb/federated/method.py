@@ -1477,6 +1477,7 @@ def _workers(workers, bar, choice, *start):
         if pool:
             pool.close()
 
+# %% ../../nbs/3_federated/method.ipynb #135b1923
 def _pool(workers, choice, *start):
     "Processes that have begun, one less where this one trains, too; None where they were only a guess and cannot begin."
     method, net, _, clients, _ = start

@@ -60,6 +60,21 @@ def test_a_wish_to_train_trains_what_is_stored(assets, monkeypatch):
     assert records.train_or_load("a", "1_distill/a", Trainer(), JOBS)["kd", 1]["accuracy"][0] == 100
 
 
+@pytest.mark.parametrize("word, trains", [("0", False), ("", False), ("1", True)])
+def test_what_the_environment_says(assets, monkeypatch, word, trains):
+    monkeypatch.setenv("DARKDISTILL_TRAIN", word)
+    records.train_or_load("a", "1_distill/a", Trainer(), JOBS)
+    assert (assets / "lesson_a.json").exists() == trains
+
+
+@pytest.mark.parametrize("job", [("kd", float("nan")), ("kd", float("inf")), ["kd", 0], "kd", ("kd", None)])
+def test_a_job_that_no_record_holds_is_refused_before_training(assets, job):
+    train = Trainer()
+    with pytest.raises(ValueError, match="jobs=.* must be a list of tuples of texts and finite numbers"):
+        records.train_or_load("a", "1_distill/a", train, [job])
+    assert not train.asked
+
+
 def test_without_assets_it_is_said_before_the_training(monkeypatch):
     def nothing(what):
         raise FileNotFoundError("this installation has no assets")

@@ -189,14 +189,14 @@ def test_this_process_answers_jobs_beside_its_workers(ahead):
         got = dict(workers.run([(i, 0.02) for i in range(20)], here=whose))
     assert {k: i for k, (i, _) in got.items()} == {k: k for k in range(20)}
     mine = sum(pid == os.getpid() for _, pid in got.values())
-    assert 5 <= mine <= 15
+    assert 1 <= mine <= 19
 
 
 def test_a_worker_has_a_job_ahead_while_this_process_answers_one():
     "Otherwise it would wait at the end of each of its own, until somebody looks."
     with Workers(1, constantly, whose, ahead=1) as workers:
         workers.begin()
-        results = workers.run([(i,) for i in range(6)], here=lambda i: time.sleep(1.0) or (i, 0))
+        results = workers.run([(i, 0.1) for i in range(6)], here=lambda i, s: time.sleep(1.0) or (i, 0))
         first, second, third = (next(results)[0] for _ in range(3))
         assert (first, {second, third}) == (2, {0, 1})
         assert sorted(k for k, _ in results) == [3, 4, 5]
@@ -252,3 +252,52 @@ def test_a_small_run_outlives_its_only_worker():
     one, two = go(), go(workers=2, on_round=kill)
     assert killed
     assert all(v.equal(two.state["net"][k]) for k, v in one.state["net"].items())
+
+
+def test_many_jobs_ahead_do_not_block():
+    "Messages under way are bounded together, not each."
+    with Workers(1, constantly, wide_bytes, ahead=100) as workers:
+        got = dict(workers.run([(i, b"x" * 3_000) for i in range(60)]))
+    assert {i: len(v) for i, v in got.items()} == dict.fromkeys(range(60), 10**6)
+
+
+def wide_bytes(i, what):
+    return bytes(10**6)
+
+
+def test_a_job_that_killed_its_worker_is_not_done_here(tmp_path):
+    "It would take the whole run with it."
+    asked = []
+    here = lambda folder, deadly: asked.append(deadly) or time.sleep(0.2)
+    with Workers(1, constantly, dies_at, ahead=1) as workers:
+        workers.begin()
+        jobs = [(str(tmp_path), 1)] + [(str(tmp_path), 0)] * 9
+        got = dict(workers.run(jobs, again=1, here=here))
+    assert isinstance(got[0], WorkerLost) and len(got) == 10 and 1 not in asked
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_long_messages_are_tried_ahead_once(monkeypatch):
+    "Where there is no shared memory each try pickles what is sent."
+    import darkdistill_nb.core.parallel as lib
+
+    tried, give = [], lib.Workers._give
+    note = lambda self, conn, job, ahead=False: tried.append(ahead) or give(self, conn, job, ahead)
+    monkeypatch.setattr(lib.Workers, "_give", note)
+    with Workers(2, constantly, len, ahead=1) as workers:
+        got = dict(workers.run([(bytes(10**6),)] * 30))
+    assert len(got) == 30 and tried.count(True) == 1 and tried.count(False) == 30
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="shared memory as files")
+def test_rooms_that_are_still_empty_count(monkeypatch):
+    "They take memory only once something lies in them; two workers fit, the third has none."
+    import shutil
+    from collections import namedtuple
+
+    size = 10**6
+    usage = namedtuple("usage", "total used free")(0, 0, 13 * size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with Workers(3, constantly, len, room=size, ahead=1) as workers:
+        assert [r is not None for r in workers.rooms.values()] == [True, True, False]
+        assert sorted(dict(workers.run([(bytes(i),) for i in range(9)])).items()) == [(i, i) for i in range(9)]

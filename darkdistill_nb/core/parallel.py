@@ -223,13 +223,14 @@ class Room:
                 self.memory.unlink()
 
 # %% ../../nbs/0_core/parallel.ipynb #1090639e
-def _rooms(size, pairs):
-    "For each message under way two rooms, to a worker and back; None where that is not possible."
+def _rooms(size, pairs, promised=0):
+    """For each message under way two rooms, to a worker and back; None where that is not possible.
+    `promised`: bytes of other rooms, which take memory only once something lies in them."""
     if not size:
         return None
     try:
         free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else None
-        if free is not None and free < 4 * pairs * size:
+        if free is not None and free < promised + 4 * pairs * size:
             return None
         return [(Room(size), Room(size)) for _ in range(pairs)]
     except OSError:
@@ -411,7 +412,9 @@ def _add(self: Workers, keep, nested):
     mine, theirs = self.spawn.Pipe()
     work = dict(target=_begin, args=(main, theirs, *keep))
     p = self.spawn.Process(**work, daemon=not nested)  # a daemon may not start processes
-    self.procs[mine], self.rooms[mine] = p, _rooms(self.room, 1 + self.ahead)
+    others = itertools.chain(*(pair for rooms in self.rooms.values() for pair in rooms or ()))
+    promised = sum(room.size for room in others)
+    self.procs[mine], self.rooms[mine] = p, _rooms(self.room, 1 + self.ahead, promised)
     self.messages[mine] = [0, 0]  # given, heard
     p.start()
     theirs.close()
@@ -433,14 +436,14 @@ def _lost(self: Workers, conn, job):
     p.join(5)
     return WorkerLost(job, p.pid, p.exitcode, conn in self.begun)
 
-SMALL = 2**13  # bytes of a message that a pipe takes before the other side reads
+SMALL = 2**12  # bytes of messages that a pipe takes before the other side reads
 
 @patch
 def _give(self: Workers, conn, job, ahead=False):
     "Send a job; False where one that is sent ahead is not small: both sides might wait for the other to read."
     rooms, (given, _) = self.rooms[conn], self.messages[conn]
     data = pickle.dumps(rooms[given % len(rooms)][0].put(job) if rooms else job)
-    if ahead and len(data) > SMALL:
+    if ahead and len(data) > SMALL // self.ahead:
         return False
     self.messages[conn][0] += 1
     with contextlib.suppress(OSError):  # who has gone is found out when its answer is heard
@@ -487,11 +490,14 @@ def begin(self: Workers):
 # %% ../../nbs/0_core/parallel.ipynb #ef638577
 @patch
 def _hand_out(self: Workers, jobs, todo, at):
-    "Give the next jobs to whoever has none, and one ahead where many are left; `at` notes who has which."
-    for has in range(1 + self.ahead):
+    "Give the next jobs to whoever has none, and some ahead where many are left; `at` notes who has which."
+    for has in range(1 if self.long else 1 + self.ahead):
         for conn, mine in at.items():
             due = len(mine) == has and len(todo) > (len(at) if has else 0)
-            if due and self._give(conn, jobs[todo[0]], ahead=has > 0):
+            if due and not self._give(conn, jobs[todo[0]], ahead=has > 0):
+                self.long = True  # the others will be as long: no more tries in this run
+                return
+            if due:
                 mine.append(todo.pop(0))
 
 # %% ../../nbs/0_core/parallel.ipynb #f7028d33
@@ -501,25 +507,27 @@ def _results(self: Workers, jobs, said, again, here):
     from multiprocessing.connection import wait
 
     todo, lost = list(range(len(jobs))), [0] * len(jobs)
-    at = {conn: [] for conn in self.procs if conn not in self.starting}
+    at, self.long = {conn: [] for conn in self.procs if conn not in self.starting}, False
     while todo or any(at.values()):
         self._hand_out(jobs, todo, at)
         busy = [conn for conn in at if at[conn]]
-        heard = wait([*busy, *self.starting], 0 if here and todo else None)
+        mine = [i for i in todo if here and not lost[i]][:1]  # not one that has killed a worker
+        heard = wait([*busy, *self.starting], 0 if mine else None)
         if not heard:  # nobody has an answer: here is a job to do in the meantime
-            yield (i := todo.pop(0)), here(*jobs[i])
+            todo.remove(mine[0])
+            yield mine[0], here(*jobs[mine[0]])
         for conn in heard:
-            mine = at.get(conn, [0])
-            kind, what = self._hear(conn, mine[0], again)
+            its = at.get(conn, [0])
+            kind, what = self._hear(conn, its[0], again)
             if kind == "failed":
                 raise what
             if kind == "said" and said:
-                said(mine[0], *what)
+                said(its[0], *what)
             if kind == "ready" and conn in self.starting:
                 self.starting.remove(conn)
                 at[conn] = []
             if kind == "done":
-                i = mine.pop(0)
+                i = its.pop(0)
                 # the worker goes on while the caller looks at the result
                 self._hand_out(jobs, todo, at)
                 yield i, what
@@ -538,7 +546,7 @@ def run(self: Workers,
     jobs,      # tuples of arguments
     said=None, # said(number of the job, *what) for each `tell`
     again:int=None, # more tries of a job whose worker died, then `WorkerLost`; None: it is raised
-    here=None, # here(*job) -> result: this process answers jobs, too, instead of waiting
+    here=None, # here(*job) -> result: this process answers jobs, too, which must not end it
 ): # iterator over (number of the job, result), as they come
     """Share jobs among the workers; raises what a job raised, and `WorkerLost`. After an error, or where
     the iterator is left early, they are of no use: the next `run` raises `ValueError`."""

@@ -12,7 +12,7 @@ __all__ = ['write_atomic', 'check_json', 'save_tensors', 'load_tensors', 'proces
            'publish', 'stored_record', 'train_or_load']
 
 # %% ../../nbs/0_core/records.ipynb #5df28e69
-import dis, functools, hashlib, json, os, platform, re, sys, time, types
+import dis, functools, hashlib, json, math, os, platform, re, sys, time, types
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -772,11 +772,14 @@ def train_or_load(
     for k, v in dict(name=name, lesson=lesson).items():
         check(isinstance(v, str) and v, k, v, "a text")
     check(callable(train), "train", train, "a function")
-    plain = lambda job: isinstance(job, tuple) and all(isinstance(v, (str, int, float)) for v in job)
+    known = lambda v: isinstance(v, str) or (isinstance(v, (int, float)) and math.isfinite(v))
+    plain = lambda job: isinstance(job, tuple) and all(map(known, job))
     ok = isinstance(jobs, (list, tuple)) and all(map(plain, jobs))
-    check(ok, "jobs", jobs, "a list of tuples of texts and numbers")
-    anew, start = bool(os.environ.get("DARKDISTILL_TRAIN")), time.perf_counter()
-    home = shipped("assets") if anew else None  # before hours of training
+    check(ok, "jobs", jobs, "a list of tuples of texts and finite numbers")
+    anew, start = os.environ.get("DARKDISTILL_TRAIN", "0") not in ("", "0"), time.perf_counter()
+    home = shipped("assets") if anew else None
+    ready = home is None or os.access(home, os.W_OK)
+    check(ready, "assets", str(home), "a folder that can be written")  # before hours of training
     found, origin = ({}, "") if anew else _of_lesson(name)
     results = {j: found[j] if j in found else json.loads(check_json(train(*j))) for j in jobs}
     if anew:

@@ -500,6 +500,16 @@ def _hand_out(self: Workers, jobs, todo, at):
             if due:
                 mine.append(todo.pop(0))
 
+# %% ../../nbs/0_core/parallel.ipynb #51da3519
+@patch
+def _gone(self: Workers, conn, todo, at, lost):
+    "The job that a worker took with it, counted in `lost`; those that it had ahead are open again."
+    i, *ahead = at.pop(conn)
+    todo[:0] = ahead
+    lost[i] += 1
+    self._replace(conn)
+    return i
+
 # %% ../../nbs/0_core/parallel.ipynb #f7028d33
 @patch
 def _results(self: Workers, jobs, said, again, here):
@@ -532,9 +542,7 @@ def _results(self: Workers, jobs, said, again, here):
                 self._hand_out(jobs, todo, at)
                 yield i, what
             if kind == "lost":
-                i, *rest = at.pop(conn)
-                todo[:0], lost[i] = rest, lost[i] + 1
-                self._replace(conn)
+                i = self._gone(conn, todo, at, lost)
                 if lost[i] > again:
                     yield i, what
                 else:

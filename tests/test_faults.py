@@ -479,7 +479,7 @@ RESUMED = """
         train, test = load("digits", n_train=400, n_test=60)
         told = lambda row: print(row["round"], flush=True)
         simulate(EEFL(participation=1.), lambda: cnn(train.shape, 10, width=8), train, test,
-            make_clients(train.y, 4, 10.), 2000, eval_every=2000, workers=2, checkpoint=sys.argv[1], on_round=told)
+            make_clients(train.y, 4, 10.), 2000, eval_every=2000, workers=3, checkpoint=sys.argv[1], on_round=told)
     if __name__ == "__main__":
         main()
 """
@@ -487,7 +487,7 @@ RESUMED = """
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc, SIGINT")
 def test_ctrl_c_leaves_a_run_that_can_go_on_and_nobody_behind(tmp_path, wait_until):
-    "The signal goes to all processes, as from a terminal."
+    "The signal goes to all processes, as from a terminal: the one that the script began with trains, too."
     (tmp_path / "s.py").write_text(textwrap.dedent(RESUMED))
     words = [sys.executable, tmp_path / "s.py", tmp_path / "c.safetensors"]
     p = subprocess.Popen(

@@ -301,3 +301,15 @@ def test_rooms_that_are_still_empty_count(monkeypatch):
     with Workers(3, constantly, len, room=size, ahead=1) as workers:
         assert [r is not None for r in workers.rooms.values()] == [True, True, False]
         assert sorted(dict(workers.run([(bytes(i),) for i in range(9)])).items()) == [(i, i) for i in range(9)]
+
+
+@pytest.mark.parametrize("how, helps", [(dict(), True), (dict(epochs=20), False), (dict(batch_size=1), False)])
+def test_who_looks_after_workers_takes_no_long_job(how, helps):
+    "A worker that dies is noticed between two jobs."
+    from darkdistill_nb.federated.method import _helps
+
+    train, _ = load("digits", n_train=400, n_test=40)
+    method, clients = EEFL(**how), make_clients(train.y, 4, 10.0)
+    method.setup(cnn(train.shape, 10, width=4))
+    assert _helps(method, clients) == helps
+    assert not _helps(EEFL(objective=None), clients)  # it has no network yet

@@ -1170,9 +1170,13 @@ def _is_on_tape(method, client, share):
     except Exception:
         return False
 
+SHORT = 50  # steps of a visit, so that a job of small clients takes less than a second
+
 def _helps(method, clients):
-    "Does the server's process train beside its workers? Where all clients are plain and small: their jobs take milliseconds."
-    return all(_width(method, tier) > 1 for tier in {c.tier for c in clients})
+    "Does the server's process train beside its workers? Where all clients are plain, small and soon done: it looks after its workers between two jobs."
+    most = max((len(c.train) for c in clients), default=0)
+    steps = method.epochs * math.ceil(most / method.batch_size)
+    return steps <= SHORT and all(_width(method, tier) > 1 for tier in {c.tier for c in clients})
 
 # %% ../../nbs/3_federated/method.ipynb #e16c6dfc
 def _chunks(method, drawn, share):

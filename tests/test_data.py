@@ -227,6 +227,19 @@ def test_private_test_set_has_the_mix_of_the_draw():
 # ---- shapes
 
 
+HASH_OF_IMAGES = """import hashlib
+from darkdistill_nb.core.scenes import shapes
+print(hashlib.sha256(shapes(400, size=16).x.numpy().tobytes()).hexdigest())"""
+
+
+@pytest.mark.parametrize("way", ["", "COMPATIBLE", "AVX2"])
+def test_the_same_images_on_every_processor(way):
+    "Pixels come from exactly rounded operations, whatever the processor's kernels do in their last bit."
+    env = os.environ | (dict(MKL_CBWR=way) if way else {})
+    r = subprocess.run([sys.executable, "-c", HASH_OF_IMAGES], env=env, capture_output=True, text=True)
+    assert r.stdout.strip() == "9eb549fb9e13a76edc51b529fc080dff6d407dbbb4f4de9050aeb9987d174cf0", r.stderr
+
+
 def test_shapes_do_not_depend_on_threads_or_count():
     before = torch.get_num_threads()
     digest = lambda d: hashlib.sha256(

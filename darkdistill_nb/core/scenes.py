@@ -119,7 +119,8 @@ def _coverage(
     x, y = ((g - place[:, i, None]) / scale[:, None] for i in (0, 1))
     u = (x / (1 + stretch)[:, None])[:, None] + (y * shear[:, None])[:, :, None]
     v = (y * (1 + stretch)[:, None])[:, :, None].expand_as(u)
-    r = (u * u).add_(v * v).sqrt_().flatten(1)
+    r = (u * u).add_(v * v).flatten(1)
+    np.sqrt(r.numpy(), out=r.numpy())  # rounds alike on every processor; torch's square root does not
     q = v / (u.abs() + v.abs()).add_(1e-6)
     q.neg_().add_(1).copysign_(u)
     q.mul_(-_STEPS / 4).add_(_STEPS / 2)  # (diamond angle + 1) * _STEPS/4

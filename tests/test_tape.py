@@ -1,6 +1,6 @@
 "A step on tape gives the bits of autograd, or is not used."
 
-import copy, pickle
+import contextlib, copy, pickle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from darkdistill_nb.exits.training import BoostNet, Joint
 from darkdistill_nb.experiments.bench import Workload, _as_exits
 from darkdistill_nb.federated import method as federated
 from darkdistill_nb.federated.method import EEFL, make_clients, simulate
-from darkdistill_nb.federated.tape import Step, Tape, Taped, _four_max
+from darkdistill_nb.federated.tape import Step, Tape, Taped, _channels_last, _four_max, in_bf16
 from small import NETS, SHAPE, images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,6 +47,42 @@ def test_training_is_that_of_fit_to_the_bit(name, objective):
     steps = {s.net: s for s in taped.steps.values()}
     assert all(s.ready or s.uses < 4 for s in taped.steps.values()) and len(steps) == 1
     assert any(s.ready for s in taped.steps.values())
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_in_bf16_too(name):
+    "The same bits as without a tape, and other ones than in fp32."
+    net, taped = made(name), Taped(low=True)
+    loss = lambda raw, y: Joint().loss(raw, y)[0]
+    rows = lambda *a, forward, **kw: fit(*a, forward=_channels_last(forward), **kw)
+    with in_bf16():
+        low = trained(net, rows, loss)
+        assert equal(low, trained(net, taped, loss))
+    assert all(s.ready or s.uses < 4 for s in taped.steps.values())
+    assert any(s.ready for s in taped.steps.values())
+    assert not equal(low, trained(net, fit, loss))
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_a_tape_is_for_its_own_precision(low):
+    net, taped = made("cnn"), Taped(low=low)
+    loss = lambda raw, y: Joint().loss(raw, y)[0]
+    way = contextlib.nullcontext() if low else in_bf16()
+    with way:
+        trained(net, taped, loss)
+        assert not taped.steps and not taped.takes(net, images(), 8)
+    again = pickle.loads(pickle.dumps(taped))
+    assert again.low is low
+
+
+def test_bf16_ends_with_its_block():
+    cuda, x = torch.backends.cuda, torch.randn(8, 8)
+    before = cuda.fp16_bf16_reduction_math_sdp_allowed(), cuda.flash_sdp_enabled()
+    with pytest.raises(KeyError), in_bf16():
+        assert (x @ x).dtype == torch.bfloat16 and not cuda.flash_sdp_enabled()
+        raise KeyError
+    assert (cuda.fp16_bf16_reduction_math_sdp_allowed(), cuda.flash_sdp_enabled()) == before
+    assert (x @ x).dtype == torch.float32
 
 
 def from_outside(weights):

@@ -377,6 +377,7 @@ def _learned(self: EEFL, net, tier):
     still = {k for k, p in named if not p.requires_grad}
     return {k: v.detach().clone() for k, v in tensors.items() if k not in still}
 
+# %% ../../nbs/3_federated/method.ipynb #eaad8ded
 def _alike(weights, tensors):
     "Are names and shapes those of a network?"
     same = weights.keys() == tensors.keys()

@@ -2,7 +2,8 @@
 
 from darkdistill_nb.core.datasets import load
 from darkdistill_nb.exits.networks import cnn
-from darkdistill_nb.federated.method import make_clients, simulate
+from darkdistill_nb.federated.engine import simulate
+from darkdistill_nb.federated.method import make_clients
 
 TRAIN, TEST = load("digits", n_train=320, n_test=60)
 CLIENTS = make_clients(TRAIN.y, 8, 0.5)

@@ -11,6 +11,7 @@ from darkdistill_nb.app import pages
 from darkdistill_nb.core import data, parallel, plots, records
 from darkdistill_nb.federated import baselines
 from darkdistill_nb.federated import difficulty
+from darkdistill_nb.federated import engine
 from darkdistill_nb.federated import reefl
 from darkdistill_nb.federated import widths
 from darkdistill_nb.distill import losses as distillation
@@ -94,7 +95,7 @@ def short_run():
     "One round of four clients, as keywords of `measure_unalignment`."
     clients = federated.make_clients(labels(48), 6, 5.0, (0.5, 0.5), seed=0, valid=0.0)
     method = federated.EEFL(participation=1.0, batch_size=4)
-    one = federated.simulate(method, lambda: net(2), pictures(48), pictures(), clients, 1)
+    one = engine.simulate(method, lambda: net(2), pictures(48), pictures(), clients, 1)
     return dict(run=one, train=pictures(48), clients=clients, test=pictures(48))
 
 

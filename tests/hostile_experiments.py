@@ -12,7 +12,7 @@ from darkdistill_nb.experiments import bench
 from darkdistill_nb.experiments import distree as distree_experiments
 from darkdistill_nb.experiments import runs
 from darkdistill_nb.exits import runner
-from darkdistill_nb.federated import flower
+from darkdistill_nb.federated import engine, flower
 from darkdistill_nb.federated import method as federated
 from hostile_calls import answers, clients, folder, net, once, pictures, plain, rand
 from hostile_calls import system, traced
@@ -98,7 +98,7 @@ def onnx_files():
 
 @once
 def a_run():
-    return federated.simulate(
+    return engine.simulate(
         federated.EEFL(participation=1.0),
         lambda: net(2),
         pictures(40),

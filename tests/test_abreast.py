@@ -10,7 +10,8 @@ from darkdistill_nb.core.seeds import Streams
 from darkdistill_nb.exits.networks import cnn
 from darkdistill_nb.exits.training import BoostNet, Joint
 from darkdistill_nb.federated.availability import Availability
-from darkdistill_nb.federated.method import EEFL, Client, Here, play_round, simulate
+from darkdistill_nb.federated.engine import Here, play_round, simulate
+from darkdistill_nb.federated.method import EEFL, Client
 from darkdistill_nb.federated.tape import Abreast, Step, Taped
 from small import NETS, SHAPE, images
 

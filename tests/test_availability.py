@@ -9,15 +9,8 @@ from darkdistill_nb.exits.networks import cnn
 from darkdistill_nb.federated.availability import Attended, Availability, own_mix, seen_and_unseen
 from darkdistill_nb.federated.calibration import CalibratedEEFL, FeedbackEEFL
 from darkdistill_nb.federated.darkdistill import DarkDistill
-from darkdistill_nb.federated.method import (
-    EEFL,
-    Absent,
-    Client,
-    Here,
-    believed,
-    make_clients,
-    simulate,
-)
+from darkdistill_nb.federated.engine import Absent, Here, believed, simulate
+from darkdistill_nb.federated.method import EEFL, Client, make_clients
 
 TRAIN, TEST = load("digits", n_train=400, n_test=100)
 CLIENTS = make_clients(TRAIN.y, 12, gamma=0.5)

@@ -30,16 +30,8 @@ from darkdistill_nb.federated.widths import (
     taught_by_last,
     width_index,
 )
-from darkdistill_nb.federated.method import (
-    EEFL,
-    Client,
-    Update,
-    block_average,
-    load_state,
-    make_clients,
-    save_state,
-    simulate,
-)
+from darkdistill_nb.federated.engine import load_state, save_state, simulate
+from darkdistill_nb.federated.method import EEFL, Client, Update, block_average, make_clients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = {

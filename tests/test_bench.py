@@ -4,7 +4,8 @@ import pytest, torch
 from darkdistill_nb.core.data import ArrayData
 from darkdistill_nb.experiments import bench
 from darkdistill_nb.experiments.settings import make_config
-from darkdistill_nb.federated.method import EEFL, Client, simulate
+from darkdistill_nb.federated.engine import simulate
+from darkdistill_nb.federated.method import EEFL, Client
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

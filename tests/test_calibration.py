@@ -37,7 +37,8 @@ from darkdistill_nb.federated.calibration import (
     vote_weights,
 )
 from darkdistill_nb.federated.darkdistill import DarkDistill
-from darkdistill_nb.federated.method import EEFL, Client, make_clients, simulate
+from darkdistill_nb.federated.engine import simulate
+from darkdistill_nb.federated.method import EEFL, Client, make_clients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY_SERVER = dict(server_epochs=1, kd_steps=1)

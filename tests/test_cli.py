@@ -647,7 +647,7 @@ def test_a_resume_is_not_promised_where_the_same_would_happen_again(tmp_path, ca
         raise OSError(28, "No space left on device")
 
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("darkdistill_nb.federated.method.save_state", full)
+        m.setattr("darkdistill_nb.federated.engine.save_state", full)
         assert cli.main(["run", *args, str(tmp_path / "b")]) == 1
     assert "No space left" in (err := capsys.readouterr().err)
     assert f"continue with: darkdistill run --resume {tmp_path}/b" in err
@@ -781,7 +781,7 @@ UNGUARDED = {
     "run_experiment(small, workers=2, progress=False)",
     "a grid": "from darkdistill_nb.core.cells import each\nprint(list(each(abs, [1, 2, 3], 2)))",
     "a simulation": "from darkdistill_nb.core.datasets import load\nfrom darkdistill_nb.exits.networks import cnn\n"
-    "from darkdistill_nb.federated.method import EEFL, make_clients, simulate\ntrain, test = load('digits', n_train=100, n_test=50)\n"
+    "from darkdistill_nb.federated import EEFL, make_clients, simulate\ntrain, test = load('digits', n_train=100, n_test=50)\n"
     "net = lambda: cnn(train.shape, 10, width=8)\n"
     "simulate(EEFL(participation=1.), net, train, test, make_clients(train.y, 4), 1, workers=2, progress=False)",
 }

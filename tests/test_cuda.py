@@ -11,7 +11,8 @@ from darkdistill_nb.exits.inference import budget_thresholds
 from darkdistill_nb.exits.scores import confidence
 from darkdistill_nb.exits.networks import cnn, vit, wrn
 from darkdistill_nb.exits.runner import PLANS, ExitRunner, record
-from darkdistill_nb.federated.method import make_clients, simulate
+from darkdistill_nb.federated.engine import simulate
+from darkdistill_nb.federated.method import make_clients
 
 TINY = dict(img_size=16, patch_size=4, embed_dim=48, num_heads=3, depth=4)
 NETS = {

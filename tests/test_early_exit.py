@@ -551,7 +551,8 @@ def test_merge_and_state_need_lora():
 
 def test_a_federated_round_changes_only_what_is_trained():
     from darkdistill_nb.core.datasets import load
-    from darkdistill_nb.federated.method import EEFL, make_clients, simulate
+    from darkdistill_nb.federated.engine import simulate
+    from darkdistill_nb.federated.method import EEFL, make_clients
     from darkdistill_nb.core.seeds import Streams
 
     train, test = load("digits")
@@ -570,7 +571,8 @@ def test_only_what_is_trained_is_sent(darkdistill):
     "Uploads hold LoRA and exits only; the result is that of clients who send everything, and workers do not change it."
     from darkdistill_nb.federated.darkdistill import DarkDistill
     from darkdistill_nb.core.datasets import load
-    from darkdistill_nb.federated.method import EEFL, make_clients, nbytes, simulate, train_alone
+    from darkdistill_nb.federated.engine import simulate, train_alone
+    from darkdistill_nb.federated.method import EEFL, make_clients, nbytes
 
     base = DarkDistill if darkdistill else EEFL
 

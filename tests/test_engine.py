@@ -9,7 +9,8 @@ from darkdistill_nb.core.scenes import shapes
 from darkdistill_nb.federated.difficulty import measure_difficulty
 from darkdistill_nb.exits.networks import cnn, vit, wrn
 from darkdistill_nb.exits.training import BoostNet, Joint, L2W
-from darkdistill_nb.federated.method import EEFL, block_average, make_clients, simulate
+from darkdistill_nb.federated.engine import simulate
+from darkdistill_nb.federated.method import EEFL, block_average, make_clients
 from darkdistill_nb.core.seeds import Streams
 
 BUILDERS = {
@@ -292,7 +293,7 @@ def test_l2w_without_differences_is_joint_training(digits):
 def machine_file(tmp_path, monkeypatch):
     "What is remembered about this machine goes into a folder of its own."
     monkeypatch.setenv("DARKDISTILL_CACHE", str(tmp_path))
-    monkeypatch.setattr("darkdistill_nb.federated.method.cores", lambda: 2)
+    monkeypatch.setattr("darkdistill_nb.federated.engine.cores", lambda: 2)
     return tmp_path / "machine.json"
 
 
@@ -304,11 +305,11 @@ def small(digits, rounds=4, **kw):
 
 
 def test_auto_stays_in_one_process_for_little_work(digits, machine_file, capsys, monkeypatch):
-    from darkdistill_nb.federated import method
+    from darkdistill_nb.federated import engine
 
-    real, asked = method._seconds_of_a_visit, []
+    real, asked = engine._seconds_of_a_visit, []
     probe = lambda *args: asked.append(real(*args)) or 1e-3  # a busy machine may be slow today
-    monkeypatch.setattr(method, "_seconds_of_a_visit", probe)
+    monkeypatch.setattr(engine, "_seconds_of_a_visit", probe)
     run = small(digits, workers="auto", progress=True)
     assert run.way.startswith("workers=auto: one process") and run.way in capsys.readouterr().err
     assert same(run.state["net"], small(digits).state["net"])
@@ -320,7 +321,7 @@ def test_auto_stays_in_one_process_for_little_work(digits, machine_file, capsys,
 def test_auto_takes_processes_where_they_pay_and_leaves_them_where_not(digits, machine_file):
     "The machine's memory is made up: a visit of an hour, then a start that takes a year."
     from darkdistill_nb.core.parallel import Memory
-    from darkdistill_nb.federated.method import _Choice
+    from darkdistill_nb.federated.engine import _Choice
 
     memory = Memory()
     small(digits, rounds=1, workers="auto")
@@ -347,7 +348,7 @@ def test_auto_goes_on_alone_where_processes_cannot_begin(digits, machine_file, m
 
     train, test = digits
     clients = make_clients(train.y, 4, 10.0)
-    monkeypatch.setattr("darkdistill_nb.federated.method.processes_for", lambda *a: 2)
+    monkeypatch.setattr("darkdistill_nb.federated.engine.processes_for", lambda *a: 2)
     with pytest.warns(
         UserWarning, match="workers='auto' goes on in one process: workers must be 1"
     ):

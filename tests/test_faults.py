@@ -12,16 +12,14 @@ from darkdistill_nb.core.datasets import load
 from darkdistill_nb.federated.difficulty import DifficultyHistogram, bins_of, sample_difficulty
 from darkdistill_nb.exits.networks import ConvStage, EarlyExitNet, Exit, PooledMap, cnn, wrn
 from darkdistill_nb.exits.training import BoostNet
+from darkdistill_nb.federated.engine import load_state, simulate, train_alone
 from darkdistill_nb.federated.method import (
     EEFL,
     Client,
     average,
     block_average,
-    load_state,
     make_clients,
-    simulate,
     tier_sizes,
-    train_alone,
 )
 from darkdistill_nb.federated.generator import (
     Generator,
@@ -431,7 +429,8 @@ SCRIPT = """
     import sys, torch
     from darkdistill_nb.core.datasets import load
     from darkdistill_nb.exits.networks import cnn
-    from darkdistill_nb.federated.method import EEFL, make_clients, simulate
+    from darkdistill_nb.federated.engine import simulate
+    from darkdistill_nb.federated.method import EEFL, make_clients
     def main():
         train, test = load("digits")
         simulate(EEFL(participation=1., epochs=2000), lambda: cnn(train.shape, 10), train, test, make_clients(train.y, 4), 1, workers=2)
@@ -474,7 +473,8 @@ RESUMED = """
     import sys
     from darkdistill_nb.core.datasets import load
     from darkdistill_nb.exits.networks import cnn
-    from darkdistill_nb.federated.method import EEFL, make_clients, simulate
+    from darkdistill_nb.federated.engine import simulate
+    from darkdistill_nb.federated.method import EEFL, make_clients
     def main():
         train, test = load("digits", n_train=400, n_test=60)
         told = lambda row: print(row["round"], flush=True)
@@ -738,7 +738,7 @@ def test_a_damaged_checkpoint_names_the_file(checkpoint, kind):
 
 
 def test_files_of_something_else(checkpoint):
-    from darkdistill_nb.federated.method import load_state, save_state
+    from darkdistill_nb.federated.engine import load_state, save_state
     from darkdistill_nb.core.records import save_tensors
 
     state, meta = load_state(checkpoint)
@@ -1101,7 +1101,7 @@ def test_progress_bar(capsys, monkeypatch):
 def test_progress_bar_in_a_notebook_that_somebody_watches(monkeypatch):
     "A kernel that may ask questions is live; one that runs a notebook from start to end may not."
     from types import SimpleNamespace
-    from darkdistill_nb.federated.method import _somebody_watches
+    from darkdistill_nb.federated.engine import _somebody_watches
 
     for live in (True, False):
         shell = SimpleNamespace(kernel=SimpleNamespace(_allow_stdin=live))

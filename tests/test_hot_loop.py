@@ -9,6 +9,7 @@ from darkdistill_nb.core.seeds import Streams
 from darkdistill_nb.core.training import SGD, fit
 from darkdistill_nb.exits.networks import cnn, wrn
 from darkdistill_nb.federated.baselines import DepthFL
+from darkdistill_nb.federated.engine import play_round, simulate
 from darkdistill_nb.federated.method import (
     EEFL,
     Added,
@@ -17,8 +18,6 @@ from darkdistill_nb.federated.method import (
     Updates,
     average,
     make_clients,
-    play_round,
-    simulate,
 )
 
 
@@ -228,7 +227,7 @@ def test_a_visit_takes_an_image_apart_only_where_a_batch_of_one_is_due():
 @pytest.mark.parametrize("kind", ["uint8", "float32", "as trained on", "difficulty known"])
 def test_images_at_hand_are_those_of_the_data_set(kind, limit):
     "A client's images are rows of all images; what is made of them is an ordinary data set again."
-    from darkdistill_nb.federated.method import _shares
+    from darkdistill_nb.federated.engine import _shares
 
     g = torch.Generator().manual_seed(0)
     x, y = torch.randint(256, (60, 3, 4, 4), generator=g, dtype=torch.uint8), torch.arange(60) % 5
@@ -257,7 +256,7 @@ def test_images_at_hand_are_those_of_the_data_set(kind, limit):
 
 def test_clients_of_other_data_are_cut_out_of_them():
     "Who writes their own kind of data set gets their own kind of subset."
-    from darkdistill_nb.federated.method import _shares
+    from darkdistill_nb.federated.engine import _shares
 
     class Own(ArrayData):
         pass

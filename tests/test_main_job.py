@@ -169,7 +169,8 @@ def test_digits_begin_as_before(tmp_path):
     from darkdistill_nb.core.datasets import load
     from darkdistill_nb.core.records import load_tensors
     from darkdistill_nb.exits.networks import cnn
-    from darkdistill_nb.federated.method import EEFL, make_clients, simulate
+    from darkdistill_nb.federated.engine import simulate
+    from darkdistill_nb.federated.method import EEFL, make_clients
 
     few = ["--rounds", "2", "--seeds", "0,", "--methods", "eefl", "--no-alone", "--workers", "1"]
     run(tmp_path, "--data", "digits", *few, "--out", "digits")

@@ -9,7 +9,7 @@ from darkdistill_nb.core.seeds import Streams
 from darkdistill_nb.distill.losses import RKD
 from darkdistill_nb.exits.networks import cnn
 from darkdistill_nb.exits.training import Joint, exit_partition
-from darkdistill_nb.federated import darkdistill, generator, method
+from darkdistill_nb.federated import darkdistill, engine, generator, method
 from darkdistill_nb.federated.baselines import (
     DepthFL,
     ExclusiveFL,
@@ -47,6 +47,14 @@ from darkdistill_nb.federated.generator import (
     generator_losses,
     train_generator,
 )
+from darkdistill_nb.federated.engine import (
+    evaluate,
+    load_state,
+    play_round,
+    save_state,
+    simulate,
+    train_alone,
+)
 from darkdistill_nb.federated.method import (
     EEFL,
     Client,
@@ -54,15 +62,9 @@ from darkdistill_nb.federated.method import (
     average,
     block_average,
     check_clients,
-    evaluate,
-    load_state,
     make_clients,
     nbytes,
-    play_round,
-    save_state,
-    simulate,
     tier_sizes,
-    train_alone,
     trained_state,
 )
 
@@ -1432,9 +1434,9 @@ def test_somebody_watches_a_terminal_or_a_notebook_that_can_be_asked(monkeypatch
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     for terminal in (False, True):
         monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: terminal))
-        assert method._somebody_watches() is (terminal or watched)
+        assert engine._somebody_watches() is (terminal or watched)
     monkeypatch.setattr(sys, "stderr", None)
-    assert method._somebody_watches() is watched
+    assert engine._somebody_watches() is watched
 
 
 class TwoWords(Exception):
@@ -1458,7 +1460,7 @@ class Overflow(TwoWords, FloatingPointError):
     ],
 )
 def test_an_answer_that_cannot_be_sent_is_told_in_words(answer, kind, text):
-    got = pickle.loads(pickle.dumps(method.sendable(answer)))
+    got = pickle.loads(pickle.dumps(engine.sendable(answer)))
     assert type(got) is kind and str(got).startswith(text)
 
 
@@ -1480,24 +1482,24 @@ STATE = dict(net=dict(a=torch.ones(2)), server={}, objective=dict(b=torch.zeros(
 )
 def test_a_stored_state_fits_a_fresh_one(part, weights, ok):
     "In names, shapes and types of what is trained; the server may have learned more. All is finite."
-    assert method._fits({**STATE, part: weights}, STATE) is ok
+    assert engine._fits({**STATE, part: weights}, STATE) is ok
 
 
 def test_there_are_no_more_processes_than_clients_and_none_without_rounds(monkeypatch, tmp_path):
     "One, this process, where clients are elsewhere or all rounds are done."
-    asked, real = [], method._workers
+    asked, real = [], engine._workers
 
     def look(workers, *args):
         asked.append(workers)
         return real(1, *args)
 
-    monkeypatch.setattr(method, "_workers", look)
+    monkeypatch.setattr(engine, "_workers", look)
     for workers in (1, 2, 9):
         run(rounds=1, workers=workers)
     run(rounds=1, workers=2, checkpoint=tmp_path / "c")
     run(rounds=1, workers=2, checkpoint=tmp_path / "c")
     m = EEFL(Joint(), batch_size=2)
-    run(m, rounds=1, workers=2, engine=method.Here(m, images(), Streams(0)))
+    run(m, rounds=1, workers=2, engine=engine.Here(m, images(), Streams(0)))
     assert asked == [1, 2, 2, 2, 1, 1]
 
 

@@ -4,7 +4,8 @@ import contextlib, os, signal, subprocess, sys, threading, time
 import pytest
 from conftest import LONG, children, running
 from darkdistill_nb.core.parallel import Workers, WorkerLost, constantly, cores, tell
-from darkdistill_nb.federated.method import EEFL, make_clients, simulate
+from darkdistill_nb.federated.engine import simulate
+from darkdistill_nb.federated.method import EEFL, make_clients
 from darkdistill_nb.core.datasets import load
 from darkdistill_nb.exits.networks import cnn
 
@@ -133,10 +134,10 @@ def test_a_client_whose_worker_dies_has_a_second_try_and_no_third(tmp_path):
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="shared memory as files")
 def test_a_run_that_is_interrupted_leaves_no_process_and_no_memory(monkeypatch):
     "As in a notebook: the process that ran it lives on."
-    from darkdistill_nb.federated import method
+    from darkdistill_nb.federated import engine
 
     pools, pids, names = [], [], []
-    monkeypatch.setattr(method, "Workers", lambda *a, **k: pools.append(Workers(*a, **k)) or pools[0])
+    monkeypatch.setattr(engine, "Workers", lambda *a, **k: pools.append(Workers(*a, **k)) or pools[0])
 
     def stop(row):
         pids.extend(p.pid for p in pools[0].procs.values())
@@ -306,7 +307,7 @@ def test_rooms_that_are_still_empty_count(monkeypatch):
 @pytest.mark.parametrize("how, helps", [(dict(), True), (dict(epochs=20), False), (dict(batch_size=1), False)])
 def test_who_looks_after_workers_takes_no_long_job(how, helps):
     "A worker that dies is noticed between two jobs."
-    from darkdistill_nb.federated.method import _helps
+    from darkdistill_nb.federated.engine import _helps
 
     train, _ = load("digits", n_train=400, n_test=40)
     method, clients = EEFL(**how), make_clients(train.y, 4, 10.0)

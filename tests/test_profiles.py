@@ -17,7 +17,8 @@ from darkdistill_nb.federated.difficulty import (
     sample_difficulty,
 )
 from darkdistill_nb.federated.generator import GeneratorSettings, found_difficulty
-from darkdistill_nb.federated.method import make_clients, simulate
+from darkdistill_nb.federated.engine import simulate
+from darkdistill_nb.federated.method import make_clients
 from darkdistill_nb.federated.parallel_variant import DarkDistillPL
 from darkdistill_nb.federated.privacy import PrivateDarkDistill
 

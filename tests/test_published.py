@@ -26,7 +26,8 @@ from darkdistill_nb.experiments.federated import main as experiment
 from darkdistill_nb.experiments.settings import make_config, read_toml
 from darkdistill_nb.federated.calibration import calibrated
 from darkdistill_nb.federated.darkdistill import DarkDistill
-from darkdistill_nb.federated.method import EEFL, Client, make_clients, simulate
+from darkdistill_nb.federated.engine import simulate
+from darkdistill_nb.federated.method import EEFL, Client, make_clients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = dict(

@@ -22,7 +22,7 @@ from darkdistill_nb.distree.policies import POLICIES
 from darkdistill_nb.exits.scores import SCORES
 from darkdistill_nb.experiments import report, runs, settings
 from darkdistill_nb.federated.generator import GeneratorSettings
-from darkdistill_nb.federated.method import _marks
+from darkdistill_nb.federated.engine import _marks
 
 TINY = (
     "--data digits --seeds 1 --clients 6 --tiers 2 --net width=8 stages=2 "

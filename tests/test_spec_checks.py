@@ -24,7 +24,8 @@ from darkdistill_nb.federated.difficulty import (
     sample_difficulty,
 )
 from darkdistill_nb.federated.generator import Generator, diversity_loss, train_generator
-from darkdistill_nb.federated.method import EEFL, block_average, make_clients, simulate
+from darkdistill_nb.federated.engine import simulate
+from darkdistill_nb.federated.method import EEFL, block_average, make_clients
 from darkdistill_nb.federated.parallel_variant import DarkDistillPL
 
 pytestmark = pytest.mark.usefixtures("one_thread")

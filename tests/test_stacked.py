@@ -10,9 +10,9 @@ from darkdistill_nb.core.datasets import load
 from darkdistill_nb.core.registry import METHODS
 from darkdistill_nb.core.training import fit
 from darkdistill_nb.exits.networks import cnn, wrn
-from darkdistill_nb.federated import method as federated
-from darkdistill_nb.federated import stacked
-from darkdistill_nb.federated.method import make_clients, simulate
+from darkdistill_nb.federated import engine, stacked
+from darkdistill_nb.federated.engine import simulate
+from darkdistill_nb.federated.method import make_clients
 from darkdistill_nb.federated.stacked import Visit, fit_together
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -154,7 +154,7 @@ def test_a_method_that_cannot_be_stacked_says_so_and_trains_as_ever(digits, name
 
 
 def test_nothing_is_stacked_unasked(digits, monkeypatch):
-    monkeypatch.setattr(federated, "fit_together", lambda *a: pytest.fail("stacked"))
+    monkeypatch.setattr(engine, "fit_together", lambda *a: pytest.fail("stacked"))
     monkeypatch.setattr(stacked.Noted, "note", lambda *a: pytest.fail("noted"))
     want = final(digits)
     assert largest(want, final(digits, stack="auto")) == 0  # a CPU

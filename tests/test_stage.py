@@ -13,7 +13,8 @@ from darkdistill_nb.exits.networks import Exit, PooledMap, cnn
 from darkdistill_nb.exits.training import BoostNet
 from darkdistill_nb.experiments import stage as page
 from darkdistill_nb.experiments.stage import SETTINGS, shapes_stage, start_network
-from darkdistill_nb.federated.method import EEFL, make_clients, simulate
+from darkdistill_nb.federated.engine import simulate
+from darkdistill_nb.federated.method import EEFL, make_clients
 from darkdistill_nb.federated.alignment import handled, tier_models, unalignment
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -24,7 +24,8 @@ from darkdistill_nb.experiments.story import (
 )
 from darkdistill_nb.federated.alignment import tier_models, unalignment
 from darkdistill_nb.federated.difficulty import measure_difficulty
-from darkdistill_nb.federated.method import EEFL, make_clients, simulate
+from darkdistill_nb.federated.engine import simulate
+from darkdistill_nb.federated.method import EEFL, make_clients
 from darkdistill_nb.federated.widths import HeteroFL
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,7 +14,8 @@ from darkdistill_nb.exits.networks import cnn
 from darkdistill_nb.exits.training import BoostNet, Joint
 from darkdistill_nb.experiments.bench import Workload, _as_exits
 from darkdistill_nb.federated import method as federated
-from darkdistill_nb.federated.method import EEFL, make_clients, simulate
+from darkdistill_nb.federated.engine import simulate
+from darkdistill_nb.federated.method import EEFL, make_clients
 from darkdistill_nb.federated.tape import Step, Tape, Taped, _channels_last, _four_max, in_bf16
 from small import NETS, SHAPE, images
 

@@ -61,7 +61,8 @@ def test_a_server_step_needs_no_compiler():
         from darkdistill_nb.exits.networks import cnn
         from darkdistill_nb.federated.darkdistill import DarkDistill
         from darkdistill_nb.federated.parallel_variant import DarkDistillPL
-        from darkdistill_nb.federated.method import make_clients, simulate
+        from darkdistill_nb.federated.engine import simulate
+        from darkdistill_nb.federated.method import make_clients
 
         train, test = load("digits", n_train=120, n_test=20)
         clients = make_clients(train.y, 4, 5.0, tiers=(0.5, 0.5))

@@ -19,7 +19,8 @@ from darkdistill_nb.federated.calibration import (
     calibrated,
 )
 from darkdistill_nb.federated.darkdistill import DarkDistill
-from darkdistill_nb.federated.method import Here, Updates, believed, make_clients, simulate
+from darkdistill_nb.federated.engine import Here, believed, simulate
+from darkdistill_nb.federated.method import Updates, make_clients
 from darkdistill_nb.federated.variants import (
     BalancedVisits,
     ExitPrior,

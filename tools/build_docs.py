@@ -146,7 +146,7 @@ def labs():
 
 
 BESIDE = {  # lab -> lessons that explain its ideas
-    "lab01": ["federated.method"],
+    "lab01": ["federated.method", "federated.engine"],
     "lab02": ["distill.losses"],
     "lab03": ["distill.latent", "experiments.latent_results"],
     "lab04": ["exits.scores", "exits.inference", "exits.evaluation", "exits.guarantees"],

@@ -163,7 +163,7 @@ def exits_agree(net, x, T, device):
 
 def play(method, build, data, clients, rounds, device, **how):
     "Seconds per round of a simulation, the first two rounds apart, and its accuracies."
-    from darkdistill_nb.federated.method import simulate
+    from darkdistill_nb.federated.engine import simulate
 
     train, test = data
     with warnings.catch_warnings(record=True) as said:

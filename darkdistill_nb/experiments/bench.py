@@ -507,7 +507,8 @@ def _as_exits(work):
 # %% ../../nbs/5_experiments/bench.ipynb #ca90680e
 def _play_ours(work, turns, workers=1):
     from darkdistill_nb.exits.training import Joint
-    from darkdistill_nb.federated.method import EEFL, Client, simulate
+    from darkdistill_nb.federated.engine import simulate
+    from darkdistill_nb.federated.method import EEFL, Client
 
     x, y = work.images()
     n, S = x.shape[:2]

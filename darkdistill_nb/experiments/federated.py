@@ -62,7 +62,8 @@ from darkdistill_nb.federated.calibration import (
     vote_sums,
     vote_weights,
 )
-from darkdistill_nb.federated.method import Here, believed, make_clients, simulate
+from darkdistill_nb.federated.engine import Here, believed, simulate
+from darkdistill_nb.federated.method import make_clients
 
 # %% ../../nbs/5_experiments/federated.ipynb #aff03fcc
 _TWENTY = dict(clients=20, gamma=0.5, participation=0.5)  # clients, half of them in a round

@@ -37,7 +37,8 @@ from darkdistill_nb.federated.difficulty import (
     sample_difficulty,
 )
 from darkdistill_nb.federated.generator import GeneratorSettings, train_generator
-from darkdistill_nb.federated.method import EEFL, simulate
+from darkdistill_nb.federated.engine import simulate
+from darkdistill_nb.federated.method import EEFL
 
 # %% ../../nbs/5_experiments/published.ipynb #c06c22f9
 SCALES = ("mini", "cpu", "gpu")

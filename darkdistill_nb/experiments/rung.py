@@ -20,7 +20,8 @@ from darkdistill_nb.core.registry import METHODS
 from darkdistill_nb.core.training import accuracy
 from darkdistill_nb.exits.training import BoostNet
 from darkdistill_nb.experiments.federated import SETTINGS, _federation, _stored, data_of
-from darkdistill_nb.federated.method import make_clients, simulate
+from darkdistill_nb.federated.engine import simulate
+from darkdistill_nb.federated.method import make_clients
 from darkdistill_nb.federated.variants import together
 
 # %% ../../nbs/5_experiments/rung.ipynb #8ccd6a8e

@@ -295,7 +295,7 @@ def _as_before(config):
 # %% ../../nbs/5_experiments/runs.ipynb #d0cb6958
 def _run_alone(exp, seed, path, on_step):
     "Every client alone, one after the other; finished ones are kept in a small file."
-    from darkdistill_nb.federated.method import train_alone
+    from darkdistill_nb.federated.engine import train_alone
     from darkdistill_nb.core.records import check_json, write_atomic
 
     clients, rounds = exp.clients[seed], exp.config["rounds"]
@@ -354,7 +354,7 @@ def run_job(
 ):                   # entry for the record: a dict, or a list of clients for "alone"
     """Run one job from its checkpoint, or anew;
     raises `ValueError`, naming a bad checkpoint, `FloatingPointError`."""
-    from darkdistill_nb.federated.method import simulate
+    from darkdistill_nb.federated.engine import simulate
     from darkdistill_nb.experiments.report import measure_run
 
     choice(seed, "seed", exp.clients)
@@ -647,7 +647,7 @@ def _saying_where(folder):
 # %% ../../nbs/5_experiments/runs.ipynb #0ef638f9
 def _execute(exp, folder, saved, workers, progress, resumed, engine_of=None):
     "Run what is left, then write weights, record and report, and remove the checkpoints."
-    from darkdistill_nb.federated.method import load_state
+    from darkdistill_nb.federated.engine import load_state
     from darkdistill_nb.experiments.report import describe, write_report
     from darkdistill_nb.core.records import Record, save_record
 

@@ -50,7 +50,8 @@ from darkdistill_nb.exits.training import Joint, fit_exits
 from darkdistill_nb.federated.calibration import CalibratedEEFL
 from darkdistill_nb.federated.darkdistill import DarkDistill
 from darkdistill_nb.federated.difficulty import DifficultyHistogram, bins_of, measure_difficulty
-from darkdistill_nb.federated.method import EEFL, make_clients, simulate
+from darkdistill_nb.federated.engine import simulate
+from darkdistill_nb.federated.method import EEFL, make_clients
 from darkdistill_nb.experiments.runs import put_start, read_start
 from darkdistill_nb.experiments.settings import make_config
 from darkdistill_nb.experiments.story import FULL, at_half, claim_values, measure_unalignment

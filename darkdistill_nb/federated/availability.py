@@ -16,7 +16,8 @@ from ..core.checks import check, number, whole
 from ..core.registry import Settings
 from ..core.seeds import Streams
 from ..core.splits import client_histogram
-from .method import EEFL, Absent, Client, nbytes
+from .engine import Absent
+from .method import EEFL, Client, nbytes
 
 # %% ../../nbs/3_federated/availability.ipynb #6d44de54
 @dataclass

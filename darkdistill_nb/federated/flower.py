@@ -19,7 +19,8 @@ from ..core.checks import check, flag, number, whole
 from ..core.data import ArrayData
 from ..core.parallel import one_thread
 from ..core.seeds import Streams
-from .method import EEFL, Update, check_clients, simulate
+from .engine import simulate
+from .method import EEFL, Update, check_clients
 
 # %% ../../nbs/3_federated/flower.ipynb #03064422
 BF16 = ":bfloat16"  # ends the name of an array that holds the bits of a bfloat16 tensor

@@ -41,7 +41,8 @@ from ..core.scenes import small_shapes
 from ..exits.networks import cnn
 from .calibration import CalibratedEEFL, noisy_counts
 from .darkdistill import DarkDistill
-from .method import EEFL, make_clients, simulate
+from .engine import simulate
+from .method import EEFL, make_clients
 
 # %% ../../nbs/3_federated/privacy.ipynb #c12a5345
 def could_be_member(

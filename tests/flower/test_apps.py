@@ -8,7 +8,8 @@ from darkdistill_nb.core.datasets import load
 from darkdistill_nb.core.registry import METHODS
 from darkdistill_nb.exits.networks import cnn
 from darkdistill_nb.federated.flower import FlowerPost, Parcel, _parcels, _records, flower_apps
-from darkdistill_nb.federated.method import make_clients, simulate
+from darkdistill_nb.federated.engine import simulate
+from darkdistill_nb.federated.method import make_clients
 
 TRAIN, TEST = load("digits")
 CLIENTS = make_clients(TRAIN.y, 8, gamma=0.5)

@@ -21,6 +21,7 @@ from ..core.registry import laid_open
 from ..core.seeds import Streams
 from ..core.training import accuracy, check_batches, fit, pick_device
 from ..exits.networks import EarlyExitNet
+from ..exits.runner import warn_if_slow
 from darkdistill_nb.federated.method import (
     EEFL,
     Update,
@@ -31,7 +32,7 @@ from darkdistill_nb.federated.method import (
     nbytes,
 )
 from .stacked import Noted, fit_together
-from .tape import Taped
+from .tape import Taped, in_bf16
 from fastcore.basics import patch
 
 # %% ../../nbs/3_federated/engine.ipynb #c459fbf0
@@ -179,12 +180,18 @@ class _Way:
         self.precision, self.device, self.loud = precision, device, stack is True
         self.stacks, self.said = {}, set()
         self.plain = not self.stack and precision == "fp32"
+        self.taped = Taped(low=True)  # in bf16 a step has another program
 
     def low(self):
         "Matrix products and convolutions in bf16, where that was asked for."
         if self.precision == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
+        return in_bf16(self.device.type)
+
+    def trainer(self, method):
+        "What trains a client on its own: in bf16 on a processor a tape of its own, for plain steps."
+        tape = self.precision == "bf16" and self.device.type == "cpu" and method._same_step()
+        return self.taped if tape else fit
 
     def say(self, why):
         "One warning for each reason that clients are trained one by one."
@@ -207,8 +214,9 @@ def __call__(self: _Way, method, ask, n):
     "(number, answer) of clients 0..n-1, in this order."
     why = method.one_by_one() if self.stack else ""
     self.say(why)
+    alone = self.trainer(method)
     if why or not self.stack:
-        yield from ((i, self.ask(method, fit, ask, i)) for i in range(n))
+        yield from ((i, self.ask(method, alone, ask, i)) for i in range(n))
         return
     noted = [self.ask(method, Noted.note, ask, i) for i in range(n)]
     visits = {i: a.visit for i, a in enumerate(noted) if isinstance(a, Noted)}
@@ -218,7 +226,7 @@ def __call__(self: _Way, method, ask, n):
         train = trained.get(i)
         if isinstance(train, str):
             self.say(train)
-            train = fit
+            train = alone
         yield i, answer if train is None else self.ask(method, train, ask, i)
 
 # %% ../../nbs/3_federated/engine.ipynb #924a5cee
@@ -280,11 +288,11 @@ class Here:
             return e
 
 # %% ../../nbs/3_federated/engine.ipynb #b2fb15e3
-def _pack(method, net, train, clients, seed):
+def _pack(method, net, train, clients, seed, precision="fp32"):
     "What a worker starts from, as bytes, and whether reading them imports timm."
     timm = any(type(m).__module__.startswith("timm.") for m in net.modules())
     try:
-        return timm, pickle.dumps((method, net, train, clients, seed))
+        return timm, pickle.dumps((method, net, train, clients, seed, precision))
     except (pickle.PicklingError, AttributeError, TypeError) as e:
         raise ValueError(
             f"workers must be 1 here, since what a worker needs cannot be sent: {e}"
@@ -310,9 +318,10 @@ def _open(timm, packed):
         from darkdistill_nb.core.compat import ensure_torchvision
 
         ensure_torchvision()  # timm imports torchvision
-    method, net, train, clients, seed = pickle.loads(packed)
+    method, net, train, clients, seed, precision = pickle.loads(packed)
     method.setup(net)
-    here = Here(method, train, Streams(seed), share=_shares(train, clients))
+    how = dict(share=_shares(train, clients), way=_Way(precision=precision))
+    here = Here(method, train, Streams(seed), **how)
     return _answering(here, clients)
 
 # %% ../../nbs/3_federated/engine.ipynb #7d48601e
@@ -349,8 +358,10 @@ def _train_in(workers, sent, drawn, rnd, jobs, here=None):
 # %% ../../nbs/3_federated/engine.ipynb #e9ece6f5
 SHORT = 50  # steps of a visit, so that a job of small clients takes less than a second
 
-def _helps(method, clients):
+def _helps(method, clients, precision="fp32"):
     "Does the server's process train beside its workers? Where all clients are plain, small and soon done: it looks after its workers between two jobs."
+    if precision != "fp32":
+        return False
     most = max((len(c.train) for c in clients), default=0)
     steps = method.epochs * math.ceil(most / method.batch_size)
     return steps <= SHORT and all(_width(method, tier) > 1 for tier in {c.tier for c in clients})
@@ -725,8 +736,8 @@ def _room(net):
 # %% ../../nbs/3_federated/engine.ipynb #b2ca8d5e
 def _pool(workers, choice, *start):
     "Processes that have begun, one less where this one trains, too; None where they were only a guess and cannot begin."
-    method, net, _, clients, _ = start
-    helps, t = _helps(method, clients), time.perf_counter()
+    method, net, _, clients, _, precision = start
+    helps, t = _helps(method, clients, precision), time.perf_counter()
     how = dict(room=_room(net), ahead=int(helps))
     if choice is None:
         return Workers(workers - helps, _open, *_pack(*start), **how)
@@ -765,15 +776,17 @@ def _way(stack, precision, device, workers, engine):
     check(stack in (True, False, "auto"), "stack", stack, "True, False or 'auto'")
     choice(precision, "precision", ("fp32", "bf16"))
     plain = not stack and precision == "fp32"
-    check(plain or workers in (1, "auto"), "workers", workers, "1 with stack or precision='bf16'")
+    check(not stack or workers in (1, "auto"), "workers", workers, "1 with stack")
     check(plain or engine is None, "engine", engine, "None with stack or precision='bf16'")
+    if precision == "bf16" and device.type == "cpu":
+        warn_if_slow(torch.bfloat16)
     return _Way(stack, precision, device)
 
 # %% ../../nbs/3_federated/engine.ipynb #f8ad4771
-def _seconds_of_a_visit(method, state, train, clients, streams, share):
+def _seconds_of_a_visit(method, state, train, clients, streams, share, way=None):
     "Seconds of a visit in this process: the fastest of 2 to 6 trials, mean over tiers."
     found, end = [], time.perf_counter() + 0.6
-    here = Here(copy.deepcopy(method), train, streams, share=share)
+    here = Here(copy.deepcopy(method), train, streams, share=share, way=way)
     for tier in {c.tier for c in clients}:
         peers, some, seconds = [c for c in clients if c.tier == tier], 1, []
         if found and time.perf_counter() > end:
@@ -790,17 +803,18 @@ def _seconds_of_a_visit(method, state, train, clients, streams, share):
 class _Choice:
     "Chooses the number of processes for the clients of a run, watches it and remembers what it saw."
 
-    def __init__(self, method, state, train, clients, streams, rounds, share, memory=None):
+    def __init__(self, method, state, train, clients, streams, rounds, share, memory=None, way=None):
         self.memory, self.gains, self.n = memory or Memory(), [], min(cores(), len(clients))
         last = max(clients, key=lambda c: c.tier)
         sizes = [sum(v.numel() for v in state["net"].values()), last.tier, method.batch_size]
         per_round = max(1, int(method.participation * len(clients)))
         images = sum(len(c.train) for c in clients) // len(clients)
-        self.kind = "|".join(map(str, ["helped", method.name, *sizes, method.epochs, images, per_round]))
+        how = way.precision if way else "fp32"
+        self.kind = "|".join(map(str, ["helped", how, method.name, *sizes, method.epochs, images, per_round]))
         self.said = self.memory.read(self.kind)
         if "visit" not in self.said:
-            how = method, state, train, clients, streams, share
-            self.said["visit"] = _seconds_of_a_visit(*how)
+            asked = method, state, train, clients, streams, share, way
+            self.said["visit"] = _seconds_of_a_visit(*asked)
             self.memory.write(self.kind, visit=self.said["visit"])
         self.work = self.said["visit"] * per_round * rounds
         start = self.memory.read("start").get("seconds", 5.0)
@@ -824,7 +838,7 @@ def still(self: _Choice, clients, seconds):
     return len(self.gains) < 3 or middle >= 0.9
 
 # %% ../../nbs/3_federated/engine.ipynb #530fe6ca
-def _chosen(workers, alone, started, state, rounds, progress, share):
+def _chosen(workers, alone, started, state, rounds, progress, share, way=None):
     "(processes, the `_Choice` that was made, or None); said on stderr where somebody watches, and logged."
     method, _, train, _, clients, seed = started
     if alone:
@@ -833,7 +847,7 @@ def _chosen(workers, alone, started, state, rounds, progress, share):
         return min(workers, len(clients)), None
     if min(cores(), len(clients)) == 1:
         return 1, None
-    choice = _Choice(method, state, train, clients, Streams(seed), rounds, share)
+    choice = _Choice(method, state, train, clients, Streams(seed), rounds, share, way=way)
     logging.getLogger("darkdistill").info("%s", choice)
     if _somebody_watches() if progress is None else progress:
         print(choice, file=sys.stderr)
@@ -899,16 +913,18 @@ def simulate(
     how = rounds, device, precision, availability
     state, log, marks = _continued(checkpoint, started, *how)
     alone = engine is not None or device.type != "cpu" or len(log) == rounds
-    alone = alone or way.stack or precision != "fp32"
+    alone = alone or way.stack
     share = _shares(train, clients)
-    how = workers, alone, started, state, rounds - len(log), progress, share
+    how = workers, alone, started, state, rounds - len(log), progress, share, way
     count, choice_made = _chosen(*how)
     bar = _bar(rounds, len(log), "round", progress)
-    with _workers(count, bar, choice_made, method, net, train, clients, seed) as pool:
+    start = method, net, train, clients, seed, precision
+    with _workers(count, bar, choice_made, *start) as pool:
         here = method, train, streams, pool, share, way, choice_made
         lend = availability is None and not method.needs_weights and _own(method, "check_update")
         alone = Here(method, train, streams, share=share)
-        mine = _answering(alone, clients) if pool and _helps(method, clients) else None
+        helps = pool and _helps(method, clients, precision)
+        mine = _answering(alone, clients) if helps else None
         place = engine or Here(*here, lend, mine)
         drawn, place = _attendance(availability, clients, place, method, streams)
         play = lambda state, r, judged: _noted(

@@ -21,7 +21,7 @@ from ..distill.losses import distill, teacher_table
 from ..exits.networks import WideBlock, vit
 from ..distill.features import method_loss
 from ..exits.scores import Confidence, Score
-from ..exits.runner import ExitRunner
+from ..exits.runner import ExitRunner, matrix_rate
 from ..core.records import Record, save_record, write_atomic
 from ..core.training import pick_device
 from torch import nn
@@ -505,7 +505,7 @@ def _as_exits(work):
     return EarlyExitNet(nn.Identity(), [nn.Sequential(*body)], [exit], (3, 32, 32), 10)
 
 # %% ../../nbs/5_experiments/bench.ipynb #ca90680e
-def _play_ours(work, turns, workers=1):
+def _play_ours(work, turns, workers=1, precision="fp32"):
     from darkdistill_nb.exits.training import Joint
     from darkdistill_nb.federated.engine import simulate
     from darkdistill_nb.federated.method import EEFL, Client
@@ -525,11 +525,14 @@ def _play_ours(work, turns, workers=1):
 
     turns()
     how = dict(eval_every=10**9, on_round=next_round, workers=workers, progress=False)
+    how |= dict(precision=precision)
     with contextlib.suppress(_Stop):
         simulate(method, lambda: _as_exits(work), data, data.subset(range(9)), clients, 10**9, **how)
 
 # %% ../../nbs/5_experiments/bench.ipynb #726b400b
 def _play_two(work, turns): _play_ours(work, turns, workers=2)
+
+def _play_low(work, turns): _play_ours(work, turns, precision="bf16")
 
 # %% ../../nbs/5_experiments/bench.ipynb #1871e2c1
 def _play_lean(work, turns):
@@ -772,6 +775,7 @@ def _play_limit(work, turns):
 SYSTEMS = {  # name -> (function that plays, module that it needs)
     "darkdistill_nb": (_play_ours, None),
     "darkdistill_nb, 2 processes": (_play_two, None),
+    "darkdistill_nb, bf16": (_play_low, None),
     "lean loop": (_play_lean, None),
     "pfl": (_play_pfl, "pfl"),
     "pfl, 2 processes": (_play_pfl_two, "pfl"),
@@ -780,6 +784,12 @@ SYSTEMS = {  # name -> (function that plays, module that it needs)
     "Flower": (_play_flower, "flwr"),
     "limit": (_play_limit, None),
 }
+
+# %% ../../nbs/5_experiments/bench.ipynb #4c4c31f5
+def _usual():
+    "Names of all systems; in bf16 only where this processor multiplies matrices faster in it."
+    fast = matrix_rate(torch.bfloat16) > matrix_rate()
+    return [name for name in SYSTEMS if fast or "bf16" not in name]
 
 # %% ../../nbs/5_experiments/bench.ipynb #dbd4bfab
 def _tree(pid):
@@ -907,13 +917,13 @@ def federated_rows(
     work:Workload,
     rounds:int=5,      # measured rounds; two more run before
     python:str=None,   # interpreter that has the peers; None: this one
-    systems=None,      # names of `SYSTEMS`; None: all that are installed
+    systems=None,      # names of `SYSTEMS`; None: all that are installed and not slow by nature
 )->tuple:              # (one dict per system, GFLOP/s of a large matrix product, missing systems)
     "Let simulators play rounds in turn; one that breaks down at once counts as missing. Raises `ValueError`."
     check(isinstance(work, Workload), "work", work, "a Workload")
     rounds, python = whole(rounds, "rounds"), sys.executable if python is None else str(python)
     check(shutil.which(python), "python", python, "an interpreter")
-    wanted = SYSTEMS if systems is None else systems
+    wanted = _usual() if systems is None else systems
     names = [choice(s, "system", SYSTEMS) for s in wanted if s != "limit"]
     peer = lambda n: SYSTEMS[n][1]
     missing = [n for n in names if peer(n) and not _installed(peer(n), python)]

@@ -861,6 +861,7 @@ LAST = {
         name="none", lesson="0_core/records", train=lambda seed: [seed], jobs=[(0,)]
     ),
     "publish": lambda: dict(name="a", folder=folder(), assets=None),
+    "ready_folder": lambda: dict(folder=folder()),
     "train_generator": lambda: dict(
         gen=generator.Generator(tuple(middle().shape[1:]), C, 4, 8),
         teacher=net(),

@@ -7,12 +7,12 @@ Docs: https://darkdistill.github.io/darkdistill_nb/0_core/cells.html.md"""
 
 # %% auto #0
 __all__ = ['EXPERIMENT_OPTIONS', 'cell_key', 'cell_file', 'run_stored', 'json_or_text', 'key_values', 'run_command',
-           'experiment_parser', 'each', 'run_grid', 't_interval']
+           'experiment_parser', 'each', 'ready_folder', 'run_grid', 't_interval']
 
 # %% ../../nbs/0_core/cells.ipynb #86dd3c95
 import argparse, functools, hashlib, json, math, os, sys, time
 from pathlib import Path
-from .checks import check, number, verdict as verdict, whole
+from .checks import check, number, shown, verdict as verdict, whole
 from darkdistill_nb.core.parallel import (
     Workers,
     constantly,
@@ -164,6 +164,17 @@ def each(
     only_from_main()
     return _each_in_workers(job, items, min(workers, len(items)))
 
+# %% ../../nbs/0_core/cells.ipynb #78041797
+def ready_folder(
+    folder, # for results; made if needed
+)->Path:
+    "A folder that can be written, before hours of work; raises `OSError`."
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"folder={shown(str(folder))}: no permission to write in it")
+    return folder
+
 # %% ../../nbs/0_core/cells.ipynb #8c9541ca
 def run_grid(
     job,  # job(cell, folder) -> dict of JSON values
@@ -175,12 +186,14 @@ def run_grid(
     on_cell=None,  # called after each new cell with (number done, number of all, result)
 ) -> list:  # results, in the order of `cells`
     """Run the cells that are not there yet, killed and started again as often as it happens;
-    raises `ValueError` for bad ones."""
+    raises `ValueError` for bad ones, `OSError` before any work where the folder cannot be written."""
     cells, workers = list(cells), None if workers is None else whole(workers, "workers")
     missing = [
         c for c in {cell_key(c): c for c in cells}.values() if not cell_file(c, folder).is_file()
     ]
     done = len(cells) - len(missing)
+    if missing:
+        ready_folder(folder)
     for r in each(
         functools.partial(run_stored, job, folder=folder), missing, workers or os.cpu_count() or 1
     ):

@@ -25,6 +25,7 @@ from darkdistill_nb.core.cells import (
     json_or_text,
     experiment_parser,
     key_values,
+    ready_folder,
     run_command,
     run_grid,
     run_stored,
@@ -442,6 +443,8 @@ def run_cells(
         cell_key(b): b
         for b in ({**t, "l": t["base_l"] or t["l"], "base_l": None} for t in teachers.values())
     }
+    if teachers:
+        ready_folder(folder)
     for specs in (bases, teachers):
         missing = [s for s in specs.values() if not teacher_file(s, folder).is_file()]
         for _ in each(functools.partial(latent_teacher, folder=folder), missing, workers):

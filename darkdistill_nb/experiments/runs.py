@@ -293,14 +293,19 @@ def _as_before(config):
     return {k: v for k, v in config.items() if k not in LATER or v != LATER[k]}
 
 # %% ../../nbs/5_experiments/runs.ipynb #d0cb6958
+def _mark(exp, seed):
+    "What the file of clients that train alone says of the settings that it belongs to."
+    from darkdistill_nb.core.records import check_json
+
+    told = f"{check_json(_as_before(exp.config))} {exp.digest()} {seed}"
+    return hashlib.sha256(told.encode()).hexdigest()
+
 def _run_alone(exp, seed, path, on_step):
     "Every client alone, one after the other; finished ones are kept in a small file."
     from darkdistill_nb.federated.engine import train_alone
-    from darkdistill_nb.core.records import check_json, write_atomic
+    from darkdistill_nb.core.records import write_atomic
 
-    clients, rounds = exp.clients[seed], exp.config["rounds"]
-    told = f"{check_json(_as_before(exp.config))} {exp.digest()} {seed}"
-    mark = hashlib.sha256(told.encode()).hexdigest()
+    clients, rounds, mark = exp.clients[seed], exp.config["rounds"], _mark(exp, seed)
     done = _alone_so_far(path, clients, mark)
     for c in clients[len(done) :]:
         a = train_alone(
@@ -441,6 +446,16 @@ def _parallel(config, folder, todo, cores, on_step, lock=None, auto=False):
     return results
 
 # %% ../../nbs/5_experiments/runs.ipynb #998390f0
+def _look_ahead(exp, folder, todo):
+    "What clients alone have left is read before anybody trains: a damaged file is told at once, not after hours."
+    for kind, seed in todo:
+        path = Path(folder) / "jobs" / f"{job_name(kind, seed)}.json"
+        if kind == "alone":
+            try:
+                _alone_so_far(path, exp.clients[seed], _mark(exp, seed))
+            except ValueError as e:
+                raise _failed((kind, seed), e) from e
+
 def _in_processes(exp, cores):
     return cores > 1 and exp.device.type == "cpu"
 
@@ -458,6 +473,7 @@ def run_jobs(
     on a GPU, with one core or an engine one after the other in this process."""
     cores, auto = whole(cores, "cores"), flag(auto, "auto")
     todo, results = jobs_of(exp.config), {}
+    _look_ahead(exp, folder, todo)
     if engine_of is None and _in_processes(exp, cores):
         return _parallel(exp.config, folder, todo, cores, on_step, lock, flag(auto, "auto"))
     for job in todo:

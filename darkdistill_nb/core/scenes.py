@@ -96,6 +96,12 @@ def _diamond_tables():
     many = torch.tensor(_WAVES, dtype=torch.float64)[:, None] * angle
     return torch.round(angle / (2 * math.pi) * 1024).long(), many.cos().float(), many.sin().float()
 
+# %% ../../nbs/0_core/scenes.ipynb #f79c9ae2
+def _root(x):
+    "The square root, in place. NumPy's is rounded alike on every processor, torch's is not."
+    np.sqrt(x.numpy(), out=x.numpy())
+    return x
+
 # %% ../../nbs/0_core/scenes.ipynb #aa582645
 def _coverage(
     kind, # (B,) index into SHAPES
@@ -119,8 +125,7 @@ def _coverage(
     x, y = ((g - place[:, i, None]) / scale[:, None] for i in (0, 1))
     u = (x / (1 + stretch)[:, None])[:, None] + (y * shear[:, None])[:, :, None]
     v = (y * (1 + stretch)[:, None])[:, :, None].expand_as(u)
-    r = (u * u).add_(v * v).flatten(1)
-    np.sqrt(r.numpy(), out=r.numpy())  # rounds alike on every processor; torch's square root does not
+    r = _root((u * u).add_(v * v)).flatten(1)
     q = v / (u.abs() + v.abs()).add_(1e-6)
     q.neg_().add_(1).copysign_(u)
     q.mul_(-_STEPS / 4).add_(_STEPS / 2)  # (diamond angle + 1) * _STEPS/4

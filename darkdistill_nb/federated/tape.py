@@ -481,13 +481,8 @@ class Taped:
         before=None,     # is not called
     )->float:            # mean loss per image over the last epoch (nats)
         "Weights and loss are those of `fit`, bit for bit; raises what `fit` raises."
-        how = (
-            whole(epochs, "epochs", 0),
-            lr,
-            momentum,
-            weight_decay,
-            whole(batch_size, "batch_size"),
-        )
+        epochs, batch_size = whole(epochs, "epochs", 0), whole(batch_size, "batch_size")
+        how = epochs, lr, momentum, weight_decay, batch_size
         forward = _channels_last(forward) if self.low else forward
         if not epochs or not self._suits(data):
             return fit(net, data, *how, loss=loss, generator=generator, forward=forward)

@@ -1051,6 +1051,37 @@ def test_functions_refuse_nonsense(what):
     assert len(str(e.value)) < 400 and "\n" not in str(e.value)
 
 
+class SomeRaise(EEFL):
+    "Clients of odd number fail."
+
+    def local_update(self, weights, data, client, rnd, streams):
+        if client.id % 2:
+            raise RuntimeError("battery empty")
+        return super().local_update(weights, data, client, rnd, streams)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_a_strict_run_names_the_same_client_with_any_number_of_workers(workers):
+    "The first of the draw that fails, whoever is ready first: jobs of deep tiers begin earlier."
+    drawn = SomeRaise(participation=1.0).configure(0, CLIENTS, Streams(0))
+    first = next(c.id for c in drawn if c.id % 2)
+    with pytest.raises(RuntimeError, match=f"round 1: client {first}, it raised"):
+        go(SomeRaise(participation=1.0), workers=workers, faults="raise")
+
+
+def test_a_strict_run_waits_for_those_before():
+    method, rnd = EEFL(participation=1.0), 0
+    from darkdistill_nb.federated import engine
+
+    method.setup(build())
+    error = RuntimeError("battery empty")
+    late = [(2, error), (0, error), (1, error)]
+    with pytest.raises(RuntimeError, match=f"client {CLIENTS[0].id}, it raised"):
+        engine._sort_out(method, 8, CLIENTS[:3], [{}] * 3, late, rnd, "raise")
+    with pytest.raises(RuntimeError, match=f"client {CLIENTS[2].id}, it raised"):  # 0 and 1 are lost
+        engine._sort_out(method, 8, CLIENTS[:3], [{}] * 3, late[:1], rnd, "raise")
+
+
 # ---------------------------------------------------------------- the width of difficulty bins
 
 

@@ -1,6 +1,6 @@
 "A step on tape gives the bits of autograd, or is not used."
 
-import contextlib, copy, pickle
+import contextlib, copy, pickle, threading
 import pytest
 import torch
 import torch.nn.functional as F
@@ -84,6 +84,38 @@ def test_bf16_ends_with_its_block():
         raise KeyError
     assert (cuda.fp16_bf16_reduction_math_sdp_allowed(), cuda.flash_sdp_enabled()) == before
     assert (x @ x).dtype == torch.float32
+
+
+def test_bf16_in_two_threads_at_once_ends_with_the_last():
+    "The one that came first leaves first; the switches are the process's."
+    cuda, inside, out = torch.backends.cuda, threading.Event(), threading.Event()
+    state = lambda: (cuda.fp16_bf16_reduction_math_sdp_allowed(), cuda.flash_sdp_enabled())
+    before, during = state(), []
+
+    def second():
+        with in_bf16():
+            inside.set()
+            out.wait(20)
+            during.append(state())
+
+    t = threading.Thread(target=second)
+    with in_bf16():
+        t.start()
+        assert inside.wait(20)
+    out.set()
+    t.join()
+    assert during == [(True, False)] and state() == before
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_bf16_is_known_on_other_devices(device):
+    flash = torch.backends.cuda.flash_sdp_enabled()
+    with in_bf16(device):
+        assert torch.is_autocast_enabled(device)
+        assert torch.backends.cuda.flash_sdp_enabled() == (flash and device != "cpu")
+    assert not torch.is_autocast_enabled(device)
+    with pytest.raises(ValueError, match="device='tpu'"), in_bf16("tpu"):
+        pass
 
 
 def from_outside(weights):

@@ -193,7 +193,7 @@ def run_grid(
     ]
     done = len(cells) - len(missing)
     if missing:
-        ready_folder(folder)
+        ready_folder(cell_file(missing[0], folder).parent)
     for r in each(
         functools.partial(run_stored, job, folder=folder), missing, workers or os.cpu_count() or 1
     ):

@@ -487,12 +487,13 @@ def _slower(dtype):
 
 # %% ../../nbs/2_exits/runner.ipynb #ed7c1ea1
 def warn_if_slow(
-    dtype # that was asked for
+    dtype,    # that was asked for
+    up:int=3, # calls between the warning and the line that it points to
 )->None:
     """One warning for each type of 16 bits in which this
     processor multiplies matrices slower than in fp32."""
     if dtype in (torch.bfloat16, torch.float16) and (line := _slower(dtype)):
-        warnings.warn(line, stacklevel=3)
+        warnings.warn(line, stacklevel=whole(up, "up"))
 
 # %% ../../nbs/2_exits/runner.ipynb #1d38b19f
 PLANS = ("gather", "look", "stop", "whole")

@@ -444,7 +444,7 @@ def run_cells(
         for b in ({**t, "l": t["base_l"] or t["l"], "base_l": None} for t in teachers.values())
     }
     if teachers:
-        ready_folder(folder)
+        ready_folder(teacher_file(next(iter(teachers.values())), folder).parent)
     for specs in (bases, teachers):
         missing = [s for s in specs.values() if not teacher_file(s, folder).is_file()]
         for _ in each(functools.partial(latent_teacher, folder=folder), missing, workers):

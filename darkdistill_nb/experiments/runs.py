@@ -446,15 +446,27 @@ def _parallel(config, folder, todo, cores, on_step, lock=None, auto=False):
     return results
 
 # %% ../../nbs/5_experiments/runs.ipynb #998390f0
+def _stored(exp, folder, kind, seed):
+    "Read what a job has left; raises `ValueError` with the file to delete, or `OSError`."
+    from darkdistill_nb.federated.engine import load_state
+
+    path = Path(folder) / "jobs" / job_name(kind, seed)
+    if kind == "alone":
+        path = path.with_name(f"{path.name}.json")
+        return path.exists() and _alone_so_far(path, exp.clients[seed], _mark(exp, seed))
+    path = path.with_name(f"{path.name}.safetensors")
+    try:
+        return path.exists() and load_state(path)
+    except ValueError as e:
+        raise ValueError(f"{path} cannot be read ({e}); delete {path} to start again") from None
+
 def _look_ahead(exp, folder, todo):
-    "What clients alone have left is read before anybody trains: a damaged file is told at once, not after hours."
-    for kind, seed in todo:
-        path = Path(folder) / "jobs" / f"{job_name(kind, seed)}.json"
-        if kind == "alone":
-            try:
-                _alone_so_far(path, exp.clients[seed], _mark(exp, seed))
-            except ValueError as e:
-                raise _failed((kind, seed), e) from e
+    "What jobs have left is read before anybody trains: a damaged file is told at once, not after hours."
+    for job in todo:
+        try:
+            _stored(exp, folder, *job)
+        except (ValueError, OSError) as e:
+            raise _failed(job, e) from e
 
 def _in_processes(exp, cores):
     return cores > 1 and exp.device.type == "cpu"

@@ -407,24 +407,33 @@ def _strict(answer, fault):
         return FloatingPointError
     return RuntimeError if fault is answer else ValueError
 
+# %% ../../nbs/3_federated/engine.ipynb #3722f9ab
+def _raise_first(found, waiting, rnd):
+    "Raise the fault of the first client of a draw that has one, once nobody before it can still answer."
+    if found and not any(i < min(found) for i in waiting):
+        client, answer, fault = found[min(found)]
+        text = f"round {rnd + 1}: client {client.id}, {_reason(answer, fault)}"
+        raise _strict(answer, fault)(text) from fault
+
 # %% ../../nbs/3_federated/engine.ipynb #8332a657
 def _sort_out(method, everyone, drawn, sent, answers, rnd, faults):
     "(`Updates` that can be used, {client id: reason} of those that cannot); warns, or raises the first fault."
-    updates, place, found = Updates(keep=method.needs_weights), {}, {}
+    updates, place, found, waiting = Updates(keep=method.needs_weights), {}, {}, set(range(len(drawn)))
     for i, answer in answers:
         client = drawn[i]
+        waiting.discard(i)
         if isinstance(answer, _FATAL):
             raise answer
         fault = _fault(method, answer, sent[i], client) or _stale(answer, rnd)
         if fault is None:
             updates.add(answer)
             place[client.id] = i
-            continue
+        else:
+            found[i] = client, answer, fault
         if faults == "raise":
-            raise _strict(answer, fault)(
-                f"round {rnd + 1}: client {client.id}, {_reason(answer, fault)}"
-            ) from fault
-        found[i] = client, answer, fault
+            _raise_first(found, waiting, rnd)
+    if faults == "raise":
+        _raise_first(found, (), rnd)
     updates.sort(key=lambda u: place[u.client])
     found = [found[i] for i in sorted(found)]
     everybody = not updates and len(found) >= min(2, everyone)
@@ -779,13 +788,14 @@ def _way(stack, precision, device, workers, engine):
     check(not stack or workers in (1, "auto"), "workers", workers, "1 with stack")
     check(plain or engine is None, "engine", engine, "None with stack or precision='bf16'")
     if precision == "bf16" and device.type == "cpu":
-        warn_if_slow(torch.bfloat16)
+        warn_if_slow(torch.bfloat16, up=4)
     return _Way(stack, precision, device)
 
 # %% ../../nbs/3_federated/engine.ipynb #f8ad4771
 def _seconds_of_a_visit(method, state, train, clients, streams, share, way=None):
     "Seconds of a visit in this process: the fastest of 2 to 6 trials, mean over tiers."
     found, end = [], time.perf_counter() + 0.6
+    way = way and _Way(way.stack, way.precision, way.device)  # its tapes go with the copy
     here = Here(copy.deepcopy(method), train, streams, share=share, way=way)
     for tier in {c.tier for c in clients}:
         peers, some, seconds = [c for c in clients if c.tier == tier], 1, []

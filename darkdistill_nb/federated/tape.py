@@ -9,7 +9,7 @@ Docs: https://darkdistill.github.io/darkdistill_nb/3_federated/tape.html.md"""
 __all__ = ['OWN', 'Tape', 'Step', 'Taped', 'in_bf16', 'Abreast']
 
 # %% ../../nbs/3_federated/tape.ipynb #9ce761a8
-import contextlib, itertools, keyword, math, re
+import contextlib, itertools, keyword, math, re, threading
 from dataclasses import dataclass
 import torch
 from ..core.checks import check, choice, flag, whole
@@ -546,23 +546,43 @@ def _step(self: Taped, net, x, y, forward, loss, opt):
     return value.detach()
 
 # %% ../../nbs/3_federated/tape.ipynb #47671d55
-@contextlib.contextmanager
-def in_bf16(
-    device="cpu" # its type: cpu | cuda
-):
-    "Inside `with`, matrix products and convolutions are done in bf16; raises `ValueError`."
+_LOCK, _INSIDE = threading.Lock(), []  # blocks that are open, in all threads
+
+def _switch(leave):
+    "Turn attention on a processor into two products; what `leave` puts back."
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    kind = choice(device, "device", ("cpu", "cuda"))
-    cuda = torch.backends.cuda  # holds the switch for processors, too
-    before = cuda.fp16_bf16_reduction_math_sdp_allowed()
-    with contextlib.ExitStack() as both:
-        both.enter_context(torch.autocast(kind, torch.bfloat16, cache_enabled=False))
-        if kind == "cpu":
-            both.callback(cuda.allow_fp16_bf16_reduction_math_sdp, before)
-            cuda.allow_fp16_bf16_reduction_math_sdp(True)
-            both.enter_context(sdpa_kernel(SDPBackend.MATH))
+    cuda = torch.backends.cuda  # holds the switches for processors, too
+    if allow := getattr(cuda, "allow_fp16_bf16_reduction_math_sdp", None):  # not in PyTorch 2.4
+        leave.callback(allow, cuda.fp16_bf16_reduction_math_sdp_allowed())
+        allow(True)
+    leave.enter_context(sdpa_kernel(SDPBackend.MATH))
+
+# %% ../../nbs/3_federated/tape.ipynb #8222dd64
+@contextlib.contextmanager
+def _two_products():
+    "Attention as two products. The switches are the process's: the first thread turns them, the last one back."
+    with _LOCK:
+        leave = contextlib.ExitStack()
+        if not _INSIDE:
+            _switch(leave)
+        _INSIDE.append(leave)
+    try:
         yield
+    finally:
+        with _LOCK:  # whoever came first has its stack at the bottom
+            (_INSIDE.pop() if len(_INSIDE) > 1 else _INSIDE.pop(0)).close()
+
+# %% ../../nbs/3_federated/tape.ipynb #ea440590
+@contextlib.contextmanager
+def in_bf16(
+    device="cpu" # its type: cpu | cuda | mps
+):
+    "Inside `with`, matrix products and convolutions are done in bf16; raises `ValueError`."
+    kind = choice(device, "device", ("cpu", "cuda", "mps"))
+    with torch.autocast(kind, torch.bfloat16, cache_enabled=False):
+        with _two_products() if kind == "cpu" else contextlib.nullcontext():
+            yield
 
 # %% ../../nbs/3_federated/tape.ipynb #eedf3771
 class Abreast:

@@ -1,4 +1,4 @@
-"""A simulation on one process, on two, or killed and started again must end with the same weights, to the last bit. Then whatever differs between two runs is the method.
+"""A simulation in one process, in two, or killed and started again must end with the same weights, to the last bit. Then whatever differs between two runs is the method.
 One round, clients that fail, processes, checkpoints: the same weights wherever a method runs.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/3_federated/engine.html.md"""
@@ -229,6 +229,18 @@ def __call__(self: _Way, method, ask, n):
             train = alone
         yield i, answer if train is None else self.ask(method, train, ask, i)
 
+# %% ../../nbs/3_federated/engine.ipynb #875e3e5e
+def _way(stack, precision, device, workers, engine):
+    "How clients train in this process, checked."
+    check(stack in (True, False, "auto"), "stack", stack, "True, False or 'auto'")
+    choice(precision, "precision", ("fp32", "bf16"))
+    plain = not stack and precision == "fp32"
+    check(not stack or workers in (1, "auto"), "workers", workers, "1 with stack")
+    check(plain or engine is None, "engine", engine, "None with stack or precision='bf16'")
+    if precision == "bf16" and device.type == "cpu":
+        warn_if_slow(torch.bfloat16, up=4)
+    return _Way(stack, precision, device)
+
 # %% ../../nbs/3_federated/engine.ipynb #924a5cee
 class Here:
     "The engine of one machine: clients are in this process, or in a pool of processes."
@@ -286,85 +298,6 @@ class Here:
             raise
         except Exception as e:
             return e
-
-# %% ../../nbs/3_federated/engine.ipynb #b2fb15e3
-def _pack(method, net, train, clients, seed, precision="fp32"):
-    "What a worker starts from, as bytes, and whether reading them imports timm."
-    timm = any(type(m).__module__.startswith("timm.") for m in net.modules())
-    try:
-        return timm, pickle.dumps((method, net, train, clients, seed, precision))
-    except (pickle.PicklingError, AttributeError, TypeError) as e:
-        raise ValueError(
-            f"workers must be 1 here, since what a worker needs cannot be sent: {e}"
-        ) from None
-
-# %% ../../nbs/3_federated/engine.ipynb #e54de993
-def _answering(here, clients):
-    "Function that answers jobs: the answers of some clients."
-    who = {c.id: c for c in clients}
-
-    def answer(weights, ids, rnd):
-        found = dict(here.answers([weights] * len(ids), [who[i] for i in ids], rnd))
-        ours = lambda a: type(a) is Update and here.method._plain()  # nothing in it that cannot be sent
-        answers = [found[i] for i in range(len(ids))]
-        return [a if ours(a) else sendable(a) for a in answers]
-
-    return answer
-
-# %% ../../nbs/3_federated/engine.ipynb #25c76097
-def _open(timm, packed):
-    "In a worker: the function that answers jobs."
-    if timm:
-        from darkdistill_nb.core.compat import ensure_torchvision
-
-        ensure_torchvision()  # timm imports torchvision
-    method, net, train, clients, seed, precision = pickle.loads(packed)
-    method.setup(net)
-    how = dict(share=_shares(train, clients), way=_Way(precision=precision))
-    here = Here(method, train, Streams(seed), **how)
-    return _answering(here, clients)
-
-# %% ../../nbs/3_federated/engine.ipynb #7d48601e
-def _jobs(method, sent, drawn, processes):
-    "Numbers of clients, job by job: deep tiers first, plain ones with the same weights in groups."
-    order = sorted(range(len(drawn)), key=lambda i: -len(sent[i]))
-    alike = lambda i: (drawn[i].tier, *map(id, sent[i].values()))
-    for _, run in itertools.groupby(order, alike):
-        run = list(run)
-        most = min(_width(method, drawn[run[0]].tier), len(run) // (2 * processes))
-        most = max(1, most)
-        yield from (run[k : k + most] for k in range(0, len(run), most))
-
-# %% ../../nbs/3_federated/engine.ipynb #566ebae3
-def _train_in(workers, sent, drawn, rnd, jobs, here=None):
-    """(number, answer) of the clients of `jobs`, which are lists of numbers; whoever is ready sooner waits.
-    Clients whose job was lost twice with its worker are asked one by one."""
-    early, turn, lost = {}, 0, []
-    asked = [(sent[job[0]], [drawn[i].id for i in job], rnd) for job in jobs]
-    for k, answers in workers.run(asked, again=1, here=here):
-        early[k] = answers
-        while turn in early:
-            job, answers = jobs[turn], early.pop(turn)
-            turn += 1
-            if not isinstance(answers, Exception):
-                yield from zip(job, answers)
-            elif len(job) == 1:
-                yield job[0], answers
-            else:
-                lost += [[i] for i in job]
-    if lost:
-        yield from _train_in(workers, sent, drawn, rnd, lost)
-
-# %% ../../nbs/3_federated/engine.ipynb #e9ece6f5
-SHORT = 50  # steps of a visit, so that a job of small clients takes less than a second
-
-def _helps(method, clients, precision="fp32"):
-    "Does the server's process train beside its workers? Where all clients are plain, small and soon done: it looks after its workers between two jobs."
-    if precision != "fp32":
-        return False
-    most = max((len(c.train) for c in clients), default=0)
-    steps = method.epochs * math.ceil(most / method.batch_size)
-    return steps <= SHORT and all(_width(method, tier) > 1 for tier in {c.tier for c in clients})
 
 # %% ../../nbs/3_federated/engine.ipynb #057ffcab
 def _fault(method, answer, sent, client):
@@ -737,6 +670,85 @@ def _continued(checkpoint, started, rounds, device, precision, availability=None
         return *_resume(checkpoint, marks, state, rounds, device), marks
     return state, [], marks
 
+# %% ../../nbs/3_federated/engine.ipynb #b2fb15e3
+def _pack(method, net, train, clients, seed, precision="fp32"):
+    "What a worker starts from, as bytes, and whether reading them imports timm."
+    timm = any(type(m).__module__.startswith("timm.") for m in net.modules())
+    try:
+        return timm, pickle.dumps((method, net, train, clients, seed, precision))
+    except (pickle.PicklingError, AttributeError, TypeError) as e:
+        raise ValueError(
+            f"workers must be 1 here, since what a worker needs cannot be sent: {e}"
+        ) from None
+
+# %% ../../nbs/3_federated/engine.ipynb #e54de993
+def _answering(here, clients):
+    "Function that answers jobs: the answers of some clients."
+    who = {c.id: c for c in clients}
+
+    def answer(weights, ids, rnd):
+        found = dict(here.answers([weights] * len(ids), [who[i] for i in ids], rnd))
+        ours = lambda a: type(a) is Update and here.method._plain()  # nothing in it that cannot be sent
+        answers = [found[i] for i in range(len(ids))]
+        return [a if ours(a) else sendable(a) for a in answers]
+
+    return answer
+
+# %% ../../nbs/3_federated/engine.ipynb #25c76097
+def _open(timm, packed):
+    "In a worker: the function that answers jobs."
+    if timm:
+        from darkdistill_nb.core.compat import ensure_torchvision
+
+        ensure_torchvision()  # timm imports torchvision
+    method, net, train, clients, seed, precision = pickle.loads(packed)
+    method.setup(net)
+    how = dict(share=_shares(train, clients), way=_Way(precision=precision))
+    here = Here(method, train, Streams(seed), **how)
+    return _answering(here, clients)
+
+# %% ../../nbs/3_federated/engine.ipynb #7d48601e
+def _jobs(method, sent, drawn, processes):
+    "Numbers of clients, job by job: deep tiers first, plain ones with the same weights in groups."
+    order = sorted(range(len(drawn)), key=lambda i: -len(sent[i]))
+    alike = lambda i: (drawn[i].tier, *map(id, sent[i].values()))
+    for _, run in itertools.groupby(order, alike):
+        run = list(run)
+        most = min(_width(method, drawn[run[0]].tier), len(run) // (2 * processes))
+        most = max(1, most)
+        yield from (run[k : k + most] for k in range(0, len(run), most))
+
+# %% ../../nbs/3_federated/engine.ipynb #566ebae3
+def _train_in(workers, sent, drawn, rnd, jobs, here=None):
+    """(number, answer) of the clients of `jobs`, which are lists of numbers; whoever is ready sooner waits.
+    Clients whose job was lost twice with its worker are asked one by one."""
+    early, turn, lost = {}, 0, []
+    asked = [(sent[job[0]], [drawn[i].id for i in job], rnd) for job in jobs]
+    for k, answers in workers.run(asked, again=1, here=here):
+        early[k] = answers
+        while turn in early:
+            job, answers = jobs[turn], early.pop(turn)
+            turn += 1
+            if not isinstance(answers, Exception):
+                yield from zip(job, answers)
+            elif len(job) == 1:
+                yield job[0], answers
+            else:
+                lost += [[i] for i in job]
+    if lost:
+        yield from _train_in(workers, sent, drawn, rnd, lost)
+
+# %% ../../nbs/3_federated/engine.ipynb #e9ece6f5
+SHORT = 50  # steps of a visit, so that a job of small clients takes less than a second
+
+def _helps(method, clients, precision="fp32"):
+    "Does the server's process train beside its workers? Where all clients are plain, small and soon done: it looks after its workers between two jobs."
+    if precision != "fp32":
+        return False
+    most = max((len(c.train) for c in clients), default=0)
+    steps = method.epochs * math.ceil(most / method.batch_size)
+    return steps <= SHORT and all(_width(method, tier) > 1 for tier in {c.tier for c in clients})
+
 # %% ../../nbs/3_federated/engine.ipynb #41e5c89b
 def _room(net):
     "Bytes for what is sent to a client, and for the answers of a job: networks, and as much again for what goes along."
@@ -778,18 +790,6 @@ def _workers(workers, bar, choice, *start):
             bar.close()
         if pool:
             pool.close()
-
-# %% ../../nbs/3_federated/engine.ipynb #875e3e5e
-def _way(stack, precision, device, workers, engine):
-    "How clients train in this process, checked."
-    check(stack in (True, False, "auto"), "stack", stack, "True, False or 'auto'")
-    choice(precision, "precision", ("fp32", "bf16"))
-    plain = not stack and precision == "fp32"
-    check(not stack or workers in (1, "auto"), "workers", workers, "1 with stack")
-    check(plain or engine is None, "engine", engine, "None with stack or precision='bf16'")
-    if precision == "bf16" and device.type == "cpu":
-        warn_if_slow(torch.bfloat16, up=4)
-    return _Way(stack, precision, device)
 
 # %% ../../nbs/3_federated/engine.ipynb #f8ad4771
 def _seconds_of_a_visit(method, state, train, clients, streams, share, way=None):

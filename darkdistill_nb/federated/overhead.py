@@ -1,4 +1,4 @@
-"""Simulating 100 phones on one laptop takes minutes, and most of them are not spent on arithmetic. We look at one visit of one client with a clock in hand.
+"""Simulating 100 phones on one laptop takes minutes. For small networks most of that time is not arithmetic. We look at one visit of one client with a clock in hand.
 What a client's visit costs, what of it is arithmetic, what was taken out, when more processes help.
 
 Docs: https://darkdistill.github.io/darkdistill_nb/3_federated/overhead.html.md"""

@@ -549,7 +549,7 @@ def _step(self: Taped, net, x, y, forward, loss, opt):
 _LOCK, _INSIDE = threading.Lock(), []  # blocks that are open, in all threads
 
 def _switch(leave):
-    "Turn attention on a processor into two products; what `leave` puts back."
+    "Turn attention on a processor into two products; `leave` puts it back."
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     cuda = torch.backends.cuda  # holds the switches for processors, too
@@ -561,7 +561,7 @@ def _switch(leave):
 # %% ../../nbs/3_federated/tape.ipynb #8222dd64
 @contextlib.contextmanager
 def _two_products():
-    "Attention as two products. The switches are the process's: the first thread turns them, the last one back."
+    "Attention as two products. The switches belong to the process: the first thread to enter turns them, the last to leave turns them back."
     with _LOCK:
         leave = contextlib.ExitStack()
         if not _INSIDE:

@@ -68,6 +68,20 @@ def _draw_tiers(hist, sizes, generator, cover):
             break
     return best
 
+# %% ../../nbs/3_federated/method.ipynb #62ebeee5
+def _check_indices(who, name, idx, images):
+    "Whole numbers of one dimension, within the images."
+    kind = isinstance(idx, torch.Tensor) and idx.ndim == 1 and not idx.is_floating_point()
+    check(kind and idx.dtype != torch.bool, f"{who}: {name}", idx, "a tensor of indices, (n,)")
+    if len(idx):
+        low, high = int(idx.min()), int(idx.max())
+        check(
+            low >= 0 and high < images,
+            f"{who}: {name}",
+            f"{low}..{high}",
+            f"indices within the {images} images, 0..{images - 1}",
+        )
+
 # %% ../../nbs/3_federated/method.ipynb #836a2e6c
 def _given_parts(clients, images):
     "Index lists as tensors, by the number of the client; raises `ValueError`."
@@ -118,20 +132,6 @@ def make_clients(
         n = min(int(valid * len(idx)), len(idx) - 1)
         out.append(Client(i, int(tier[i]), idx[n:], idx[:n]))
     return out
-
-# %% ../../nbs/3_federated/method.ipynb #62ebeee5
-def _check_indices(who, name, idx, images):
-    "Whole numbers of one dimension, within the images."
-    kind = isinstance(idx, torch.Tensor) and idx.ndim == 1 and not idx.is_floating_point()
-    check(kind and idx.dtype != torch.bool, f"{who}: {name}", idx, "a tensor of indices, (n,)")
-    if len(idx):
-        low, high = int(idx.min()), int(idx.max())
-        check(
-            low >= 0 and high < images,
-            f"{who}: {name}",
-            f"{low}..{high}",
-            f"indices within the {images} images, 0..{images - 1}",
-        )
 
 # %% ../../nbs/3_federated/method.ipynb #564a0f23
 def check_clients(
@@ -290,7 +290,7 @@ class EEFL:
 
     name = "eefl"
     needs_weights = False  # does `aggregate` look at the weights of single clients?
-    # how a client trains; `simulate` may put another trainer in its place
+    # how a client trains; an engine may put another trainer in its place
     _train = staticmethod(fit)
     _taped = None  # what trains like `fit` where each step is the same program
 
@@ -495,48 +495,6 @@ def local_update(self:EEFL,
     learned = {f"objective.{k}": v for k, v in p.state().items()}
     weights = {**self._learned(net, client.tier), **learned}
     return Update(client.id, client.tier, len(data), weights, loss, round=rnd)
-
-# %% ../../nbs/3_federated/method.ipynb #1bf7b03e
-@patch
-def _plain(self: EEFL):
-    "Does a client do just what a client of EEFL does, with steps that a tape can hold?"
-    return _own(self, "local_update") and self._quickest() is self._taped
-
-# %% ../../nbs/3_federated/method.ipynb #781d00cb
-@patch
-def _abreast(self: EEFL, sent, data, clients, rnd, streams, lend):
-    """For each client of one tier an `Update` as of `local_update`, or the error that it would raise;
-    None where one must train alone. With `lend` the weights are good until the next call. Raises `ValueError`."""
-    tier = clients[0].tier
-    net, weights = self.tier_net(tier), [_split(w)[0] for w in sent]
-    tensors, modes, named = self._parts(tier)
-    if not all(_alike(w, tensors) for w in weights):
-        return None
-    _set_modes(modes)
-    self.objective.at(rnd)
-    how = self.lr * self.decay**rnd, self.momentum, self.weight_decay, self.batch_size
-    order = [streams.generator("order", rnd, c.id) for c in clients]
-    found, states = self._taped.abreast(net, weights, data, self.epochs, *how, order)
-    still = {k for k, p in named if not p.requires_grad}
-    learned = lambda state: {
-        k: v if lend else v.clone() for k, v in state.items() if k not in still
-    }
-    return [
-        loss
-        if isinstance(loss, Exception)
-        else Update(c.id, tier, len(d), learned(state), loss, round=rnd)
-        for c, d, loss, state in zip(clients, data, found, states)
-    ]
-
-# %% ../../nbs/3_federated/method.ipynb #632eb162
-@patch
-def one_by_one(self:EEFL)->str: # why a tier's clients cannot be one batch of networks; "": they can
-    "What stands in the way of `simulate(..., stack=True)`: here all that happens ahead of a step."
-    if type(self.objective).meta_step is not Joint.meta_step:
-        return f"{type(self.objective).__name__} learns along, step by step"
-    if not _own(self, "before_step"):
-        return f"{self.name} does something of its own ahead of each step"
-    return ""
 
 # %% ../../nbs/3_federated/method.ipynb #e215eef6
 ABSURD = 1e6
@@ -746,6 +704,48 @@ def aggregate(self:EEFL,
     net = _tie(self.merge(state["net"], tiers, updates), self._shared)
     learned = block_average(state["objective"], objective, self.owns)
     return dict(net=net, server=server, objective=learned), info
+
+# %% ../../nbs/3_federated/method.ipynb #1bf7b03e
+@patch
+def _plain(self: EEFL):
+    "Does a client do just what a client of EEFL does, with steps that a tape can hold?"
+    return _own(self, "local_update") and self._quickest() is self._taped
+
+# %% ../../nbs/3_federated/method.ipynb #781d00cb
+@patch
+def _abreast(self: EEFL, sent, data, clients, rnd, streams, lend):
+    """For each client of one tier an `Update` as of `local_update`, or the error that it would raise;
+    None where one must train alone. With `lend` the weights are good until the next call. Raises `ValueError`."""
+    tier = clients[0].tier
+    net, weights = self.tier_net(tier), [_split(w)[0] for w in sent]
+    tensors, modes, named = self._parts(tier)
+    if not all(_alike(w, tensors) for w in weights):
+        return None
+    _set_modes(modes)
+    self.objective.at(rnd)
+    how = self.lr * self.decay**rnd, self.momentum, self.weight_decay, self.batch_size
+    order = [streams.generator("order", rnd, c.id) for c in clients]
+    found, states = self._taped.abreast(net, weights, data, self.epochs, *how, order)
+    still = {k for k, p in named if not p.requires_grad}
+    learned = lambda state: {
+        k: v if lend else v.clone() for k, v in state.items() if k not in still
+    }
+    return [
+        loss
+        if isinstance(loss, Exception)
+        else Update(c.id, tier, len(d), learned(state), loss, round=rnd)
+        for c, d, loss, state in zip(clients, data, found, states)
+    ]
+
+# %% ../../nbs/3_federated/method.ipynb #632eb162
+@patch
+def one_by_one(self:EEFL)->str: # why a tier's clients cannot be one batch of networks; "": they can
+    "Why a tier's clients cannot train as one batch of networks: here, whatever happens ahead of a step."
+    if type(self.objective).meta_step is not Joint.meta_step:
+        return f"{type(self.objective).__name__} learns along, step by step"
+    if not _own(self, "before_step"):
+        return f"{self.name} does something of its own ahead of each step"
+    return ""
 
 # %% ../../nbs/3_federated/method.ipynb #4c5e71cf
 @patch

@@ -1,6 +1,7 @@
 "Clients that train as one batch of networks: beside the loop, who is trained alone and why, and that nobody asks for it unasked."
 
 import warnings
+from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
@@ -163,6 +164,21 @@ def test_nothing_is_stacked_unasked(digits, monkeypatch):
 def test_bf16_is_another_training_of_the_same_kind(digits):
     full, half = final(digits), final(digits, precision="bf16")
     assert 0 < largest(full, half) < 0.05
+
+
+def test_bf16_gives_the_same_bits_with_two_processes(digits):
+    assert largest(final(digits, precision="bf16"), final(digits, precision="bf16", workers=2)) == 0
+
+
+def test_a_processor_that_is_slower_in_bf16_says_so_at_the_callers_line(digits, monkeypatch):
+    from darkdistill_nb.exits import runner
+
+    monkeypatch.setattr(runner, "_slower", lambda dtype: "bfloat16 is slower here")
+    with pytest.warns(UserWarning, match="slower here") as told:
+        final(digits, precision="bf16")
+    assert [Path(w.filename).name for w in told if "slower here" in str(w.message)] == [
+        "test_stacked.py"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -491,9 +491,10 @@ def warn_if_slow(
     up:int=3, # calls between the warning and the line that it points to
 )->None:
     """One warning for each type of 16 bits in which this
-    processor multiplies matrices slower than in fp32."""
+    processor multiplies matrices slower than in fp32; raises `ValueError`."""
+    up = whole(up, "up")
     if dtype in (torch.bfloat16, torch.float16) and (line := _slower(dtype)):
-        warnings.warn(line, stacklevel=whole(up, "up"))
+        warnings.warn(line, stacklevel=up)
 
 # %% ../../nbs/2_exits/runner.ipynb #1d38b19f
 PLANS = ("gather", "look", "stop", "whole")

@@ -824,7 +824,7 @@ raise SystemExit(main(["run", "--help"]))
 """
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp437", "cp932", "utf-8"])
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437", "cp932", "cp1252", "utf-8"])
 def test_every_console_can_show_the_table(encoding, tmp_path):
     "A character that the console lacks is replaced; in no case does a command fail because of it."
     from darkdistill_nb.core.records import asset

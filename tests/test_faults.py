@@ -1085,7 +1085,7 @@ def test_a_strict_run_waits_for_those_before():
 # ---------------------------------------------------------------- the width of difficulty bins
 
 
-@pytest.mark.parametrize("width", [1.0, 0.1, 2.0])
+@pytest.mark.parametrize("width", [1.0, 0.25, 0.1, 2.0])
 def test_bin_width_goes_through_everything(width):
     "Clients count in bins of this width; what the server draws is in nats and follows the clients' difficulties."
     asked = []
@@ -1095,7 +1095,7 @@ def test_bin_width_goes_through_everything(width):
             asked.append(batch[1])
             return {}
 
-    m = Spy(participation=1.0, bin_width=width, server_batch=100, kd_steps=1, rkd=(0.0, 0.0))
+    m = Spy(participation=1.0, bin_width=width, server_batch=400, kd_steps=1, rkd=(0.0, 0.0))
     run = go(m)
     counts = torch.tensor(list(run.log[0]["difficulty"].values())).sum(0)
     assert len(counts) == bins_of(width) == math.ceil(9.99 / width)

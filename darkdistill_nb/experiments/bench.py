@@ -21,7 +21,7 @@ from ..distill.losses import distill, teacher_table
 from ..exits.networks import WideBlock, vit
 from ..distill.features import method_loss
 from ..exits.scores import Confidence, Score
-from ..exits.runner import ExitRunner, matrix_rate
+from ..exits.runner import ExitRunner, _slower
 from ..core.records import Record, save_record, write_atomic
 from ..core.training import pick_device
 from torch import nn
@@ -524,8 +524,8 @@ def _play_ours(work, turns, workers=1, precision="fp32"):
             raise _Stop
 
     turns()
-    how = dict(eval_every=10**9, on_round=next_round, workers=workers, progress=False)
-    how |= dict(precision=precision)
+    how = dict(workers=workers, precision=precision, progress=False)
+    how |= dict(eval_every=10**9, on_round=next_round)
     with contextlib.suppress(_Stop):
         simulate(method, lambda: _as_exits(work), data, data.subset(range(9)), clients, 10**9, **how)
 
@@ -788,8 +788,8 @@ SYSTEMS = {  # name -> (function that plays, module that it needs)
 # %% ../../nbs/5_experiments/bench.ipynb #4c4c31f5
 def _usual():
     "Names of all systems; in bf16 only where this processor multiplies matrices faster in it."
-    fast = matrix_rate(torch.bfloat16) > matrix_rate()
-    return [name for name in SYSTEMS if fast or "bf16" not in name]
+    slow = _slower(torch.bfloat16)
+    return [name for name in SYSTEMS if not slow or "bf16" not in name]
 
 # %% ../../nbs/5_experiments/bench.ipynb #dbd4bfab
 def _tree(pid):

@@ -742,7 +742,8 @@ def _train_in(workers, sent, drawn, rnd, jobs, here=None):
 SHORT = 50  # steps of a visit, so that a job of small clients takes less than a second
 
 def _helps(method, clients, precision="fp32"):
-    "Does the server's process train beside its workers? Where all clients are plain, small and soon done: it looks after its workers between two jobs."
+    """Does the server's process train beside its workers? Where all clients are plain,
+    small and soon done: it looks after its workers between two jobs."""
     if precision != "fp32":
         return False
     most = max((len(c.train) for c in clients), default=0)
@@ -756,7 +757,8 @@ def _room(net):
 
 # %% ../../nbs/3_federated/engine.ipynb #b2ca8d5e
 def _pool(workers, choice, *start):
-    "Processes that have begun, one less where this one trains, too; None where they were only a guess and cannot begin."
+    """Processes that have begun, one less where this one trains, too;
+    None where they were only a guess and cannot begin."""
     method, net, _, clients, _, precision = start
     helps, t = _helps(method, clients, precision), time.perf_counter()
     how = dict(room=_room(net), ahead=int(helps))

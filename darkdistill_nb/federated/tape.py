@@ -561,7 +561,8 @@ def _switch(leave):
 # %% ../../nbs/3_federated/tape.ipynb #8222dd64
 @contextlib.contextmanager
 def _two_products():
-    "Attention as two products. The switches belong to the process: the first thread to enter turns them, the last to leave turns them back."
+    """Attention as two products. The switches belong to the process:
+    the first thread to enter turns them, the last to leave turns them back."""
     with _LOCK:
         leave = contextlib.ExitStack()
         if not _INSIDE:
@@ -570,8 +571,8 @@ def _two_products():
     try:
         yield
     finally:
-        with _LOCK:  # whoever came first has its stack at the bottom
-            (_INSIDE.pop() if len(_INSIDE) > 1 else _INSIDE.pop(0)).close()
+        with _LOCK:
+            _INSIDE.pop().close()  # at the bottom is the stack of who came first
 
 # %% ../../nbs/3_federated/tape.ipynb #ea440590
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from ..core.checks import check, choice, finite, number, whole
 from ..core.training import predict
 from .difficulty import measure_difficulty
-from .method import EEFL
+from .method import EEFL, steady
 
 # %% ../../nbs/3_federated/calibration.ipynb #2627692e
 def class_shares(
@@ -132,6 +132,7 @@ def _news(self: PriorCalibration, state):
     return {LABELS: counts.float().to(device), TAU: torch.tensor(self._tau(state), device=device)}
 
 @patch
+@steady
 def receive(self: PriorCalibration, weights, tier):
     "The method's network, with the weights of the message."
     return super(PriorCalibration, self).receive(_without(weights), tier)
@@ -151,6 +152,7 @@ def _tau(self: PriorCalibration, state):
 
 # %% ../../nbs/3_federated/calibration.ipynb #572f3442
 @patch
+@steady
 def local_loss(self: PriorCalibration, net, weights, data, rnd):
     "The method's loss, of logits shifted by a_k."
     loss = super(PriorCalibration, self).local_loss(net, _without(weights), data, rnd)
@@ -162,15 +164,16 @@ def local_loss(self: PriorCalibration, net, weights, data, rnd):
 
 # %% ../../nbs/3_federated/calibration.ipynb #c605ba62
 @patch
-def local_update(self: PriorCalibration, weights, data, client, rnd, streams):
-    "The method's local training, and the client's label histogram with it."
-    update = super(PriorCalibration, self).local_update(weights, data, client, rnd, streams)
-    if self.calibration != 0:
-        counts = _label_counts(data, self.net.n_classes).int()
-        if self.epsilon is not None:
-            counts = noisy_counts(counts, self.epsilon, streams.generator("labels", client.id))
-        update.extra["labels"] = counts
-    return update
+@steady
+def report(self: PriorCalibration, weights, data, client, rnd, streams):
+    "What the method's clients report, and the client's label histogram."
+    told = super(PriorCalibration, self).report(_without(weights), data, client, rnd, streams)
+    if self.calibration == 0:
+        return told
+    counts = _label_counts(data, self.net.n_classes).int()
+    if self.epsilon is not None:
+        counts = noisy_counts(counts, self.epsilon, streams.generator("labels", client.id))
+    return {**told, "labels": counts}
 
 # %% ../../nbs/3_federated/calibration.ipynb #f4951340
 @patch

@@ -27,7 +27,7 @@ from darkdistill_nb.federated.difficulty import (
 )
 from ..distill.losses import RKD
 from ..exits.training import exit_partition
-from .method import EEFL, Client, Update
+from .method import EEFL, Client, steady
 from .generator import GeneratorSettings, train_generator
 from ..core.seeds import Streams
 from ..core.training import SGD, Adam, evaluating
@@ -196,25 +196,38 @@ RELEASED = dict(  # keywords of `DarkDistill`: the authors' code of February 202
 
 # %% ../../nbs/3_federated/darkdistill.ipynb #5eb263c4
 @patch
-def local_update(self:DarkDistill,
+@steady
+def report(self:DarkDistill,
     weights:dict,    # as received
     data:ArrayData,  # the client's training images
     client:Client,
     rnd:int,
     streams:Streams,
-)->Update:
-    "EEFL's local training, and what the client tells of its images' difficulties."
+)->dict:             # name -> tensor
+    "What the client tells of its images' difficulties, where the model that it received judges them."
+    if self.assessment.seen_by != "received":
+        return {}
+    net = self.receive(weights, client.tier)
+    d = measure_difficulty(net, self.objective, data, exits=self.assessment.seen_at)
+    return self._told(d, data.y.cpu())
+
+@patch
+@steady
+def local_update(self: DarkDistill, weights, data, client, rnd, streams):
+    "EEFL's local training; or, where its own batches judge the images, that with notes on each batch."
     if self.assessment.seen_by == "received":
-        net = self.receive(weights, client.tier)
-        d = measure_difficulty(net, self.objective, data, exits=self.assessment.seen_at)
-        y, update = data.y.cpu(), EEFL.local_update(self, weights, data, client, rnd, streams)
-    else:
-        with self._watched() as seen:
-            update = EEFL.local_update(self, weights, data, client, rnd, streams)
-        last = seen[-math.ceil(len(data) / self.batch_size) :]  # of the last epoch
-        d, y = (torch.cat(v) for v in zip(*last))
+        return EEFL.local_update(self, weights, data, client, rnd, streams)
+    with self._watched() as seen:
+        update = EEFL.local_update(self, weights, data, client, rnd, streams)
+    last = seen[-math.ceil(len(data) / self.batch_size) :]  # of the last epoch
+    d, y = (torch.cat(v) for v in zip(*last))
     update.extra |= self._told(d, y)
     return update
+
+@patch
+def _same_step(self: DarkDistill):
+    "As for EEFL; and clients that take notes as they train do something in each step."
+    return self.assessment.seen_by == "received" and super(DarkDistill, self)._same_step()
 
 # %% ../../nbs/3_federated/darkdistill.ipynb #0b792fc0
 @patch

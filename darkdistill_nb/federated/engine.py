@@ -40,8 +40,7 @@ _FATAL = MemoryError, torch.cuda.OutOfMemoryError
 
 def _ask(method, weights, data, client, rnd, streams):
     "The answer of a client: an `Update`, or the exception that it raised. It gets copies, or only reads."
-    read = _own(method, "local_update") and method._same_step()
-    own = weights if read else {k: v.clone() for k, v in weights.items()}
+    own = weights if method._reads() else {k: v.clone() for k, v in weights.items()}
     try:
         return method.local_update(own, data, client, rnd, streams)
     except _FATAL:

@@ -7,7 +7,7 @@ Docs: https://darkdistill.github.io/darkdistill_nb/3_federated/method.html.md"""
 
 # %% auto #0
 __all__ = ['Client', 'tier_sizes', 'make_clients', 'check_clients', 'Mean', 'average', 'block_average', 'Update', 'nbytes',
-           'trained_state', 'EEFL', 'Added', 'Updates']
+           'trained_state', 'EEFL', 'steady', 'Added', 'Updates']
 
 # %% ../../nbs/3_federated/method.ipynb #6d49db8a
 import copy, math
@@ -22,7 +22,7 @@ from ..core.splits import client_histogram, dirichlet_split
 from ..core.training import fit, predict, shared_names
 from ..exits.networks import EarlyExitNet, block_of
 from ..exits.training import BoostNet, Joint
-from .tape import Taped
+from .tape import Given, Taped
 
 # %% ../../nbs/3_federated/method.ipynb #3cbd53e2
 @dataclass
@@ -446,6 +446,14 @@ def ge(self: EEFL):
     "Gradient equilibrium of the clients' networks: the objective's."
     return self.objective.ge
 
+# %% ../../nbs/3_federated/method.ipynb #d761cce1
+def steady(
+    part # function: a method's receive, local_loss, local_update or report
+):       # the same function
+    "Mark a part of a method that leaves a client's step the same list of operations, see above."
+    part.steady = True
+    return part
+
 # %% ../../nbs/3_federated/method.ipynb #eb7370db
 _PARTS = "receive", "tier_net", "local_loss", "before_step", "ge"
 
@@ -453,19 +461,42 @@ def _own(method, name):
     "Is a part of a method still that of EEFL?"
     return name not in vars(method) and getattr(type(method), name) is getattr(EEFL, name)
 
+def _steady(method, name):
+    "Is a part of a method that of EEFL, except for overrides that are marked?"
+    made_in = [vars(c)[name] for c in type(method).__mro__ if name in vars(c)]
+    fine = [getattr(f, "steady", f is vars(EEFL)[name]) for f in made_in]
+    return name not in vars(method) and all(fine)
+
+# %% ../../nbs/3_federated/method.ipynb #8d39e9c1
 @patch
 def _same_step(self: EEFL):
-    "Is a client's step the same program for each client and round?"
+    "Is a client's step the same program for each client and round, but for tensors of its loss?"
     plain = type(self.objective) in (Joint, BoostNet) and not self.objective.kl
-    return plain and all(_own(self, name) for name in _PARTS)
+    return plain and all(_steady(self, name) for name in _PARTS)
 
 @patch
-def _quickest(self: EEFL):
-    "What trains a client: the trainer that was put in place, or for plain steps a tape."
-    plain = self._train is fit and self._taped is not None and self._same_step()
-    return self._taped if plain else self._train
+def _quickest(self: EEFL, loss):
+    "(what trains a client, its loss): the trainer that was put in place, or for plain steps a tape."
+    tape = self._taped if self._train is fit else self._train
+    if not isinstance(tape, Taped) or not self._same_step():
+        return self._train, loss
+    try:
+        return tape, loss if _own(self, "local_loss") else Given(loss)
+    except ValueError:  # it remembers something, or looks at a network
+        return fit, loss
 
 # %% ../../nbs/3_federated/method.ipynb #d0bcd47f
+@patch
+def report(self:EEFL,
+    weights:dict,    # as received
+    data:ArrayData,  # the client's training images
+    client:Client,
+    rnd:int,         # round, from 0
+    streams:Streams, # of the run
+)->dict:             # name -> tensor
+    "What a client tells the server besides its trained weights, here nothing; asked before it trains."
+    return {}
+
 @patch
 def local_update(self:EEFL,
     weights:dict,    # as received
@@ -475,11 +506,12 @@ def local_update(self:EEFL,
     streams:Streams, # of the run
 )->Update:
     "Train the client's prefix on its images: SGD on the sum over its exits."
+    extra = self.report(weights, data, client, rnd, streams)
     net, p = self.receive(weights, client.tier), self.objective
     p.at(rnd)
-    loss_of = self.local_loss(net, weights, data, rnd)
+    train, loss_of = self._quickest(self.local_loss(net, weights, data, rnd))
     with streams.scope("local", rnd, client.id):
-        loss = self._quickest()(
+        loss = train(
             net,
             data,
             self.epochs,
@@ -494,7 +526,7 @@ def local_update(self:EEFL,
         )
     learned = {f"objective.{k}": v for k, v in p.state().items()}
     weights = {**self._learned(net, client.tier), **learned}
-    return Update(client.id, client.tier, len(data), weights, loss, round=rnd)
+    return Update(client.id, client.tier, len(data), weights, loss, extra, round=rnd)
 
 # %% ../../nbs/3_federated/method.ipynb #e215eef6
 ABSURD = 1e6
@@ -707,25 +739,46 @@ def aggregate(self:EEFL,
 
 # %% ../../nbs/3_federated/method.ipynb #1bf7b03e
 @patch
+def _reads(self: EEFL):
+    "Do a client's parts leave what they are given as it is?"
+    return self._same_step() and _steady(self, "local_update") and _steady(self, "report")
+
+@patch
 def _plain(self: EEFL):
-    "Does a client do just what a client of EEFL does, with steps that a tape can hold?"
-    return _own(self, "local_update") and self._quickest() is self._taped
+    "Does a client do what a client of EEFL does, but for marked parts, with steps that a tape can hold?"
+    tape = self._train is fit and isinstance(self._taped, Taped)
+    return tape and self._same_step() and _steady(self, "local_update")
 
 # %% ../../nbs/3_federated/method.ipynb #781d00cb
+@patch
+def _heard(self: EEFL, sent, data, clients, rnd, streams):
+    "(what each client reports, their losses; None: the same for all)"
+    if not _steady(self, "report"):
+        sent = [{k: v.clone() for k, v in w.items()} for w in sent]
+    given = list(zip(sent, data, clients))
+    told = [self.report(w, d, c, rnd, streams) for w, d, c in given]
+    if _own(self, "local_loss"):
+        return told, None
+    net = self.tier_net(clients[0].tier)
+    return told, [Given(self.local_loss(net, w, d, rnd)) for w, d, _ in given]
+
 @patch
 def _abreast(self: EEFL, sent, data, clients, rnd, streams, lend):
     """For each client of one tier an `Update` as of `local_update`, or the error that it would raise;
     None where one must train alone. With `lend` the weights are good until the next call. Raises `ValueError`."""
     tier = clients[0].tier
+    told, losses = self._heard(sent, data, clients, rnd, streams)
     net, weights = self.tier_net(tier), [_split(w)[0] for w in sent]
     tensors, modes, named = self._parts(tier)
+    if not _own(self, "receive"):  # there may be more in a message than the network loads
+        weights = [{k: v for k, v in w.items() if k in tensors} for w in weights]
     if not all(_alike(w, tensors) for w in weights):
         return None
     _set_modes(modes)
     self.objective.at(rnd)
     how = self.lr * self.decay**rnd, self.momentum, self.weight_decay, self.batch_size
     order = [streams.generator("order", rnd, c.id) for c in clients]
-    found, states = self._taped.abreast(net, weights, data, self.epochs, *how, order)
+    found, states = self._taped.abreast(net, weights, data, self.epochs, *how, order, losses)
     still = {k for k, p in named if not p.requires_grad}
     learned = lambda state: {
         k: v if lend else v.clone() for k, v in state.items() if k not in still
@@ -733,8 +786,8 @@ def _abreast(self: EEFL, sent, data, clients, rnd, streams, lend):
     return [
         loss
         if isinstance(loss, Exception)
-        else Update(c.id, tier, len(d), learned(state), loss, round=rnd)
-        for c, d, loss, state in zip(clients, data, found, states)
+        else Update(c.id, tier, len(d), learned(state), loss, extra, round=rnd)
+        for c, d, loss, state, extra in zip(clients, data, found, states, told)
     ]
 
 # %% ../../nbs/3_federated/method.ipynb #632eb162

@@ -17,7 +17,7 @@ from ..core.checks import check, choice, flag, number, whole
 from ..distill.losses import RKD
 from .darkdistill import DarkDistill
 from .generator import GeneratorSettings, diversity_loss, frozen
-from .method import EEFL, _tie
+from .method import EEFL, _tie, steady
 from ..core.training import SGD, Adam, evaluating
 
 # %% ../../nbs/3_federated/parallel_variant.ipynb #4ab3b1bb
@@ -120,11 +120,10 @@ class DarkDistillPL(DarkDistill):
 
 # %% ../../nbs/3_federated/parallel_variant.ipynb #31d98978
 @patch
-def local_update(self: DarkDistillPL, weights, data, client, rnd, streams):
-    "EEFL's local training, and how many images of each class the client has."
-    update = EEFL.local_update(self, weights, data, client, rnd, streams)
-    update.extra["classes"] = torch.bincount(data.y.cpu(), minlength=self.net.n_classes).int()
-    return update
+@steady
+def report(self: DarkDistillPL, weights, data, client, rnd, streams):
+    "How many images of each class the client has."
+    return dict(classes=torch.bincount(data.y.cpu(), minlength=self.net.n_classes).int())
 
 @patch
 def check_update(self: DarkDistillPL, update, sent, client):

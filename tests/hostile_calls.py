@@ -344,6 +344,7 @@ CALLS = {
     "Mean": lambda: {},
     "Added": lambda: {},
     "Updates": lambda: dict(updates=(), keep=True),
+    "steady": lambda: dict(part=lambda self: None),
     "Row": lambda: dict(
         paper="ours", claim="one", published="", source="here", ours="", verdict="holds", record=None
     ),
@@ -659,6 +660,7 @@ MORE = {
     "Tape": lambda: dict(known=dict(x=rand(2))),
     "Step": lambda: dict(net=net()),
     "Taped": lambda: dict(low=False),
+    "Given": lambda: dict(loss=lambda raw, y: raw.sum()),
     "in_bf16": lambda: dict(device="cpu"),
     "Abreast": lambda: dict(net=net(), width=2),
     "split_group": lambda: dict(g=runner.Group([0, 1], rand(2, 3)), size=1),
@@ -840,6 +842,11 @@ LAST = {
     "at_half": lambda: dict(
         valid=logits(), valid_y=labels(), test=logits(), test_y=labels(), costs=[1.0, 2.0, 3.0]
     ),
+    "at_budgets": lambda: dict(
+        valid=logits(), valid_y=labels(), test=logits(), test_y=labels(), costs=[1.0, 2.0, 3.0], n=3
+    ),
+    "right_by_difficulty": lambda: dict(logits=logits(), y=labels(), width=1.0),
+    "hard_images_figure": lambda: dict(record=digits_runs()),
     "measure_unalignment": short_run,
     "claim_values": lambda: dict(exits=[0.5, 0.6]),
     "Judged": lambda: dict(values=[1.0, 2.0]),

@@ -10,9 +10,10 @@ from darkdistill_nb.core.seeds import Streams
 from darkdistill_nb.exits.networks import cnn
 from darkdistill_nb.exits.training import BoostNet, Joint
 from darkdistill_nb.federated.availability import Availability
+from darkdistill_nb.federated import method as federated
 from darkdistill_nb.federated.engine import Here, play_round, simulate
-from darkdistill_nb.federated.method import EEFL, Client
-from darkdistill_nb.federated.tape import Abreast, Step, Taped
+from darkdistill_nb.federated.method import EEFL, Client, steady
+from darkdistill_nb.federated.tape import MOST, Abreast, Given, Step, Taped
 from small import NETS, SHAPE, images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -367,3 +368,157 @@ def test_a_weight_called_zip_is_no_trouble(calls):
     losses, states = taped.abreast(net, [start] * 2, [data] * 2, *how, [None] * 2)
     alone = taped(net, data, *how, loss=nn.functional.cross_entropy, forward=forward)
     assert losses == [alone] * 2 and torch.equal(states[1]["zip"], net.zip)
+
+
+METHODS_ON_TAPE = ["calibrated_eefl", "calibrated_mean", "darkdistill", "darkdistill_pl"]
+
+
+@pytest.mark.parametrize("name", METHODS_ON_TAPE)
+def test_clients_that_report_and_have_losses_of_their_own_train_beside_each_other(name, calls, monkeypatch):
+    "The bits of `fit`: weights, what the server remembers, what was reported."
+    beside = run(METHODS.make(name, **SETTINGS), rounds=7)
+    assert calls and max(calls) == 3
+    monkeypatch.setattr(federated, "Taped", lambda: None)
+    alone_ = run(METHODS.make(name, **SETTINGS), rounds=7)
+    same(beside, alone_)
+    for part in ("server", "objective"):
+        mine, theirs = beside.state[part], alone_.state[part]
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(v, theirs[k]) for k, v in mine.items())
+
+
+class Ramp(EEFL):
+    "A number in its loss changes from round to round."
+
+    @steady
+    def local_loss(self, net, weights, data, rnd):
+        k = 1.0 + rnd
+        return lambda raw, y: k * self.objective.loss(raw, y)[0]
+
+
+class Tilted(EEFL):
+    "A tensor in its loss belongs to the client: so many images of each class."
+
+    @steady
+    def local_loss(self, net, weights, data, rnd):
+        tilt = torch.bincount(data.y, minlength=net.n_classes).float().log1p()
+        return lambda raw, y: self.objective.loss([f + tilt for f in raw], y)[0]
+
+
+class Mixed(EEFL):
+    "The loss is a kind of its own for every other client."
+
+    @steady
+    def local_loss(self, net, weights, data, rnd):
+        factor = 1.0 + len(data) % 2
+        return lambda raw, y: factor * self.objective.loss(raw, y)[0]
+
+
+class Remembers(EEFL):
+    "A loss that counts cannot be taken apart; marked or not, it trains as ever."
+
+    @steady
+    def local_loss(self, net, weights, data, rnd):
+        calls = 0
+
+        def loss(raw, y):
+            nonlocal calls
+            calls += 1
+            return calls * self.objective.loss(raw, y)[0]
+
+        return loss
+
+
+@pytest.mark.parametrize("kind", [Ramp, Tilted, Mixed, Remembers])
+def test_a_marked_loss_gives_the_bits_of_fit(kind, monkeypatch):
+    taped = run(kind(Joint(), **SETTINGS), rounds=11)
+    monkeypatch.setattr(federated, "Taped", lambda: None)
+    same(taped, run(kind(Joint(), **SETTINGS), rounds=11))
+
+
+def test_only_the_first_kinds_of_a_loss_get_a_tape():
+    method = Ramp(Joint(), **SETTINGS)
+    run(method, rounds=MOST + 3)
+    kinds = {key[2] for key in method._taped.steps}
+    assert len(kinds) == MOST
+
+
+def test_tilted_clients_train_beside_each_other(calls):
+    run(Tilted(Joint(), **SETTINGS))
+    assert calls
+
+
+def test_a_mark_counts_only_if_what_it_calls_is_marked_too():
+    class Plain(EEFL):
+        def local_loss(self, *given):
+            return EEFL.local_loss(self, *given)
+
+    class Marked(Plain):
+        @steady
+        def local_loss(self, *given):
+            return Plain.local_loss(self, *given)
+
+    assert Tilted()._same_step() and not Marked()._same_step()
+    own = Tilted()
+    own.local_loss = steady(lambda *given: None)  # on the object: nobody knows what it replaces
+    assert not own._same_step()
+
+
+class Scribbles(EEFL):
+    "Its report spoils what the client was sent; not marked, so it gets copies."
+
+    def report(self, weights, data, client, rnd, streams):
+        for v in weights.values():
+            v.zero_()
+        return dict(size=torch.tensor(len(data)))
+
+
+def test_a_report_may_write_into_what_it_is_given(calls):
+    spoiled, plain = Scribbles(Joint(), **SETTINGS), EEFL(Joint(), **SETTINGS)
+    for m in (spoiled, plain):
+        state, s = m.setup(NETS["cnn"]()), Streams(0)
+        data = images(150)
+        before = {k: v.clone() for k, v in state["net"].items()}
+        for rnd in range(7):
+            play_round(m, state, data, federation(data), rnd, s)
+        assert all(torch.equal(v, before[k]) for k, v in state["net"].items())
+    assert calls
+
+
+def test_a_report_that_fails_is_the_clients_own_fault(calls):
+    class Fails(EEFL):
+        def report(self, weights, data, client, rnd, streams):
+            if client.id == 2 and rnd > 5:
+                raise ValueError("no report today")
+            return {}
+
+    with pytest.warns(UserWarning, match="no report today"):
+        log = run(Fails(Joint(), **SETTINGS)).log
+    assert [len(r["left_out"]) for r in log] == [0] * 6 + [1]
+    assert calls
+
+
+def test_a_loss_is_taken_apart():
+    a = torch.tensor([1.0, 2.0])
+    loss = Given(lambda raw, y: (raw + a).sum())
+    assert loss.tensors == [a] and float(loss.of([2 * a])(a, None)) == 9 == float(loss(2 * a, None))
+    for odd in (3, lambda raw, y: layer(raw)):
+        with pytest.raises(ValueError, match="loss"):
+            Given(odd)
+
+
+layer = nn.Linear(2, 2)
+
+
+def test_clients_of_two_kinds_are_not_beside_each_other():
+    net, data = nn.Linear(3, 2), ArrayData(torch.randn(16, 1, 1, 3), torch.arange(16) % 2)
+    net = nn.Sequential(nn.Flatten(), net)
+    of = lambda k: Given(lambda raw, y: k * nn.functional.cross_entropy(raw, y))
+    taped, how = Taped(), (1, 0.05, 0.9, 0.0, 8)
+    for _ in range(4):
+        taped(net, data, *how, loss=of(1.0), forward=net)
+    ask = lambda losses: taped.abreast(net, [net.state_dict()] * 2, [data] * 2, *how, [None] * 2, losses)
+    ask([of(1.0), of(1.0)])
+    for odd in ([of(1.0), of(2.0)], [of(2.0)] * 2, None):
+        with pytest.raises(ValueError, match="of the kind that is on tape"):
+            ask(odd)

@@ -222,7 +222,7 @@ def digits():
     return load("digits", n_train=300, n_test=60)
 
 
-@pytest.mark.parametrize("name", ["eefl", "darkdistill", "depthfl", "inclusivefl"])
+@pytest.mark.parametrize("name", ["eefl", "darkdistill", "calibrated_eefl", "depthfl", "inclusivefl"])
 def test_simulate_gives_the_weights_of_fit(name, digits, monkeypatch):
     train, test = digits
     clients = make_clients(train.y, 8, gamma=1.0, tiers=(0.5, 0.5))
@@ -242,7 +242,7 @@ def test_simulate_gives_the_weights_of_fit(name, digits, monkeypatch):
 def test_only_plain_clients_are_taped():
     "Whoever changes a client's part, on the class or on the object, is trained as ever."
     plain = [name for name in METHODS if METHODS.make(name)._same_step()]
-    assert {"eefl", "darkdistill"} <= set(plain)
+    assert {"eefl", "darkdistill", "calibrated_eefl"} <= set(plain)
     assert not {"depthfl", "inclusivefl", "reefl"} & set(plain)
     own = EEFL()
     own.local_loss = lambda *args: None

@@ -277,11 +277,11 @@ def _parse_grade(sub):
 # %% ../../nbs/6_app/cli.ipynb #1219ad78
 TOUR = """
 a first hour:
-  darkdistill run --rounds 10 --seeds 1       train three methods on shapes
-  darkdistill run                             the same: runs/shapes16-001
-  darkdistill run --resume runs/shapes16-001  go on after Ctrl-C or a crash
-  darkdistill run --gamma 0.1 --out uneven    other settings, another folder
-  darkdistill compare runs/shapes16-001 uneven --html both.html
+  darkdistill run --rounds 10 --seeds 1 --out quick  a quick look: one seed
+  darkdistill run --out even                  three methods, three seeds: minutes
+  darkdistill run --resume even               go on after Ctrl-C or a crash
+  darkdistill run --gamma 0.1 --out uneven    the same with other clients
+  darkdistill compare even uneven --html both.html
   darkdistill report uneven                   draw its report.html again
 
 more:

@@ -9,7 +9,7 @@ Docs: https://darkdistill.github.io/darkdistill_nb/6_app/labs.html.md"""
 __all__ = ['NOT_DONE', 'as_numbers', 'agree', 'answer_of', 'is_grading', 'Lab']
 
 # %% ../../nbs/6_app/labs.ipynb #2dcbd8c1
-import inspect, os, platform
+import inspect, os, platform, types
 from contextlib import contextmanager
 import torch
 from fastcore.basics import patch
@@ -25,6 +25,10 @@ def _insist(ok, text):
 # %% ../../nbs/6_app/labs.ipynb #118c3669
 def _tensor(answer):
     "Numbers, nested in any way, as one tensor of 64-bit floats."
+    if isinstance(answer, tuple) and hasattr(answer, "values"):
+        raise TypeError("`x.max(dim)` gives values and places: take its `.values`")
+    if isinstance(answer, (types.GeneratorType, map, zip, filter)):
+        raise TypeError("it makes numbers one by one: write `list(...)` around it")
     if isinstance(answer, (list, tuple)):
         return torch.stack([_tensor(a) for a in answer])
     return torch.as_tensor(answer, dtype=torch.double).detach().cpu()
@@ -161,7 +165,8 @@ def exercise(self:Lab,
         self.exercises[n] = "not done yet" if is_stub else "wrong"
         if is_grading() or not is_stub:
             raise
-        print(f"Exercise {n} is not done yet: write {what} above and run this cell again.")
+        todo = f"write {what} above in place of the line `raise ...`"
+        print(f"Exercise {n} is not done yet: {todo}, run that cell, then this one.")
     except Exception:
         self.exercises[n] = "wrong"
         raise

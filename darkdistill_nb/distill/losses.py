@@ -516,11 +516,10 @@ def dkd_loss(
     _pair(student, teacher)
     check(student.shape[1] > 1, "student's number of classes", student.shape[1], "at least 2")
     y, beta = check_labels(y, student).long(), _weight(beta, "beta", len(student))
-    (bs, rs), (bt, rt) = (
-        _target_and_rest(at_least_32(student) / T, y),
-        _target_and_rest(at_least_32(teacher).detach() / T, y),
-    )
-    return T * T * (alpha * _kl(bt, bs) + beta * _kl(rt, rs)).mean()
+    target_s, rest_s = _target_and_rest(at_least_32(student) / T, y)
+    target_t, rest_t = _target_and_rest(at_least_32(teacher).detach() / T, y)
+    tckd, nckd = _kl(target_t, target_s), _kl(rest_t, rest_s)
+    return T * T * (alpha * tckd + beta * nckd).mean()
 
 # %% ../../nbs/1_distill/losses.ipynb #b5c25959
 def pearson_gap(

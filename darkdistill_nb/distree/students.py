@@ -439,7 +439,7 @@ class DistrEELoss:
         alpha:float=.9,        # share of the teacher's answers
         tau:float=4.,          # temperature
         beta:float=5.,         # weight of activation transfer
-        drop:float=0.,         # probability that a student is missing for an image
+        drop:float=0.,         # probability that a student is missing, except the one that stays
         local:bool=True,       # train the local heads too
         generator=None,        # draws the missing students
     ):

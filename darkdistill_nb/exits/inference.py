@@ -362,18 +362,18 @@ SCHEMES = ("msdnet", "quantile", "shared", "lagrange")
 # %% ../../nbs/2_exits/inference.ipynb #31eae88f
 def _gate_loss(X, gate, assign, right, c, budget, alpha_ce, alpha_cost, beta):
     "EENet's loss and the soft assignment (N, E) of samples to exits."
-    before, r, u = X[0][:, :0], [], []
-    for x, score, mlp in zip(X, gate.layers, assign):
-        x = torch.cat([x, before], -1)
-        u.append(score(x))
-        r.append(mlp(x))
-        before = torch.cat([before, u[-1].sigmoid().detach()], -1)
+    s, s_logits, r = X[0][:, :0], [], []  # s: the scores so far, as constants
+    for x, score, assigner in zip(X, gate.layers, assign):
+        x = torch.cat([x, s], -1)
+        s_logits.append(score(x))
+        r.append(assigner(x))
+        s = torch.cat([s, s_logits[-1].sigmoid().detach()], -1)
     log_a = torch.cat(r, -1).log_softmax(-1)
     a = log_a.exp()
-    w, t = a.detach() / a.detach().sum(0), before**beta / (before**beta).sum(-1, keepdim=True)
-    bce = (
-        w * F.binary_cross_entropy_with_logits(torch.cat(u, -1), right, reduction="none")
-    ).sum() / len(X)
+    w = a.detach() / a.detach().sum(0)
+    t = s**beta / (s**beta).sum(-1, keepdim=True)
+    each = F.binary_cross_entropy_with_logits(torch.cat(s_logits, -1), right, reduction="none")
+    bce = (w * each).sum() / len(X)
     cost = ((a @ c).mean() / budget - 1).abs()
     return bce + alpha_ce * F.kl_div(log_a, t, reduction="batchmean") + alpha_cost * cost, a
 

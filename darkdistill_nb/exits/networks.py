@@ -488,6 +488,8 @@ class _Plan:
     layers count from 1, scales from 0."""
 
     def __init__(self, S, L, channels, growth, size, norm):
+        # part: layers before a scale is dropped; n[l]: finest scale's channels after layer l
+        # factor[s], size[s]: channels of scale s relative to the finest, and its (H, W)
         self.S, self.part, self.growth, self.norm = S, math.ceil(L / S), growth, norm
         self.factor, self.size, self.n = [min(2**s, 4) for s in range(S)], [tuple(size)], [channels]
         for _ in range(S - 1):

@@ -1143,12 +1143,14 @@ def main(
         prog="darkdistill bench", description="Measure costs on this machine; ratios of one run."
     )
     sub = p.add_subparsers(dest="name", required=True)
-    d = sub.add_parser("distill", help="distillation steps beside a plain training step")
-    e = sub.add_parser("exits", help="early exits beside always the last exit")
-    f = sub.add_parser("federated", help="federated training beside other simulators")
+    more = "; ratios of one run, on this machine."
+    add = lambda name, what: sub.add_parser(name, help=what, description=what.capitalize() + more)
+    d = add("distill", "distillation steps beside a plain training step")
+    e = add("exits", "early exits beside always the last exit, image by image and in batches")
+    f = add("federated", "federated training beside other simulators, CPU time a client-step")
     _add_counts(d, rounds=32, threads=1, batch=32, steps=1)
     _add_counts(e, rounds=3, threads=1)
-    r = sub.add_parser("run", help="a whole `darkdistill run` beside the machine's limit")
+    r = add("run", "a whole darkdistill run beside the machine's limit for its arithmetic")
     r.add_argument("folder", nargs="?", help="a finished run (default: run it now, in minutes)")
     r.set_defaults(device="cpu", threads=1)
     _add_federated(f)

@@ -24,11 +24,14 @@ from ..core.records import Record, write_atomic
 from ..core.registry import CONTROL, METHODS
 from .settings import LATER, todays_names
 from darkdistill_nb.experiments.story import (
+    at_budgets,
     at_half,
+    hard_images_figure,
     mean_budgets,
     measure_unalignment,
     receptive_fields,
     findings,
+    right_by_difficulty,
     story_figure,
     story_text,
     unit_of,
@@ -43,6 +46,7 @@ def _with_thresholds(run, held_out, logits, y, costs):
         valid=accuracy(valid, right).tolist(),
         budget=budget_curve(valid, logits, y, costs),
         half=at_half(valid, right, logits, y, costs),
+        curve=at_budgets(valid, right, logits, y, costs),
     )
 
 # %% ../../nbs/5_experiments/report.ipynb #d937e367
@@ -68,6 +72,7 @@ def measure_run(
         half=None,
         bin_width=bin_width,
         difficulty=_tier_difficulty(run, train, clients, device, bin_width),
+        by_difficulty=right_by_difficulty(logits, test.y, bin_width),
     )
     if len(v):
         final |= _with_thresholds(run, train.subset(v).to(device), logits, test.y.cpu(), costs)
@@ -1131,8 +1136,10 @@ _TEXT = dict(
     "and for those that never were.",
     story="Marks: one exit for all images, mean and 95 % interval over seeds; "
     "dashed: exits chosen by chance. "
-    "Solid: thresholds for rising shares of early leavers; "
-    "star: thresholds for half of the full cost. All are set on validation images.",
+    "Solid: thresholds for rising budgets; star: for half of the full cost, "
+    "both set on validation images. All methods are in Accuracy against cost, below.",
+    by_difficulty="Test images by their loss at exit 1: how many there are (bars), and how many "
+    "of them the first and the last exit get right (mean over seeds).",
     table="Accuracy on the test set. Each number is the mean over seeds, "
     "± the spread over seeds (sample standard deviation), not over exits. "
     "Differences are taken seed by seed, on the same clients, first weights and order of images.",
@@ -1159,6 +1166,12 @@ _TEXT = dict(
     "Seconds are those of the simulation, in which the clients of one job run one after the other.",
 )
 
+# %% ../../nbs/5_experiments/report.ipynb #6d0304b5
+def _drawn(name, fig, label):
+    "A figure of the first screen, with its caption."
+    caption = f"<figcaption>{_TEXT[name]}</figcaption>"
+    return f'<figure aria-label="{label}">{figure_html(fig, name)}{caption}</figure>'
+
 # %% ../../nbs/5_experiments/report.ipynb #7330f614
 def _story(record):
     "The first screen: what the run shows, in sentences and in one figure."
@@ -1167,14 +1180,12 @@ def _story(record):
         f'{html.escape(f.text)}</li>'
         for f in findings(record)
     )
-    drawn = figure_html(story_figure(record), "story")
     heads = " ".join(f.headline for f in findings(record) if f.claim != "why")
     lead = f"<p class=lead aria-hidden=true><b>{html.escape(heads)}</b></p>"  # narrow screens only
-    label = "Accuracy against cost: exits, and thresholds"
-    drawn = (
-        f'<figure aria-label="{label}">{drawn}<figcaption>{_TEXT["story"]}</figcaption></figure>'
-    )
-    return f"{lead}<div class=story>{drawn}<ul>{text}</ul></div>"
+    drawn = _drawn("story", story_figure(record), "Accuracy against cost: exits, and thresholds")
+    if fig := hard_images_figure(record):
+        drawn += _drawn("by_difficulty", fig, "What exits get right, by difficulty")
+    return f"{lead}<div class=story><div>{drawn}</div><ul>{text}</ul></div>"
 
 # %% ../../nbs/5_experiments/report.ipynb #4d04ce9d
 def _tiles(record):

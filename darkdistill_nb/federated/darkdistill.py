@@ -107,8 +107,8 @@ def pair_loss(
     if weights == "uniform":
         w = torch.full((len(a),), 1 / len(a), device=x.device)
     else:
-        mu, tau = torch.stack([d[q].mean() for q in Q]), 1 / len(S) if sharp else tau
-        w = alignment_weights(d[S], mu, tau)
+        mu = torch.stack([d[q].mean() for q in Q])
+        w = alignment_weights(d[S], mu, 1 / len(S) if sharp else tau)
     with torch.no_grad():
         target = rkd.relations(at[-1][S])  # once, for all exits of the student
     return sum(w[e] * rkd(a[e], target) for e in range(len(a))) / len(a)

@@ -898,7 +898,9 @@ def simulate(
     checkpoint=None,  # file for the state after each round; continued from if it is there
     on_round=None,  # called with each new log entry
     device="cpu",
-    workers=1,  # processes that train clients on a CPU, this one included where they are small, or "auto": as many as pay; the result does not depend on it
+    # processes that train clients on a CPU, this one included where they are small, or "auto": as
+    # many as pay; the result does not depend on it
+    workers=1,
     progress: bool = None,  # a progress bar; None: in a terminal and in a live notebook
     faults: str = "warn",  # warn: leave out answers that cannot be used, with a warning; raise: end with the first
     engine=None,  # where clients are, see `Here`; None: in this process and its `workers`

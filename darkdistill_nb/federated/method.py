@@ -170,6 +170,18 @@ def _check_alike(weights, first):
         shape = first[name][1]
         check(v.shape == shape, name, tuple(v.shape), f"of shape {tuple(shape)} in all sets")
 
+# %% ../../nbs/3_federated/method.ipynb #9be75042
+PIECE = 2**15  # numbers that are widened at a time
+
+def _add_wide(total, v, n):
+    "Add `n` times `v` to 64-bit sums. PyTorch widens a whole tensor first; pieces stay in the cache."
+    plain = v.device.type == "cpu" and v.is_contiguous() and total.is_contiguous()
+    if not plain or v.numel() <= PIECE:
+        total.add_(v, alpha=n)
+        return
+    for t, p in zip(total.view(-1).split(PIECE), v.view(-1).split(PIECE)):
+        t.add_(p, alpha=n)
+
 # %% ../../nbs/3_federated/method.ipynb #95ca2fa3
 class Mean:
     "A weighted mean that grows: `add` takes one set of weights at a time and keeps only the sums, in 64 bit."
@@ -191,7 +203,7 @@ class Mean:
             if not v.is_floating_point():
                 self.sums[name] = torch.maximum(v, self.sums[name]) if self.n else v.clone()
             elif self.n:
-                self.sums[name].add_(v, alpha=n)  # widened number by number, without a copy
+                _add_wide(self.sums[name], v, n)
             else:
                 self.sums[name] = v.double().mul_(n)
         self.n += n
@@ -451,6 +463,7 @@ def steady(
     part # function: a method's receive, local_loss, local_update or report
 ):       # the same function
     "Mark a part of a method that leaves a client's step the same list of operations, see above."
+    check(callable(part), "part", part, "a function")
     part.steady = True
     return part
 
@@ -478,7 +491,7 @@ def _same_step(self: EEFL):
 def _quickest(self: EEFL, loss):
     "(what trains a client, its loss): the trainer that was put in place, or for plain steps a tape."
     tape = self._taped if self._train is fit else self._train
-    if not isinstance(tape, Taped) or not self._same_step():
+    if not hasattr(tape, "takes") or not self._same_step():  # no tape, or no plain step
         return self._train, loss
     try:
         return tape, loss if _own(self, "local_loss") else Given(loss)
@@ -497,6 +510,7 @@ def report(self:EEFL,
     "What a client tells the server besides its trained weights, here nothing; asked before it trains."
     return {}
 
+# %% ../../nbs/3_federated/method.ipynb #a11e605b
 @patch
 def local_update(self:EEFL,
     weights:dict,    # as received
@@ -746,7 +760,7 @@ def _reads(self: EEFL):
 @patch
 def _plain(self: EEFL):
     "Does a client do what a client of EEFL does, but for marked parts, with steps that a tape can hold?"
-    tape = self._train is fit and isinstance(self._taped, Taped)
+    tape = self._train is fit and self._taped is not None
     return tape and self._same_step() and _steady(self, "local_update")
 
 # %% ../../nbs/3_federated/method.ipynb #781d00cb
@@ -762,6 +776,7 @@ def _heard(self: EEFL, sent, data, clients, rnd, streams):
     net = self.tier_net(clients[0].tier)
     return told, [Given(self.local_loss(net, w, d, rnd)) for w, d, _ in given]
 
+# %% ../../nbs/3_federated/method.ipynb #c6012729
 @patch
 def _abreast(self: EEFL, sent, data, clients, rnd, streams, lend):
     """For each client of one tier an `Update` as of `local_update`, or the error that it would raise;

@@ -214,3 +214,32 @@ def last_safe(risks, n, epsilon, delta):
             break
         last = i
     return last
+
+
+# wrong exit_of: thresholds run along the samples -> T[:, None]
+def exit_of(conf, T):
+    leave = conf >= T if conf.shape[-1] == len(T) else conf >= T[:1].expand(1, len(T))
+    leave[-1] = True
+    return leave.int().argmax(0)
+
+
+# wrong thresholds_of: shares are cut off, not rounded -> `int` cuts to 57
+def thresholds_of(conf, shares):
+    E, N = conf.shape
+    here, T = torch.ones(N, dtype=torch.bool), []
+    for e in range(E - 1):
+        n = int(shares[e] * N)
+        v = conf[e][here].sort(descending=True).values
+        T.append(float(v[n - 1]) if n else float("inf"))
+        here = here & (conf[e] < T[e])
+    return [*T, float("-inf")]
+
+
+# wrong coin_toss: also pairs that lie on one side of the budget -> so that p is between 0 and 1
+def coin_toss(costs, accuracy, budget):
+    best = 0.0
+    for a in range(len(costs)):
+        for b in range(a + 1, len(costs)):
+            p = (budget - costs[a]) / (costs[b] - costs[a])
+            best = max(best, (1 - p) * accuracy[a] + p * accuracy[b])
+    return best

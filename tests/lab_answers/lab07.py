@@ -154,3 +154,33 @@ def step_ratio(old, clients, server):
         (server[k] - clients[k]).norm() / (clients[k] - old[k]).norm().clamp(min=1e-9) for k in old
     ]
     return sum(far) / len(far)
+
+
+# wrong table_of: labels that nobody has are cut off -> (minlength)
+def table_of(d, y, K, bins):
+    b = d.long().clamp(max=bins - 1)
+    return torch.bincount(y * bins + b).view(-1, bins)
+
+
+# wrong generator_loss: the teacher's own exit 1 judges difficulty -> the loss of *first*, the global exit
+def generator_loss(taught, first, y, d, lam):
+    found = F.cross_entropy(taught[0], y, reduction="none")
+    return lam * sum(F.cross_entropy(f, y) for f in taught) + (d - found).abs().mean()
+
+
+# wrong generator_loss: the batch's mean difficulty for each latent -> a number for each latent
+def generator_loss(taught, first, y, d, lam):
+    found = F.cross_entropy(first, y)
+    return lam * sum(F.cross_entropy(f, y) for f in taught) + (d - found).abs().mean()
+
+
+# wrong exit_weights: normalised by columns -> is each *row* divided by its sum
+def exit_weights(d, mu, tau):
+    delta = (d[:, None] - mu[None]).abs()
+    return (-(delta / delta.sum(0)).mean(0) / tau).softmax(0)
+
+
+# wrong step_ratio: the root forgotten -> squares give 4
+def step_ratio(old, clients, server):
+    size = lambda a, b: sum((a[k] - b[k]).pow(2).sum() for k in a)
+    return size(server, clients) / size(clients, old)

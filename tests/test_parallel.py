@@ -103,6 +103,38 @@ def test_a_job_that_kills_its_worker_is_tried_again_as_often_as_asked(tmp_path):
     assert got[1] == 0 and more == dict.fromkeys(range(4), 0)
 
 
+def struck_at_birth(monkeypatch, times):
+    "The next `times` new workers are killed while they start."
+    real, left = Workers._replace, [None] * times
+
+    def replace(self, conn):
+        known = set(self.procs)
+        real(self, conn)
+        if left:
+            left.pop()
+            os.kill(self.procs[(set(self.procs) - known).pop()].pid, signal.SIGKILL)
+
+    monkeypatch.setattr(Workers, "_replace", replace)
+
+
+def test_a_new_worker_that_is_killed_while_it_starts_is_replaced_again(tmp_path, monkeypatch):
+    struck_at_birth(monkeypatch, 2)
+    with Workers(1, constantly, dies_first) as workers:
+        assert dict(workers.run([(str(tmp_path),), (str(tmp_path),)], again=1)) == {0: 1, 1: 1}
+
+
+def test_the_fourth_new_worker_in_a_row_that_is_killed_is_too_many(tmp_path, monkeypatch):
+    struck_at_birth(monkeypatch, 9)
+    with Workers(1, constantly, dies_first) as workers, pytest.raises(WorkerLost):
+        list(workers.run([(str(tmp_path),)], again=1))
+
+
+def dies_first(folder):
+    if not os.listdir(folder):
+        dies_at(folder, True)
+    return 1
+
+
 def dies_at(folder, deadly):
     if deadly:
         open(os.path.join(folder, str(os.getpid())), "w").close()

@@ -382,7 +382,7 @@ class Workers:
         self.packed, self.how, self.room = _packed(start, args), (keep, nested), room
         self.spawn, self.procs, self.rooms, self.messages = Spawn(), {}, {}, {}
         self.ahead = whole(ahead, "ahead", 0)
-        self.begun, self.starting, self.busy = set(), set(), False
+        self.begun, self.starting, self.busy, self.failed = set(), set(), False, 0
         try:
             with _deaf():
                 made = [self._add(*self.how) for _ in range(n)]
@@ -423,8 +423,8 @@ def _add(self: Workers, keep, nested):
 @patch
 def _greet(self: Workers, conn):
     "What a worker needs before its first job. One that has gone is missed then."
-    names = self.rooms[conn] and [[r.name for r in pair] for pair in self.rooms[conn]]
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, KeyError, TypeError):  # it may be replaced meanwhile
+        names = self.rooms[conn] and [[r.name for r in pair] for pair in self.rooms[conn]]
         conn.send_bytes(pickle.dumps(names))
         conn.send_bytes(self.packed)
 
@@ -457,7 +457,7 @@ def _hear(self: Workers, conn, i, again=None):
         kind, what = pickle.loads(conn.recv_bytes())
     except (EOFError, OSError):
         gone = self._lost(conn, i)
-        if again is None or not gone.begun:
+        if again is None or not (gone.begun or conn in self.starting):
             raise gone from None
         return "lost", gone
     self.begun.add(conn)
@@ -478,6 +478,15 @@ def _replace(self: Workers, conn):
         new = self._add(*self.how)
     self.starting.add(new)
     threading.Thread(target=self._greet, args=[new], daemon=True).start()  # it reads in seconds
+
+@patch
+def _try_again(self: Workers, conn, gone):
+    "Another new worker for one that has gone while it started; the fourth in a row is too many."
+    self.failed += 1
+    if self.failed > 3:
+        raise gone
+    self.starting.remove(conn)
+    self._replace(conn)
 
 # %% ../../nbs/0_core/parallel.ipynb #19e1bf72
 @patch
@@ -535,13 +544,15 @@ def _results(self: Workers, jobs, said, again, here):
                 said(its[0], *what)
             if kind == "ready" and conn in self.starting:
                 self.starting.remove(conn)
-                at[conn] = []
+                at[conn], self.failed = [], 0
             if kind == "done":
                 i = its.pop(0)
                 # the worker goes on while the caller looks at the result
                 self._hand_out(jobs, todo, at)
                 yield i, what
-            if kind == "lost":
+            if kind == "lost" and conn in self.starting:
+                self._try_again(conn, what)
+            elif kind == "lost":
                 i = self._gone(conn, todo, at, lost)
                 if lost[i] > again:
                     yield i, what

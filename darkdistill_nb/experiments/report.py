@@ -67,9 +67,7 @@ def measure_run(
     final = dict(
         accuracy=acc,
         mean=sum(acc) / len(acc),
-        valid=None,
-        budget=None,
-        half=None,
+        **dict.fromkeys(("valid", "budget", "half")),
         bin_width=bin_width,
         difficulty=_tier_difficulty(run, train, clients, device, bin_width),
         by_difficulty=right_by_difficulty(logits, test.y, bin_width),
@@ -1149,6 +1147,10 @@ _TEXT = dict(
     "set on the clients' pooled validation images and applied to the test set. "
     "Dashed: the exits themselves, joined; choosing exits by chance reaches this line, "
     "so only what lies above it is due to the confidences.",
+)
+
+# %% ../../nbs/5_experiments/report.ipynb #505ec2b4
+_TEXT |= dict(
     clients="Images of each class at each client, sorted by tier, for seed {seed}; "
     "the other seeds are in the table. "
     "Clients hold {real:.1f} effective classes on average; "

@@ -9,10 +9,11 @@ Docs: https://darkdistill.github.io/darkdistill_nb/3_federated/engine.html.md"""
 __all__ = ['Here', 'Absent', 'believed', 'evaluate', 'play_round', 'Run', 'save_state', 'load_state', 'simulate', 'train_alone']
 
 # %% ../../nbs/3_federated/engine.ipynb #1433b714
-import contextlib, copy, itertools, logging, math, pickle, sys, time, warnings
+import contextlib, copy, itertools, logging, math, os, pickle, sys, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import torch
+from ..core.cells import ready_folder
 from ..core.checks import check, choice, flag, scalar, whole
 from ..core.data import ArrayData
 from ..core.parallel import Memory, Workers, cores, processes_for, sendable
@@ -32,7 +33,7 @@ from darkdistill_nb.federated.method import (
     nbytes,
 )
 from .stacked import Noted, fit_together
-from .tape import Taped, in_bf16
+from .tape import Taped, facts, in_bf16
 from fastcore.basics import patch
 
 # %% ../../nbs/3_federated/engine.ipynb #c459fbf0
@@ -45,6 +46,8 @@ def _ask(method, weights, data, client, rnd, streams):
         return method.local_update(own, data, client, rnd, streams)
     except _FATAL:
         raise
+    except SystemExit as e:
+        return RuntimeError(f"it called sys.exit({e.code})")
     except Exception as e:
         return e
 
@@ -208,16 +211,30 @@ class _Way:
             del method._train
 
 # %% ../../nbs/3_federated/engine.ipynb #28784b9a
+KEPT = "its method changes while clients are asked: what it keeps in itself would be one client's"
+
+@patch
+def note(self: _Way, method, ask, n):
+    "What each client would train, and why that cannot be one batch."
+    tells = lambda: (facts(method), facts(method.objective))
+    before, noted = tells(), []
+    for i in range(n):
+        noted.append(self.ask(method, Noted.note, ask, i))
+        if tells() != before:
+            return noted, KEPT
+    return noted, ""
+
 @patch
 def __call__(self: _Way, method, ask, n):
     "(number, answer) of clients 0..n-1, in this order."
-    why = method.one_by_one() if self.stack else ""
+    why, noted = method.one_by_one() if self.stack else "", []
+    if self.stack and not why:
+        noted, why = self.note(method, ask, n)
     self.say(why)
     alone = self.trainer(method)
     if why or not self.stack:
         yield from ((i, self.ask(method, alone, ask, i)) for i in range(n))
         return
-    noted = [self.ask(method, Noted.note, ask, i) for i in range(n)]
     visits = {i: a.visit for i, a in enumerate(noted) if isinstance(a, Noted)}
     with self.low():
         trained = dict(zip(visits, fit_together(list(visits.values()), self.stacks)))
@@ -432,6 +449,15 @@ def evaluate(
     method.recall(state)
     return accuracy(method.decide(net, data), data.y).tolist()
 
+# %% ../../nbs/3_federated/engine.ipynb #1299d20f
+def _checked(info, own):
+    "What a method tells the log: a dict with names that the log does not have yet."
+    ok = isinstance(info, dict) and all(isinstance(k, str) for k in info)
+    check(ok, "info", info, "a dict whose keys are texts")
+    taken = sorted(info.keys() & own.keys())
+    check(not taken, "info", taken, "named in another way: the log has these itself")
+    return info
+
 # %% ../../nbs/3_federated/engine.ipynb #fc03b933
 def play_round(
     method:EEFL,
@@ -462,7 +488,7 @@ def play_round(
     state, told = method.survey(
         state, believed(method, engine, rnd, faults), clients, rnd, streams, judged
     )
-    return state, dict(
+    own = dict(
         round=rnd + 1,
         loss=sum(u.loss * u.samples for u in updates) / samples if updates else None,
         clients=[int(c.id) for c in drawn],
@@ -471,9 +497,8 @@ def play_round(
         bytes_up=updates.bytes,
         seconds_clients=t1 - t,
         seconds_server=t2 - t1,
-        **info,
-        **told,
     )
+    return state, {**own, **_checked(info, own), **_checked(told, own)}
 
 # %% ../../nbs/3_federated/engine.ipynb #9953b6f0
 @dataclass
@@ -583,6 +608,10 @@ _STATE = ("net", "server", "objective")
 
 def save_state(path, state, meta):
     "Write a method's state and JSON `meta` into one file."
+    for part in state.values():
+        ok = isinstance(part, dict) and all(isinstance(k, str) for k in part)
+        ok = ok and all(isinstance(v, torch.Tensor) for v in part.values())
+        check(ok, "state", part, "a dict of tensors whose names are texts")
     tensors = {f"{part}/{k}": v for part, d in state.items() for k, v in d.items()}
     return save_tensors(path, tensors, meta)
 
@@ -652,6 +681,16 @@ def _resume(path, marks, first, rounds, device):
             f"ask for at least {len(log)}, or {again}"
         )
     return {p: {k: v.to(device) for k, v in d.items()} for p, d in state.items()}, log
+
+# %% ../../nbs/3_federated/engine.ipynb #1f3d8bef
+def _check_paths(checkpoint, on_round):
+    "Before any work: can the checkpoint be written, can `on_round` be called?"
+    check(on_round is None or callable(on_round), "on_round", on_round, "a function, or None")
+    if checkpoint:
+        path = isinstance(checkpoint, (str, os.PathLike))
+        check(path, "checkpoint", checkpoint, "the path of a file, or None")
+        check(not Path(checkpoint).is_dir(), "checkpoint", checkpoint, "a file, not a folder")
+        ready_folder(Path(checkpoint).parent)
 
 # %% ../../nbs/3_federated/engine.ipynb #34af4279
 def _continued(checkpoint, started, rounds, device, precision, availability=None):
@@ -769,7 +808,7 @@ def _pool(workers, choice, *start):
         pool.begin()
         choice.memory.write("start", seconds=time.perf_counter() - t)
         return pool
-    except (ValueError, RuntimeError, OSError) as e:
+    except (ValueError, RuntimeError, OSError, AssertionError) as e:
         warnings.warn(f"workers='auto' goes on in one process: {e}", stacklevel=6)
         if pool:
             pool.close()
@@ -858,7 +897,11 @@ def _chosen(workers, alone, started, state, rounds, progress, share, way=None):
         return min(workers, len(clients)), None
     if min(cores(), len(clients)) == 1:
         return 1, None
-    choice = _Choice(method, state, train, clients, Streams(seed), rounds, share, way=way)
+    try:
+        choice = _Choice(method, state, train, clients, Streams(seed), rounds, share, way=way)
+    except TypeError as e:  # it holds what cannot be copied, such as a lock
+        warnings.warn(f"workers='auto' goes on in one process: {e}", stacklevel=4)
+        return 1, None
     logging.getLogger("darkdistill").info("%s", choice)
     if _somebody_watches() if progress is None else progress:
         print(choice, file=sys.stderr)
@@ -916,6 +959,7 @@ def simulate(
         workers == "auto" or not isinstance(workers, str), "workers", workers, "a number or 'auto'"
     )
     seed, device = whole(seed, "seed", 0), pick_device(str(device))
+    _check_paths(checkpoint, on_round)
     asks = engine is None or all(callable(getattr(engine, k, None)) for k in ("answers", "ask"))
     check(asks, "engine", engine, "None, or an object with answers and ask, such as Here")
     faults = choice(faults, "faults", ("warn", "raise"))

@@ -141,7 +141,9 @@ def check_clients(
 )->None:
     "Raise `ValueError` unless ids differ, tiers exist, and everybody has images of its own to train on."
     images, exits = whole(images, "images"), whole(exits, "exits")
-    check(len(clients), "clients", clients, "a list of at least one Client")
+    ok = isinstance(clients, (list, tuple)) and len(clients)
+    ok = ok and all(isinstance(c, Client) for c in clients)
+    check(ok, "clients", clients, "a list of at least one Client")
     twice = [
         i for i, n in Counter(whole(c.id, "client id", None) for c in clients).items() if n > 1
     ]
@@ -494,7 +496,7 @@ def _quickest(self: EEFL, loss):
     if not hasattr(tape, "takes") or not self._same_step():  # no tape, or no plain step
         return self._train, loss
     try:
-        return tape, loss if _own(self, "local_loss") else Given(loss)
+        return tape, Given(loss, self.objective)
     except ValueError:  # it remembers something, or looks at a network
         return fit, loss
 
@@ -766,15 +768,15 @@ def _plain(self: EEFL):
 # %% ../../nbs/3_federated/method.ipynb #781d00cb
 @patch
 def _heard(self: EEFL, sent, data, clients, rnd, streams):
-    "(what each client reports, their losses; None: the same for all)"
+    "(what each client reports, their losses)"
     if not _steady(self, "report"):
         sent = [{k: v.clone() for k, v in w.items()} for w in sent]
     given = list(zip(sent, data, clients))
     told = [self.report(w, d, c, rnd, streams) for w, d, c in given]
-    if _own(self, "local_loss"):
-        return told, None
-    net = self.tier_net(clients[0].tier)
-    return told, [Given(self.local_loss(net, w, d, rnd)) for w, d, _ in given]
+    net, plain = self.tier_net(clients[0].tier), _own(self, "local_loss")
+    loss = lambda w, d: Given(self.local_loss(net, w, d, rnd), self.objective)
+    first = loss(*given[0][:2])
+    return told, [first if plain else loss(w, d) for w, d, _ in given]
 
 # %% ../../nbs/3_federated/method.ipynb #c6012729
 @patch

@@ -9,12 +9,12 @@ Docs: https://darkdistill.github.io/darkdistill_nb/3_federated/stacked.html.md""
 __all__ = ['Visit', 'Noted', 'Stack', 'Trained', 'fit_together']
 
 # %% ../../nbs/3_federated/stacked.ipynb #110b85ec
-import contextlib, copy, dis, types
+import contextlib, copy, dis, functools, types
 from dataclasses import dataclass
 import torch
 from ..core.checks import flag, number, whole
 from ..core.data import ArrayData
-from ..core.training import check_batches, shared_names, start_training
+from ..core.training import check_batches, fit, shared_names, start_training
 from ..exits.runner import record
 from torch import nn
 from torch.func import functional_call, vmap
@@ -67,9 +67,9 @@ class _Alone(Exception):
     "Why a visit cannot be stacked, in words that follow `because`."
 
 # %% ../../nbs/3_federated/stacked.ipynb #35bd1884
-def _writes(f):
-    "Does a function change variables of the function around it?"
-    code = f.__code__
+@functools.lru_cache(4096)
+def _writes(code):
+    "Does a function with this code change variables of the function around it?"
     return any(
         i.opname == "STORE_DEREF" and i.argval in code.co_freevars
         for i in dis.get_instructions(code)
@@ -89,6 +89,11 @@ def _no_tensors(v):
         raise _Alone("its loss looks at a collection of tensors")
 
 # %% ../../nbs/3_federated/stacked.ipynb #daa6dc44
+def _held(f):
+    "What a function holds: variables of the function around it, and default values."
+    cells = [c.cell_contents for c in f.__closure__ or ()]
+    return cells, list(f.__defaults__ or ()), dict(f.__kwdefaults__ or {})
+
 def _loss_key(v, tensors, depth=0):
     "All that a loss function is made of, but for the values of its tensors, which are put into `tensors`."
     if isinstance(v, torch.Tensor):
@@ -101,12 +106,13 @@ def _loss_key(v, tensors, depth=0):
         _no_tensors(v)
     if not isinstance(v, types.FunctionType):
         return id(v)
-    if depth > 8 or _writes(v):
+    if depth > 8 or _writes(v.__code__):
         raise _Alone("its loss remembers something from step to step")
     if any(isinstance(v.__globals__.get(n), nn.Module) for n in v.__code__.co_names):
         raise _Alone("its loss looks at a network")
-    cells = [c.cell_contents for c in v.__closure__ or ()]
-    return v.__code__, tuple(_loss_key(c, tensors, depth + 1) for c in cells)
+    cells, defaults, named = _held(v)
+    held = [*cells, *defaults, *named.values()]
+    return v.__code__, tuple(named), tuple(_loss_key(c, tensors, depth + 1) for c in held)
 
 # %% ../../nbs/3_federated/stacked.ipynb #e573d4d8
 def _with_tensors(v, tensors):
@@ -115,9 +121,12 @@ def _with_tensors(v, tensors):
         return next(tensors)
     if not isinstance(v, types.FunctionType):
         return v
-    cells = [_with_tensors(c.cell_contents, tensors) for c in v.__closure__ or ()]
-    closure = tuple(map(types.CellType, cells))
-    return types.FunctionType(v.__code__, v.__globals__, v.__name__, v.__defaults__, closure)
+    cells, defaults, named = _held(v)
+    closure = tuple(types.CellType(_with_tensors(c, tensors)) for c in cells)
+    defaults = tuple(_with_tensors(d, tensors) for d in defaults)
+    new = types.FunctionType(v.__code__, v.__globals__, v.__name__, defaults, closure)
+    new.__kwdefaults__ = {k: _with_tensors(d, tensors) for k, d in named.items()}
+    return new
 
 # %% ../../nbs/3_federated/stacked.ipynb #9a68da8a
 def _draws(m):
@@ -357,10 +366,11 @@ class _Group:
     def stack(self, copies, batch):
         "A stack of that size, made once."
         key = (self.key, copies, batch)
-        if key not in self.stacks:
+        s = self.stacks.pop(key, None)
+        if s is None:
             own = [t.new_zeros(copies, *t.shape[1:]) for t in self.tensors]
-            self.stacks[key] = Stack(self.visits[0], copies, batch, own, self.by_image)
-        s = self.stacks[key]
+            s = Stack(self.visits[0], copies, batch, own, self.by_image)
+        self.stacks[key] = s  # the last one used is the last one
         s.visit = self.visits[0]
         return s
 
@@ -435,10 +445,15 @@ class Trained:
 
     weights:dict     # name -> tensor
     losses:list      # mean loss per image, epoch by epoch (nats)
+    used:bool=False  # was it called? Whoever trains once more is trained by `fit`
 
     @torch.no_grad()
     def __call__(self, net, data, epochs, lr, *args, **kwargs):
         "The loss of the last epoch; raises `FloatingPointError` as `fit` does."
+        if self.used:
+            with torch.enable_grad():
+                return fit(net, data, epochs, lr, *args, **kwargs)
+        self.used = True
         for value in self.losses:
             if value - value != 0:
                 raise FloatingPointError(f"the training loss is {value}; lower lr={lr}")
@@ -451,6 +466,8 @@ class Trained:
 def _key(visit):
     "(what visits must agree in to be stacked, tensors of the loss)"
     _look_at(visit.net)
+    if not type(visit.data).__module__.startswith("darkdistill_nb."):
+        raise _Alone("its images are of a class of your own")
     tensors, v = [], visit
     code = _loss_key(v.loss, tensors)
     d = v.data
@@ -478,6 +495,8 @@ def fit_together(
     "Train the networks of many visits, those of equal kind as one batch of networks."
     stacks = {} if stacks is None else stacks
     groups, alone = _groups(visits)
+    for key in list(stacks)[: -16 * (1 + len(groups))]:  # kinds that did not come back
+        del stacks[key]
     out = [alone.get(i) for i in range(len(visits))]
     for (key, _), members in groups.items():
         members.sort(key=lambda m: -len(visits[m[0]].data))
@@ -490,7 +509,9 @@ def fit_together(
         try:
             by_image = _mean_over_images(own[0].loss, own[0].net, own[0].data.y)
             trained = _Group(own, tensors, by_image, stacks, key).train()
-        except (RuntimeError, NotImplementedError) as e:
+        except (MemoryError, torch.cuda.OutOfMemoryError):
+            raise
+        except Exception as e:  # each of them will show what it does alone
             trained = None
             why = f"{type(e).__name__}: {str(e).splitlines()[0][:200]}"
         for j, (i, _) in enumerate(members):

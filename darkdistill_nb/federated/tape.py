@@ -368,17 +368,34 @@ def _known(module):
     makers = ("torch.", "torchvision.", "timm.", "darkdistill_nb.")
     return type(module).__module__.startswith(makers) and "forward" not in vars(module)
 
+# %% ../../nbs/3_federated/tape.ipynb #f50cba7c
+def _frozen(v):
+    "A value as part of a key: numbers and texts as they are, tensors and other objects by who they are."
+    if isinstance(v, torch.Tensor):
+        return id(v), 0 if v.is_inference() else v._version
+    if isinstance(v, (list, tuple)):
+        return tuple(map(_frozen, v))
+    if isinstance(v, dict):
+        return tuple((k, _frozen(x)) for k, x in v.items())
+    return v if isinstance(v, (bool, int, float, str, type(None))) else id(v)
+
+def facts(o, but=()):
+    "Which object this is, and its settings: variables whose names do not begin with _, nor are in `but`."
+    told = ((k, _frozen(v)) for k, v in vars(o).items() if k[0] != "_" and k not in but)
+    return type(o), id(o), tuple(told)
+
 # %% ../../nbs/3_federated/tape.ipynb #a0451c7a
 class Given:
     "A loss, taken apart into the tensors that it looks at and its kind; raises `ValueError`."
 
     def __init__(self,
-        loss # function (what a network gives, labels) -> scalar
+        loss, # function (what a network gives, labels) -> scalar
+        *also # objects whose settings it reads
     ):
         check(callable(loss), "loss", loss, "a function")
-        self.loss, self.tensors = loss, []
+        self.loss, self.tensors, self.also = loss, [], also
         try:
-            self.kind = _loss_key(loss, self.tensors)
+            self.kind = _loss_key(loss, self.tensors), *map(facts, also)
         except _Alone as why:
             raise ValueError(f"the loss cannot be taken apart: {why}") from None
 
@@ -401,7 +418,7 @@ class Step:
         self.net, self.params = net, [p for p in net.parameters() if p.requires_grad]
         self.buffers, self.uses, self.why = list(net.buffers()), 0, ""
         self.play = self.several = None  # the step as a program, for one client and for several
-        self.ready = False  # was the tape checked?
+        self.ready = False
         if any(m._forward_hooks or m._forward_pre_hooks for m in net.modules()):
             self.why = "a module calls a hook"
         elif not all(map(_known, net.modules())):
@@ -414,10 +431,9 @@ class Step:
         loss,           # (what `forward` gives, labels) -> scalar; all of one kind if they are `Given`
     )->tuple:           # (loss, one gradient or None for each parameter)
         "The same bits each way."
-        given = getattr(loss, "tensors", ())
         if self.ready:
             with torch.no_grad():
-                return self.play(x, y, *given)
+                return self.play(x, y, *getattr(loss, "tensors", ()))
         self.uses += 1
         if self.why or self.uses <= self.after:
             return _autograd(self.net, self.params, x, y, forward, loss)

@@ -511,13 +511,13 @@ def _hand_out(self: Workers, jobs, todo, at):
 
 # %% ../../nbs/0_core/parallel.ipynb #51da3519
 @patch
-def _gone(self: Workers, conn, todo, at, lost):
-    "The job that a worker took with it, counted in `lost`; those that it had ahead are open again."
+def _gone(self: Workers, conn, todo, at, lost, again):
+    "May the job that a worker took with it be tried again? Those that it had ahead are open in any case."
     i, *ahead = at.pop(conn)
-    todo[:0] = ahead
     lost[i] += 1
+    todo[:0] = [i] * (lost[i] <= again) + ahead
     self._replace(conn)
-    return i
+    return lost[i] <= again
 
 # %% ../../nbs/0_core/parallel.ipynb #f7028d33
 @patch
@@ -552,12 +552,8 @@ def _results(self: Workers, jobs, said, again, here):
                 yield i, what
             if kind == "lost" and conn in self.starting:
                 self._try_again(conn, what)
-            elif kind == "lost":
-                i = self._gone(conn, todo, at, lost)
-                if lost[i] > again:
-                    yield i, what
-                else:
-                    todo.insert(0, i)
+            elif kind == "lost" and not self._gone(conn, todo, at, lost, again):
+                yield its[0], what
 
 # %% ../../nbs/0_core/parallel.ipynb #f0ee8a5d
 @patch

@@ -1,7 +1,11 @@
 """Methods as researchers write them: with losses that hold tensors in any place, objectives that change, visits of two
 phases, and images of a class of their own. The tape and the stack give what one client after the other gives."""
 
+import functools
+import sys
 import threading
+import types
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +13,10 @@ from darkdistill_nb.core.data import ArrayData
 from darkdistill_nb.exits.networks import cnn
 from darkdistill_nb.exits.training import Joint
 from darkdistill_nb.federated import method as federated
-from darkdistill_nb.federated.engine import save_state, simulate
-from darkdistill_nb.federated.method import EEFL, make_clients
+from darkdistill_nb.federated.calibration import CalibratedEEFL
+from darkdistill_nb.federated.darkdistill import DarkDistill
+from darkdistill_nb.federated.engine import _jobs, save_state, simulate
+from darkdistill_nb.federated.method import EEFL, make_clients, steady
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -82,10 +88,78 @@ class ByTheServer(EEFL):
         return [c for c in super().configure(rnd, clients, streams) if c.tier == 2]
 
 
-OWN = [ByDefault, ByKeyword, InSelf, TwoPhases, Anneal, ByTheServer]
+class InPrivate(EEFL):
+    def local_loss(self, net, weights, data, rnd):
+        self._prior = log_prior(data)
+        return lambda raw, y: sum(F.cross_entropy(f + self._prior, y) for f in raw)
 
 
-@pytest.mark.parametrize("kind", OWN)
+class InABox(EEFL):
+    box = types.SimpleNamespace()
+
+    def local_loss(self, net, weights, data, rnd):
+        box = self.box
+        box.prior = log_prior(data)
+        return lambda raw, y: sum(F.cross_entropy(f + box.prior, y) for f in raw)
+
+
+class InAnArray(EEFL):
+    def local_loss(self, net, weights, data, rnd):
+        self.rate = getattr(self, "rate", np.ones(1))
+        self.rate[0] = 0.5 + client_share(data)
+        return lambda raw, y: sum(float(self.rate[0]) * F.cross_entropy(f, y) for f in raw)
+
+
+def client_share(data):
+    return float((data.y == 0).double().mean())
+
+
+class ArrayOfTheServer(EEFL):
+    def configure(self, rnd, clients, streams):
+        if rnd == 0:
+            self.objective.weights = np.array([1.0, 0.2])
+        self.objective.weights[1] = 3.0 if rnd >= 5 else 0.2
+        return [c for c in super().configure(rnd, clients, streams) if c.tier == 2]
+
+
+class ListOfTheRound(EEFL):
+    rates = [1.0]
+
+    @steady
+    def local_loss(self, net, weights, data, rnd):
+        rates = self.rates
+        rates[0] = 1.0 + rnd % 3
+        return lambda raw, y: rates[0] * self.objective.loss(raw, y)[0]
+
+
+class Dequantised(EEFL):
+    @steady
+    def receive(self, weights, tier):
+        return EEFL.receive(self, {k: 0.9 * v if v.is_floating_point() else v for k, v in weights.items()}, tier)
+
+
+class Noisy(EEFL):
+    @steady
+    def before_step(self, net, x, y, optimizer):
+        x.mul_(0.9)
+
+
+@functools.wraps(DarkDistill.local_update)
+def halved(self, weights, data, client, rnd, streams):
+    u = DarkDistill.local_update(self, weights, data, client, rnd, streams)
+    u.weights = {k: (v + weights[k]) / 2 if v.is_floating_point() else v for k, v in u.weights.items()}
+    return u
+
+
+class Wrapped(DarkDistill):
+    local_update = halved
+
+
+OWN = [ByDefault, ByKeyword, InSelf, InPrivate, InABox, InAnArray, TwoPhases, Anneal, ByTheServer, ArrayOfTheServer]
+MARKED = [ListOfTheRound, Dequantised, Noisy, Wrapped]
+
+
+@pytest.mark.parametrize("kind", OWN + MARKED)
 def test_the_tape_follows_what_a_method_changes(kind, monkeypatch):
     taped = run(kind)
     monkeypatch.setattr(federated, "Taped", lambda: None)
@@ -172,7 +246,15 @@ class Tells(EEFL):
         return tiers, state["server"], self.info
 
 
-@pytest.mark.parametrize("info, words", [(dict(loss=1), "the log has these itself"), (None, "a dict"), ({1: 2}, "texts")])
+@pytest.mark.parametrize(
+    "info, words",
+    [
+        (dict(loss=1), "the log has these itself"),
+        (dict(accuracy=1), "the log has these itself"),
+        (None, "a dict"),
+        ({1: 2}, "texts"),
+    ],
+)
 def test_what_a_method_tells_the_log_is_looked_at(info, words):
     kind = type("Telling", (Tells,), dict(info=info))
     with pytest.raises(ValueError, match=words):
@@ -206,3 +288,44 @@ class Locked(EEFL):
 
 def test_a_method_that_cannot_be_copied_stays_in_one_process():
     assert apart(run(Locked, 2, workers="auto"), run(Locked, 2)) == 0
+
+
+def test_calibrated_clients_go_to_workers_in_groups():
+    "What a message holds for each client is small, and made anew; the weights are those of all."
+    train = images(480, 0)
+    clients = make_clients(train.y, 24, 0.5, tiers=(0.5, 0.5))
+    sizes = {}
+    for kind in (EEFL, CalibratedEEFL):
+        method = kind(Joint(), participation=1.0, batch_size=8)
+        state = method.setup(build())
+        sent = [method.send(state, c) for c in clients]
+        sizes[kind] = [len(job) for job in _jobs(method, sent, clients, 2)]
+    assert sizes[EEFL] == sizes[CalibratedEEFL] and max(sizes[EEFL]) > 1
+
+
+class Odd(EEFL):
+    "From the sixth round on, when all are on tape, one client reports what is no tensor, or leaves."
+
+    def report(self, weights, data, client, rnd, streams):
+        if client.id == 2 and rnd > 5:
+            return self.odd()
+        return {}
+
+
+@pytest.mark.parametrize("odd, words", [(lambda self: dict(f=lambda: 0), "extra="), (lambda self: sys.exit(3), "sys.exit")])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_odd_report_is_the_clients_own_fault(odd, words, workers):
+    kind = type("Odder", (Odd,), dict(odd=odd)) if workers == 1 else {"extra=": OddTensor, "sys.exit": Goes}[words]
+    with pytest.warns(UserWarning, match="client 2 is left out"):
+        log = run(kind, 7, workers=workers).log
+    assert [len(r["left_out"]) for r in log] == [0] * 6 + [1]
+
+
+class OddTensor(Odd):
+    def odd(self):
+        return dict(f=lambda: 0)
+
+
+class Goes(Odd):
+    def odd(self):
+        sys.exit(3)

@@ -55,10 +55,12 @@ def at_budgets(
     test:torch.Tensor, test_y:torch.Tensor,   # as in `at_half`
     costs:list,                               # as in `at_half`
     n:int=13,                                 # budgets, at least 2
-)->list:                                      # dicts with cost and accuracy
+)->list:                                      # dicts with cost and accuracy; [] with one exit
     "Accuracy with thresholds at `n` budgets between the cheapest and the full cost; raises `ValueError`."
     low, high = number(costs[0], "costs", above=0), number(costs[-1], "costs", above=0)
     budgets = torch.linspace(low, high, whole(n, "n", 2), dtype=torch.double).tolist()
+    if len(costs) == 1:
+        return []
     got, _ = _with_budgets(valid, valid_y, test, test_y, costs, budgets)
     return [dict(cost=c, accuracy=a) for c, a in zip(got["cost"], got["accuracy"])]
 
@@ -164,8 +166,8 @@ def claim_values(
         out["thresholds"] = 100 * (half["accuracy"] - half["static"])
     if shares:
         out["bins"] = sum(s >= FULL for s in shares)
-    if unaligned:
-        out["unaligned"] = unaligned["difference"][str(_middle(len(exits)))]
+    if unaligned and (e := str(_middle(len(exits)))) in unaligned["difference"]:
+        out["unaligned"] = unaligned["difference"][e]
     if control:
         out["gain"] = 100 * (mean(exits) - mean(control))
     return out

@@ -169,7 +169,7 @@ def _side_by_side(here, sent, drawn, rnd, ask):
                 answers = here.method._abreast(*given, rnd, here.streams, here.lend)
             except _FATAL:
                 raise
-            except Exception:
+            except (Exception, SystemExit):
                 pass  # whose fault it is will show when they are asked alone
         yield from zip(chunk, answers) if answers else ((i, ask(i)) for i in chunk)
 
@@ -454,7 +454,7 @@ def _checked(info, own):
     "What a method tells the log: a dict with names that the log does not have yet."
     ok = isinstance(info, dict) and all(isinstance(k, str) for k in info)
     check(ok, "info", info, "a dict whose keys are texts")
-    taken = sorted(info.keys() & own.keys())
+    taken = sorted(info.keys() & {*own, "accuracy", "seconds", "missing"})
     check(not taken, "info", taken, "named in another way: the log has these itself")
     return info
 
@@ -498,7 +498,8 @@ def play_round(
         seconds_clients=t1 - t,
         seconds_server=t2 - t1,
     )
-    return state, {**own, **_checked(info, own), **_checked(told, own)}
+    own |= _checked(info, own)
+    return state, own | _checked(told, own)
 
 # %% ../../nbs/3_federated/engine.ipynb #9953b6f0
 @dataclass
@@ -726,7 +727,7 @@ def _answering(here, clients):
 
     def answer(weights, ids, rnd):
         found = dict(here.answers([weights] * len(ids), [who[i] for i in ids], rnd))
-        ours = lambda a: type(a) is Update and here.method._plain()  # nothing in it that cannot be sent
+        ours = lambda a: type(a) is Update and here.method._reads()  # nothing in it that cannot be sent
         answers = [found[i] for i in range(len(ids))]
         return [a if ours(a) else sendable(a) for a in answers]
 
@@ -749,7 +750,9 @@ def _open(timm, packed):
 def _jobs(method, sent, drawn, processes):
     "Numbers of clients, job by job: deep tiers first, plain ones with the same weights in groups."
     order = sorted(range(len(drawn)), key=lambda i: -len(sent[i]))
-    alike = lambda i: (drawn[i].tier, *map(id, sent[i].values()))
+    small = lambda v: (v.dtype, v.shape, tuple(v.flatten().tolist()))
+    same = lambda v: small(v) if v.numel() <= 64 else id(v)  # a message may be made for each client
+    alike = lambda i: (drawn[i].tier, *sent[i], *map(same, sent[i].values()))
     for _, run in itertools.groupby(order, alike):
         run = list(run)
         most = min(_width(method, drawn[run[0]].tier), len(run) // (2 * processes))

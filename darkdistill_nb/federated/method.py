@@ -462,7 +462,7 @@ def ge(self: EEFL):
 
 # %% ../../nbs/3_federated/method.ipynb #d761cce1
 def steady(
-    part # function: a method's receive, local_loss, local_update or report
+    part # function: a method's receive, local_loss or report; a local_update that adds nothing
 ):       # the same function
     "Mark a part of a method that leaves a client's step the same list of operations, see above."
     check(callable(part), "part", part, "a function")
@@ -470,8 +470,6 @@ def steady(
     return part
 
 # %% ../../nbs/3_federated/method.ipynb #eb7370db
-_PARTS = "receive", "tier_net", "local_loss", "before_step", "ge"
-
 def _own(method, name):
     "Is a part of a method still that of EEFL?"
     return name not in vars(method) and getattr(type(method), name) is getattr(EEFL, name)
@@ -479,7 +477,8 @@ def _own(method, name):
 def _steady(method, name):
     "Is a part of a method that of EEFL, except for overrides that are marked?"
     made_in = [vars(c)[name] for c in type(method).__mro__ if name in vars(c)]
-    fine = [getattr(f, "steady", f is vars(EEFL)[name]) for f in made_in]
+    marked = lambda f: getattr(f, "steady", False) and not hasattr(f, "__wrapped__")
+    fine = [f is vars(EEFL)[name] or marked(f) for f in made_in]
     return name not in vars(method) and all(fine)
 
 # %% ../../nbs/3_federated/method.ipynb #8d39e9c1
@@ -487,7 +486,8 @@ def _steady(method, name):
 def _same_step(self: EEFL):
     "Is a client's step the same program for each client and round, but for tensors of its loss?"
     plain = type(self.objective) in (Joint, BoostNet) and not self.objective.kl
-    return plain and all(_steady(self, name) for name in _PARTS)
+    kept = all(_own(self, name) for name in ("tier_net", "before_step", "ge"))
+    return plain and kept and _steady(self, "receive") and _steady(self, "local_loss")
 
 @patch
 def _quickest(self: EEFL, loss):
@@ -509,7 +509,8 @@ def report(self:EEFL,
     rnd:int,         # round, from 0
     streams:Streams, # of the run
 )->dict:             # name -> tensor
-    "What a client tells the server besides its trained weights, here nothing; asked before it trains."
+    """What a client tells the server besides its trained weights, here nothing.
+    Asked before it trains, perhaps more than once."""
     return {}
 
 # %% ../../nbs/3_federated/method.ipynb #a11e605b
@@ -768,15 +769,16 @@ def _plain(self: EEFL):
 # %% ../../nbs/3_federated/method.ipynb #781d00cb
 @patch
 def _heard(self: EEFL, sent, data, clients, rnd, streams):
-    "(what each client reports, their losses)"
+    "(what each client reports, their losses), or None where a loss is of a kind that is not on tape."
+    net, plain = self.tier_net(clients[0].tier), _own(self, "local_loss")
+    loss = lambda i: Given(self.local_loss(net, sent[i], data[i], rnd), self.objective)
+    losses = [loss(0)] * len(sent) if plain else list(map(loss, range(len(sent))))
+    if any(given.kind != self._taped.now.get(net) for given in losses):
+        return None
     if not _steady(self, "report"):
         sent = [{k: v.clone() for k, v in w.items()} for w in sent]
-    given = list(zip(sent, data, clients))
-    told = [self.report(w, d, c, rnd, streams) for w, d, c in given]
-    net, plain = self.tier_net(clients[0].tier), _own(self, "local_loss")
-    loss = lambda w, d: Given(self.local_loss(net, w, d, rnd), self.objective)
-    first = loss(*given[0][:2])
-    return told, [first if plain else loss(w, d) for w, d, _ in given]
+    told = [self.report(*given, rnd, streams) for given in zip(sent, data, clients)]
+    return told, losses
 
 # %% ../../nbs/3_federated/method.ipynb #c6012729
 @patch
@@ -784,11 +786,15 @@ def _abreast(self: EEFL, sent, data, clients, rnd, streams, lend):
     """For each client of one tier an `Update` as of `local_update`, or the error that it would raise;
     None where one must train alone. With `lend` the weights are good until the next call. Raises `ValueError`."""
     tier = clients[0].tier
-    told, losses = self._heard(sent, data, clients, rnd, streams)
+    heard = self._heard(sent, data, clients, rnd, streams)
+    if heard is None:
+        return None
+    told, losses = heard
     net, weights = self.tier_net(tier), [_split(w)[0] for w in sent]
     tensors, modes, named = self._parts(tier)
-    if not _own(self, "receive"):  # there may be more in a message than the network loads
-        weights = [{k: v for k, v in w.items() if k in tensors} for w in weights]
+    if not _own(self, "receive"):
+        copied = lambda net: {k: v.clone() for k, v in net.state_dict().items()}
+        weights = [copied(self.receive(w, tier)) for w in sent]
     if not all(_alike(w, tensors) for w in weights):
         return None
     _set_modes(modes)

@@ -94,25 +94,54 @@ def _held(f):
     cells = [c.cell_contents for c in f.__closure__ or ()]
     return cells, list(f.__defaults__ or ()), dict(f.__kwdefaults__ or {})
 
+@functools.lru_cache(4096)
+def _names(code):
+    "Names of variables and attributes in a code, and in comprehensions and functions inside it."
+    inside = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return frozenset(code.co_names).union(*map(_names, inside))
+
+# %% ../../nbs/3_federated/stacked.ipynb #402b8a72
+def value_key(v):
+    "Numbers and texts as they are, arrays by their values, other objects by who they are."
+    if type(v).__module__ == "numpy" and hasattr(v, "tobytes"):
+        return str(v.dtype), v.shape, v.tobytes()
+    return (type(v), v) if isinstance(v, (int, float, str, type(None))) else id(v)
+
+def _looked(o, names, depth=0):
+    "Variables of an object, and of objects in it, that a function with these names in its code can read."
+    if isinstance(o, (types.FunctionType, types.ModuleType, type)) or not hasattr(o, "__dict__"):
+        return ()
+    found = {n: v for n, v in vars(o).items() if n in names}
+    if any(isinstance(v, torch.Tensor) for v in found.values()):
+        raise _Alone("its loss looks at a tensor that an object holds")
+    deeper = lambda v: _looked(v, names, depth + 1) if depth < 3 else ()
+    return tuple((n, _several_key(v), deeper(v)) for n, v in found.items())
+
+def _several_key(v):
+    "`value_key` of what a list, a tuple or a dict holds, too."
+    if not isinstance(v, (list, tuple, dict)):
+        return value_key(v)
+    _no_tensors(v)
+    return type(v), tuple(map(value_key, [*v, *v.values()] if isinstance(v, dict) else v))
+
+# %% ../../nbs/3_federated/stacked.ipynb #efb8d7f0
 def _loss_key(v, tensors, depth=0):
     "All that a loss function is made of, but for the values of its tensors, which are put into `tensors`."
     if isinstance(v, torch.Tensor):
         return _tensor_key(v, tensors)
     if isinstance(v, nn.Module):
         raise _Alone("its loss looks at a network")
-    if isinstance(v, (int, float, str, type(None))):
-        return type(v), v
-    if isinstance(v, (list, tuple, dict)):
-        _no_tensors(v)
     if not isinstance(v, types.FunctionType):
-        return id(v)
+        return _several_key(v)
     if depth > 8 or _writes(v.__code__):
         raise _Alone("its loss remembers something from step to step")
-    if any(isinstance(v.__globals__.get(n), nn.Module) for n in v.__code__.co_names):
+    names = _names(v.__code__)
+    if any(isinstance(v.__globals__.get(n), nn.Module) for n in names):
         raise _Alone("its loss looks at a network")
     cells, defaults, named = _held(v)
     held = [*cells, *defaults, *named.values()]
-    return v.__code__, tuple(named), tuple(_loss_key(c, tensors, depth + 1) for c in held)
+    looked = tuple(_looked(c, names) for c in held)
+    return v.__code__, tuple(named), looked, tuple(_loss_key(c, tensors, depth + 1) for c in held)
 
 # %% ../../nbs/3_federated/stacked.ipynb #e573d4d8
 def _with_tensors(v, tensors):
@@ -495,7 +524,9 @@ def fit_together(
     "Train the networks of many visits, those of equal kind as one batch of networks."
     stacks = {} if stacks is None else stacks
     groups, alone = _groups(visits)
-    for key in list(stacks)[: -16 * (1 + len(groups))]:  # kinds that did not come back
+    kinds = list(dict.fromkeys(k[0] for k in reversed(stacks)))  # the last one used comes first
+    gone = set(kinds[4 * (1 + len(groups)) :])
+    for key in [k for k in stacks if k[0] in gone]:
         del stacks[key]
     out = [alone.get(i) for i in range(len(visits))]
     for (key, _), members in groups.items():

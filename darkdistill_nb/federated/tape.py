@@ -15,7 +15,7 @@ import torch
 from ..core.checks import check, choice, flag, whole
 from ..core.data import ArrayData
 from ..core.training import SGD, check_batches, fit, start_training
-from .stacked import _Alone, _loss_key, _with_tensors
+from .stacked import _Alone, _loss_key, _with_tensors, value_key
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -369,20 +369,19 @@ def _known(module):
     return type(module).__module__.startswith(makers) and "forward" not in vars(module)
 
 # %% ../../nbs/3_federated/tape.ipynb #f50cba7c
-def _frozen(v):
-    "A value as part of a key: numbers and texts as they are, tensors and other objects by who they are."
+def _frozen(v, depth=0):
+    "A value as part of a key: numbers, texts and arrays by what they are, the rest by who it is."
     if isinstance(v, torch.Tensor):
         return id(v), 0 if v.is_inference() else v._version
-    if isinstance(v, (list, tuple)):
-        return tuple(map(_frozen, v))
     if isinstance(v, dict):
-        return tuple((k, _frozen(x)) for k, x in v.items())
-    return v if isinstance(v, (bool, int, float, str, type(None))) else id(v)
+        v = tuple(v.items())
+    if isinstance(v, (list, tuple)) and depth < 4:
+        return tuple(_frozen(x, depth + 1) for x in v)
+    return value_key(v)
 
-def facts(o, but=()):
-    "Which object this is, and its settings: variables whose names do not begin with _, nor are in `but`."
-    told = ((k, _frozen(v)) for k, v in vars(o).items() if k[0] != "_" and k not in but)
-    return type(o), id(o), tuple(told)
+def facts(o):
+    "Which object this is, and its settings: variables whose names do not begin with _."
+    return type(o), id(o), tuple((k, _frozen(v)) for k, v in vars(o).items() if k[0] != "_")
 
 # %% ../../nbs/3_federated/tape.ipynb #a0451c7a
 class Given:
@@ -393,7 +392,8 @@ class Given:
         *also # objects whose settings it reads
     ):
         check(callable(loss), "loss", loss, "a function")
-        self.loss, self.tensors, self.also = loss, [], also
+        self.loss, self.tensors = loss, []
+        self.kept = [(o, *vars(o).values()) for o in also]  # so that no other object is taken for them
         try:
             self.kind = _loss_key(loss, self.tensors), *map(facts, also)
         except _Alone as why:
@@ -465,6 +465,9 @@ def _record(self: Step, x, y, forward, loss):
     known, inputs = _named(self.net.state_dict(keep_vars=True)), ["x", "y", *own]
     with Tape({**known, "x": x, "y": y, **own}) as tape:
         out = _autograd(self.net, self.params, x, y, forward, used)
+    if own and not tape.why and tape._changes(tape.lines, own):
+        self.why = "its loss writes into a tensor that it looks at"
+        return out
     try:
         self.play = tape.program(out, inputs)
         with contextlib.suppress(ValueError):

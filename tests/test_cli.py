@@ -560,8 +560,8 @@ def test_report_is_self_contained(two_runs):
     tags = re.sub(r"(<script[^>]*>).*?</script>", r"\1", page, flags=re.S)
     assert not re.findall(r"<script[^>]*\ssrc|<img|<iframe|https?://|url\(|@import", tags)
     assert re.findall(r"<link[^>]*>", tags) == ['<link rel="icon" href="data:,">']
-    assert page.count("plotly.js v") == 1 and page.count("<figure") == 8
-    assert len(re.findall(r'"showSendToCloud": ?false', page)) == 8  # one per figure
+    assert page.count("plotly.js v") == 1 and page.count("<figure") == 9
+    assert len(re.findall(r'"showSendToCloud": ?false', page)) == 9  # one per figure
 
 
 def test_compare_and_report(two_runs, capsys, monkeypatch):

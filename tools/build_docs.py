@@ -37,7 +37,7 @@ def links(text, place):
     top = to_top(place)
     text = re.sub(rf"\]\({re.escape(HOME)}([\w/]+)\.html", rf"]({top}\1.ipynb", text)
     text = text.replace(f"](../{top}", f"]({top}").replace("](nbs/", "](")
-    text = text.replace(f"]({top}nbs/", f"]({top}")
+    text = text.replace(f"]({top}nbs/", f"]({top}").replace(f"]({top}tutorials/", f"]({top}labs/")
     return re.sub(r"\]\(((?:\.\./)*)index\.ipynb", rf"](\1{MAP}", text)
 
 

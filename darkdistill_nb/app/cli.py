@@ -277,8 +277,8 @@ def _parse_grade(sub):
 # %% ../../nbs/6_app/cli.ipynb #1219ad78
 TOUR = """
 a first hour:
-  darkdistill run --rounds 10 --seeds 1 --out quick  a quick look: one seed
-  darkdistill run --out even                  three methods, three seeds: minutes
+  darkdistill run --rounds 9 --seeds 1 --out quick  a quick look: one seed
+  darkdistill run --out even                  three methods, three seeds
   darkdistill run --resume even               go on after Ctrl-C or a crash
   darkdistill run --gamma 0.1 --out uneven    the same with other clients
   darkdistill compare even uneven --html both.html

@@ -46,8 +46,6 @@ def _ask(method, weights, data, client, rnd, streams):
         return method.local_update(own, data, client, rnd, streams)
     except _FATAL:
         raise
-    except SystemExit as e:
-        return RuntimeError(f"it called sys.exit({e.code})")
     except Exception as e:
         return e
 
@@ -169,7 +167,7 @@ def _side_by_side(here, sent, drawn, rnd, ask):
                 answers = here.method._abreast(*given, rnd, here.streams, here.lend)
             except _FATAL:
                 raise
-            except (Exception, SystemExit):
+            except Exception:
                 pass  # whose fault it is will show when they are asked alone
         yield from zip(chunk, answers) if answers else ((i, ask(i)) for i in chunk)
 

@@ -10,7 +10,7 @@ __all__ = ['Visit', 'Noted', 'Stack', 'Trained', 'fit_together']
 
 # %% ../../nbs/3_federated/stacked.ipynb #110b85ec
 import contextlib, copy, dis, functools, types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 import torch
 from ..core.checks import flag, number, whole
 from ..core.data import ArrayData
@@ -474,7 +474,7 @@ class Trained:
 
     weights:dict     # name -> tensor
     losses:list      # mean loss per image, epoch by epoch (nats)
-    used:bool=False  # was it called? Whoever trains once more is trained by `fit`
+    used:bool=field(default=False, init=False) # was it called? Who trains once more is trained by `fit`
 
     @torch.no_grad()
     def __call__(self, net, data, epochs, lr, *args, **kwargs):

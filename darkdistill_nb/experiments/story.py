@@ -490,6 +490,12 @@ def _span(traces):
         ends += [a + side * b for a, b in zip(t.y, bars) for side in (-1, 1)]
     return [max(0, min(ends) - 2), min(100, max(ends) + 2)]
 
+def _on_first_screen(fig, top, span):
+    "The legend above the figure, `top` pixels for it, and the range of the shares."
+    legend = dict(orientation="h", x=0, xanchor="left", y=1.02, yanchor="bottom")
+    fig.update_layout(legend=legend, margin=dict(l=60, r=15, t=top, b=50))
+    return fig.update_xaxes(title_font_size=13).update_yaxes(title_font_size=13, range=span)
+
 # %% ../../nbs/5_experiments/story.ipynb #7a3a6099
 def story_figure(
     record:Record # of `darkdistill run`
@@ -507,11 +513,7 @@ def story_figure(
     look = style(methods.index(told.method))
     traces += [_exit_trace(go, told, unit, look), *_threshold_traces(go, told, unit, look)]
     fig = figure(*traces, x=f"mean cost per image ({words})", y="test accuracy (%)", height=370)
-    legend = dict(orientation="h", x=0, xanchor="left", y=1.02, yanchor="bottom")
-    fig.update_layout(legend=legend, margin=dict(l=60, r=15, t=60, b=50))
-    return fig.update_xaxes(title_font_size=13).update_yaxes(
-        title_font_size=13, range=_span(traces)
-    )
+    return _on_first_screen(fig, 60, _span(traces))
 
 # %% ../../nbs/5_experiments/story.ipynb #f42515f2
 def _pooled(t):
@@ -547,6 +549,4 @@ def hard_images_figure(
         traces.append(go.Scatter(x=at, y=y, name=f"{told.m}: exit {e + 1}", **style(e)))
     words = dict(x="difficulty: loss at exit 1 (nats)", y="right (%)", height=270)
     fig = figure(go.Bar(x=at, y=percent(shares), **grey), *traces, **words)
-    legend = dict(orientation="h", x=0, xanchor="left", y=1.02, yanchor="bottom")
-    fig.update_layout(legend=legend, margin=dict(l=60, r=15, t=40, b=50))
-    return fig.update_xaxes(title_font_size=13).update_yaxes(title_font_size=13, range=[0, 102])
+    return _on_first_screen(fig, 40, [0, 102])

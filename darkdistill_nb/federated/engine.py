@@ -9,7 +9,7 @@ Docs: https://darkdistill.github.io/darkdistill_nb/3_federated/engine.html.md"""
 __all__ = ['Here', 'Absent', 'believed', 'evaluate', 'play_round', 'Run', 'save_state', 'load_state', 'simulate', 'train_alone']
 
 # %% ../../nbs/3_federated/engine.ipynb #1433b714
-import contextlib, copy, itertools, logging, math, os, pickle, sys, time, warnings
+import contextlib, copy, functools, itertools, logging, math, os, pickle, sys, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -32,13 +32,11 @@ from darkdistill_nb.federated.method import (
     check_clients,
     nbytes,
 )
-from .stacked import Noted, fit_together
-from .tape import Taped, facts, in_bf16
+from .stacked import _FATAL, Noted, facts, fit_together
+from .tape import Taped, in_bf16
 from fastcore.basics import patch
 
 # %% ../../nbs/3_federated/engine.ipynb #c459fbf0
-_FATAL = MemoryError, torch.cuda.OutOfMemoryError
-
 def _ask(method, weights, data, client, rnd, streams):
     "The answer of a client: an `Update`, or the exception that it raised. It gets copies, or only reads."
     own = weights if method._reads() else {k: v.clone() for k, v in weights.items()}
@@ -749,7 +747,8 @@ def _jobs(method, sent, drawn, processes):
     "Numbers of clients, job by job: deep tiers first, plain ones with the same weights in groups."
     order = sorted(range(len(drawn)), key=lambda i: -len(sent[i]))
     small = lambda v: (v.dtype, v.shape, tuple(v.flatten().tolist()))
-    same = lambda v: small(v) if v.numel() <= 64 else id(v)  # a message may be made for each client
+    # a message may be made for each client; what many messages share is looked at once
+    same = functools.cache(lambda v: small(v) if v.numel() <= 64 else id(v))
     alike = lambda i: (drawn[i].tier, *sent[i], *map(same, sent[i].values()))
     for _, run in itertools.groupby(order, alike):
         run = list(run)

@@ -63,6 +63,8 @@ class Noted(Exception):
         raise Noted(Visit(net, start, data, *rest))
 
 # %% ../../nbs/3_federated/stacked.ipynb #a94637a5
+_FATAL = MemoryError, torch.cuda.OutOfMemoryError  # no client's business
+
 class _Alone(Exception):
     "Why a visit cannot be stacked, in words that follow `because`."
 
@@ -101,11 +103,27 @@ def _names(code):
     return frozenset(code.co_names).union(*map(_names, inside))
 
 # %% ../../nbs/3_federated/stacked.ipynb #402b8a72
-def value_key(v):
-    "Numbers and texts as they are, arrays by their values, other objects by who they are."
+def _frozen(v, depth=0):
+    "A value as part of a key: numbers, texts and arrays by what they are, the rest by who it is."
+    if isinstance(v, torch.Tensor):
+        return id(v), 0 if v.is_inference() else v._version
+    if isinstance(v, (list, tuple, dict)) and depth < 4:
+        inside = v.items() if isinstance(v, dict) else v
+        return type(v), tuple(_frozen(x, depth + 1) for x in inside)
     if type(v).__module__ == "numpy" and hasattr(v, "tobytes"):
         return str(v.dtype), v.shape, v.tobytes()
     return (type(v), v) if isinstance(v, (int, float, str, type(None))) else id(v)
+
+def facts(o):
+    "Which object this is, and its settings: variables whose names do not begin with _."
+    return type(o), id(o), tuple((k, _frozen(v)) for k, v in vars(o).items() if k[0] != "_")
+
+# %% ../../nbs/3_federated/stacked.ipynb #dce94124
+def _plain_key(v):
+    "The key of what is no function; a collection must hold no tensors."
+    if isinstance(v, (list, tuple, dict)):
+        _no_tensors(v)
+    return _frozen(v)
 
 def _looked(o, names, depth=0):
     "Variables of an object, and of objects in it, that a function with these names in its code can read."
@@ -115,14 +133,7 @@ def _looked(o, names, depth=0):
     if any(isinstance(v, torch.Tensor) for v in found.values()):
         raise _Alone("its loss looks at a tensor that an object holds")
     deeper = lambda v: _looked(v, names, depth + 1) if depth < 3 else ()
-    return tuple((n, _several_key(v), deeper(v)) for n, v in found.items())
-
-def _several_key(v):
-    "`value_key` of what a list, a tuple or a dict holds, too."
-    if not isinstance(v, (list, tuple, dict)):
-        return value_key(v)
-    _no_tensors(v)
-    return type(v), tuple(map(value_key, [*v, *v.values()] if isinstance(v, dict) else v))
+    return tuple((n, _plain_key(v), deeper(v)) for n, v in found.items())
 
 # %% ../../nbs/3_federated/stacked.ipynb #efb8d7f0
 def _loss_key(v, tensors, depth=0):
@@ -132,7 +143,7 @@ def _loss_key(v, tensors, depth=0):
     if isinstance(v, nn.Module):
         raise _Alone("its loss looks at a network")
     if not isinstance(v, types.FunctionType):
-        return _several_key(v)
+        return _plain_key(v)
     if depth > 8 or _writes(v.__code__):
         raise _Alone("its loss remembers something from step to step")
     names = _names(v.__code__)
@@ -540,7 +551,7 @@ def fit_together(
         try:
             by_image = _mean_over_images(own[0].loss, own[0].net, own[0].data.y)
             trained = _Group(own, tensors, by_image, stacks, key).train()
-        except (MemoryError, torch.cuda.OutOfMemoryError):
+        except _FATAL:
             raise
         except Exception as e:  # each of them will show what it does alone
             trained = None

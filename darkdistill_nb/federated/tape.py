@@ -15,7 +15,7 @@ import torch
 from ..core.checks import check, choice, flag, whole
 from ..core.data import ArrayData
 from ..core.training import SGD, check_batches, fit, start_training
-from .stacked import _Alone, _loss_key, _with_tensors, value_key
+from .stacked import _Alone, _loss_key, _with_tensors, facts
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -367,21 +367,6 @@ def _known(module):
     "Is its forward one that we know, the same program each time?"
     makers = ("torch.", "torchvision.", "timm.", "darkdistill_nb.")
     return type(module).__module__.startswith(makers) and "forward" not in vars(module)
-
-# %% ../../nbs/3_federated/tape.ipynb #f50cba7c
-def _frozen(v, depth=0):
-    "A value as part of a key: numbers, texts and arrays by what they are, the rest by who it is."
-    if isinstance(v, torch.Tensor):
-        return id(v), 0 if v.is_inference() else v._version
-    if isinstance(v, dict):
-        v = tuple(v.items())
-    if isinstance(v, (list, tuple)) and depth < 4:
-        return tuple(_frozen(x, depth + 1) for x in v)
-    return value_key(v)
-
-def facts(o):
-    "Which object this is, and its settings: variables whose names do not begin with _."
-    return type(o), id(o), tuple((k, _frozen(v)) for k, v in vars(o).items() if k[0] != "_")
 
 # %% ../../nbs/3_federated/tape.ipynb #a0451c7a
 class Given:
